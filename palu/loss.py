@@ -1,0 +1,249 @@
+"""PALULoss: the two loss terms on a forget batch, a drop-in for a training loop that has logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from palu.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
+from palu_kernels import arguments, cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
+from palu_kernels.backend import BACKENDS, check_values
+
+PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
+SELECTIONS = ("reference", "current")
+
+
+class PALUOutput(NamedTuple):
+    """What a step gives, 0-dim tensors: the weighted sum to call ``backward`` on; the two means
+    by themselves (detached, unweighted); and how many rows each was taken over."""
+
+    loss: Tensor
+    forget: Tensor
+    preserve: Tensor
+    num_forget: Tensor
+    num_preserve: Tensor
+
+
+class PALULoss(nn.Module):
+    """Prefix-aware localized unlearning (arXiv 2601.03190).
+
+    ``loss = forget_weight * mean(forget rows) + preserve_weight * mean(preserve rows)``, each mean
+    0 when it has no rows.
+
+    Args:
+        top_k: k, how many of the largest logits of a forget row are levelled; more than V means V.
+        prefix_length: how many tokens of each sensitive run are forgotten; 0 or less takes all.
+        objective: ``flatten``, mean over S of ``(z_i - c)^2`` (the released code), or ``entropy``,
+            ``log k - H(softmax(z_S))``.
+        center: c of flatten: ``global_mean`` (the released code), ``local_mean`` or a number.
+        preserve: ``reverse_kl`` KL(p_current || p_reference) (the released code), ``forward_kl``
+            (the paper's text), ``nll`` of the reference's most likely token, or None.
+        forget_weight, preserve_weight: finite numbers of at least 0 (gamma and alpha in the
+            released code).
+        select_from: whose k largest logits are S, ``reference`` or ``current``.
+        eos_token_id: id or ids that end a run and are never sensitive.
+        backend: ``auto``, ``triton`` or ``torch``, for every operator.
+    """
+
+    def __init__(
+        self,
+        top_k: int = 50,
+        prefix_length: int = 3,
+        objective: str = "flatten",
+        center: str | float = "global_mean",
+        preserve: str | None = "reverse_kl",
+        forget_weight: float = 1.0,
+        preserve_weight: float = 1.0,
+        select_from: str = "reference",
+        eos_token_id: int | Sequence[int] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        arguments.positive_int("top_k", top_k)
+        if isinstance(prefix_length, bool) or not isinstance(prefix_length, int):
+            raise TypeError(
+                f"prefix_length is {prefix_length!r} ({type(prefix_length).__name__}); "
+                "it must be an int (0 or less takes whole runs)"
+            )
+        arguments.choice("objective", objective, arguments.OBJECTIVES)
+        arguments.center(center)
+        arguments.choice("preserve", preserve, PRESERVES)
+        arguments.choice("select_from", select_from, SELECTIONS)
+        arguments.choice("backend", backend, BACKENDS)
+        _weight("forget_weight", forget_weight)
+        _weight("preserve_weight", preserve_weight)
+        self.top_k = top_k
+        self.prefix_length = prefix_length
+        self.objective = objective
+        self.center = center
+        self.preserve = preserve
+        self.forget_weight = forget_weight
+        self.preserve_weight = preserve_weight
+        self.select_from = select_from
+        self.eos_token_id = eos_token_id
+        self.backend = backend
+        self.roles(torch.empty(0, 0, dtype=torch.long))  # a wrong eos_token_id is seen here
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``ref_logits`` are needed: to choose S, or to preserve."""
+        return self.select_from == "reference" or self.preserve is not None
+
+    def extra_repr(self) -> str:
+        names = ("top_k", "prefix_length", "objective", "center", "preserve", "select_from")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def roles(self, labels: Tensor) -> Tensor:
+        """int8 ``[B, T]``: what each label is for (0 nothing, 1 forget, 2 preserve)."""
+        return token_roles(labels, self.prefix_length, self.eos_token_id)
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logits: Tensor | None = None,
+        *,
+        num_forget: float | Tensor | None = None,
+        num_preserve: float | Tensor | None = None,
+    ) -> PALUOutput:
+        """The loss of a batch; the logits at position t-1 predict the label at t (shifted inside).
+
+        Args:
+            logits: ``[B, T, V]`` of the current model, float32, bfloat16, float16 or float64.
+            labels: int64 or int32 ``[B, T]``: -100 no loss, -200 preserve, a token id sensitive.
+            ref_logits: ``[B, T, V]`` of the frozen reference, no gradient.
+            num_forget, num_preserve: denominators of the two means instead of this batch's row
+                counts, so that a step split into micro-batches or processes has one objective.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or the reference is missing.
+        """
+        arguments.scores("logits", logits)
+        if logits.dim() != 3:
+            raise ValueError(f"logits has shape {list(logits.shape)}; it must be [B, T, V]")
+        arguments.integers("labels", labels, list(logits.shape[:2]), logits)
+        self._check_reference(logits, ref_logits)
+        if check_values(labels.device):
+            _check_labels(labels, logits.shape[-1])
+        roles = self.roles(labels)[:, 1:]
+        keep = roles != 0
+        return self.from_rows(
+            logits[:, :-1][keep],
+            roles[keep],
+            None if ref_logits is None else ref_logits[:, :-1][keep],
+            num_forget=num_forget,
+            num_preserve=num_preserve,
+        )
+
+    def from_rows(
+        self,
+        logits: Tensor,
+        row_roles: Tensor,
+        ref_logits: Tensor | None = None,
+        *,
+        num_forget: float | Tensor | None = None,
+        num_preserve: float | Tensor | None = None,
+    ) -> PALUOutput:
+        """The same loss for rows picked beforehand, where a model computes no others.
+
+        Args:
+            logits: ``[R, V]``; row i predicts a label whose role is ``row_roles[i]``.
+            row_roles: int8 ``[R]``, as ``roles`` gives them.
+            ref_logits: ``[R, V]`` of the frozen reference, no gradient.
+            num_forget, num_preserve: as in ``forward``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or the reference is missing.
+        """
+        arguments.scores("logits", logits)
+        if logits.dim() != 2 or list(row_roles.shape) != [logits.shape[0]]:
+            raise ValueError(
+                f"logits has shape {list(logits.shape)} and row_roles {list(row_roles.shape)}; "
+                "they must be [R, V] and [R]"
+            )
+        self._check_reference(logits, ref_logits)
+        is_forget, is_preserve = row_roles == FORGET, row_roles == PRESERVE
+
+        def rows(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+            return logits[chosen], None if ref_logits is None else ref_logits[chosen]
+
+        forget = self._forget(*rows(is_forget)) / _denominator("num_forget", num_forget, is_forget)
+        loss = self.forget_weight * forget
+        if self.preserve is None:
+            preserve = loss.new_zeros(())
+        else:
+            preserve = self._preserve(*rows(is_preserve)) / _denominator(
+                "num_preserve", num_preserve, is_preserve
+            )
+            loss = loss + self.preserve_weight * preserve
+        return PALUOutput(
+            loss, forget.detach(), preserve.detach(), is_forget.sum(), is_preserve.sum()
+        )
+
+    def _forget(self, logits: Tensor, ref_logits: Tensor | None) -> Tensor:
+        return local_entropy_loss(
+            logits,
+            ref_logits if self.select_from == "reference" else None,
+            top_k=self.top_k,
+            objective=self.objective,
+            center=self.center,
+            reduction="sum",
+            backend=self.backend,
+        )
+
+    def _preserve(self, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        if self.preserve == "nll":
+            likeliest = topk_indices(ref_logits, 1, backend=self.backend)[:, 0]
+            return cross_entropy_loss(logits, likeliest, reduction="sum", backend=self.backend)
+        direction = self.preserve.removesuffix("_kl")
+        return kl_loss(
+            logits, ref_logits, direction=direction, reduction="sum", backend=self.backend
+        )
+
+    def _check_reference(self, logits: Tensor, ref_logits: Tensor | None) -> None:
+        if ref_logits is not None:
+            arguments.reference("ref_logits", ref_logits, logits)
+        elif self.needs_reference:
+            raise ValueError(
+                "ref_logits is None; with "
+                f"select_from={self.select_from!r} and preserve={self.preserve!r} it must be the "
+                "frozen reference model's logits (select_from='current' with preserve=None needs "
+                "none)"
+            )
+
+
+def _weight(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
+
+
+def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tensor | float:
+    """What the sum over rows is divided by: 1 instead of 0, so that no rows give 0 and not NaN."""
+    if given is None:
+        return rows.sum().clamp(min=1)
+    if isinstance(given, Tensor):
+        if given.numel() != 1:
+            raise ValueError(f"{name} has shape {list(given.shape)}; it must be one number")
+        given = given.reshape(())
+        return torch.where(given > 0, given, 1)
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name} is {given!r} ({type(given).__name__}); it must be a number")
+    if not (math.isfinite(given) and given >= 0):
+        raise ValueError(f"{name} is {given}; it must be a finite number of at least 0")
+    return given or 1
+
+
+def _check_labels(labels: Tensor, columns: int) -> None:
+    wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
+    if bool(wrong.any()):
+        worst = int(labels[wrong].flatten()[0])
+        raise ValueError(
+            f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
+            f"or a token id in 0..{columns - 1}"
+        )

@@ -1,0 +1,141 @@
+"""What the public operators accept: every message names the argument, what it was and what it
+must be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OBJECTIVES = ("flatten", "entropy")
+CENTERS = ("global_mean", "local_mean")
+DIRECTIONS = ("reverse", "forward")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{name} is {value!r} ({type(value).__name__}); it must be an int of at least 1"
+        )
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def scores(name: str, value: object) -> None:
+    """Floating-point ``[N, V]`` or ``[B, T, V]`` with at least one column."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; it must be float32, bfloat16, float16 or float64"
+        )
+    if value.dim() not in (2, 3):
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be [N, V] or [B, T, V]")
+    if value.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; its last dimension, V, must be at least 1"
+        )
+
+
+def reference(name: str, value: object, logits: Tensor) -> None:
+    """A frozen second row for every row of ``logits``: same shape, dtype and device, no
+    gradient."""
+    scores(name, value)
+    if value.shape != logits.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must have the shape of logits, "
+            f"{list(logits.shape)}"
+        )
+    if value.dtype != logits.dtype:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; it must have the dtype of logits, {logits.dtype}"
+        )
+    same_device(name, value, logits)
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad; it must be frozen (no gradient reaches it): compute it under "
+            "torch.no_grad() or pass .detach()"
+        )
+
+
+def same_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(
+            f"{name} is on {value.device}; it must be on the device of logits, {logits.device}"
+        )
+
+
+def integers(name: str, value: object, shape: list[int], logits: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be int64 or int32")
+    if list(value.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must be {shape} beside logits "
+            f"{list(logits.shape)}"
+        )
+    same_device(name, value, logits)
+
+
+def indices(value: object, top_k: int, logits: Tensor) -> None:
+    columns = logits.shape[-1]
+    if isinstance(value, Tensor) and value.dim() == logits.dim():
+        given = value.shape[-1]
+        if given != min(top_k, columns):
+            raise ValueError(
+                f"top_k is {top_k} and indices holds {given} a row; top_k must be their number "
+                f"(or exceed V = {columns} when they are all of it)"
+            )
+    integers("indices", value, [*logits.shape[:-1], min(top_k, columns)], logits)
+
+
+def center(value: object) -> tuple[str, float]:
+    """-> (kind, number), kind one of global_mean, local_mean, number."""
+    if isinstance(value, str):
+        if value not in CENTERS:
+            raise ValueError(
+                f"center is {value!r}; it must be 'global_mean', 'local_mean' or a number"
+            )
+        return value, 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"center is {value!r} ({type(value).__name__}); it must be 'global_mean', "
+            "'local_mean' or a number"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"center is {value}; it must be a finite number")
+    return "number", float(value)
+
+
+def label_values(labels: Tensor, ignore_index: int, columns: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= columns))
+    if bool(bad.any()):
+        worst = labels[bad].flatten()[0]
+        raise ValueError(
+            f"labels holds {int(worst)}; a label must be {ignore_index} (ignore_index) "
+            f"or in 0..{columns - 1}"
+        )
+
+
+def index_values(values: Tensor, columns: int) -> None:
+    """Indices in range and unique along each row of ``[N, k]``."""
+    if values.numel() == 0:
+        return
+    bad = (values < 0) | (values >= columns)
+    if bool(bad.any()):
+        worst = values[bad].flatten()[0]
+        raise ValueError(f"indices holds {int(worst)}; an index must be in 0..{columns - 1}")
+    ordered = values.sort(-1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise ValueError(
+            "indices holds the same index twice in a row; they must be unique along a row"
+        )

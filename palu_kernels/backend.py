@@ -1,0 +1,63 @@
+"""Where Triton can run, and which backend serves a call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+# Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch road.
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+def triton_runs_on(device: torch.device | str) -> bool:
+    """Whether Triton can serve tensors on ``device``; the one place that decides it.
+
+    True for an accelerator with a driver, and for the CPU under ``TRITON_INTERPRET=1`` (the
+    interpreter) or ``PALU_TRITON_CPU=1`` (something stands in for the GPU and runs the compiled
+    kernels on CPU tensors).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("PALU_TRITON_CPU") == "1"
+    return kind in _TRITON_DEVICES
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``"triton"`` or ``"torch"`` for a call with tensors of ``dtype`` on ``device``.
+
+    ``auto`` first takes the environment variable ``PALU_BACKEND``; without it, Triton for
+    accelerator tensors and PyTorch for CPU tensors and float64. A ``backend`` that was asked for
+    and cannot serve raises ``ValueError``.
+    """
+    source = "backend"
+    if backend == "auto":
+        source, backend = "PALU_BACKEND", os.environ.get("PALU_BACKEND", "auto") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        fit = device.type != "cpu" and dtype != torch.float64 and triton_runs_on(device)
+        return "triton" if fit else "torch"
+    if backend == "triton":
+        if dtype == torch.float64:
+            raise ValueError(
+                f"{source} is 'triton' and the logits are float64, which only the PyTorch path "
+                "serves; use backend='auto' or 'torch'"
+            )
+        if not triton_runs_on(device):
+            raise ValueError(
+                f"{source} is 'triton', which cannot run on {device} here: it needs an accelerator "
+                "with a Triton driver (or TRITON_INTERPRET=1 for CPU tensors); "
+                "use backend='auto' or 'torch'"
+            )
+    return backend
+
+
+def check_values(device: torch.device) -> bool:
+    """Whether values inside tensors are checked: always on the CPU, elsewhere only under
+    ``PALU_CHECK=1`` (it synchronises)."""
+    return device.type == "cpu" or os.environ.get("PALU_CHECK") == "1"

@@ -1,0 +1,200 @@
+"""Every operator in plain PyTorch: the definition, checked by eye against the method's formulas.
+
+Row functions: logits ``[N, V]`` in, one loss a row ``[N]`` out, differentiable by autograd. Half
+precision is computed in float32; float32 and float64 stay what they are. Everything else in this
+package is compared with these functions and their autograd gradients in float64, and they are the
+road taken on the CPU; the ``*_gradient`` functions are its backward (autograd does not reach
+inside a custom op), the method's own gradient formulas, and are tested against autograd like a
+kernel.
+
+Sources: S, flatten, entropy and preserve are arXiv 2601.03190 and the code its authors released.
+A masked entry (-inf) takes no part in any mean, sum or count. A NaN in either row makes that
+row's loss and gradient NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loss is computed and returned in: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries of each row, ascending; ties go to the lowest index. NaN
+    ranks above +inf.
+
+    ``scores [N, V]`` -> int32 ``[N, min(k, V)]``.
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=-1).values.to(torch.int32)
+
+
+def local_entropy_loss(
+    logits: Tensor,
+    ref_logits: Tensor | None = None,
+    *,
+    top_k: int,
+    indices: Tensor | None = None,
+    objective: str = "flatten",
+    center: str | float = "global_mean",
+) -> Tensor:
+    """The forget loss of each row; S is chosen by ``ref_logits``, by ``indices``, or else by
+    ``logits`` themselves."""
+    z, s = choose(logits, ref_logits, top_k, indices)
+    return flatten(z, s, center) if objective == "flatten" else entropy(z, s)
+
+
+def choose(
+    logits: Tensor, ref_logits: Tensor | None, top_k: int, indices: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The rows in the dtype they are worked in, and S as int64 ``[N, k]``. A row that holds a NaN
+    becomes NaN as a whole."""
+    z = logits.to(work_dtype(logits.dtype))
+    spoiled = z.isnan().any(-1)
+    if indices is None:
+        chooser = logits.detach() if ref_logits is None else ref_logits
+        spoiled = spoiled | chooser.isnan().any(-1)
+        indices = topk_indices(chooser, top_k)
+    return z * torch.where(spoiled, torch.nan, 1.0).to(z.dtype)[:, None], indices.long()
+
+
+def flatten(z: Tensor, s: Tensor, center: str | float) -> Tensor:
+    """(1/k) * sum over S of (z_i - c)^2; the gradient passes through a mean."""
+    deviation, k = deviations(z, s, center)
+    return deviation.square().sum(-1) / k
+
+
+def deviations(z: Tensor, s: Tensor, center: str | float) -> tuple[Tensor, Tensor]:
+    """z_i - c for i in S (0 where masked), and k."""
+    z_s = z.gather(-1, s)
+    in_s = z_s != NEG_INF
+    k = in_s.sum(-1).clamp(min=1)
+    if center == "global_mean":
+        live = z != NEG_INF
+        c = torch.where(live, z, 0).sum(-1) / live.sum(-1).clamp(min=1)
+    elif center == "local_mean":
+        c = torch.where(in_s, z_s, 0).sum(-1) / k
+    else:
+        c = torch.full_like(z[:, 0], float(center))
+    return torch.where(in_s, z_s - c[:, None], 0), k
+
+
+def entropy(z: Tensor, s: Tensor) -> Tensor:
+    """log k - H(softmax(z_S)), 0 when the entries of S are level."""
+    log_q, q, k = local_distribution(z, s)
+    return k.to(z.dtype).log() + (q * log_q).sum(-1)
+
+
+def local_distribution(z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log q and q = softmax(z_S) (both 0 where masked), and k."""
+    z_s = z.gather(-1, s)
+    in_s = z_s != NEG_INF
+    empty = ~in_s.any(-1, keepdim=True)
+    log_q = torch.where(empty, 0, z_s).log_softmax(-1).masked_fill(~in_s, 0)
+    return log_q, torch.where(in_s, log_q.exp(), 0), in_s.sum(-1).clamp(min=1)
+
+
+def local_entropy_gradient(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    weights: Tensor,
+    *,
+    top_k: int,
+    indices: Tensor | None,
+    objective: str,
+    center: str | float,
+) -> Tensor:
+    """d(sum of weights * rows)/d logits by METHOD's formulas, ``[N, V]`` in the dtype of the
+    logits; ``weights [N]``."""
+    z, s = choose(logits, ref_logits, top_k, indices)
+    live = z != NEG_INF
+    off_s = torch.zeros_like(z[:, :1])
+    if objective == "flatten":
+        # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c)); without the last term where c is
+        # not the row's mean
+        deviation, k = deviations(z, s, center)
+        on_s = deviation * (2 / k)[:, None]
+        if center == "global_mean":
+            off_s = -on_s.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
+    else:
+        # q_j (log q_j + H) on S
+        log_q, q, _ = local_distribution(z, s)
+        on_s = q * (log_q - (q * log_q).sum(-1, keepdim=True))
+    grad = torch.zeros_like(z).scatter(-1, s, on_s) + off_s
+    grad = torch.where(z.isnan(), torch.nan, torch.where(live, grad, 0))
+    return (grad * weights[:, None]).to(logits.dtype)
+
+
+def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -> Tensor:
+    """``reverse``: KL(p_current || p_reference); ``forward``: KL(p_reference || p_current).
+
+    +inf where the second distribution lacks an entry that the first one has (the gradient is then
+    not finite either).
+    """
+    z, r = (t.to(work_dtype(logits.dtype)) for t in (logits, ref_logits))
+    a, b = (z, r) if direction == "reverse" else (r, z)
+    in_a = a != NEG_INF
+    lacking = in_a & (b == NEG_INF)
+    log_a = log_softmax(a).masked_fill(~in_a, 0)
+    log_b = log_softmax(b).masked_fill(~in_a | lacking, 0)
+    kl = (log_a.exp() * (log_a - log_b)).sum(-1)
+    infinite = lacking.any(-1)
+    return torch.where(infinite, kl.abs() + 1, kl) * torch.where(infinite, torch.inf, 1.0).to(
+        kl.dtype
+    )
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Over the last dimension; a row with nothing but masked entries gives no NaN."""
+    return torch.where((x == NEG_INF).all(-1, keepdim=True), 0, x).log_softmax(-1)
+
+
+def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, direction: str) -> Tensor:
+    """d(sum of weights * rows)/d logits, ``[N, V]`` in the dtype of the logits.
+
+    Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j.
+    """
+    z, r = (t.to(work_dtype(logits.dtype)) for t in (logits, ref_logits))
+    log_p, log_q = log_softmax(z), log_softmax(r)
+    kl = kl_loss(z, r, direction=direction)[:, None]
+    if direction == "reverse":
+        grad = log_p.exp() * (log_p - log_q - kl)
+    else:
+        grad = log_p.exp() - log_q.exp()
+    grad = torch.where(z == NEG_INF, 0, grad)
+    grad = torch.where(kl.isfinite(), grad, torch.nan)
+    return (grad * weights[:, None]).to(logits.dtype)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """logsumexp(z) - z[label]; 0 for an ignored row."""
+    z = logits.to(work_dtype(logits.dtype))
+    return F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="none")
+
+
+def cross_entropy_gradient(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    """d(sum of weights * rows)/d logits = softmax(z) - onehot(label), 0 for an ignored row."""
+    grad = logits.to(work_dtype(logits.dtype)).softmax(-1)
+    counted = labels != ignore_index
+    target = torch.where(counted, labels, 0).long()[:, None]
+    grad.scatter_add_(-1, target, torch.full_like(grad[:, :1], -1.0))
+    return torch.where(counted[:, None], grad * weights[:, None], 0).to(logits.dtype)
+
+
+def reduce_rows(rows: Tensor, reduction: str, count: Tensor | int) -> Tensor:
+    """``mean`` divides by ``count`` (the rows that carry a loss) and is 0 without any."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    return total / max(count, 1) if isinstance(count, int) else total / count.clamp(min=1)
