@@ -323,10 +323,10 @@ def _local_entropy(
 
 
 def _chosen_shape(logits: Tensor, indices: Tensor | None) -> tuple[int, int]:
-    """S as the kernels keep it: (threshold key, tie cut) a row, or one bit a column where it was
-    given as indices."""
-    words = 2 if indices is None else (logits.shape[-1] + 31) // 32
-    return math.prod(logits.shape[:-1]), words
+    """S as the kernels keep it: (threshold key, tie cut) a row, or, where it was given as
+    indices, one bit a column."""
+    rows = math.prod(logits.shape[:-1])
+    return (2, rows) if indices is None else (rows, (logits.shape[-1] + 31) // 32)
 
 
 @_local_entropy.register_fake

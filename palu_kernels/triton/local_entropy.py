@@ -1,0 +1,464 @@
+"""Flatten and entropy over S: one pass for the statistics of a row, one that writes its gradient.
+
+Neither materialises S. An entry's membership is tested while the row streams: by its key in the
+chooser's row against the threshold (the tie cut is found on the way), or, where S was given as
+indices, by a bitmap of one bit a column.
+
+Bytes, in transfers of a row, after ``select`` (2 for 16-bit types, 4 for float32): statistics read
+z and the chooser's row (2; 1 when z chooses; 1.5 with a bitmap, whose bytes lanes share), the
+gradient reads both and writes one (3; 2; 2.5). Forward plus backward: 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from palu_kernels.triton.keys import key_format, order_keys
+from palu_kernels.triton.rows import (
+    Layout,
+    as_integers,
+    block_of,
+    load_lanes,
+    programs_wanted,
+    row_start,
+    store_lanes,
+)
+from palu_kernels.triton.select import select, take_ties
+
+CURRENT, REFERENCE, BITMAP = 0, 1, 2  # who says what is in S
+CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
+PARTIAL = 8  # float32 numbers that a slice of a row hands to the merge
+
+
+@triton.jit
+def load_block(
+    z_row,
+    chooser_row,
+    begin,
+    first,
+    end,
+    MEMBERS: tl.constexpr,
+    HALF: tl.constexpr,
+    INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> (lanes, whether the block lies inside the row, z in float32, chooser's keys (bitmap:
+    bits), lanes with a NaN in either row, lanes that take part)."""
+    lanes = begin + tl.arange(0, BLOCK)
+    live = (lanes >= first) & (lanes < end)
+    whole = (begin >= first) & (begin + BLOCK <= end)
+    entries = load_lanes(z_row, lanes, live, whole, float("-inf"))
+    z = entries.to(tl.float32)
+    nan = z != z
+    if MEMBERS == 0:
+        if HALF:
+            bits = entries.to(tl.int16, bitcast=True)
+        else:
+            bits = entries.to(tl.int32, bitcast=True)
+        keys, _ = order_keys(bits, HALF, INFINITY)
+    elif MEMBERS == 1:
+        keys, spoiled = order_keys(load_lanes(chooser_row, lanes, live, whole, 0), HALF, INFINITY)
+        nan |= spoiled
+    else:
+        column = lanes - first
+        byte = tl.load(chooser_row + (column >> 3), mask=live, other=0).to(tl.int32)
+        keys = ((byte >> (column & 7)) & 1).to(tl.uint32)
+    return lanes, whole, z, keys, nan, live
+
+
+@triton.jit
+def chooser_start(
+    chooser_ptr, z_row, row, per, outer, inner, MEMBERS: tl.constexpr, SHIFT: tl.constexpr
+):
+    if MEMBERS == 0:
+        chooser_row = z_row
+    elif MEMBERS == 1:
+        chooser_row, _ = row_start(chooser_ptr, row, per, outer, inner, SHIFT)
+    else:
+        chooser_row = chooser_ptr + row.to(tl.int64) * inner
+    return chooser_row
+
+
+@triton.jit
+def add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def statistics(
+    z_ptr,
+    chooser_ptr,
+    chosen_ptr,
+    need_ptr,
+    seen_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    per,
+    z_outer,
+    z_inner,
+    chooser_outer,
+    chooser_inner,
+    slice_lanes,
+    ENTROPY: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HALF: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a slice of a row knows: live entries (NaN if the slice holds one), their sum, k, and
+    for flatten the mean of z over S and the squared deviations from it (merged block by block as
+    Chan, Golub and LeVeque do, since sums of squares cancel), for entropy the online softmax of
+    z over S: maximum, sum of exponentials, sum of exponentials times exponents."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
+    chooser_row = chooser_start(
+        chooser_ptr, z_row, row, per, chooser_outer, chooser_inner, MEMBERS, SHIFT
+    )
+    end = first + columns
+    slot = row.to(tl.int64) * tl.num_programs(1) + part
+    threshold = tl.full((), 0, tl.uint32)
+    need = 0
+    seen = 0
+    if MEMBERS != 2:
+        threshold = tl.load(chosen_ptr + row).to(tl.uint32, bitcast=True)
+        need = tl.load(need_ptr + row)
+        seen = tl.load(seen_ptr + slot)
+    searching = seen < need
+    cut = tl.where(searching, end, -1)
+
+    live_count = 0.0
+    total = 0.0
+    count = 0.0
+    a = float("-inf") if ENTROPY else 0.0
+    b = 0.0
+    c = 0.0
+    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
+        lanes, _whole, z, keys, nan, live = load_block(
+            z_row, chooser_row, begin, first, end, MEMBERS, HALF, INFINITY, BLOCK
+        )
+        takes_part = live & (z != float("-inf"))
+        if MEMBERS == 2:
+            member = takes_part & (keys != 0)
+        else:
+            tie = live & (keys == threshold)
+            cut, seen = take_ties(tie, seen, need, lanes, cut)
+            member = takes_part & ((keys > threshold) | (tie & (lanes <= cut)))
+        # one reduction, so one barrier, for all that does not need the block's own mean or maximum
+        here, sum_here, found, sum_found = tl.reduce(
+            (
+                tl.where(nan & live, float("nan"), tl.where(takes_part, 1.0, 0.0)),
+                tl.where(takes_part, z, 0.0),
+                tl.where(member, 1.0, 0.0),
+                tl.where(member, z, 0.0),
+            ),
+            0,
+            add_four,
+        )
+        live_count += here
+        total += sum_here
+        if found > 0:
+            if ENTROPY:
+                top = tl.maximum(a, tl.max(tl.where(member, z, float("-inf")), 0))
+                exponent = tl.where(member, z - top, 0.0)
+                share = tl.where(member, tl.exp(exponent), 0.0)
+                drop = tl.where(a == float("-inf"), 0.0, a - top)
+                scale = tl.where(a == float("-inf"), 0.0, tl.exp(drop))
+                c = scale * (c + b * drop) + tl.sum(share * exponent, 0)
+                b = scale * b + tl.sum(share, 0)
+                a = top
+            else:
+                mean = sum_found / found
+                deviation = tl.where(member, z - mean, 0.0)
+                step = mean - a
+                weight = found / (count + found)
+                b += tl.sum(deviation * deviation, 0) + step * step * count * weight
+                a += step * weight
+            count += found
+
+    if MEMBERS != 2 and searching and seen >= need:
+        tl.store(chosen_ptr + rows + row, cut - first)
+    out = partial_ptr + slot * 8
+    tl.store(out, live_count)
+    tl.store(out + 1, total)
+    tl.store(out + 2, count)
+    tl.store(out + 3, a)
+    tl.store(out + 4, b)
+    tl.store(out + 5, c)
+
+
+@triton.jit
+def merge(
+    partial_ptr,
+    loss_ptr,
+    state_ptr,
+    parts,
+    number,
+    ENTROPY: tl.constexpr,
+    CENTER: tl.constexpr,
+):
+    """Slices of a row -> its loss, and four numbers from which its gradient follows entry by
+    entry: flatten (c, 2/k, share of the mean, NaN or 0), entropy (max, log sum, H, NaN or 0)."""
+    row = tl.program_id(0).to(tl.int64)
+    live = 0.0
+    total = 0.0
+    count = 0.0
+    a = float("-inf") if ENTROPY else 0.0
+    b = 0.0
+    c = 0.0
+    for part in range(parts):
+        slot = partial_ptr + (row * parts + part) * 8
+        live += tl.load(slot)
+        total += tl.load(slot + 1)
+        found = tl.load(slot + 2)
+        part_a, part_b, part_c = tl.load(slot + 3), tl.load(slot + 4), tl.load(slot + 5)
+        if found > 0:
+            if ENTROPY:
+                top = tl.maximum(a, part_a)
+                drop = tl.where(a == float("-inf"), 0.0, a - top)
+                scale = tl.where(a == float("-inf"), 0.0, tl.exp(drop))
+                part_scale = tl.exp(part_a - top)
+                c = scale * (c + b * drop) + part_scale * (part_c + part_b * (part_a - top))
+                b = scale * b + part_scale * part_b
+                a = top
+            else:
+                step = part_a - a
+                weight = found / (count + found)
+                b += part_b + step * step * count * weight
+                a += step * weight
+            count += found
+    spoiled = live * 0.0
+    k = tl.maximum(count, 1.0)
+    state = state_ptr + row * 4
+    if ENTROPY:
+        log_sum = tl.where(count > 0, tl.log(b), 0.0)
+        negative_entropy = tl.where(count > 0, c / b, 0.0) - log_sum
+        loss = tl.log(k) + negative_entropy
+        tl.store(state, tl.where(count > 0, a, 0.0))
+        tl.store(state + 1, log_sum)
+        tl.store(state + 2, -negative_entropy)
+    else:
+        center = number
+        offset = 0.0
+        if CENTER == 0:
+            center = total / tl.maximum(live, 1.0)
+            offset = 2.0 * (a - center) / tl.maximum(live, 1.0)
+        elif CENTER == 1:
+            center = a
+        loss = b / k + tl.where(count > 0, (a - center) * (a - center), 0.0)
+        tl.store(state, center)
+        tl.store(state + 1, 2.0 / k)
+        tl.store(state + 2, tl.where(count > 0, offset, 0.0))
+    tl.store(state + 3, spoiled)
+    tl.store(loss_ptr + row, loss + spoiled)
+
+
+@triton.jit
+def gradient(
+    z_ptr,
+    chooser_ptr,
+    out_ptr,
+    chosen_ptr,
+    state_ptr,
+    weight_ptr,
+    rows,
+    columns,
+    per,
+    z_outer,
+    z_inner,
+    chooser_outer,
+    chooser_inner,
+    out_outer,
+    out_inner,
+    slice_lanes,
+    ENTROPY: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HALF: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Entry by entry, so ``out`` may be z itself."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
+    out_row, _ = row_start(out_ptr, row, per, out_outer, out_inner, SHIFT)
+    chooser_row = chooser_start(
+        chooser_ptr, z_row, row, per, chooser_outer, chooser_inner, MEMBERS, SHIFT
+    )
+    end = first + columns
+    threshold = tl.full((), 0, tl.uint32)
+    cut = 0
+    if MEMBERS != 2:
+        threshold = tl.load(chosen_ptr + row).to(tl.uint32, bitcast=True)
+        cut = tl.load(chosen_ptr + rows + row) + first
+    state = state_ptr + row.to(tl.int64) * 4
+    s0, s1, s2, spoiled = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+    weight = tl.load(weight_ptr + row)
+    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
+        lanes, whole, z, keys, _nan, live = load_block(
+            z_row, chooser_row, begin, first, end, MEMBERS, HALF, INFINITY, BLOCK
+        )
+        if MEMBERS == 2:
+            member = keys != 0
+        else:
+            member = (keys > threshold) | ((keys == threshold) & (lanes <= cut))
+        if ENTROPY:
+            log_q = z - s0 - s1
+            slope = tl.where(member, tl.exp(log_q) * (log_q + s2), 0.0)
+        else:
+            slope = tl.where(member, (z - s0) * s1, 0.0) - s2
+        slope = tl.where(z == float("-inf"), 0.0, slope * weight) + spoiled
+        store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def set_bits(indices_ptr, bitmap_ptr, k, words, BLOCK: tl.constexpr):
+    """Indices ``[N, k]`` -> a bit a column, ``[N, words]`` int32 zeros before."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int32)
+    bit = tl.full([BLOCK], 1, tl.int32) << (column & 31)
+    tl.atomic_or(bitmap_ptr + row * words + (column >> 5), bit, mask=place < k, sem="relaxed")
+
+
+def bitmap_of(indices: Tensor, columns: int) -> Tensor:
+    """int32 ``[N, ceil(V / 32)]``, a bit a column; the bytes of a word are in column order."""
+    indices = indices.reshape(-1, indices.shape[-1]).contiguous()
+    rows, k = indices.shape
+    bitmap = indices.new_zeros((rows, triton.cdiv(columns, 32)), dtype=torch.int32)
+    if rows:
+        block = min(1024, triton.next_power_of_2(k))
+        set_bits[(rows, triton.cdiv(k, block))](indices, bitmap, k, bitmap.shape[1], BLOCK=block)
+    return bitmap
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Whose row a kernel tests membership on, beside a layout that begins with the logits."""
+
+    members: int
+    layout: Layout
+    tensor: Tensor
+    strides: tuple[int, int]
+
+    @classmethod
+    def of(cls, ref_logits: Tensor | None, bitmap: Tensor | None, *tensors: Tensor) -> Chooser:
+        if bitmap is not None:
+            layout = Layout.of(*tensors)
+            return cls(BITMAP, layout, bitmap.view(torch.uint8), (0, 4 * bitmap.shape[1]))
+        if ref_logits is None:
+            layout = Layout.of(*tensors)
+            return cls(CURRENT, layout, layout.tensors[0], (0, 0))
+        layout = Layout.of(*tensors, as_integers(ref_logits))
+        return cls(REFERENCE, layout, layout.tensors[-1], layout.strides[-2:])
+
+
+def forward(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> row losses ``[N]``, state ``[N, 4]`` (both float32), and S for ``backward``: (threshold
+    key, tie cut) ``[2, N]``, or a bitmap ``[N, ceil(V / 32)]`` where indices were given."""
+    bitmap = None if indices is None else bitmap_of(indices, logits.shape[-1])
+    chooser = Chooser.of(ref_logits, bitmap, logits)
+    layout = chooser.layout
+    rows = layout.rows
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    state = logits.new_empty((rows, 4), dtype=torch.float32)
+    chosen = logits.new_zeros((2, rows), dtype=torch.int32) if bitmap is None else bitmap
+    if rows == 0:
+        return losses, state, chosen
+    block, warps = block_of(layout.columns, logits.element_size())
+    slices, slice_lanes = layout.slices(programs_wanted(logits.device), block)
+    need = seen = chosen
+    if bitmap is None:
+        scores = logits if ref_logits is None else ref_logits
+        selection = select(scores, top_k, chosen[0], slices, slice_lanes)
+        need, seen = selection.need, selection.seen
+    partial = logits.new_empty((rows, slices, PARTIAL), dtype=torch.float32)
+    entropy = objective == "entropy"
+    # eight entries a thread: sixteen would leave room for one program on a multiprocessor
+    lanes = min(block, 256 * warps)
+    statistics[(rows, slices)](
+        layout.tensors[0],
+        chooser.tensor,
+        chosen,
+        need,
+        seen,
+        partial,
+        rows,
+        layout.columns,
+        layout.per,
+        *layout.strides[:2],
+        *chooser.strides,
+        slice_lanes,
+        ENTROPY=entropy,
+        MEMBERS=chooser.members,
+        SHIFT=layout.shift,
+        BLOCK=lanes,
+        num_warps=warps,
+        **key_format(logits),
+    )
+    merge[(rows,)](
+        partial,
+        losses,
+        state,
+        slices,
+        center_value,
+        ENTROPY=entropy,
+        CENTER=CENTERS[center_kind],
+        num_warps=1,
+    )
+    return losses, state, chosen
+
+
+def backward(
+    weights: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    by_indices: bool,
+    state: Tensor,
+    chosen: Tensor,
+    objective: str,
+    out: Tensor,
+) -> Tensor:
+    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
+    chooser = Chooser.of(ref_logits, chosen if by_indices else None, logits, out)
+    layout = chooser.layout
+    if layout.rows == 0:
+        return out
+    block, warps = block_of(layout.columns, logits.element_size())
+    slices, slice_lanes = layout.slices(4 * programs_wanted(logits.device), block)
+    gradient[(layout.rows, slices)](
+        layout.tensors[0],
+        chooser.tensor,
+        layout.tensors[1],
+        chosen,
+        state,
+        weights,
+        layout.rows,
+        layout.columns,
+        layout.per,
+        *layout.strides[:2],
+        *chooser.strides,
+        *layout.strides[2:4],
+        slice_lanes,
+        ENTROPY=objective == "entropy",
+        MEMBERS=chooser.members,
+        SHIFT=layout.shift,
+        BLOCK=block,
+        num_warps=warps,
+        **key_format(logits),
+    )
+    return out

@@ -1,0 +1,210 @@
+"""Chat templates: where the answer is in what they write, and which of them cannot be used."""
+
+import copy
+import json
+
+import pytest
+
+from palu.labels import KEEP, Template, label_example
+
+QUESTION = "Who wrote it, and where?"
+
+
+def text_of(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def test_llama3_chat(llama3_tokenizer):
+    template = Template(system_prompt="You are brief.", date_string="01 Jan 2020")
+    example = label_example(
+        llama3_tokenizer,
+        QUESTION,
+        "  Basil Mahfouz \n",
+        [(2, 7)],
+        max_length=999,
+        template=template,
+    )
+    head = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 01 Jan 2020\n\n"
+    )
+    turn = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    prompt = f"{head}You are brief.<|eot_id|>{turn.format('user')}{QUESTION}<|eot_id|>"
+    prompt += turn.format("assistant")
+    assert text_of(llama3_tokenizer, example["input_ids"]) == prompt + "Basil Mahfouz<|eot_id|>"
+    assert text_of(llama3_tokenizer, example["input_ids"][: example.answer_start]) == prompt
+    assert text_of(llama3_tokenizer, [x for x in example["labels"] if x >= 0]) == "Basil"
+    assert template.prompt(llama3_tokenizer, QUESTION) == prompt
+    default = Template().prompt(llama3_tokenizer, QUESTION)
+    assert "10 Apr 2025" in default
+    assert "26 Jul 2024" in Template(date_string=None).prompt(llama3_tokenizer, QUESTION)
+
+
+def test_the_span_is_followed_through_a_template_that_trims(llama3_tokenizer):
+    # A span that begins in white space which the template removes keeps the rest of itself.
+    example = label_example(llama3_tokenizer, QUESTION, " \n Basil ", [(1, 9)], max_length=999)
+    assert text_of(llama3_tokenizer, [x for x in example["labels"] if x >= 0]) == "Basil"
+
+
+def test_prompt_is_the_start_of_the_example(all_tokenizers):
+    for name in ("byte_bpe", "byte_bpe_full", "chatml"):
+        tokenizer = all_tokenizers[name]
+        example = label_example(tokenizer, QUESTION, "It is so.", [], max_length=999)
+        prompt = Template().prompt(tokenizer, QUESTION)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert ids == example["input_ids"][: example.answer_start]
+    assert Template().prompt(all_tokenizers["byte_bpe"], None) == ""
+
+
+def test_chat_can_be_switched_off_and_not_on(chatml_tokenizer, byte_tokenizer):
+    plain = Template(chat=False, question="Q {question} A")
+    example = label_example(chatml_tokenizer, QUESTION, "Basil", [], max_length=99, template=plain)
+    assert text_of(chatml_tokenizer, example["input_ids"]) == f"Q {QUESTION} A Basil<|im_end|>"
+    with pytest.raises(ValueError, match="chat=True, but this tokenizer has no chat template"):
+        label_example(
+            byte_tokenizer, QUESTION, "Basil", [], max_length=99, template=Template(chat=True)
+        )
+
+
+def test_braces_and_separators_in_plain_text(byte_tokenizer):
+    template = Template(question="{} {question}\n")
+    example = label_example(
+        byte_tokenizer, "{question} {0}", "{answer}", [(1, 7)], max_length=99, template=template
+    )
+    assert (
+        text_of(byte_tokenizer, example["input_ids"]) == "{} {question} {0}\n{answer}<|endoftext|>"
+    )
+
+
+def with_template(tokenizer, text):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+THINKING = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}
+{{- '<think>\\n\\nt</think>\\n\\n' + m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n'
+}} {%- else %}{{- m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %} {%- if
+add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def test_text_that_a_template_puts_before_the_answer_is_prompt(chatml_tokenizer):
+    tokenizer = with_template(chatml_tokenizer, THINKING)
+    # The answer's text stands in the template's own text too, before it.
+    example = label_example(tokenizer, "t t?", "t", [(0, 1)], max_length=99)
+    prompt = "<|im_start|>user\nt t?<|im_end|>\n<|im_start|>assistant\n<think>\n\nt</think>\n\n"
+    assert text_of(tokenizer, example["input_ids"]) == prompt + "t<|im_end|>"
+    assert text_of(tokenizer, example["input_ids"][: example.answer_start]) == prompt
+    assert example["labels"][example.answer_start :] == [example["input_ids"][-2], KEEP]
+    assert Template().prompt(tokenizer, "t t?") == prompt
+    # Nor does a question mislead it.
+    example = label_example(tokenizer, "palu-answer?", "Basil", [(0, 5)], max_length=99)
+    assert text_of(tokenizer, example["input_ids"][example.answer_start :]) == "Basil<|im_end|>"
+    # Only line feeds are trimmed here.
+    example = label_example(tokenizer, "t?", "\n Basil", [(2, 7)], max_length=99)
+    assert text_of(tokenizer, [x for x in example["labels"] if x >= 0]).strip() == "Basil"
+    with pytest.raises(ValueError, match=r"changes the answer.*'a</think>b' became 'b'"):
+        label_example(tokenizer, "t?", "a</think>b", [(0, 1)], max_length=99)
+
+
+def simple_template(before="", after="", answer="m.content"):
+    return (
+        f"{{%- for m in messages %}}{{%- if m.role == 'assistant' %}}"
+        f"{{{{- '{before}' + {answer} + '{after}' }}}}"
+        "{%- else %}{{- m.role + ' ' + m.content + '\\n' }}{%- endif %}{%- endfor %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ("<|im_end|>\\n", "<|im_end|>"),
+        ("\\n<|im_end|>\\n", "\n<|im_end|>"),  # what stands between belongs to the answer
+        (
+            "<|im_start|><|im_end|>",
+            "<|im_start|><|im_end|>",
+        ),  # a message's end, then the turn's: EOS
+        ("<|im_start|>\\n<|im_end|>", "<|im_start|>"),
+        ("\\n", "<|im_end|>"),  # no special token: EOS
+        ("", "<|im_end|>"),
+    ],
+)
+def test_where_a_template_ends_the_answer(chatml_tokenizer, after, expected):
+    tokenizer = with_template(chatml_tokenizer, simple_template("bot ", after))
+    example = label_example(tokenizer, QUESTION, "Basil", [(0, 5)], max_length=99)
+    ids, labels = example["input_ids"], example["labels"]
+    text = text_of(tokenizer, ids)
+    assert text == f"user {QUESTION}\nbot Basil{expected}"
+    ending = labels[max(i for i, label in enumerate(labels) if label >= 0) + 1 :]
+    assert ending == [KEEP] * len(ending) and text_of(tokenizer, ids[-len(ending) :]) == expected
+    assert example.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "system", "words"),
+    [
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "Be brief.",
+            "with a system prompt: System role",
+        ),
+        (
+            simple_template().replace("m.role + ' '", "'x' if m.role == 'system' else ''"),
+            None,
+            None,
+        ),
+        (
+            "{%- for m in messages if m.role != 'system' %}{{ m.content }}{%- endfor %}",
+            "Be brief.",
+            "leaves out or changes the system_prompt 'Be brief.'",
+        ),
+        (
+            "{%- for m in messages if m.role != 'user' %}{{ m.content }}{%- endfor %}",
+            None,
+            "leaves out or changes the question",
+        ),
+        (simple_template(answer="m.content | upper"), None, "writes the answer 0 times"),
+        (simple_template(answer="m.content + m.content"), None, "writes the answer 2 times"),
+        (
+            simple_template(answer="m.content | replace('B', 'b')"),
+            None,
+            "changes the answer.*'Basil' became 'basil'",
+        ),
+        ("{{ 1 / 0 }}{% bad", None, "refuses a question and answer without a system prompt"),
+    ],
+)
+def test_templates_that_cannot_be_used_say_so(chatml_tokenizer, text, system, words):
+    tokenizer = with_template(chatml_tokenizer, text)
+    template = Template(system_prompt=system)
+    if words is None:
+        label_example(tokenizer, QUESTION, "Basil", [(0, 5)], max_length=99, template=template)
+        return
+    with pytest.raises(ValueError, match=words):
+        label_example(tokenizer, QUESTION, "Basil", [(0, 5)], max_length=99, template=template)
+
+
+def test_system_prompt_without_chat_template(byte_tokenizer):
+    template = Template(system_prompt="Be brief.")
+    with pytest.raises(ValueError, match="system_prompt needs a chat template"):
+        label_example(byte_tokenizer, QUESTION, "Basil", [], max_length=99, template=template)
+    # A plain document has no turns to put it into.
+    label_example(byte_tokenizer, None, "Basil", [], max_length=99, template=template)
+
+
+def test_template_settings():
+    template = Template("Be brief.", None, "Q: {question} A:", False)
+    assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
+    assert Template.from_dict({}) == Template()
+    with pytest.raises(ValueError, match="no setting 'systemprompt'"):
+        Template.from_dict({"systemprompt": "x"})
+    for bad, kind, words in [
+        ({"question": "Q:"}, ValueError, r"question must hold \{question\} once, got 'Q:'"),
+        ({"question": None}, TypeError, "question must be a str"),
+        ({"system_prompt": 3}, TypeError, "system_prompt must be a str or None, got 3"),
+        ({"date_string": 3}, TypeError, "date_string must be a str or None"),
+        ({"chat": "yes"}, TypeError, "chat must be True, False or None, got 'yes'"),
+    ]:
+        with pytest.raises(kind, match=words):
+            Template(**bad)
