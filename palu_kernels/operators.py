@@ -277,7 +277,8 @@ def _topk(scores: Tensor, k: int, served_by: str) -> Tensor:
         from palu_kernels.triton import select
 
         return select.topk_indices(scores, k)
-    return reference.topk_indices(_flat(scores), k).reshape(*scores.shape[:-1], -1).contiguous()
+    chosen = reference.topk_indices(_flat(scores), k)
+    return chosen.reshape(*scores.shape[:-1], chosen.shape[-1]).contiguous()
 
 
 @_topk.register_fake

@@ -1,0 +1,334 @@
+"""What the operators owe PyTorch: autograd, torch.compile, strides, and what they must not do."""
+
+import pytest
+import torch
+
+from palu_kernels import (
+    backend,
+    cross_entropy_loss,
+    kl_loss,
+    local_entropy_loss,
+    operators,
+    topk_indices,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ["triton", "torch"]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def losses(ref, labels, indices, which="none"):
+    """Every operator as a function of (logits, backend)."""
+    return {
+        "flatten": lambda z, b: local_entropy_loss(z, ref, top_k=9, reduction=which, backend=b),
+        "flatten by indices": lambda z, b: local_entropy_loss(
+            z, indices=indices, top_k=9, center="local_mean", reduction=which, backend=b
+        ),
+        "entropy by current": lambda z, b: local_entropy_loss(
+            z, top_k=9, objective="entropy", reduction=which, backend=b
+        ),
+        "kl": lambda z, b: kl_loss(z, ref, reduction=which, backend=b),
+        "cross_entropy": lambda z, b: cross_entropy_loss(z, labels, reduction=which, backend=b),
+    }
+
+
+NAMES = list(losses(None, None, None))
+
+
+def inputs(*shape, columns=100, dtype=torch.float32):
+    z, ref = normal(*shape, columns, dtype=dtype), normal(*shape, columns, seed=1, dtype=dtype)
+    labels = torch.arange(z[..., 0].numel(), device=DEVICE).reshape(shape) * 3 % columns
+    indices = torch.topk(normal(*shape, columns, seed=2), 9).indices
+    return z, ref, labels, indices
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(name, served_by, reduction):
+    z, ref, labels, indices = inputs(5)
+    rows = losses(ref, labels, indices)[name](z, served_by)
+    x = z.clone().requires_grad_()
+    loss = losses(ref, labels, indices, reduction)[name](x, served_by)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), getattr(rows, reduction)())
+    (3.5 * loss).backward()
+    y = z.clone().requires_grad_()
+    weights = torch.full((5,), 3.5 / (5 if reduction == "mean" else 1), device=DEVICE)
+    losses(ref, labels, indices)[name](y, served_by).backward(weights)
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_cross_entropy_mean_is_over_the_rows_that_count(served_by):
+    z, _, labels, _ = inputs(4)
+    labels[1] = labels[2] = -1
+    loss = cross_entropy_loss(z, labels, ignore_index=-1, backend=served_by)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(z, labels, ignore_index=-1))
+    nothing = torch.full_like(labels, -100)
+    x = z.clone().requires_grad_()
+    loss = cross_entropy_loss(x, nothing, backend=served_by)
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_no_rows(name, served_by, shape):
+    z, ref, labels, _ = inputs(*shape)
+    indices = torch.zeros(*shape, 9, dtype=torch.long, device=DEVICE)
+    for reduction in ("mean", "sum", "none"):
+        x = z.clone().requires_grad_()
+        loss = losses(ref, labels, indices, reduction)[name](x, served_by)
+        assert loss.shape == (shape if reduction == "none" else ())
+        assert loss.sum().item() == 0
+        loss.sum().backward()
+        assert x.grad.shape == x.shape
+    assert topk_indices(z, 4, backend=served_by).shape == (*shape, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("columns", [96, 101])
+def test_rows_of_any_stride(name, served_by, columns):
+    """Slices of [B, T, V], padded rows, transposed columns: same numbers as a dense copy."""
+    z, ref, labels, indices = inputs(2, 3, columns=columns)
+    dense = z.clone().requires_grad_()
+    losses(ref, labels, indices)[name](dense, served_by).sum().backward()
+    expected = losses(ref, labels, indices)[name](z, served_by)
+    layouts = {
+        "shifted": lambda t: torch.cat([t, t[:, :1]], 1)[:, :-1],
+        "padded": lambda t: torch.cat([t, t[..., :5]], -1)[..., :-5],
+        "strided columns": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "misaligned": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].reshape(t.shape),
+    }
+    for key, lay in layouts.items():
+        # the reference keeps another layout than the logits
+        for other in (ref, lay(ref)):
+            x = lay(z).detach().requires_grad_()
+            loss = losses(other, labels, indices)[name](x, served_by)
+            torch.testing.assert_close(loss.detach(), expected, msg=key)
+            loss.sum().backward()
+            torch.testing.assert_close(x.grad, dense.grad, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_nothing_of_the_callers_is_overwritten(name, served_by):
+    z, ref, labels, indices = inputs(3)
+    before = [t.clone() for t in (z, ref, labels, indices)]
+    x = z.requires_grad_()
+    loss = losses(ref, labels, indices)[name](x, served_by)
+    weights = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
+    (first,) = torch.autograd.grad(loss, x, weights, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, x, 2 * weights)
+    for tensor, copy in zip((x, ref, labels, indices), before, strict=True):
+        assert torch.equal(tensor, copy)
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, 2 * first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_twice_raises(name):
+    z, ref, labels, indices = inputs(3)
+    loss = losses(ref, labels, indices, "sum")[name](z.requires_grad_(), "torch")
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_defined_says_so(name):
+    z, ref, labels, indices = inputs(3)
+    f = losses(ref, labels, indices, "sum")[name]
+    x = z.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(f(x, "torch"), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda row: losses(ref, labels, indices)[name](row, "torch"))(
+            z.expand(2, *z.shape)
+        )
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda a: f(a, "torch"), (z,), (z,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_grad_nothing_is_kept(name):
+    z, ref, labels, indices = inputs(3)
+    assert losses(ref, labels, indices)[name](z, "torch").grad_fn is None
+    with torch.no_grad():
+        loss = losses(ref, labels, indices)[name](z.requires_grad_(), "torch")
+    assert loss.grad_fn is None
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_opcheck(served_by):
+    z, ref, labels, indices = inputs(2, 3)
+    z.requires_grad_()
+    checks = [
+        (operators._topk, (ref, 5, served_by)),
+        (operators._kl, (z, ref, "reverse", "mean", served_by)),
+        (operators._cross_entropy, (z, labels, -100, "none", served_by)),
+    ]
+    for chosen in ((ref, None), (None, indices), (None, None)):
+        plain = (9, "flatten", "global_mean", 0.0, "mean", served_by)
+        checks.append((operators._local_entropy, (z, *chosen, *plain)))
+    for op, arguments in checks:
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_one_node_under_compile(name, served_by):
+    z, ref, labels, indices = inputs(3, columns=40)
+    f = losses(ref, labels, indices, "mean")[name]
+    graphs = []
+    torch._dynamo.reset()  # the lambdas below share their code: each would be a recompilation
+
+    def count(graph, _):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return graph.forward
+
+    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+    compiled = torch.compile(lambda t: f(t, served_by), fullgraph=True, backend=count)
+    loss = compiled(x)
+    assert sum("palu_kernels" in node for node in graphs[0]) == 1
+    torch.testing.assert_close(loss, f(y, served_by))
+    torch.compile(lambda t: f(t, served_by), fullgraph=True, backend="aot_eager")(x).backward()
+    f(y, served_by).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_deterministic_mode():
+    z, ref, labels, indices = inputs(3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for f in losses(ref, labels, indices, "sum").values():
+            for served_by in BACKENDS:
+                results = []
+                for _ in range(2):
+                    x = z.clone().requires_grad_()
+                    f(x, served_by).backward()
+                    results.append(x.grad)
+                assert torch.equal(*results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_of_loss_and_gradient(name, dtype):
+    z, ref, labels, indices = inputs(3, dtype=dtype)
+    loss = losses(ref, labels, indices)[name](z.requires_grad_(), "auto")
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    loss.sum().backward()
+    assert z.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("objective", ["flatten", "entropy"])
+def test_a_spoiled_row_spoils_no_other(objective):
+    for served_by in BACKENDS:
+        z, ref, _, _ = inputs(4)
+        clean = z.clone().requires_grad_()
+        kw = {"top_k": 9, "objective": objective, "reduction": "none", "backend": served_by}
+        local_entropy_loss(clean, ref, **kw).sum().backward()
+        z[0, 50], ref[2, 7] = torch.nan, torch.nan
+        x = z.requires_grad_()
+        loss = local_entropy_loss(x, ref, **kw)
+        loss.sum().backward()
+        assert loss.isnan().tolist() == [True, False, True, False]
+        assert x.grad[[0, 2]].isnan().all()
+        assert torch.equal(x.grad[[1, 3]], clean.grad[[1, 3]])
+
+
+@pytest.mark.parametrize("objective", ["flatten", "entropy"])
+def test_ways_of_choosing_agree(objective):
+    z, ref, _, _ = inputs(4, columns=3000)
+    ref = ref.round(decimals=1)  # with ties across the threshold
+    for served_by in BACKENDS:
+        kw = {"top_k": 40, "objective": objective, "reduction": "none", "backend": served_by}
+        chosen = topk_indices(ref, 40, backend=served_by)
+        by_reference = local_entropy_loss(z, ref, **kw)
+        shuffled = chosen[:, torch.randperm(40)].long()
+        torch.testing.assert_close(by_reference, local_entropy_loss(z, indices=shuffled, **kw))
+        torch.testing.assert_close(
+            local_entropy_loss(ref, **kw), local_entropy_loss(ref, ref, **kw)
+        )
+
+
+def test_kernels_may_write_over_their_input():
+    """What the linear operators will rely on: a chunk of logits becomes its own gradient."""
+    from palu_kernels.triton import cross_entropy, divergence, local_entropy
+
+    z, ref, labels, _ = inputs(3, columns=5000)
+    weights = torch.rand(3, device=DEVICE)
+    _, state, chosen = local_entropy.forward(z, ref, None, 9, "flatten", "global_mean", 0.0)
+    apart = (weights, z, ref, False, state, chosen, "flatten")
+    expected = local_entropy.backward(*apart, torch.empty_like(z))
+    buffer = z.clone()
+    local_entropy.backward(weights, buffer, *apart[2:], buffer)
+    assert torch.equal(buffer, expected)
+
+    _, state = divergence.forward(z, ref, "reverse")
+    expected = divergence.backward(weights, z, ref, state, "reverse", torch.empty_like(z))
+    buffer = z.clone()
+    divergence.backward(weights, buffer, ref, state, "reverse", buffer)
+    assert torch.equal(buffer, expected)
+
+    _, state = cross_entropy.forward(z, labels, -100)
+    expected = cross_entropy.backward(weights, z, labels, state, -100, torch.empty_like(z))
+    buffer = z.clone()
+    cross_entropy.backward(weights, buffer, labels, state, -100, buffer)
+    assert torch.equal(buffer, expected)
+
+
+def test_many_rows_and_few_rows_agree():
+    """One program a row, and a row over several programs."""
+    from palu_kernels.triton.rows import Layout, programs_wanted
+
+    few, many = normal(2, 9000), normal(600, 9000)
+    assert Layout.of(few).slices(programs_wanted(few.device), 4096)[0] == 3
+    assert Layout.of(many).slices(programs_wanted(many.device), 4096)[0] == 1
+
+
+class TestBackend:
+    def test_auto_is_torch_on_the_cpu_and_for_float64(self):
+        assert backend.resolve("auto", torch.device("cpu"), torch.float32) == "torch"
+        assert backend.resolve("auto", DEVICE, torch.float64) == "torch"
+
+    def test_triton_where_it_cannot_run(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delenv("PALU_TRITON_CPU", raising=False)
+        assert not backend.triton_runs_on("cpu")
+        with pytest.raises(ValueError, match="backend is 'triton', which cannot run on cpu"):
+            kl_loss(torch.randn(2, 9), torch.randn(2, 9), backend="triton")
+        monkeypatch.setenv("PALU_BACKEND", "triton")
+        with pytest.raises(ValueError, match="PALU_BACKEND is 'triton', which cannot run on cpu"):
+            kl_loss(torch.randn(2, 9), torch.randn(2, 9))
+        assert kl_loss(torch.randn(2, 9), torch.randn(2, 9), backend="torch").isfinite()
+
+    def test_stand_ins_for_a_gpu(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        for name in ("TRITON_INTERPRET", "PALU_TRITON_CPU"):
+            monkeypatch.setenv(name, "1")
+            assert backend.triton_runs_on("cpu")
+            monkeypatch.delenv(name)
+
+    def test_environment_sets_the_default(self, monkeypatch):
+        monkeypatch.setenv("PALU_BACKEND", "torch")
+        assert backend.resolve("auto", DEVICE, torch.float32) == "torch"
+        monkeypatch.setenv("PALU_BACKEND", "tensorflow")
+        with pytest.raises(ValueError, match="PALU_BACKEND is 'tensorflow'"):
+            kl_loss(torch.randn(2, 9), torch.randn(2, 9))
+
+    def test_float64_has_no_kernel(self):
+        z = normal(2, 9, dtype=torch.float64)
+        with pytest.raises(ValueError, match="float64"):
+            kl_loss(z, z, backend="triton")
