@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 # Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch road.
@@ -61,3 +63,10 @@ def check_values(device: torch.device) -> bool:
     """Whether values inside tensors are checked: always on the CPU, elsewhere only under
     ``PALU_CHECK=1`` (it synchronises)."""
     return device.type == "cpu" or os.environ.get("PALU_CHECK") == "1"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever its tensors are on: make them one."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)

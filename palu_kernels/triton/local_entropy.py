@@ -11,77 +11,18 @@ gradient reads both and writes one (3; 2; 2.5). Forward plus backward: 7.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.triton.keys import key_format, order_keys
-from palu_kernels.triton.rows import (
-    Layout,
-    as_integers,
-    block_of,
-    load_lanes,
-    programs_wanted,
-    row_start,
-    store_lanes,
-)
+from palu_kernels.triton.keys import key_format
+from palu_kernels.triton.members import Chooser, bitmap_of, chooser_start, load_block
+from palu_kernels.triton.rows import block_of, programs_wanted, row_start, store_lanes
 from palu_kernels.triton.select import select, take_ties
 
-CURRENT, REFERENCE, BITMAP = 0, 1, 2  # who says what is in S
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
 PARTIAL = 8  # float32 numbers that a slice of a row hands to the merge
-
-
-@triton.jit
-def load_block(
-    z_row,
-    chooser_row,
-    begin,
-    first,
-    end,
-    MEMBERS: tl.constexpr,
-    HALF: tl.constexpr,
-    INFINITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """-> (lanes, whether the block lies inside the row, z in float32, chooser's keys (bitmap:
-    bits), lanes with a NaN in either row, lanes that take part)."""
-    lanes = begin + tl.arange(0, BLOCK)
-    live = (lanes >= first) & (lanes < end)
-    whole = (begin >= first) & (begin + BLOCK <= end)
-    entries = load_lanes(z_row, lanes, live, whole, float("-inf"))
-    z = entries.to(tl.float32)
-    nan = z != z
-    if MEMBERS == 0:
-        if HALF:
-            bits = entries.to(tl.int16, bitcast=True)
-        else:
-            bits = entries.to(tl.int32, bitcast=True)
-        keys, _ = order_keys(bits, HALF, INFINITY)
-    elif MEMBERS == 1:
-        keys, spoiled = order_keys(load_lanes(chooser_row, lanes, live, whole, 0), HALF, INFINITY)
-        nan |= spoiled
-    else:
-        column = lanes - first
-        byte = tl.load(chooser_row + (column >> 3), mask=live, other=0).to(tl.int32)
-        keys = ((byte >> (column & 7)) & 1).to(tl.uint32)
-    return lanes, whole, z, keys, nan, live
-
-
-@triton.jit
-def chooser_start(
-    chooser_ptr, z_row, row, per, outer, inner, MEMBERS: tl.constexpr, SHIFT: tl.constexpr
-):
-    if MEMBERS == 0:
-        chooser_row = z_row
-    elif MEMBERS == 1:
-        chooser_row, _ = row_start(chooser_ptr, row, per, outer, inner, SHIFT)
-    else:
-        chooser_row = chooser_ptr + row.to(tl.int64) * inner
-    return chooser_row
 
 
 @triton.jit
@@ -315,48 +256,6 @@ def gradient(
             slope = tl.where(member, (z - s0) * s1, 0.0) - s2
         slope = tl.where(z == float("-inf"), 0.0, slope * weight) + spoiled
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def set_bits(indices_ptr, bitmap_ptr, k, words, BLOCK: tl.constexpr):
-    """Indices ``[N, k]`` -> a bit a column, ``[N, words]`` int32 zeros before."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int32)
-    bit = tl.full([BLOCK], 1, tl.int32) << (column & 31)
-    tl.atomic_or(bitmap_ptr + row * words + (column >> 5), bit, mask=place < k, sem="relaxed")
-
-
-def bitmap_of(indices: Tensor, columns: int) -> Tensor:
-    """int32 ``[N, ceil(V / 32)]``, a bit a column; the bytes of a word are in column order."""
-    indices = indices.reshape(-1, indices.shape[-1]).contiguous()
-    rows, k = indices.shape
-    bitmap = indices.new_zeros((rows, triton.cdiv(columns, 32)), dtype=torch.int32)
-    if rows:
-        block = min(1024, triton.next_power_of_2(k))
-        set_bits[(rows, triton.cdiv(k, block))](indices, bitmap, k, bitmap.shape[1], BLOCK=block)
-    return bitmap
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """Whose row a kernel tests membership on, beside a layout that begins with the logits."""
-
-    members: int
-    layout: Layout
-    tensor: Tensor
-    strides: tuple[int, int]
-
-    @classmethod
-    def of(cls, ref_logits: Tensor | None, bitmap: Tensor | None, *tensors: Tensor) -> Chooser:
-        if bitmap is not None:
-            layout = Layout.of(*tensors)
-            return cls(BITMAP, layout, bitmap.view(torch.uint8), (0, 4 * bitmap.shape[1]))
-        if ref_logits is None:
-            layout = Layout.of(*tensors)
-            return cls(CURRENT, layout, layout.tensors[0], (0, 0))
-        layout = Layout.of(*tensors, as_integers(ref_logits))
-        return cls(REFERENCE, layout, layout.tensors[-1], layout.strides[-2:])
 
 
 def forward(

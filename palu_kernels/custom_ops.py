@@ -1,0 +1,369 @@
+"""The operators as ``torch.library`` custom ops: one node each under ``torch.compile``, with a
+backward op of its own.
+
+What a forward saves beside its inputs is 24 bytes a row (with indices: 16 bytes and a bit a
+column). ``served_by`` is the backend that ``operators.py`` picked: the kernels, or
+``reference.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palu_kernels import arguments, reference
+from palu_kernels.backend import check_values, on_device_of
+
+STATE = 4  # float32 numbers a row that a forward leaves for its backward
+
+
+def _flat(t: Tensor) -> Tensor:
+    """``[B, T, ...]`` -> ``[N, ...]`` for the PyTorch backend (the kernels take three dimensions
+    as they are)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _reduced(rows: Tensor, reduction: str, count: Tensor | int, shape: torch.Size) -> Tensor:
+    out = reference.reduce_rows(rows, reduction, count)
+    # a custom op may not return one tensor twice, and the rows of a kernel are fresh: only the
+    # shape is left to set
+    return out.reshape(shape[:-1]) if reduction == "none" else out
+
+
+def _row_weights(grad: Tensor, reduction: str, count: Tensor | int, rows: int) -> Tensor:
+    """dL/d(row loss) for every row, contiguous ``[N]``."""
+    if reduction == "none":
+        return grad.reshape(-1).contiguous()
+    if reduction == "mean":
+        grad = grad / max(count, 1) if isinstance(count, int) else grad / count.clamp(min=1)
+    return grad.expand(rows).contiguous()
+
+
+def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Loss and state as the fake implementations see them."""
+    dtype = reference.work_dtype(logits.dtype)
+    shape = logits.shape[:-1] if reduction == "none" else ()
+    rows = math.prod(logits.shape[:-1])
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(
+        (rows, STATE), dtype=torch.float32
+    )
+
+
+def _no_state(logits: Tensor) -> Tensor:
+    """The PyTorch backend leaves nothing behind, in the shape that the kernels do."""
+    return logits.new_zeros((math.prod(logits.shape[:-1]), STATE), dtype=torch.float32)
+
+
+def _gradient_like(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _differentiable(
+    name: str,
+    op: Any,
+    backward_op: Any,
+    saved: Callable[..., tuple],
+    arguments_of: Callable[..., tuple],
+) -> None:
+    """Wires ``op`` to ``backward_op``: ``saved`` names the tensors kept for it, ``arguments_of``
+    the plain arguments passed on.
+
+    Second derivatives, vmap and forward mode are not defined for a fused loss: each says so.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*saved(inputs, output))
+        ctx.plain = arguments_of(inputs)
+        ctx.inputs = len(inputs)
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        unused = (None,) * (ctx.inputs - 1)
+        if grad is None or not ctx.needs_input_grad[0]:
+            return (None, *unused)
+        return (backward_op(grad, *ctx.saved_tensors, *ctx.plain), *unused)
+
+    def no_second_derivative(ctx: Any, *_: Any) -> tuple:
+        raise RuntimeError(
+            f"palu_kernels: {name} has no second derivative (double backward is not supported)"
+        )
+
+    def no_vmap(*_: Any, **__: Any) -> tuple:
+        raise RuntimeError(
+            f"palu_kernels: {name} does not support vmap; pass the batch as [B, T, V]"
+        )
+
+    op.register_autograd(backward, setup_context=setup_context)
+    backward_op.register_autograd(no_second_derivative)
+    op.register_vmap(no_vmap)
+    backward_op.register_vmap(no_vmap)
+
+
+# --- topk_indices --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("palu_kernels::topk", mutates_args=())
+def topk(scores: Tensor, k: int, served_by: str) -> Tensor:
+    if served_by == "triton":
+        from palu_kernels.triton import select as kernels
+
+        with on_device_of(scores):
+            return kernels.topk_indices(scores, k)
+    chosen = reference.topk_indices(_flat(scores), k)
+    return chosen.reshape(*scores.shape[:-1], chosen.shape[-1]).contiguous()
+
+
+@topk.register_fake
+def _(scores: Tensor, k: int, served_by: str) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], min(k, scores.shape[-1])), dtype=torch.int32)
+
+
+# --- local_entropy_loss --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("palu_kernels::local_entropy", mutates_args=())
+def local_entropy(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+    reduction: str,
+    served_by: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if indices is not None and check_values(indices.device):
+        arguments.index_values(_flat(indices), logits.shape[-1])
+    if served_by == "triton":
+        from palu_kernels.triton import local_entropy as kernels
+
+        with on_device_of(logits):
+            rows, state, chosen = kernels.forward(
+                logits, ref_logits, indices, top_k, objective, center_kind, center_value
+            )
+    else:
+        rows = reference.local_entropy_loss(
+            _flat(logits),
+            None if ref_logits is None else _flat(ref_logits),
+            top_k=top_k,
+            indices=None if indices is None else _flat(indices),
+            objective=objective,
+            center=center_value if center_kind == "number" else center_kind,
+        )
+        state = _no_state(logits)
+        chosen = logits.new_zeros(_chosen_shape(logits, indices), dtype=torch.int32)
+    return _reduced(rows, reduction, rows.shape[0], logits.shape), state, chosen
+
+
+def _chosen_shape(logits: Tensor, indices: Tensor | None) -> tuple[int, int]:
+    """S as the kernels keep it: (threshold key, tie cut) a row, or, where it was given as
+    indices, one bit a column."""
+    rows = math.prod(logits.shape[:-1])
+    return (2, rows) if indices is None else (rows, (logits.shape[-1] + 31) // 32)
+
+
+@local_entropy.register_fake
+def _(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+    reduction: str,
+    served_by: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = logits.new_empty(_chosen_shape(logits, indices), dtype=torch.int32)
+    return (*_empty_outputs(logits, reduction), chosen)
+
+
+@torch.library.custom_op("palu_kernels::local_entropy_backward", mutates_args=())
+def local_entropy_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    state: Tensor,
+    chosen: Tensor,
+    top_k: int,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+    reduction: str,
+    served_by: str,
+) -> Tensor:
+    rows = math.prod(logits.shape[:-1])
+    weights = _row_weights(grad, reduction, rows, rows)
+    if served_by == "triton":
+        from palu_kernels.triton import local_entropy as kernels
+
+        with on_device_of(logits):
+            return kernels.backward(
+                weights,
+                logits,
+                ref_logits,
+                indices is not None,
+                state,
+                chosen,
+                objective,
+                _gradient_like(logits),
+            )
+    return reference.local_entropy_gradient(
+        _flat(logits),
+        None if ref_logits is None else _flat(ref_logits),
+        weights,
+        top_k=top_k,
+        indices=None if indices is None else _flat(indices),
+        objective=objective,
+        center=center_value if center_kind == "number" else center_kind,
+    ).reshape(logits.shape)
+
+
+@local_entropy_backward.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return _gradient_like(logits)
+
+
+_differentiable(
+    "local_entropy_loss",
+    local_entropy,
+    local_entropy_backward,
+    saved=lambda inputs, output: (*inputs[:3], output[1], output[2]),
+    arguments_of=lambda inputs: inputs[3:],
+)
+
+
+# --- kl_loss -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("palu_kernels::kl", mutates_args=())
+def kl(
+    logits: Tensor, ref_logits: Tensor, direction: str, reduction: str, served_by: str
+) -> tuple[Tensor, Tensor]:
+    if served_by == "triton":
+        from palu_kernels.triton import divergence as kernels
+
+        with on_device_of(logits):
+            rows, state = kernels.forward(logits, ref_logits, direction)
+    else:
+        rows = reference.kl_loss(_flat(logits), _flat(ref_logits), direction=direction)
+        state = _no_state(logits)
+    return _reduced(rows, reduction, rows.shape[0], logits.shape), state
+
+
+@kl.register_fake
+def _(
+    logits: Tensor, ref_logits: Tensor, direction: str, reduction: str, served_by: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(logits, reduction)
+
+
+@torch.library.custom_op("palu_kernels::kl_backward", mutates_args=())
+def kl_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    state: Tensor,
+    direction: str,
+    reduction: str,
+    served_by: str,
+) -> Tensor:
+    rows = math.prod(logits.shape[:-1])
+    weights = _row_weights(grad, reduction, rows, rows)
+    if served_by == "triton":
+        from palu_kernels.triton import divergence as kernels
+
+        with on_device_of(logits):
+            return kernels.backward(
+                weights, logits, ref_logits, state, direction, _gradient_like(logits)
+            )
+    grad = reference.kl_gradient(_flat(logits), _flat(ref_logits), weights, direction=direction)
+    return grad.reshape(logits.shape)
+
+
+@kl_backward.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return _gradient_like(logits)
+
+
+_differentiable(
+    "kl_loss",
+    kl,
+    kl_backward,
+    saved=lambda inputs, output: (*inputs[:2], output[1]),
+    arguments_of=lambda inputs: inputs[2:],
+)
+
+
+# --- cross_entropy_loss --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("palu_kernels::cross_entropy", mutates_args=())
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, reduction: str, served_by: str
+) -> tuple[Tensor, Tensor]:
+    if check_values(labels.device):
+        arguments.label_values(labels, ignore_index, logits.shape[-1])
+    if served_by == "triton":
+        from palu_kernels.triton import cross_entropy as kernels
+
+        with on_device_of(logits):
+            rows, state = kernels.forward(logits, labels, ignore_index)
+    else:
+        rows = reference.cross_entropy_loss(
+            _flat(logits), labels.reshape(-1), ignore_index=ignore_index
+        )
+        state = _no_state(logits)
+    return _reduced(rows, reduction, (labels != ignore_index).sum(), logits.shape), state
+
+
+@cross_entropy.register_fake
+def _(
+    logits: Tensor, labels: Tensor, ignore_index: int, reduction: str, served_by: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(logits, reduction)
+
+
+@torch.library.custom_op("palu_kernels::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    ignore_index: int,
+    reduction: str,
+    served_by: str,
+) -> Tensor:
+    weights = _row_weights(grad, reduction, (labels != ignore_index).sum(), labels.numel())
+    if served_by == "triton":
+        from palu_kernels.triton import cross_entropy as kernels
+
+        with on_device_of(logits):
+            return kernels.backward(
+                weights, logits, labels, state, ignore_index, _gradient_like(logits)
+            )
+    grad = reference.cross_entropy_gradient(
+        _flat(logits), labels.reshape(-1), weights, ignore_index=ignore_index
+    )
+    return grad.reshape(logits.shape)
+
+
+@cross_entropy_backward.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return _gradient_like(logits)
+
+
+_differentiable(
+    "cross_entropy_loss",
+    cross_entropy,
+    cross_entropy_backward,
+    saved=lambda inputs, output: (*inputs[:2], output[1]),
+    arguments_of=lambda inputs: inputs[2:],
+)
