@@ -1,0 +1,24 @@
+"""Telling a user's mistake from a bug: one clear line for the first, a traceback for the second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line prints its message and exits with status
+    2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside, bad values and files are the user's: ValueError, TypeError and OSError become
+    `UserError`.
+
+    Wrap reading of input and settings in it, never the work itself.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,6 @@
+"""How much a model still knows."""
+
+from palu.evaluation.metrics import METRICS, evaluate_examples
+from palu.evaluation.report import metrics_table
+
+__all__ = ["METRICS", "evaluate_examples", "metrics_table"]

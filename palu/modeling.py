@@ -1,0 +1,116 @@
+"""Logits of only the rows that carry a loss, from any causal language model.
+
+Most positions of a batch (prompts, padding, answer tokens without a loss) never need logits, and
+with a large vocabulary the logits are the largest tensors of a step. `kept_logits` asks the model
+for the rows that matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+# Per model class: does its `logits_to_keep` take a 2-D boolean mask? Filled by the first real call.
+_TAKES_MASK: dict[type, bool] = {}
+
+
+def prediction_rows(at_labels: Tensor) -> Tensor:
+    """Moves a mask from label positions to the rows of logits that predict them.
+
+    Args:
+        at_labels: bool `[B, T]`, true where the token at `t` is to be predicted. Position 0 is
+            never predicted.
+
+    Returns:
+        bool `[B, T]`, true at `t - 1`; the last column is false. Row-major order is kept, so
+        `x[:, 1:][at_labels[:, 1:]]` lines up with `logits[prediction_rows(at_labels)]`.
+    """
+    rows = torch.zeros_like(at_labels)
+    rows[:, :-1] = at_labels[:, 1:]
+    return rows
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP, `torch.compile` and PEFT wrappers. To look at, never to
+    call."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def kept_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor
+) -> Tensor:
+    """Logits of the rows where `keep` is true, in row-major order.
+
+    The module that the caller holds is the one that is called, so hooks of DDP, FSDP and PEFT run.
+    Where the installed transformers takes a boolean mask as `logits_to_keep` (5.23 does, 5.17 does
+    not) only these rows go through the output head. Elsewhere all logits are computed and the rows
+    are picked out of them: slower, same numbers. Which of the two holds is found out on the first
+    call for a model class and remembered.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        input_ids: int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        keep: bool `[B, T]` on the same device; row `(b, t)` predicts the token at `(b, t + 1)`.
+
+    Returns:
+        `[keep.sum(), V]` in the model's logits dtype, differentiable.
+
+    Raises:
+        TypeError: `keep` is not boolean.
+        ValueError: `keep` has another shape than `input_ids`.
+    """
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep must be a bool tensor, not {keep.dtype}")
+    if keep.shape != input_ids.shape:
+        raise ValueError(
+            f"keep must have the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"not {tuple(keep.shape)}"
+        )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    kind = type(unwrap(model))
+    takes_mask = _TAKES_MASK.get(kind)
+    if takes_mask is None and not _names_logits_to_keep(unwrap(model)):
+        takes_mask = _TAKES_MASK[kind] = False
+    if takes_mask:
+        return model(**inputs, logits_to_keep=keep).logits
+    if takes_mask is None:
+        logits = _probe(model, inputs, keep)
+        _TAKES_MASK[kind] = logits is not None and logits.dim() == 2
+        if logits is not None:
+            # A model may accept the argument and ignore it; then all logits came back.
+            return logits if logits.dim() == 2 else logits[keep]
+    return model(**inputs).logits[keep]
+
+
+def _names_logits_to_keep(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _probe(model: nn.Module, inputs: dict, keep: Tensor) -> Tensor | None:
+    """The logits of a call with the mask: `[rows, V]` if it was taken, `[B, T, V]` if ignored, None
+    if refused."""
+    try:
+        logits = model(**inputs, logits_to_keep=keep).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        # Older versions index `hidden[:, mask, :]`, which fails. Any other fault comes back in the
+        # call without a mask.
+        return None
+    rows = int(keep.sum())
+    if logits.dim() == 2 and logits.shape[0] == rows:
+        return logits
+    if logits.shape[:-1] == keep.shape:
+        return logits
+    return None

@@ -1,0 +1,389 @@
+"""`PALUTrainer`: Hugging Face's Trainer with PALU's three terms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from palu.config import PALUConfig
+from palu.data import Collator
+from palu.labels import FORGET, IGNORE, NONE, PRESERVE
+from palu.loss import PALULoss
+from palu.modeling import kept_logits, prediction_rows, unwrap
+from palu.reference import LiveReference
+from palu.retain import retain_rows
+from palu_kernels import cross_entropy_loss, kl_loss
+
+logger = logging.getLogger(__name__)
+
+TERMS = ("forget", "preserve", "retain")
+# Keys that travel beside a forget batch from `get_batch_samples` to `compute_loss`.
+_RETAIN, _DENOMINATORS = "palu_retain", "palu_denominators"
+
+
+@dataclass
+class _Terms:
+    """What one batch gave. `means` and `rows` are float32 `[3]` in the order of TERMS, detached."""
+
+    loss: Tensor
+    means: Tensor  # each term's sum over this batch, divided by its denominator
+    rows: Tensor  # rows of this batch
+    denominators: Tensor  # rows the means were divided by (the whole step's), at least 1
+
+
+class PALUTrainer(Trainer):
+    """Makes a model forget the sensitive tokens of `train_dataset` and keep everything else.
+
+    A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
+    each term a mean over all its rows in the step: splitting the step into micro-batches
+    (`gradient_accumulation_steps`) or processes changes nothing. Forget and retain rows go through
+    the model in one call of the wrapper the Trainer holds, and logits are computed only for rows
+    that carry a loss. The logs carry each term unweighted (`forget`, `preserve`, `retain`: means
+    over the rows since the last log) and the rows per step (`num_forget`, ...).
+
+    The retain batch of a step depends on (seed, step, micro-step) only, so a resumed run sees the
+    same one. To resume, build the trainer with the original model and call
+    `train(resume_from_checkpoint=...)`: the reference is copied from the model given here, before
+    the checkpoint's weights are loaded into it.
+
+    Args:
+        model: the model to change.
+        args: a `PALUConfig`.
+        train_dataset: the forget set: mappings with `input_ids`, `labels`, `attention_mask` (see
+            `palu.data.tokenize_examples`).
+        retain_dataset: rows of the same form whose answers are to be kept; None for no retain term.
+        ref_model: the frozen original; a copy of `model` is made when it is None and one is needed.
+        eval_dataset: forget rows to evaluate on; `evaluate()` takes `train_dataset` when there is
+            none.
+        processing_class: the tokenizer; gives the padding and end tokens.
+        data_collator: default `palu.data.Collator`.
+        **kwargs: anything else `transformers.Trainer` takes.
+
+    Raises:
+        TypeError: `args` is not a `PALUConfig`, or a Trainer option is given that this loss cannot
+            honour.
+        ValueError: an empty data set, or settings that contradict each other.
+    """
+
+    # Our terms are divided by the rows of the whole step. Transformers versions that know this
+    # attribute read it; in older ones `model_accepts_loss_kwargs` with a `num_items_in_batch` says
+    # the same.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PALUConfig,
+        *,
+        train_dataset: Dataset | Sequence[dict],
+        retain_dataset: Dataset | Sequence[dict] | None = None,
+        ref_model: nn.Module | None = None,
+        eval_dataset: Dataset | Sequence[dict] | None = None,
+        processing_class: Any = None,
+        data_collator: Callable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check(args, train_dataset, retain_dataset, kwargs)
+        eos = _end_tokens(model, processing_class)
+        self.loss_fn = PALULoss(**args.loss_options(), eos_token_id=eos)
+        if args.n_gpu > 1:
+            # The Trainer would wrap the model in DataParallel, which cannot split a list of kept
+            # rows.
+            logger.warning(
+                "PALUTrainer uses one of %d devices; start it with torchrun to use them all",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
+        if data_collator is None:
+            data_collator = Collator(
+                processing_class if processing_class is not None else _padding_token(model, eos)
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+        self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
+        self._retain_kl = self.retain_dataset is not None and args.retain_loss == "kl"
+        self.reference: LiveReference | None = None
+        if self.loss_fn.needs_reference or self._retain_kl:
+            self.reference = LiveReference(self.model, ref_model)
+            if self.place_model_on_device:
+                self.reference.to(self.args.device)
+        self._window = self._zeros()
+        self._window_steps = 0
+        self._eval_totals = self._zeros()
+        self._eval_batches = 0
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one step, each with its retain batch and the step's row counts
+        beside it."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window_steps += bool(samples)
+        counts = torch.zeros(3, device=device)
+        for micro_step, sample in enumerate(samples):
+            sample[_RETAIN] = self._retain_batch(
+                self.state.global_step, micro_step, self._train_batch_size
+            )
+            counts += self._count(sample).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        for sample in samples:
+            sample[_DENOMINATORS] = counts
+        # Not None, so that older versions know the loss is scaled for the whole step already.
+        return samples, counts.sum()
+
+    def _retain_batch(
+        self, step: int, micro_step: int, batch_size: int
+    ) -> dict[str, Tensor] | None:
+        if self.retain_dataset is None:
+            return None
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        rows = retain_rows(
+            len(self.retain_dataset),
+            self.args.retain_batch_size or batch_size,
+            seed=seed,
+            step=step,
+            micro_step=micro_step,
+            micro_steps=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        return self.data_collator([self.retain_dataset[i] for i in rows])
+
+    def _count(self, sample: dict) -> Tensor:
+        """Float32 `[3]`: rows that carry each term in one micro-batch."""
+        roles = self.loss_fn.roles(sample["labels"])
+        retain = sample.get(_RETAIN)
+        kept = (retain["labels"][:, 1:] != IGNORE).sum() if retain is not None else 0
+        counts = [(roles == FORGET).sum(), (roles == PRESERVE).sum()]
+        counts.append(torch.as_tensor(kept).to(roles.device))
+        return torch.stack(counts).float()
+
+    # ---- loss ------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The weighted total of one micro-batch; `num_items_in_batch` is not used (see the
+        class)."""
+        terms = self._terms(model, inputs)
+        self._raise_if_not_finite(terms)
+        if model.training:
+            self._window += torch.stack([terms.means * terms.denominators, terms.rows])
+        # Gradients are averaged over processes, but the terms are divided by everyone's rows
+        # already.
+        loss = terms.loss * self.args.world_size if _DENOMINATORS in inputs else terms.loss
+        if not return_outputs:
+            return loss
+        return loss, {"loss": loss, **dict(zip(TERMS, terms.means, strict=True))}
+
+    def _terms(self, model: nn.Module, batch: dict[str, Any]) -> _Terms:
+        retain = batch.get(_RETAIN)
+        roles = self.loss_fn.roles(batch["labels"])
+        # Without a preserve term its rows need no logits.
+        predicted = roles == FORGET if self.args.preserve is None else roles != NONE
+        keep = prediction_rows(predicted)
+        row_roles = roles[:, 1:][predicted[:, 1:]]
+        rows = self._count(batch)
+        denominators = batch.get(_DENOMINATORS)
+        denominators = (rows if denominators is None else denominators).clamp(min=1)
+
+        # One call for both: a second call before backward would run DDP's and FSDP's hooks twice.
+        logits = kept_logits(model, *_stack(batch, keep, retain))
+        ref = ref_retain = None
+        split = row_roles.shape[0]
+        if self.reference is not None:
+            with self.accelerator.autocast():
+                ref_inputs = _stack(batch, keep, retain if self._retain_kl else None)
+                ref = self.reference.kept_logits(*ref_inputs).to(logits.dtype)
+            ref, ref_retain = ref[:split], ref[split:]
+
+        output = self.loss_fn.from_rows(
+            logits[:split],
+            row_roles,
+            ref if self.loss_fn.needs_reference else None,
+            num_forget=denominators[0],
+            num_preserve=denominators[1],
+        )
+        retain_mean = logits.new_zeros((), dtype=torch.float32)
+        if retain is not None:
+            retain_sum = self._retain_sum(logits[split:], retain, ref_retain)
+            retain_mean = retain_sum / denominators[2]
+        loss = output.loss + self.args.retain_weight * retain_mean
+        means = torch.stack([output.forget, output.preserve, retain_mean.detach()]).float()
+        return _Terms(loss, means.detach(), rows, denominators)
+
+    def _retain_sum(self, logits: Tensor, retain: dict, ref_logits: Tensor | None) -> Tensor:
+        backend = self.args.backend
+        if self._retain_kl:
+            return kl_loss(
+                logits, ref_logits, direction="forward", reduction="sum", backend=backend
+            )
+        # The targets are the tokens themselves: -200 marks an answer token and is no token.
+        answer = retain["labels"][:, 1:] != IGNORE
+        targets = retain["input_ids"][:, 1:][answer]
+        return cross_entropy_loss(logits, targets, reduction="sum", backend=backend)
+
+    def _raise_if_not_finite(self, terms: _Terms) -> None:
+        # One small copy to the host per micro-batch; the boolean masks above have waited for the
+        # device already.
+        total, *means = torch.cat([terms.loss.detach().float()[None], terms.means]).tolist()
+        if total - total == 0:  # false for inf and NaN
+            return
+        bad = [f"{n} = {v}" for n, v in zip(TERMS, means, strict=True) if v - v != 0]
+        where = f"at step {self.state.global_step + 1}" if self.model.training else "in evaluation"
+        raise FloatingPointError(
+            f"the loss is not finite {where}: {', '.join(bad) or f'total = {total}'}. A lower "
+            "learning_rate, a smaller forget_weight or bfloat16 instead of float16 usually helps."
+        )
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The total and the three terms on forget rows, without training: `eval_loss`,
+        `eval_forget`, ...
+
+        Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
+        the training rows are taken. Retain rows come in the same order at every evaluation.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            eval_dataset = self.train_dataset
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Hugging Face's loop, with the metrics replaced by means over rows."""
+        self._eval_totals, self._eval_batches = self._zeros(), 0
+        output = super().evaluation_loop(
+            dataloader, description, True, ignore_keys, metric_key_prefix
+        )
+        means, rows = self._means(self._eval_totals)
+        weights = (self.args.forget_weight, self.args.preserve_weight, self.args.retain_weight)
+        metrics = {"loss": sum(w * m for w, m in zip(weights, means, strict=True))}
+        metrics |= dict(zip(TERMS, means, strict=True))
+        metrics |= {f"num_{name}": count for name, count in zip(TERMS, rows, strict=True)}
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of one evaluation batch; predictions are not kept."""
+        inputs = dict(inputs)
+        inputs[_RETAIN] = self._retain_batch(self._eval_batches, 0, self.args.eval_batch_size)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            terms = self._terms(model, inputs)
+        self._raise_if_not_finite(terms)
+        self._eval_totals += torch.stack([terms.means * terms.denominators, terms.rows])
+        self._eval_batches += 1
+        return terms.loss.detach(), None, None
+
+    # ---- logs ------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms and row counts of the window to the Trainer's own training logs."""
+        steps = self._window_steps
+        if "loss" in logs and steps > 0:
+            means, rows = self._means(self._window)
+            logs |= dict(zip(TERMS, means, strict=True))
+            logs |= {f"num_{n}": count / steps for n, count in zip(TERMS, rows, strict=True)}
+            self._window.zero_()
+            self._window_steps = 0
+        super().log(logs, start_time)
+
+    def _means(self, totals: Tensor) -> tuple[list[float], list[float]]:
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        sums, rows = totals.tolist()
+        return [s / max(r, 1.0) for s, r in zip(sums, rows, strict=True)], rows
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(2, 3, device=self.args.device)
+
+
+def _stack(batch: dict, keep: Tensor, retain: dict | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Forget and retain rows as one batch: `input_ids`, `attention_mask`, `keep`, padded on the
+    right alike."""
+    if retain is None:
+        return batch["input_ids"], batch.get("attention_mask"), keep
+    keep_retain = prediction_rows(retain["labels"] != IGNORE)
+    length = max(keep.shape[1], keep_retain.shape[1])
+
+    def join(first: Tensor, second: Tensor) -> Tensor:
+        pads = [nn.functional.pad(x, (0, length - x.shape[1])) for x in (first, second)]
+        return torch.cat(pads)
+
+    # The padding's id does not matter: its mask is 0 and its rows are not kept.
+    ids = join(batch["input_ids"], retain["input_ids"])
+    return ids, join(batch["attention_mask"], retain["attention_mask"]), join(keep, keep_retain)
+
+
+def _check(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
+    if not isinstance(args, PALUConfig):
+        raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
+    for name in ("compute_loss_func", "compute_metrics", "model_init"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
+    if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
+        raise ValueError("train_dataset (the forget set) must have at least one row")
+    if retain is not None and len(retain) == 0:
+        raise ValueError("retain_dataset must have at least one row, or be None")
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: the tokenizer's and those of the model's generation
+    settings."""
+    inner = unwrap(model)
+    found: list[int] = []
+    for holder in (
+        tokenizer,
+        getattr(inner, "generation_config", None),
+        getattr(inner, "config", None),
+    ):
+        ids = getattr(holder, "eos_token_id", None)
+        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted(set(found))
+
+
+def _padding_token(model: nn.Module, eos: list[int]) -> int:
+    pad = getattr(getattr(unwrap(model), "config", None), "pad_token_id", None)
+    return pad if pad is not None else (eos[0] if eos else 0)
