@@ -3,13 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from palu.labels import label_example, token_roles
-from palu.loss import PALULoss, PALUOutput
-from palu.template import Template
-
 if TYPE_CHECKING:
     from palu.config import PALUConfig
     from palu.data import Collator, Example, load_examples, tokenize_examples
+    from palu.labels import label_example, token_roles
+    from palu.loss import PALULoss, PALUOutput
+    from palu.template import Template
     from palu.trainer import PALUTrainer
 
 __all__ = [
@@ -26,18 +25,24 @@ __all__ = [
     "tokenize_examples",
 ]
 
-# These need the packages of the extra "train"; the loss and the labels do not.
-_LATER = {
+# Where each name lives. Nothing is imported before it is asked for: the loss and the labels do not
+# need the packages of the extra "train", and the command line sets the environment before torch.
+_HOMES = {
     "Collator": "palu.data",
     "Example": "palu.data",
     "PALUConfig": "palu.config",
+    "PALULoss": "palu.loss",
+    "PALUOutput": "palu.loss",
     "PALUTrainer": "palu.trainer",
+    "Template": "palu.template",
+    "label_example": "palu.labels",
     "load_examples": "palu.data",
+    "token_roles": "palu.labels",
     "tokenize_examples": "palu.data",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,11 @@ from rich.markup import escape
 
 from palu.errors import UserError, user_errors
 
+# Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
+# while they wait make a machine that does anything else many times slower (`palu demo` beside one
+# busy process: over 10 minutes instead of one).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="Make a language model forget chosen spans and keep the rest.",
     no_args_is_help=True,

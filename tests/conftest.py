@@ -2,6 +2,9 @@
 
 import os
 
+# Threads that spin while they wait make a busy machine many times slower; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():
