@@ -151,13 +151,17 @@ def unlearn(
 
         data = [x.split("[")[0] for x in (forget, retain) if x is not None]
         check_output(output, overwrite=overwrite, inputs=(model, *data))
+        import torch
+
         from palu import unlearn as run
         from palu.data import load_examples, tokenize_examples
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
+        from palu_kernels.backend import resolve as resolve_backend
 
         _quiet()
         model_folder(model)
         where = resolve_device(device)
+        resolve_backend(backend, where, torch.float32)
         if epochs <= 0 or batch_size < 1 or gradient_accumulation < 1 or learning_rate <= 0:
             raise ValueError(
                 "--epochs and --learning-rate must be above 0, "

@@ -20,6 +20,7 @@ from palu.modeling import kept_logits, prediction_rows, unwrap
 from palu.reference import LiveReference
 from palu.retain import retain_rows
 from palu_kernels import cross_entropy_loss, kl_loss
+from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class PALUTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
+        # A backend that cannot serve is an error now and not in the first step.
+        resolve_backend(args.backend, args.device, torch.float32)
         self.model_accepts_loss_kwargs = True
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._retain_kl = self.retain_dataset is not None and args.retain_loss == "kl"

@@ -271,3 +271,11 @@ def test_output_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match="--overwrite would delete"):
         check_output(tmp_path, overwrite=True)
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_any_work(palu, monkeypatch):
+    for name in ("TRITON_INTERPRET", "PALU_TRITON_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    status, _, said = palu(*UNLEARN, "--output", "refused", "--backend", "triton")
+    assert status == 2
+    assert "backend is 'triton', which cannot run on cpu" in said and "Traceback" not in said
