@@ -1,0 +1,299 @@
+"""What does every kernel variant cost on every chip? No GPU is needed to ask.
+
+The operators run on CPU tensors, forward and backward, with the launch of a kernel replaced by a
+recorder: it specialises the arguments as Triton's own launch would (pointers and integers that are
+multiples of 16, integers equal to 1, constexprs) and keeps each variant it has not seen. Nothing is
+executed. Every variant is then compiled for each target, and what it needs is read from what the
+compiler leaves behind.
+
+    python -m benchmarks.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] [--json FILE]
+
+The exit status is 1 if a variant does not compile or spills. Loads read ``8x16 16x2``: eight of 16
+bytes, sixteen of 2, counted in the code and not by how often they run (the masked loads for the
+block at a row's end stand beside the wide ones for the blocks inside).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # both are read when triton and palu_kernels are imported; the worker processes inherit them
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["PALU_TRITON_CPU"] = "1"
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+from palu_kernels import operators
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "i16": 2, "fp32": 4, "i32": 4}
+# One block and several; rows that all start on 16 bytes, rows that start anywhere, and (8 more
+# than a multiple of 16) rows that do start on 16 bytes though no argument says so.
+COLUMNS = (272, 257, 12288, 12289, 12296)
+ROWS, TOP_K = 3, 50
+
+
+@dataclass
+class Variant:
+    """A kernel with its arguments specialised: all that the compiler needs to know."""
+
+    module: str
+    name: str
+    backend: str
+    warps: int
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    dtypes: set[str] = field(default_factory=set)  # of the calls that launched it
+    columns: set[int] = field(default_factory=set)
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.module.rpartition('.')[2]}.{self.name}"
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Constants by name: the constexprs, and integers that are one because they equal 1."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constants.items()}
+
+    @property
+    def walk(self) -> str:
+        """How it walks rows: ``aligned`` (the arguments say that they start on 16 bytes),
+        ``shifted`` (from the aligned address below), ``unproven`` (neither) or ``none``."""
+        shift = self.named.get("SHIFT")
+        if shift is not False:
+            return "shifted" if shift else "none"
+        return "unproven" if any(columns % 16 for columns in self.columns) else "aligned"
+
+    def factors(self) -> set[tuple[str, str, str]]:
+        """What ``reduced`` wants to see at least once: each constant's value beside each walk."""
+        values = {k: str(v) for k, v in self.named.items()}
+        values |= {"dtypes": str(sorted(self.dtypes)), "warps": str(self.warps)}
+        return {(self.walk, *pair) for pair in values.items()}
+
+
+@contextlib.contextmanager
+def recording(variants: dict[str, Variant], dtype: str, columns: int) -> Iterator[None]:
+    """Launches inside the block are noted in ``variants``, one entry a backend, and not made."""
+    backends = {t.backend: make_backend(t) for t in TARGETS.values()}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        for name, backend in backends.items():
+            bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+            bound, specialization, options = bind(*args, **kwargs)
+            packed = kernel._pack_args(backend, kwargs, bound, specialization, options)
+            names = (kernel.__module__, kernel.__name__, name)
+            variant = Variant(*names, packed[0].num_warps, *packed[1:])
+            variant = variants.setdefault(repr(variant), variant)
+            variant.dtypes.add(dtype)
+            variant.columns.add(columns)
+
+    launch, jit.JITFunction.run = jit.JITFunction.run, record
+    try:
+        yield
+    finally:
+        jit.JITFunction.run = launch
+
+
+def call_operators(dtype: torch.dtype, columns: int) -> None:
+    """Every launcher, forward and backward; the values do not matter."""
+    logits = torch.zeros(ROWS, columns, dtype=dtype, requires_grad=True)
+    reference = torch.zeros(ROWS, columns, dtype=dtype)
+    labels, indices = torch.zeros(ROWS, dtype=torch.int64), torch.arange(TOP_K).repeat(ROWS, 1)
+    operators.topk_indices(reference, TOP_K, backend="triton")
+    losses = []
+    by_indices = [{"indices": indices}, {"indices": indices.int()}]
+    for chooser in ({}, {"ref_logits": reference}, *by_indices):
+        for center in ("global_mean", "local_mean", 0.5):
+            kind = {"objective": "flatten", "center": center, "top_k": TOP_K, **chooser}
+            losses.append(operators.local_entropy_loss(logits, **kind, backend="triton"))
+        kind = {"objective": "entropy", "top_k": TOP_K, **chooser}
+        losses.append(operators.local_entropy_loss(logits, **kind, backend="triton"))
+    for way in ("reverse", "forward"):
+        losses.append(operators.kl_loss(logits, reference, direction=way, backend="triton"))
+    for integers in (labels, labels.int()):
+        losses.append(operators.cross_entropy_loss(logits, integers, backend="triton"))
+    for loss in losses:
+        loss.backward()
+
+
+def all_variants() -> list[Variant]:
+    variants: dict[str, Variant] = {}
+    for name, dtype in DTYPES.items():
+        for columns in COLUMNS:
+            with recording(variants, name, columns):
+                call_operators(dtype, columns)
+    return sorted(variants.values(), key=lambda v: (v.kernel, str(v.named), sorted(v.dtypes)))
+
+
+def reduced(variants: list[Variant]) -> list[Variant]:
+    """A few variants a kernel, in which every value of every constant, every dtype and every
+    number of warps occurs with every walk."""
+    kept = []
+    for kernel in dict.fromkeys((v.kernel, v.backend) for v in variants):
+        pool = [v for v in variants if (v.kernel, v.backend) == kernel]
+        missing = set().union(*(v.factors() for v in pool))
+        while missing:
+            best = max(pool, key=lambda v: len(v.factors() & missing))
+            missing -= best.factors()
+            kept.append(best)
+    return kept
+
+
+def access_widths(code: str, kind: str, nvidia: bool) -> dict[int, int]:
+    """Bytes -> how many global loads (``kind``: or stores) of so many bytes a thread's code has."""
+    if nvidia:
+        word = {"load": "ld", "store": "st"}[kind]
+        found = re.findall(rf"\b{word}\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b", code)
+        widths = [int(times or 1) * int(bits) // 8 for times, bits in found]
+    else:
+        sizes = {"byte": 1, "short": 2, "dword": 4}
+        pattern = rf"\b(?:global|buffer|flat)_{kind}_[us]?(byte|short|dword)(?:x(\d))?"
+        widths = [int(times or 1) * sizes[word] for word, times in re.findall(pattern, code)]
+    return dict(sorted(Counter(widths).items(), reverse=True))
+
+
+def first_int(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has nothing like {pattern!r}: {text[:200]!r}")
+    return int(found[1])
+
+
+def compile_one(task: tuple[Variant, str]) -> dict[str, Any]:
+    """Compiles a variant for an architecture -> a row of the report (with ``error`` on failure)."""
+    variant, arch = task
+    target = TARGETS[arch]
+    first = next(iter(variant.signature.values())).lstrip("*")
+    row: dict[str, Any] = {"kernel": variant.kernel, "arch": arch, "walk": variant.walk}
+    row |= {"constants": variant.named, "signature": variant.signature}
+    row |= {"dtypes": sorted(variant.dtypes), "columns": sorted(variant.columns)}
+    row |= {"threads": variant.warps * target.warp_size, "item_bytes": ITEM_BYTES.get(first, 0)}
+    kernel = getattr(importlib.import_module(variant.module), variant.name)
+    source = ASTSource(kernel, variant.signature, variant.constants, variant.attrs)
+    log, nvidia = io.StringIO(), target.backend == "cuda"
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
+        code = compiled.asm["ptx" if nvidia else "amdgcn"]
+        if nvidia:
+            usage = log.getvalue()  # what `ptxas -v` said, under the flags that Triton gave it
+            row["registers"] = first_int(r"Used (\d+) registers", usage)
+            row["stack"] = first_int(r"(\d+) bytes stack frame", usage)
+            row["spills"] = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", usage)))
+        else:
+            row["registers"] = first_int(r"\.vgpr_count:\s+(\d+)", code)
+            row["stack"] = first_int(r"\.private_segment_fixed_size:\s+(\d+)", code)
+            # a scalar register spills to a lane of a vector register, or further
+            row["vector_spills"] = first_int(r"\.vgpr_spill_count:\s+(\d+)", code)
+            row["scalar_spills"] = first_int(r"\.sgpr_spill_count:\s+(\d+)", code)
+            row["spills"] = row["vector_spills"] + row["scalar_spills"]
+        row["shared"] = compiled.metadata.shared
+        row["loads"] = access_widths(code, "load", nvidia)
+        row["stores"] = access_widths(code, "store", nvidia)
+    except Exception as error:  # any failure of the compiler is a result, not an accident
+        row["error"] = f"{type(error).__name__}: {str(error).strip()}"
+    return row
+
+
+def prepare_worker(cache: str) -> None:
+    knobs.cache.dir = cache
+    knobs.compilation.always_compile = True  # a cached kernel would leave no log
+    knobs.nvidia.dump_ptxas_log = True
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+FORMAT = "{:<26} {:<48} {:<14} {:<7} {:<7} {:>9} {:>6} {:>5} {:>6} {:>6}  {:<18} {}"
+HEADINGS = "kernel constants dtype columns arch registers spills stack shared widest loads stores"
+
+
+def table_line(row: dict[str, Any]) -> str:
+    constants = [f"{k}={v}" for k, v in row["constants"].items() if k not in ("HALF", "INFINITY")]
+    columns = f"{row['columns'][0]}" + ("+" if len(row["columns"]) > 1 else "")
+    start = (row["kernel"], " ".join(constants), "/".join(row["dtypes"]), columns, row["arch"])
+    if "error" in row:
+        return FORMAT.format(*start, *["-"] * 7) + f"\n    FAILED: {row['error'][:2000]}"
+    numbers = [row[k] for k in ("registers", "spills", "stack", "shared")]
+    moves = [" ".join(f"{n}x{w}" for w, n in row[k].items()) or "-" for k in ("loads", "stores")]
+    return FORMAT.format(*start, *numbers, max(row["loads"], default=0), *moves)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = ["", "most registers of so many variants, and how many of these fail or spill:"]
+    lines.append(f"{'kernel':<28}" + "".join(f"{arch:>16}" for arch in archs))
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        line = f"{kernel:<28}"
+        for arch in archs:
+            mine = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+            most = max((row["registers"] for row in mine if "error" not in row), default="-")
+            line += f"{f'{most} of {len(mine)}, {sum(map(is_bad, mine))}':>16}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def is_bad(row: dict[str, Any]) -> bool:
+    return "error" in row or row["spills"] > 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--reduced", action="store_true", help="a few variants a kernel")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
+    given = parser.parse_args(arguments)
+
+    variants = [v for v in all_variants() if given.only in v.kernel]
+    if not variants:
+        parser.error(f"no kernel's name contains {given.only!r}")
+    variants = reduced(variants) if given.reduced else variants
+    tasks = [(v, a) for v in variants for a in given.arch if TARGETS[a].backend == v.backend]
+    print(FORMAT.format(*HEADINGS.split()))
+    rows: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(given.jobs, spawn, prepare_worker, (cache,)) as pool,
+    ):
+        for row in pool.map(compile_one, tasks, chunksize=4):
+            rows.append(row)
+            print(table_line(row), flush=True)
+    print(summary(rows))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1))
+    return int(any(map(is_bad, rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The kernels move no more bytes than their budget, and the counter counts what is moved."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from palu_kernels import operators
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # pytest puts only the tests there
+from benchmarks import traffic
+from benchmarks.traffic import Traffic
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="bytes are counted in Triton's interpreter, which does not run beside a real GPU",
+)
+
+# forward plus backward in transfers of a row, as the design sets them for 16-bit types
+BUDGETS = {
+    "select": 3,
+    "flatten, S by reference": 7,
+    "flatten, S by indices": 7,
+    "flatten, S by current": 7,
+    "entropy, S by reference": 7,
+    "entropy, S by indices": 7,
+    "entropy, S by current": 7,
+    "reverse kl": 5,
+    "forward kl": 5,
+    "cross-entropy": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return {one.operator: one for one in traffic.measure(128256, 2, "bfloat16")}
+
+
+@pytest.mark.parametrize("operator", BUDGETS)
+def test_budget(measured, operator):
+    one = measured[operator]
+    print(f"{operator}: {one.transfers:.3f} row transfers, budget {BUDGETS[operator]}")
+    assert one.budget == BUDGETS[operator]
+    assert one.transfers < BUDGETS[operator] + 0.05
+    assert not one.over
+
+
+def test_no_operator_is_left_out(measured):
+    assert set(measured) == {"topk_indices", *BUDGETS}
+
+
+def test_over_budget_is_a_failure(capsys):
+    # the histograms of a row this short weigh as much as the row
+    assert traffic.main(["--columns", "1000"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("select")).endswith("over")
+    assert not next(line for line in lines if line.startswith("cross-entropy")).endswith("over")
+
+
+@pytest.mark.parametrize("columns", [8192, 10007])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hand_counts(columns, dtype):
+    """A launch of ``programs`` programs on 3 rows: what each reads and writes beside its rows."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, columns).to(dtype).requires_grad_()
+    reference = torch.randn(3, columns).to(dtype)
+    row = 3 * columns * dtype.itemsize
+    number = 4  # bytes of a float32 or int32
+
+    def launches(loss: torch.Tensor) -> dict[str, traffic.Launch]:
+        loss.backward()
+        return {one.kernel: one for one in counted.launches}
+
+    def check(one: traffic.Launch, loaded: int, stored: int) -> None:
+        assert (one.loaded, one.stored, one.atomic) == (loaded, stored, 0), one
+
+    with Traffic() as counted:
+        found = launches(operators.kl_loss(logits, reference, backend="triton"))
+    one = found["divergence.statistics"]
+    check(one, 2 * row, 6 * number * one.programs)
+    one = found["divergence.gradient"]
+    check(one, 2 * row + 5 * number * one.programs, row)
+
+    with Traffic() as counted:
+        labels = torch.tensor([1, -100, columns - 1])
+        found = launches(operators.cross_entropy_loss(logits, labels, backend="triton"))
+    one = found["cross_entropy.statistics"]
+    check(one, row, 2 * number * one.programs)
+    one = found["cross_entropy.gradient"]  # label (int64), two numbers of the state, weight
+    check(one, row + (8 + 3 * number) * one.programs, row)
+
+    with Traffic() as counted:
+        operators.topk_indices(reference, 5, backend="triton")
+    digits = [one for one in counted.launches if one.kernel == "select.digit_histogram"]
+    assert len(digits) == dtype.itemsize
+    for one in digits:
+        check(one, row + number * one.programs, 256 * number * one.programs)
+    check(counted.launches[-1], row + 3 * 2 * number, 3 * 5 * number)
+
+    with Traffic() as counted:
+        indices = torch.arange(5).repeat(3, 1)
+        loss = operators.local_entropy_loss(logits, top_k=5, indices=indices, backend="triton")
+        found = launches(loss)
+    one = found["members.set_bits"]
+    assert (one.loaded, one.stored, one.atomic) == (3 * 5 * 8, 0, 3 * 5 * number)
+    one = found["local_entropy.gradient"]  # a byte of the bitmap for every entry
+    check(one, row + 3 * columns + 5 * number * one.programs, row)
+
+
+def test_counting_changes_nothing():
+    """The counted run is the real one, and afterwards nothing is counted or replaced."""
+    before = (interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_masked_load)
+    logits = torch.randn(2, 1001, dtype=torch.float32, requires_grad=True)
+
+    def loss(backend: str) -> torch.Tensor:
+        return operators.local_entropy_loss(logits, top_k=9, backend=backend)
+
+    with Traffic() as counted:
+        inside = loss("triton")
+    number = len(counted.launches)
+    after = (interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_masked_load)
+    assert after == before
+    torch.testing.assert_close(loss("triton"), inside, rtol=0, atol=0)
+    torch.testing.assert_close(loss("torch"), inside)
+    assert len(counted.launches) == number
+
+
+def test_counting_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), Traffic():
+        pass
