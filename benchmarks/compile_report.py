@@ -213,10 +213,11 @@ def compile_one(task: tuple[Variant, str]) -> dict[str, Any]:
         else:
             row["registers"] = first_int(r"\.vgpr_count:\s+(\d+)", code)
             row["stack"] = first_int(r"\.private_segment_fixed_size:\s+(\d+)", code)
-            # a scalar register spills to a lane of a vector register, or further
+            # A scalar register spills to a lane of a vector register, which moves no memory; where
+            # it does not fit there it counts as a vector spill.
             row["vector_spills"] = first_int(r"\.vgpr_spill_count:\s+(\d+)", code)
             row["scalar_spills"] = first_int(r"\.sgpr_spill_count:\s+(\d+)", code)
-            row["spills"] = row["vector_spills"] + row["scalar_spills"]
+            row["spills"] = row["vector_spills"]
         row["shared"] = compiled.metadata.shared
         row["loads"] = access_widths(code, "load", nvidia)
         row["stores"] = access_widths(code, "store", nvidia)

@@ -1,9 +1,9 @@
 """The operators as ``torch.library`` custom ops: one node each under ``torch.compile``, with a
 backward op of its own.
 
-What a forward saves beside its inputs is 24 bytes a row (with indices: 16 bytes and a bit a
-column). ``served_by`` is the backend that ``operators.py`` picked: the kernels, or
-``reference.py``.
+What a forward saves beside the logits is 16 to 24 bytes a row and, for the forget loss, a bit an
+entry instead of the reference's row. ``served_by`` is the backend that ``operators.py`` picked: the
+kernels, or ``reference.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from palu_kernels import arguments, reference
 from palu_kernels.backend import check_values, on_device_of
+from palu_kernels.layout import bitmap_words, empty_rows_like
 
 STATE = 4  # float32 numbers a row that a forward leaves for its backward
 
@@ -43,6 +44,13 @@ def _row_weights(grad: Tensor, reduction: str, count: Tensor | int, rows: int) -
     return grad.expand(rows).contiguous()
 
 
+def _laid_out(grad: Tensor, logits: Tensor) -> Tensor:
+    """The PyTorch backend's gradient ``[N, V]`` in the layout that the fake promises."""
+    out = empty_rows_like(logits)
+    grad = grad.reshape(logits.shape)
+    return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+
 def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss and state as the fake implementations see them."""
     dtype = reference.work_dtype(logits.dtype)
@@ -56,10 +64,6 @@ def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
 def _no_state(logits: Tensor) -> Tensor:
     """The PyTorch backend leaves nothing behind, in the shape that the kernels do."""
     return logits.new_zeros((math.prod(logits.shape[:-1]), STATE), dtype=torch.float32)
-
-
-def _gradient_like(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _differentiable(
@@ -157,15 +161,18 @@ def local_entropy(
             center=center_value if center_kind == "number" else center_kind,
         )
         state = _no_state(logits)
-        chosen = logits.new_zeros(_chosen_shape(logits, indices), dtype=torch.int32)
+        chosen = logits.new_zeros(_chosen_shape(logits, ref_logits, indices), dtype=torch.int32)
     return _reduced(rows, reduction, rows.shape[0], logits.shape), state, chosen
 
 
-def _chosen_shape(logits: Tensor, indices: Tensor | None) -> tuple[int, int]:
-    """S as the kernels keep it: (threshold key, tie cut) a row, or, where it was given as
-    indices, one bit a column."""
+def _chosen_shape(
+    logits: Tensor, ref_logits: Tensor | None, indices: Tensor | None
+) -> tuple[int, int]:
+    """S as the kernels keep it: a bit a lane, or (threshold key, tie cut) a row where the logits
+    chose it themselves."""
     rows = math.prod(logits.shape[:-1])
-    return (2, rows) if indices is None else (rows, (logits.shape[-1] + 31) // 32)
+    by_current = ref_logits is None and indices is None
+    return (2, rows) if by_current else (rows, bitmap_words(logits.shape[-1]))
 
 
 @local_entropy.register_fake
@@ -180,7 +187,7 @@ def _(
     reduction: str,
     served_by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = logits.new_empty(_chosen_shape(logits, indices), dtype=torch.int32)
+    chosen = logits.new_empty(_chosen_shape(logits, ref_logits, indices), dtype=torch.int32)
     return (*_empty_outputs(logits, reduction), chosen)
 
 
@@ -197,6 +204,7 @@ def local_entropy_backward(
     center_kind: str,
     center_value: float,
     reduction: str,
+    chose_itself: bool,
     served_by: str,
 ) -> Tensor:
     rows = math.prod(logits.shape[:-1])
@@ -208,14 +216,13 @@ def local_entropy_backward(
             return kernels.backward(
                 weights,
                 logits,
-                ref_logits,
-                indices is not None,
+                chose_itself,
                 state,
                 chosen,
                 objective,
-                _gradient_like(logits),
+                empty_rows_like(logits),
             )
-    return reference.local_entropy_gradient(
+    grad = reference.local_entropy_gradient(
         _flat(logits),
         None if ref_logits is None else _flat(ref_logits),
         weights,
@@ -223,20 +230,30 @@ def local_entropy_backward(
         indices=None if indices is None else _flat(indices),
         objective=objective,
         center=center_value if center_kind == "number" else center_kind,
-    ).reshape(logits.shape)
+    )
+    return _laid_out(grad, logits)
 
 
 @local_entropy_backward.register_fake
 def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return _gradient_like(logits)
+    return empty_rows_like(logits)
 
 
 _differentiable(
     "local_entropy_loss",
     local_entropy,
     local_entropy_backward,
-    saved=lambda inputs, output: (*inputs[:3], output[1], output[2]),
-    arguments_of=lambda inputs: inputs[3:],
+    # the kernels' backward needs neither reference rows nor indices: the bitmap says what is in S
+    saved=lambda inputs, output: (
+        inputs[0],
+        *(inputs[1:3] if inputs[-1] == "torch" else (None, None)),
+        *output[1:],
+    ),
+    arguments_of=lambda inputs: (
+        *inputs[3:-1],
+        inputs[1] is None and inputs[2] is None,
+        inputs[-1],
+    ),
 )
 
 
@@ -282,15 +299,15 @@ def kl_backward(
 
         with on_device_of(logits):
             return kernels.backward(
-                weights, logits, ref_logits, state, direction, _gradient_like(logits)
+                weights, logits, ref_logits, state, direction, empty_rows_like(logits)
             )
     grad = reference.kl_gradient(_flat(logits), _flat(ref_logits), weights, direction=direction)
-    return grad.reshape(logits.shape)
+    return _laid_out(grad, logits)
 
 
 @kl_backward.register_fake
 def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return _gradient_like(logits)
+    return empty_rows_like(logits)
 
 
 _differentiable(
@@ -347,17 +364,17 @@ def cross_entropy_backward(
 
         with on_device_of(logits):
             return kernels.backward(
-                weights, logits, labels, state, ignore_index, _gradient_like(logits)
+                weights, logits, labels, state, ignore_index, empty_rows_like(logits)
             )
     grad = reference.cross_entropy_gradient(
         _flat(logits), labels.reshape(-1), weights, ignore_index=ignore_index
     )
-    return grad.reshape(logits.shape)
+    return _laid_out(grad, logits)
 
 
 @cross_entropy_backward.register_fake
 def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return _gradient_like(logits)
+    return empty_rows_like(logits)
 
 
 _differentiable(

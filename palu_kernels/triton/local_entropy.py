@@ -1,12 +1,11 @@
 """Flatten and entropy over S: one pass for the statistics of a row, one that writes its gradient.
 
-Neither materialises S. An entry's membership is tested while the row streams: by its key in the
-chooser's row against the threshold (the tie cut is found on the way), or, where S was given as
-indices, by a bitmap of one bit a column.
+Neither materialises S (``members.py``).
 
 Bytes, in transfers of a row, after ``select`` (2 for 16-bit types, 4 for float32): statistics read
-z and the chooser's row (2; 1 when z chooses; 1.5 with a bitmap, whose bytes lanes share), the
-gradient reads both and writes one (3; 2; 2.5). Forward plus backward: 7.
+z and the reference's row and leave a bit a lane (2.06; given indices 1.06; 1 when z chooses), the
+gradient reads z and the bits and writes one row (2.06). Forward plus backward with select: 6.1, and
+0.3 more for the histograms where two rows are cut into slices of 8,192 lanes.
 """
 
 from __future__ import annotations
@@ -16,9 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palu_kernels.layout import bitmap_words
 from palu_kernels.triton.keys import key_format
-from palu_kernels.triton.members import Chooser, bitmap_of, chooser_start, load_block
-from palu_kernels.triton.rows import block_of, programs_wanted, row_start, store_lanes
+from palu_kernels.triton.members import (
+    BITMAP,
+    CURRENT,
+    REFERENCE,
+    bitmap_of,
+    chooser_start,
+    load_block,
+    store_bits,
+)
+from palu_kernels.triton.rows import (
+    Layout,
+    as_integers,
+    block_of,
+    is_live,
+    programs_wanted,
+    row_start,
+    store_lanes,
+)
 from palu_kernels.triton.select import select, take_ties
 
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
@@ -39,11 +55,11 @@ def sum_four(a, b, c, d):
 def statistics(
     z_ptr,
     chooser_ptr,
-    chosen_ptr,
+    threshold_ptr,
     need_ptr,
     seen_ptr,
+    chosen_ptr,
     partial_ptr,
-    rows,
     columns,
     per,
     z_outer,
@@ -51,6 +67,7 @@ def statistics(
     chooser_outer,
     chooser_inner,
     slice_lanes,
+    words,
     ENTROPY: tl.constexpr,
     MEMBERS: tl.constexpr,
     HALF: tl.constexpr,
@@ -73,7 +90,7 @@ def statistics(
     need = 0
     seen = 0
     if MEMBERS != 2:
-        threshold = tl.load(chosen_ptr + row).to(tl.uint32, bitcast=True)
+        threshold = tl.load(threshold_ptr + row).to(tl.uint32, bitcast=True)
         need = tl.load(need_ptr + row)
         seen = tl.load(seen_ptr + slot)
     searching = seen < need
@@ -89,13 +106,15 @@ def statistics(
         lanes, _whole, z, keys, nan, live = load_block(
             z_row, chooser_row, begin, first, end, MEMBERS, HALF, INFINITY, BLOCK
         )
-        takes_part = live & (z != float("-inf"))
+        takes_part = live & (is_live(z) | nan)
         if MEMBERS == 2:
             member = takes_part & (keys != 0)
         else:
             tie = live & (keys == threshold)
             cut, seen = take_ties(tie, seen, need, lanes, cut)
             member = takes_part & ((keys > threshold) | (tie & (lanes <= cut)))
+        if MEMBERS == 1:
+            store_bits(chosen_ptr + row.to(tl.int64) * words, member, begin, words, BLOCK)
         here, sum_here, found, sum_found = sum_four(
             tl.where(nan & live, float("nan"), tl.where(takes_part, 1.0, 0.0)),
             tl.where(takes_part, z, 0.0),
@@ -123,8 +142,10 @@ def statistics(
                 a += step * weight
             count += found
 
-    if MEMBERS != 2 and searching and seen >= need:
-        tl.store(chosen_ptr + rows + row, cut - first)
+    if MEMBERS == 0:
+        if searching:
+            if seen >= need:
+                tl.store(chosen_ptr + row, cut - first)
     out = partial_ptr + slot * 8
     tl.store(out, live_count)
     tl.store(out + 1, total)
@@ -205,16 +226,15 @@ def gradient(
     z_ptr,
     chooser_ptr,
     out_ptr,
-    chosen_ptr,
+    threshold_ptr,
+    cut_ptr,
     state_ptr,
     weight_ptr,
-    rows,
     columns,
     per,
     z_outer,
     z_inner,
-    chooser_outer,
-    chooser_inner,
+    bitmap_bytes,
     out_outer,
     out_inner,
     slice_lanes,
@@ -225,19 +245,17 @@ def gradient(
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Entry by entry, so ``out`` may be z itself."""
+    """Entry by entry, so ``out`` may be z itself. S is a bitmap, or z's own choice."""
     row, part = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
     out_row, _ = row_start(out_ptr, row, per, out_outer, out_inner, SHIFT)
-    chooser_row = chooser_start(
-        chooser_ptr, z_row, row, per, chooser_outer, chooser_inner, MEMBERS, SHIFT
-    )
+    chooser_row = chooser_start(chooser_ptr, z_row, row, per, 0, bitmap_bytes, MEMBERS, SHIFT)
     end = first + columns
     threshold = tl.full((), 0, tl.uint32)
     cut = 0
     if MEMBERS != 2:
-        threshold = tl.load(chosen_ptr + row).to(tl.uint32, bitcast=True)
-        cut = tl.load(chosen_ptr + rows + row) + first
+        threshold = tl.load(threshold_ptr + row).to(tl.uint32, bitcast=True)
+        cut = tl.load(cut_ptr + row) + first
     state = state_ptr + row.to(tl.int64) * 4
     s0, s1, s2, spoiled = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
     weight = tl.load(weight_ptr + row)
@@ -254,7 +272,7 @@ def gradient(
             slope = tl.where(member, tl.exp(log_q) * (log_q + s2), 0.0)
         else:
             slope = tl.where(member, (z - s0) * s1, 0.0) - s2
-        slope = tl.where(z == float("-inf"), 0.0, slope * weight) + spoiled
+        slope = tl.where(is_live(z), slope * weight, 0.0) + spoiled
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
 
 
@@ -267,43 +285,54 @@ def forward(
     center_kind: str,
     center_value: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> row losses ``[N]``, state ``[N, 4]`` (both float32), and S for ``backward``: (threshold
-    key, tie cut) ``[2, N]``, or a bitmap ``[N, ceil(V / 32)]`` where indices were given."""
-    bitmap = None if indices is None else bitmap_of(indices, logits.shape[-1])
-    chooser = Chooser.of(ref_logits, bitmap, logits)
-    layout = chooser.layout
-    rows = layout.rows
+    """-> row losses ``[N]``, state ``[N, 4]`` (both float32), and S for ``backward``, int32: a
+    bitmap ``[N, words]``, or (threshold key, tie cut) ``[2, N]`` where the logits chose."""
+    layout = Layout.of(logits, *(() if ref_logits is None else (as_integers(ref_logits),)))
+    rows, words = layout.rows, bitmap_words(layout.columns)
     losses = logits.new_empty(rows, dtype=torch.float32)
     state = logits.new_empty((rows, 4), dtype=torch.float32)
-    chosen = logits.new_zeros((2, rows), dtype=torch.int32) if bitmap is None else bitmap
+    by_current = ref_logits is None and indices is None
+    chosen = logits.new_zeros((2, rows) if by_current else (rows, words), dtype=torch.int32)
     if rows == 0:
         return losses, state, chosen
     block, warps = block_of(layout.columns, logits.element_size())
     slices, slice_lanes = layout.slices(programs_wanted(logits.device), block)
-    need = seen = chosen
-    if bitmap is None:
-        scores = logits if ref_logits is None else ref_logits
-        selection = select(scores, top_k, chosen[0], slices, slice_lanes)
+    chooser, chooser_strides = layout.tensors[-1], layout.strides[-2:]
+    if indices is not None:
+        members = BITMAP
+        chosen = bitmap_of(indices, layout)
+        chooser, chooser_strides = chosen.view(torch.uint8), (0, 4 * words)
+        threshold = need = seen = cut = chosen
+    else:
+        members = CURRENT if by_current else REFERENCE
+        threshold = chosen[0] if by_current else chosen.new_zeros(rows)
+        cut = chosen[1] if by_current else chosen
+        scores = logits if by_current else ref_logits
+        selection = select(scores, top_k, threshold, slices, slice_lanes)
         need, seen = selection.need, selection.seen
     partial = logits.new_empty((rows, slices, PARTIAL), dtype=torch.float32)
     entropy = objective == "entropy"
-    # eight entries a thread: sixteen would leave room for one program on a multiprocessor
-    lanes = min(block, 256 * warps)
+    # eight entries a thread where keys are made: sixteen would leave room for one program on a
+    # multiprocessor
+    lanes = block if members == BITMAP else min(block, 256 * warps)
+    if members == BITMAP:
+        warps = max(warps, 4)  # short rows with fewer spill on sm_100
     statistics[(rows, slices)](
         layout.tensors[0],
-        chooser.tensor,
-        chosen,
+        chooser,
+        threshold,
         need,
         seen,
+        cut,
         partial,
-        rows,
         layout.columns,
         layout.per,
         *layout.strides[:2],
-        *chooser.strides,
+        *chooser_strides,
         slice_lanes,
+        words,
         ENTROPY=entropy,
-        MEMBERS=chooser.members,
+        MEMBERS=members,
         SHIFT=layout.shift,
         BLOCK=lanes,
         num_warps=warps,
@@ -325,36 +354,35 @@ def forward(
 def backward(
     weights: Tensor,
     logits: Tensor,
-    ref_logits: Tensor | None,
-    by_indices: bool,
+    by_current: bool,
     state: Tensor,
     chosen: Tensor,
     objective: str,
     out: Tensor,
 ) -> Tensor:
-    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
-    chooser = Chooser.of(ref_logits, chosen if by_indices else None, logits, out)
-    layout = chooser.layout
+    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself or is
+    laid out like them (``empty_rows_like``)."""
+    layout = Layout.of(logits, out)
     if layout.rows == 0:
         return out
     block, warps = block_of(layout.columns, logits.element_size())
     slices, slice_lanes = layout.slices(4 * programs_wanted(logits.device), block)
     gradient[(layout.rows, slices)](
         layout.tensors[0],
-        chooser.tensor,
+        layout.tensors[0] if by_current else chosen.view(torch.uint8),
         layout.tensors[1],
-        chosen,
+        chosen[0],
+        chosen[1] if by_current else chosen[0],
         state,
         weights,
-        layout.rows,
         layout.columns,
         layout.per,
         *layout.strides[:2],
-        *chooser.strides,
+        0 if by_current else 4 * chosen.shape[1],
         *layout.strides[2:4],
         slice_lanes,
         ENTROPY=objective == "entropy",
-        MEMBERS=chooser.members,
+        MEMBERS=CURRENT if by_current else BITMAP,
         SHIFT=layout.shift,
         BLOCK=block,
         num_warps=warps,

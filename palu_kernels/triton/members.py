@@ -1,20 +1,21 @@
 """Who is in S: the test that kernels make entry by entry while a row streams.
 
-S is either the threshold and tie cut of ``select`` on the chooser's row (the reference's or the
-current one), or, where it was given as indices, a bitmap of one bit a column.
+Where the reference's row chooses, S is the threshold and tie cut of ``select``; the pass that takes
+the statistics finds the cut, and leaves a bitmap of one bit a lane, so that the gradient reads a
+bit an entry and the reference's row is not needed any more. Given indices become such
+a bitmap first. Where the current row chooses, threshold and cut serve both passes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from palu_kernels.layout import bitmap_words
 from palu_kernels.triton.keys import order_keys
-from palu_kernels.triton.rows import Layout, as_integers, load_lanes, row_start
+from palu_kernels.triton.rows import Layout, load_lanes, row_start
 
 CURRENT, REFERENCE, BITMAP = 0, 1, 2  # who says what is in S
 
@@ -49,9 +50,10 @@ def load_block(
         keys, spoiled = order_keys(load_lanes(chooser_row, lanes, live, whole, 0), HALF, INFINITY)
         nan |= spoiled
     else:
-        column = lanes - first
-        byte = tl.load(chooser_row + (column >> 3), mask=live, other=0).to(tl.int32)
-        keys = ((byte >> (column & 7)) & 1).to(tl.uint32)
+        first_lane = begin + 8 * tl.arange(0, BLOCK // 8)
+        byte = tl.load(chooser_row + (first_lane >> 3), mask=first_lane < end, other=0)
+        bits = byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]
+        keys = tl.reshape(bits & 1, [BLOCK]).to(tl.uint32)
     return lanes, whole, z, keys, nan, live
 
 
@@ -64,47 +66,57 @@ def chooser_start(
     elif MEMBERS == 1:
         chooser_row, _ = row_start(chooser_ptr, row, per, outer, inner, SHIFT)
     else:
-        chooser_row = chooser_ptr + row.to(tl.int64) * inner
+        chooser_row = chooser_ptr + row.to(tl.int64) * inner  # bytes
     return chooser_row
 
 
 @triton.jit
-def set_bits(indices_ptr, bitmap_ptr, k, words, BLOCK: tl.constexpr):
-    """Indices ``[N, k]`` -> a bit a column, ``[N, words]`` int32 zeros before."""
-    row = tl.program_id(0).to(tl.int64)
+def store_bits(bitmap_row, member, begin, words, BLOCK: tl.constexpr):
+    """A block of S as one bit a lane, 32 to a word."""
+    bits = tl.reshape(member.to(tl.int32), [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
+    word = begin // 32 + tl.arange(0, BLOCK // 32)
+    tl.store(bitmap_row + word, tl.sum(bits, 1), mask=word < words)
+
+
+@triton.jit
+def set_bits(
+    indices_ptr,
+    bitmap_ptr,
+    k,
+    words,
+    per,
+    outer,
+    inner,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Indices ``[N, k]`` -> a bit a lane of the walk over z, ``[N, words]``, zeros before."""
+    row = tl.program_id(0)
+    # only the lane of column 0 is wanted, not the pointer
+    _, first = row_start(bitmap_ptr, row, per, outer, inner, SHIFT)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int32)
-    bit = tl.full([BLOCK], 1, tl.int32) << (column & 31)
-    tl.atomic_or(bitmap_ptr + row * words + (column >> 5), bit, mask=place < k, sem="relaxed")
+    inside = place < k
+    row = row.to(tl.int64)
+    lane = tl.load(indices_ptr + row * k + place, mask=inside, other=0).to(tl.int32) + first
+    bit = tl.full([BLOCK], 1, tl.int32) << (lane & 31)
+    tl.atomic_or(bitmap_ptr + row * words + (lane >> 5), bit, mask=inside, sem="relaxed")
 
 
-def bitmap_of(indices: Tensor, columns: int) -> Tensor:
-    """int32 ``[N, ceil(V / 32)]``, a bit a column; the bytes of a word are in column order."""
+def bitmap_of(indices: Tensor, layout: Layout) -> Tensor:
+    """int32 ``[N, words]`` from S as indices."""
     indices = indices.reshape(-1, indices.shape[-1]).contiguous()
     rows, k = indices.shape
-    bitmap = indices.new_zeros((rows, triton.cdiv(columns, 32)), dtype=torch.int32)
-    if rows:
-        block = min(1024, triton.next_power_of_2(k))
-        set_bits[(rows, triton.cdiv(k, block))](indices, bitmap, k, bitmap.shape[1], BLOCK=block)
+    words = bitmap_words(layout.columns)
+    bitmap = indices.new_zeros((rows, words), dtype=torch.int32)
+    block = min(1024, triton.next_power_of_2(k))
+    set_bits[(rows, triton.cdiv(k, block))](
+        indices,
+        bitmap,
+        k,
+        words,
+        layout.per,
+        *layout.strides[:2],
+        SHIFT=layout.shift,
+        BLOCK=block,
+    )
     return bitmap
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """Whose row a kernel tests membership on, beside a layout that begins with the logits."""
-
-    members: int
-    layout: Layout
-    tensor: Tensor
-    strides: tuple[int, int]
-
-    @classmethod
-    def of(cls, ref_logits: Tensor | None, bitmap: Tensor | None, *tensors: Tensor) -> Chooser:
-        if bitmap is not None:
-            layout = Layout.of(*tensors)
-            return cls(BITMAP, layout, bitmap.view(torch.uint8), (0, 4 * bitmap.shape[1]))
-        if ref_logits is None:
-            layout = Layout.of(*tensors)
-            return cls(CURRENT, layout, layout.tensors[0], (0, 0))
-        layout = Layout.of(*tensors, as_integers(ref_logits))
-        return cls(REFERENCE, layout, layout.tensors[-1], layout.strides[-2:])

@@ -1,10 +1,9 @@
 """Rows in memory: how a kernel walks one, and how a launcher describes it.
 
-A row is read in blocks of lanes. A wide (16-byte) load needs a start that the compiler can prove
-to be aligned, and rows of an odd vocabulary start anywhere. So a row is walked from the aligned
-address at or below its first entry: its column c is lane ``first + c`` with ``first < LANES``, all
-full blocks are loaded whole, and only the block at either end is masked. A loop whose loads are
-all masked would be compiled to one narrow load an element.
+A row is read in blocks of lanes. It is walked from the aligned address at or below its first entry:
+its column c is lane ``first + c`` with ``first < 8``, all full blocks are loaded whole, and only
+the block at either end is masked. A loop whose loads are all masked would be compiled to one narrow
+load an entry.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 8  # 16 bytes of a 16-bit type; a multiple of the 4 lanes that float32 needs
+from palu_kernels.layout import ALIGNED, LANES, empty_rows_like, row_steps, starts_alike
+
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -35,6 +35,13 @@ def row_start(ptr, row, per, outer, inner, SHIFT: tl.constexpr):
         start = ptr + offset
         first = 0
     return start, first
+
+
+@triton.jit
+def is_live(z):
+    """Not masked, that is not -inf (a NaN is told apart elsewhere). The bound is float32's lowest
+    number: 16-bit types do not have it, so the comparison stays in float32."""
+    return z >= -3.4028234663852886e38
 
 
 @triton.jit
@@ -67,34 +74,32 @@ class Layout:
     shift: bool
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> Layout:
-        """Copies nothing but a tensor whose columns are not adjacent."""
-        tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-        shape = tensors[0].shape
+    def of(cls, first: Tensor, *others: Tensor) -> Layout:
+        """Rows of ``first`` as they are (a copy if its columns are not adjacent); those of the
+        others are copied if they start otherwise."""
+        first = first if first.stride(-1) == 1 else first.contiguous()
+        tensors = (first, *(_laid_out(t, first) for t in others))
+        shape = first.shape
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        steps = [_steps(t) for t in tensors]
+        steps = [row_steps(t) for t in tensors]
         # rows that are evenly spaced in every tensor are one dimension
-        even = all(outer == inner * shape[-2] for outer, inner in steps)
+        even = first.dim() == 2 or all(outer == inner * shape[-2] for outer, inner in steps)
         per = max(rows, 1) if even else shape[-2]
-        steps = [(0, inner) if even else (outer, inner) for outer, inner in steps]
-        residues = {(outer % LANES, inner % LANES) for outer, inner in steps}
-        # one walk serves all tensors only if their rows start alike; aligned rows need no shift
-        shift = len(residues) == 1 and residues != {(0, 0)}
-        strides = tuple(s for step in steps for s in step)
+        strides = tuple(s for outer, inner in steps for s in (0 if even else outer, inner))
+        shift = any(s % ALIGNED for s in strides)
         return cls(tensors, strides, rows, columns, per, shift)
 
     def slices(self, programs: int, block: int) -> tuple[int, int]:
-        """-> (number of slices of a row, lanes in a slice) for about ``programs`` programs."""
+        """-> (number of slices of a row, lanes in a slice) for about ``programs`` programs. A
+        slice has two blocks at least, so that its histograms stay small beside it."""
         blocks = triton.cdiv(self.columns + LANES - 1, block)
-        wanted = min(blocks, max(1, programs // max(self.rows, 1)))
+        wanted = max(1, min(blocks // 2, programs // max(self.rows, 1)))
         each = triton.cdiv(blocks, wanted)
         return triton.cdiv(blocks, each), each * block
 
 
-def _steps(t: Tensor) -> tuple[int, int]:
-    if t.dim() == 3:
-        return t.stride(0), t.stride(1)
-    return t.stride(0) * t.shape[0], t.stride(0)
+def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+    return t if starts_alike(t, like) else empty_rows_like(like).view(t.dtype).copy_(t)
 
 
 def as_integers(t: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def test_kernels_may_write_over_their_input():
     z, ref, labels, _ = inputs(3, columns=5000)
     weights = torch.rand(3, device=DEVICE)
     _, state, chosen = local_entropy.forward(z, ref, None, 9, "flatten", "global_mean", 0.0)
-    apart = (weights, z, ref, False, state, chosen, "flatten")
+    apart = (weights, z, False, state, chosen, "flatten")
     expected = local_entropy.backward(*apart, torch.empty_like(z))
     buffer = z.clone()
     local_entropy.backward(weights, buffer, *apart[2:], buffer)
@@ -289,13 +289,24 @@ def test_kernels_may_write_over_their_input():
     assert torch.equal(buffer, expected)
 
 
-def test_many_rows_and_few_rows_agree():
-    """One program a row, and a row over several programs."""
-    from palu_kernels.triton.rows import Layout, programs_wanted
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_over_several_programs(name, monkeypatch):
+    """Few rows are split over programs so that the chip is full; ties cross the slices."""
+    from palu_kernels.triton import cross_entropy, divergence, local_entropy
+    from palu_kernels.triton.rows import Layout
 
-    few, many = normal(2, 9000), normal(600, 9000)
-    assert Layout.of(few).slices(programs_wanted(few.device), 4096)[0] == 3
-    assert Layout.of(many).slices(programs_wanted(many.device), 4096)[0] == 1
+    z, ref, labels, indices = inputs(2, columns=20_001)
+    z, ref = z.round(decimals=1), ref.round(decimals=1)
+    results = []
+    for programs, slices in ((1, 1), (1000, 5)):
+        for module in (cross_entropy, divergence, local_entropy):
+            monkeypatch.setattr(module, "programs_wanted", lambda _, n=programs: n)
+        assert Layout.of(z).slices(programs, 2048)[0] == slices
+        x = z.clone().requires_grad_()
+        loss = losses(ref, labels, indices)[name](x, "triton")
+        loss.sum().backward()
+        results.append((loss.detach(), x.grad))
+    torch.testing.assert_close(*results)
 
 
 class TestBackend:
