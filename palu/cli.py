@@ -156,6 +156,7 @@ def unlearn(
         from palu import unlearn as run
         from palu.data import load_examples, tokenize_examples
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
+        from palu.progress import bar
         from palu_kernels.backend import resolve as resolve_backend
 
         _quiet()
@@ -209,7 +210,7 @@ def unlearn(
             "no --retain file: only the other words of the forget answers hold the model in place"
         )
     with output_folder(output) as folder:
-        with bars_for("Unlearning") as report:
+        with bar(bars, "Unlearning") as report:
             curve = run.unlearn(loaded, tokenizer, rows[0], rows[1], config, report)
         with bars.status("Writing the model"):
             run.save_model(
@@ -260,6 +261,7 @@ def evaluate(
         from palu.data import load_examples
         from palu.evaluation import evaluate_examples, metrics_table
         from palu.loading import load_model, load_tokenizer, model_folder
+        from palu.progress import bar
         from palu.runs import choose_template, versions, write_json
 
         _quiet()
@@ -285,7 +287,7 @@ def evaluate(
         loaded = load_model(model, dtype, device)
     results: dict[str, Any] = {}
     for name, examples in sets.items():
-        with bars_for(f"Evaluating {name}") as report, _plain_warnings():
+        with bar(bars, f"Evaluating {name}") as report, _plain_warnings():
             results[name] = evaluate_examples(
                 loaded,
                 tokenizer,
@@ -352,15 +354,6 @@ def _check_examples(sets: dict, tokenizer: Any, max_length: int, template: Any) 
         warnings.simplefilter("ignore")  # evaluate_examples gives the same ones
         for examples in sets.values():
             tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
-
-
-@contextmanager
-def bars_for(title: str) -> Iterator[Any]:
-    """A progress bar on stderr, so that stdout stays clean for what was asked for."""
-    from palu.progress import bar
-
-    with bar(bars, title) as report:
-        yield report
 
 
 def _warn(text: str) -> None:

@@ -128,7 +128,7 @@ class PALULoss(nn.Module):
         arguments.integers("labels", labels, list(logits.shape[:2]), logits)
         self._check_reference(logits, ref_logits)
         if check_values(labels.device):
-            _check_labels(labels, logits.shape[-1])
+            check_labels(labels, logits.shape[-1])
         roles = self.roles(labels)[:, 1:]
         keep = roles != 0
         return self.from_rows(
@@ -239,7 +239,8 @@ def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tenso
     return given or 1
 
 
-def _check_labels(labels: Tensor, columns: int) -> None:
+def check_labels(labels: Tensor, columns: int) -> None:
+    """Raises ValueError for a label that is neither -100, nor -200, nor a token id."""
     wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
     if bool(wrong.any()):
         worst = int(labels[wrong].flatten()[0])

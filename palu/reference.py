@@ -33,7 +33,7 @@ class LiveReference:
                 "reference must stay as it was (leave ref_model out to have a copy made)"
             )
         if ref_model is not None:
-            size, ref_size = _vocabulary(model), _vocabulary(ref_model)
+            size, ref_size = vocabulary_size(model), vocabulary_size(ref_model)
             if size != ref_size:
                 raise ValueError(
                     f"ref_model must have the model's vocabulary of {size} entries, not {ref_size}"
@@ -53,5 +53,6 @@ class LiveReference:
         return kept_logits(self.model, input_ids, attention_mask, keep)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Entries of a row of logits, as the model's config tells; None where it does not."""
     return getattr(getattr(model, "config", None), "vocab_size", None)

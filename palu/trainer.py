@@ -15,11 +15,12 @@ from transformers import Trainer
 from palu.config import PALUConfig
 from palu.data import Collator
 from palu.labels import FORGET, IGNORE, NONE, PRESERVE
-from palu.loss import PALULoss
+from palu.loss import PALULoss, check_labels
 from palu.modeling import kept_logits, prediction_rows, unwrap
-from palu.reference import LiveReference
+from palu.reference import LiveReference, vocabulary_size
 from palu.retain import retain_rows
 from palu_kernels import cross_entropy_loss, kl_loss
+from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class PALUTrainer(Trainer):
             self.reference = LiveReference(self.model, ref_model)
             if self.place_model_on_device:
                 self.reference.to(self.args.device)
+        self._columns = vocabulary_size(unwrap(self.model))
         self._window = self._zeros()
         self._window_steps = 0
         self._eval_totals = self._zeros()
@@ -171,7 +173,9 @@ class PALUTrainer(Trainer):
         return self.data_collator([self.retain_dataset[i] for i in rows])
 
     def _count(self, sample: dict) -> Tensor:
-        """Float32 `[3]`: rows that carry each term in one micro-batch."""
+        """Float32 `[3]`: rows that carry each term in one micro-batch, whose labels are checked."""
+        if self._columns is not None and check_values(sample["labels"].device):
+            check_labels(sample["labels"], self._columns)
         roles = self.loss_fn.roles(sample["labels"])
         retain = sample.get(_RETAIN)
         kept = (retain["labels"][:, 1:] != IGNORE).sum() if retain is not None else 0

@@ -394,3 +394,17 @@ def test_bad_arguments(tok, tmp_path):
         trainer(tok, args, model=model, ref_model=model)
     with pytest.raises(ValueError, match="vocabulary of 330 entries, not 331"):
         trainer(tok, args, ref_model=small.model(tok, vocab_size=331))
+
+
+def test_wrong_labels_are_named(tok, tmp_path):
+    bad = small.rows(tok)
+    bad[0] = {**bad[0], "labels": [-300, *bad[0]["labels"][1:]]}
+    with pytest.raises(ValueError, match="labels holds -300; a label must be -100"):
+        trainer(tok, config(tmp_path), forget=bad).train()
+
+
+def test_a_backend_that_cannot_serve_is_refused(tok, tmp_path, monkeypatch):
+    for name in ("TRITON_INTERPRET", "PALU_TRITON_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="backend is 'triton', which cannot run on cpu"):
+        trainer(tok, config(tmp_path, backend="triton"))
