@@ -307,7 +307,8 @@ def forward(
         members = CURRENT if by_current else REFERENCE
         threshold = chosen[0] if by_current else chosen.new_zeros(rows)
         cut = chosen[1] if by_current else chosen
-        scores = logits if by_current else ref_logits
+        # as laid out for this walk: ties are counted slice by slice
+        scores = chooser.view(logits.dtype)
         selection = select(scores, top_k, threshold, slices, slice_lanes)
         need, seen = selection.need, selection.seen
     partial = logits.new_empty((rows, slices, PARTIAL), dtype=torch.float32)

@@ -309,6 +309,15 @@ def test_a_row_over_several_programs(name, monkeypatch):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("k", [4088, 4095, 4096, 4097, 8192])
+def test_ties_that_end_where_a_slice_does(k):
+    """A level reference whose rows start at other lanes than those of the logits."""
+    z, ref = normal(2, 20_001), torch.zeros(2, 20_004, device=DEVICE)[:, :-3]
+    kw = {"top_k": k, "center": "local_mean", "reduction": "none"}
+    expected = local_entropy_loss(z, ref, backend="torch", **kw)
+    torch.testing.assert_close(local_entropy_loss(z, ref, backend="triton", **kw), expected)
+
+
 class TestBackend:
     def test_auto_is_torch_on_the_cpu_and_for_float64(self):
         assert backend.resolve("auto", torch.device("cpu"), torch.float32) == "torch"
