@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Reads, trains, writes. Raises `UserError` for what the user can put right."""
     with user_errors():
         files = [path.split("[")[0] for path in options.data]
-        check_output(options.output, overwrite=False, inputs=(options.model, *files))
+        check_output(options.output, overwrite=options.overwrite, inputs=(options.model, *files))
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(options, name) <= 0:
                 raise ValueError(
@@ -170,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-length", type=int, default=512, help="tokens an example")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     return p
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -382,6 +383,8 @@ def main() -> None:
     1."""
     # Forked workers after the tokenizer was used would make it print a warning of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A run that is told to stop leaves through its cleanup: no half-written folder stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except UserError as error:

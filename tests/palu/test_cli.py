@@ -1,6 +1,8 @@
 """The command line: one clear line and status 2 for a user's mistake, whole folders or none."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from palu import cli
+from palu import unlearn as palu_unlearn
 from palu.demo_people import write_jsonl
 from palu.labels import Template
 from palu.runs import check_output, choose_template, output_folder
@@ -279,3 +282,18 @@ def test_a_backend_that_cannot_serve_is_refused_before_any_work(palu, monkeypatc
     status, _, said = palu(*UNLEARN, "--output", "refused", "--backend", "triton")
     assert status == 2
     assert "backend is 'triton', which cannot run on cpu" in said and "Traceback" not in said
+
+
+def test_a_run_told_to_stop_leaves_no_half_written_folder(palu, work, monkeypatch):
+    def told_to_stop(*_, **__):
+        assert list(work.glob(".stopped.partial-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(palu_unlearn, "unlearn", told_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status, _, said = palu(*UNLEARN, "--output", "stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 128 + signal.SIGTERM and "Traceback" not in said
+    assert not list(work.glob("*stopped*")) and not list(work.glob(".stopped*"))
