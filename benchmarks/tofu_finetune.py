@@ -25,7 +25,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from palu.data import Collator, load_examples, tokenize_examples
+from palu.data import Collator, load_examples, split_slice, tokenize_examples
 from palu.errors import UserError, user_errors
 from palu.labels import IGNORE
 from palu.loading import load_model, load_tokenizer
@@ -108,7 +108,7 @@ def finetune(
 def run(options: argparse.Namespace, console: Console) -> None:
     """Reads, trains, writes. Raises `UserError` for what the user can put right."""
     with user_errors():
-        files = [path.split("[")[0] for path in options.data]
+        files = [split_slice(path)[0] for path in options.data]
         check_output(options.output, overwrite=options.overwrite, inputs=(options.model, *files))
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(options, name) <= 0:

@@ -148,14 +148,14 @@ def unlearn(
 ) -> None:
     """Make a model forget the marked spans of one file and keep the answers of another."""
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.data import load_examples, split_slice, tokenize_examples
         from palu.runs import check_output, choose_template, output_folder
 
-        data = [x.split("[")[0] for x in (forget, retain) if x is not None]
+        data = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         check_output(output, overwrite=overwrite, inputs=(model, *data))
         import torch
 
         from palu import unlearn as run
-        from palu.data import load_examples, tokenize_examples
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
         from palu.progress import bar
         from palu_kernels.backend import resolve as resolve_backend

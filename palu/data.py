@@ -55,7 +55,7 @@ def load_examples(
         raise ValueError(f"repair must be 'none' or 'snap', got {repair!r}")
     if limit is not None and integer("limit", limit) < 1:
         raise ValueError(f"limit must be 1 or more, or None, got {limit}")
-    file, rows = _split_slice(os.fspath(path))
+    file, rows = split_slice(os.fspath(path))
     count, read = _open_folder(file) if os.path.isdir(file) else _open_file(file)
     if not count:
         raise ValueError(f"{file}: holds no rows")
@@ -223,7 +223,12 @@ def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 _Reader = tuple[int, Callable[[int], tuple[Any, str]]]
 
 
-def _split_slice(path: str) -> tuple[str, slice]:
+def split_slice(path: str) -> tuple[str, slice]:
+    """`PATH[-40:]` -> the file or folder, which exists, and the rows to take of it.
+
+    Raises:
+        ValueError: there is no such file, or the slice has another form.
+    """
     if os.path.exists(path):
         return path, slice(None)
     file, rows = path, slice(None)

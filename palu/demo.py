@@ -56,20 +56,12 @@ class DemoSettings:
         invent_people(self.people, self.seed)
 
 
-# Chosen by experiment at these sizes (40 people, 5 to forget; 150 steps; 0.97 on both sets before):
-#   objective              k     forget weight  lr    sensitive-token probability, forget / retain
-#   flatten, global mean   1000  1.0            5e-4  0.061 / 0.902 after 50 steps
-#   flatten, global mean   1000  0.2            5e-4  0.004 / 0.971, but the likeliest token often
-# stays the true one
-#   flatten, local mean    50    0.2            5e-4  0.005 / 0.965
-#   entropy                50    1.0            5e-4  0.027 / 0.716 after 50 steps
-#   entropy                50    0.1            1e-3  0.004 / 0.982
-#   entropy                10    0.1            1e-3  0.035 / 0.980
-# The forget term starts at 2 to 4 where the retain term is 0.008: at equal weights the first steps
-# damage what should stay and the rest repairs it. A tenth of the weight and four retain rows beside
-# each forget row hardly damage it. Of so small a model's logits only the first ten or so belong to
-# words that fit (another town, another month): with k = 10 the unlearned model gives a fluent wrong
-# answer, with k = 50 it stammers.
+# Chosen by single trials at these sizes. The forget term starts near 2 where the retain term is
+# near 0.01 (the loss curve in palu.json): at equal weights the first steps damage what should stay
+# and the rest repairs it. A tenth of the weight and four retain rows beside each forget row hardly
+# damage it. Of so small a model's logits only the first ten or so belong to words that fit (another
+# town, another month): with k = 10 the unlearned model gives a fluent wrong answer, with k = 50 it
+# stammers.
 PALU_OPTIONS: dict[str, Any] = {
     "objective": "entropy",
     "top_k": 10,

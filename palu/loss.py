@@ -129,14 +129,12 @@ class PALULoss(nn.Module):
         self._check_reference(logits, ref_logits)
         if check_values(labels.device):
             check_labels(labels, logits.shape[-1])
-        roles = self.roles(labels)[:, 1:]
-        keep = roles != 0
-        return self.from_rows(
-            logits[:, :-1][keep],
-            roles[keep],
-            None if ref_logits is None else ref_logits[:, :-1][keep],
-            num_forget=num_forget,
-            num_preserve=num_preserve,
+        return self._terms(
+            logits[:, :-1],
+            self.roles(labels)[:, 1:],
+            None if ref_logits is None else ref_logits[:, :-1],
+            num_forget,
+            num_preserve,
         )
 
     def from_rows(
@@ -166,7 +164,19 @@ class PALULoss(nn.Module):
                 "they must be [R, V] and [R]"
             )
         self._check_reference(logits, ref_logits)
-        is_forget, is_preserve = row_roles == FORGET, row_roles == PRESERVE
+        return self._terms(logits, row_roles, ref_logits, num_forget, num_preserve)
+
+    def _terms(
+        self,
+        logits: Tensor,
+        roles: Tensor,
+        ref_logits: Tensor | None,
+        num_forget: float | Tensor | None,
+        num_preserve: float | Tensor | None,
+    ) -> PALUOutput:
+        """Rows ``[..., V]`` and their roles ``[...]``; each row that carries a loss is copied out
+        once, for the term it belongs to."""
+        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
 
         def rows(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
             return logits[chosen], None if ref_logits is None else ref_logits[chosen]

@@ -15,9 +15,6 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-Report = Callable[[int, int], None]
-"""Called with (done, total)."""
-
 
 @contextmanager
 def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., None]]:

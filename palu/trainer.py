@@ -146,6 +146,7 @@ class PALUTrainer(Trainer):
             sample[_RETAIN] = self._retain_batch(
                 self.state.global_step, micro_step, self._train_batch_size
             )
+            self._check_labels(sample)
             counts += self._count(sample).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -172,10 +173,12 @@ class PALUTrainer(Trainer):
         )
         return self.data_collator([self.retain_dataset[i] for i in rows])
 
-    def _count(self, sample: dict) -> Tensor:
-        """Float32 `[3]`: rows that carry each term in one micro-batch, whose labels are checked."""
+    def _check_labels(self, sample: dict) -> None:
         if self._columns is not None and check_values(sample["labels"].device):
             check_labels(sample["labels"], self._columns)
+
+    def _count(self, sample: dict) -> Tensor:
+        """Float32 `[3]`: rows that carry each term in one micro-batch."""
         roles = self.loss_fn.roles(sample["labels"])
         retain = sample.get(_RETAIN)
         kept = (retain["labels"][:, 1:] != IGNORE).sum() if retain is not None else 0
@@ -313,6 +316,7 @@ class PALUTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of one evaluation batch; predictions are not kept."""
         inputs = dict(inputs)
+        self._check_labels(inputs)
         inputs[_RETAIN] = self._retain_batch(self._eval_batches, 0, self.args.eval_batch_size)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

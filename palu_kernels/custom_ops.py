@@ -17,7 +17,7 @@ from torch import Tensor
 
 from palu_kernels import arguments, reference
 from palu_kernels.backend import check_values, on_device_of
-from palu_kernels.layout import bitmap_words, empty_rows_like
+from palu_kernels.layout import bitmap_words, empty_rows_like, strides_like
 
 STATE = 4  # float32 numbers a row that a forward leaves for its backward
 
@@ -30,8 +30,6 @@ def _flat(t: Tensor) -> Tensor:
 
 def _reduced(rows: Tensor, reduction: str, count: Tensor | int, shape: torch.Size) -> Tensor:
     out = reference.reduce_rows(rows, reduction, count)
-    # a custom op may not return one tensor twice, and the rows of a kernel are fresh: only the
-    # shape is left to set
     return out.reshape(shape[:-1]) if reduction == "none" else out
 
 
@@ -46,9 +44,8 @@ def _row_weights(grad: Tensor, reduction: str, count: Tensor | int, rows: int) -
 
 def _laid_out(grad: Tensor, logits: Tensor) -> Tensor:
     """The PyTorch backend's gradient ``[N, V]`` in the layout that the fake promises."""
-    out = empty_rows_like(logits)
     grad = grad.reshape(logits.shape)
-    return grad if grad.stride() == out.stride() else out.copy_(grad)
+    return grad if grad.stride() == strides_like(logits) else empty_rows_like(logits).copy_(grad)
 
 
 def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:

@@ -8,36 +8,50 @@ is copied into such a layout.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 LANES = 8  # 16 bytes of a 16-bit type; a multiple of the 4 entries that float32 needs
 ALIGNED = 16  # what Triton can prove of a stride: a multiple of 16
 
 
+def adjacent(t: Tensor) -> bool:
+    """Whether the entries of a row lie side by side."""
+    return t.shape[-1] == 1 or t.stride(-1) == 1
+
+
 def row_steps(t: Tensor) -> tuple[int, int]:
-    """Strides of the two leading dimensions of ``[B, T, V]``; ``[N, V]`` counts as one batch."""
-    return (t.stride(0), t.stride(1)) if t.dim() == 3 else (0, t.stride(0))
+    """Strides of the two leading dimensions of ``[B, T, V]``; ``[N, V]`` counts as one batch.
+
+    0 where a dimension has one entry: its stride is never stepped, and PyTorch leaves anything
+    there (a contiguous tensor's included), so it must not decide whether rows start alike.
+    """
+    outer, inner = (t.stride(0), t.stride(1)) if t.dim() == 3 else (0, t.stride(0))
+    return outer if t.dim() == 3 and t.shape[0] > 1 else 0, inner if t.shape[-2] > 1 else 0
 
 
 def starts_alike(t: Tensor, like: Tensor) -> bool:
-    """Whether every row of ``t`` starts as that of ``like`` does. Both have adjacent columns."""
+    """Whether every row of ``t`` starts as that of ``like`` does, and can be walked."""
     pairs = zip(row_steps(t), row_steps(like), strict=True)
-    return t.stride(-1) == 1 and all((a - b) % LANES == 0 for a, b in pairs)
+    return adjacent(t) and all((a - b) % LANES == 0 for a, b in pairs)
+
+
+def strides_like(t: Tensor) -> tuple[int, ...]:
+    """Strides of a tensor of the shape of ``t`` that starts alike: contiguous ones, or with rows
+    spaced a little wider."""
+    columns = t.shape[-1]
+    if t.is_contiguous() or not adjacent(t):
+        steps = (columns * max(t.shape[-2], 1), columns)
+    else:
+        outer, inner = row_steps(t)
+        inner = columns + (inner - columns) % LANES
+        block = inner * t.shape[-2]
+        steps = (block + (outer - block) % LANES, inner)
+    return (*steps[3 - t.dim() :], 1)
 
 
 def empty_rows_like(t: Tensor) -> Tensor:
-    """Uninitialised, of the shape and dtype of ``t``: contiguous, or with rows spaced a little
-    wider so that they start as those of ``t`` do."""
-    if t.stride(-1) != 1 or t.is_contiguous():
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
-    outer, inner = row_steps(t)
-    columns = t.shape[-1]
-    inner = columns + (inner - columns) % LANES
-    if t.dim() == 2:
-        return t.new_empty_strided(t.shape, (inner, 1))
-    block = inner * t.shape[1]
-    return t.new_empty_strided(t.shape, (block + (outer - block) % LANES, inner, 1))
+    """Uninitialised, of the shape and dtype of ``t``, with rows that start as those of ``t`` do."""
+    return t.new_empty_strided(t.shape, strides_like(t))
 
 
 def bitmap_words(columns: int) -> int:

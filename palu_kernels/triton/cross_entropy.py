@@ -179,7 +179,7 @@ def backward(
     out: Tensor,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
-    layout = Layout.of(logits, out)
+    layout = Layout.of(logits, out=out)
     if layout.rows == 0:
         return out
     block, warps = block_of(layout.columns, logits.element_size())

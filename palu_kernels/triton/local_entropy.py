@@ -21,10 +21,10 @@ from palu_kernels.triton.members import (
     BITMAP,
     CURRENT,
     REFERENCE,
-    bitmap_of,
     chooser_start,
     load_block,
     store_bits,
+    write_bitmap,
 )
 from palu_kernels.triton.rows import (
     Layout,
@@ -78,7 +78,10 @@ def statistics(
     """What a slice of a row knows: live entries (NaN if the slice holds one), their sum, k, and
     for flatten the mean of z over S and the squared deviations from it (merged block by block as
     Chan, Golub and LeVeque do, since sums of squares cancel), for entropy the online softmax of
-    z over S: maximum, sum of exponentials, sum of exponentials times exponents."""
+    z over S: maximum, sum of exponentials, sum of exponentials times exponents.
+
+    ``chosen`` receives what the gradient needs of S: the tie cut where z chooses, bits where the
+    reference does, nothing where it is the bitmap itself."""
     row, part = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
     chooser_row = chooser_start(
@@ -300,7 +303,7 @@ def forward(
     chooser, chooser_strides = layout.tensors[-1], layout.strides[-2:]
     if indices is not None:
         members = BITMAP
-        chosen = bitmap_of(indices, layout)
+        write_bitmap(indices, layout, chosen)
         chooser, chooser_strides = chosen.view(torch.uint8), (0, 4 * words)
         threshold = need = seen = cut = chosen
     else:
@@ -363,7 +366,7 @@ def backward(
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself or is
     laid out like them (``empty_rows_like``)."""
-    layout = Layout.of(logits, out)
+    layout = Layout.of(logits, out=out)
     if layout.rows == 0:
         return out
     block, warps = block_of(layout.columns, logits.element_size())

@@ -2,18 +2,16 @@
 
 Where the reference's row chooses, S is the threshold and tie cut of ``select``; the pass that takes
 the statistics finds the cut, and leaves a bitmap of one bit a lane, so that the gradient reads a
-bit an entry and the reference's row is not needed any more. Given indices become such
-a bitmap first. Where the current row chooses, threshold and cut serve both passes.
+bit an entry and the reference's row is not needed any more. Given indices become such a bitmap
+first. Where the current row chooses, threshold and cut serve both passes.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.layout import bitmap_words
 from palu_kernels.triton.keys import order_keys
 from palu_kernels.triton.rows import Layout, load_lanes, row_start
 
@@ -102,21 +100,18 @@ def set_bits(
     tl.atomic_or(bitmap_ptr + row * words + (lane >> 5), bit, mask=inside, sem="relaxed")
 
 
-def bitmap_of(indices: Tensor, layout: Layout) -> Tensor:
-    """int32 ``[N, words]`` from S as indices."""
+def write_bitmap(indices: Tensor, layout: Layout, bitmap: Tensor) -> None:
+    """S as indices -> ``bitmap``, int32 ``[N, words]``, zeros before."""
     indices = indices.reshape(-1, indices.shape[-1]).contiguous()
     rows, k = indices.shape
-    words = bitmap_words(layout.columns)
-    bitmap = indices.new_zeros((rows, words), dtype=torch.int32)
     block = min(1024, triton.next_power_of_2(k))
     set_bits[(rows, triton.cdiv(k, block))](
         indices,
         bitmap,
         k,
-        words,
+        bitmap.shape[1],
         layout.per,
         *layout.strides[:2],
         SHIFT=layout.shift,
         BLOCK=block,
     )
-    return bitmap

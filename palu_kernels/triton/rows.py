@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.layout import ALIGNED, LANES, empty_rows_like, row_steps, starts_alike
+from palu_kernels.layout import (
+    ALIGNED,
+    LANES,
+    adjacent,
+    empty_rows_like,
+    row_steps,
+    starts_alike,
+)
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -74,16 +81,28 @@ class Layout:
     shift: bool
 
     @classmethod
-    def of(cls, first: Tensor, *others: Tensor) -> Layout:
+    def of(cls, first: Tensor, *others: Tensor, out: Tensor | None = None) -> Layout:
         """Rows of ``first`` as they are (a copy if its columns are not adjacent); those of the
-        others are copied if they start otherwise."""
-        first = first if first.stride(-1) == 1 else first.contiguous()
+        others are copied if they start otherwise.
+
+        Raises:
+            ValueError: ``out``, which comes last, starts otherwise: what is written into a copy
+                would be lost (``empty_rows_like`` makes one that does not).
+        """
+        first = first if adjacent(first) else first.contiguous()
         tensors = (first, *(_laid_out(t, first) for t in others))
+        if out is not None:
+            if not starts_alike(out, first):
+                raise ValueError(
+                    f"out has strides {out.stride()}; its rows must start as those of the logits, "
+                    f"whose strides are {first.stride()}"
+                )
+            tensors = (*tensors, out)
         shape = first.shape
         rows, columns = math.prod(shape[:-1]), shape[-1]
         steps = [row_steps(t) for t in tensors]
         # rows that are evenly spaced in every tensor are one dimension
-        even = first.dim() == 2 or all(outer == inner * shape[-2] for outer, inner in steps)
+        even = rows == shape[-2] or all(outer == inner * shape[-2] for outer, inner in steps)
         per = max(rows, 1) if even else shape[-2]
         strides = tuple(s for outer, inner in steps for s in (0 if even else outer, inner))
         shift = any(s % ALIGNED for s in strides)

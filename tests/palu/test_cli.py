@@ -297,3 +297,12 @@ def test_a_run_told_to_stop_leaves_no_half_written_folder(palu, work, monkeypatc
         signal.signal(signal.SIGTERM, before)
     assert status == 128 + signal.SIGTERM and "Traceback" not in said
     assert not list(work.glob("*stopped*")) and not list(work.glob(".stopped*"))
+
+
+def test_overwrite_spares_an_input_whose_folder_looks_like_a_slice(palu, work):
+    (work / "o[1]").mkdir()
+    (work / "o[1]" / "forget.jsonl").write_bytes((work / "forget.jsonl").read_bytes())
+    options = ["--forget", "o[1]/forget.jsonl", "--output", "o[1]", "--overwrite", "--epochs", 1]
+    status, _, said = palu("unlearn", "--model", "model", *options)
+    assert status == 2 and "--overwrite would delete" in said
+    assert (work / "o[1]" / "forget.jsonl").is_file()

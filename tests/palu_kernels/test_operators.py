@@ -95,14 +95,16 @@ def test_no_rows(name, served_by, shape):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("served_by", BACKENDS)
 @pytest.mark.parametrize("columns", [96, 101])
-def test_rows_of_any_stride(name, served_by, columns):
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (3, 1), (1, 1)])
+def test_rows_of_any_stride(name, served_by, columns, shape):
     """Slices of [B, T, V], padded rows, transposed columns: same numbers as a dense copy."""
-    z, ref, labels, indices = inputs(2, 3, columns=columns)
+    z, ref, labels, indices = inputs(*shape, columns=columns)
     dense = z.clone().requires_grad_()
     losses(ref, labels, indices)[name](dense, served_by).sum().backward()
     expected = losses(ref, labels, indices)[name](z, served_by)
     layouts = {
         "shifted": lambda t: torch.cat([t, t[:, :1]], 1)[:, :-1],
+        "part of a batch": lambda t: torch.cat([t, t[:1]])[:-1],
         "padded": lambda t: torch.cat([t, t[..., :5]], -1)[..., :-5],
         "strided columns": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
         "misaligned": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].reshape(t.shape),
@@ -169,8 +171,13 @@ def test_without_grad_nothing_is_kept(name):
 
 
 @pytest.mark.parametrize("served_by", BACKENDS)
-def test_opcheck(served_by):
-    z, ref, labels, indices = inputs(2, 3)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_opcheck(served_by, batch, shifted):
+    """Fakes promise the strides of the real results, of logits[:, :-1] with an odd V too."""
+    z, ref, labels, indices = inputs(batch, 3, columns=101)
+    if shifted:
+        z = torch.cat([z, z[:, :1]], 1)[:, :-1]
     z.requires_grad_()
     checks = [
         (custom_ops.topk, (ref, 5, served_by)),
@@ -307,6 +314,23 @@ def test_a_row_over_several_programs(name, monkeypatch):
         loss.sum().backward()
         results.append((loss.detach(), x.grad))
     torch.testing.assert_close(*results)
+
+
+def test_a_buffer_that_cannot_be_walked_is_refused():
+    """It would have to be copied, and what is written into a copy is lost."""
+    from palu_kernels.triton import cross_entropy, divergence, local_entropy
+
+    z, ref, labels, _ = inputs(3, columns=101)
+    weights, elsewhere = torch.ones(3, device=DEVICE), torch.empty(3, 102, device=DEVICE)[:, :101]
+    _, state, chosen = local_entropy.forward(z, ref, None, 9, "flatten", "global_mean", 0.0)
+    calls = [
+        lambda: local_entropy.backward(weights, z, False, state, chosen, "flatten", elsewhere),
+        lambda: divergence.backward(weights, z, ref, state, "reverse", elsewhere),
+        lambda: cross_entropy.backward(weights, z, labels, state, -100, elsewhere),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"out has strides \(102, 1\)"):
+            call()
 
 
 @pytest.mark.parametrize("k", [4088, 4095, 4096, 4097, 8192])
