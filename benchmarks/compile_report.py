@@ -46,6 +46,7 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from palu_kernels import operators
+from palu_kernels.triton import gathered
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -88,11 +89,15 @@ class Variant:
     @property
     def walk(self) -> str:
         """How it walks rows: ``aligned`` (the arguments say that they start on 16 bytes),
-        ``shifted`` (from the aligned address below), ``unproven`` (neither) or ``none``."""
+        ``shifted`` (from the aligned address below), ``unproven`` (neither), ``narrow`` (rows of
+        the head that start anywhere) or ``none``."""
         shift = self.named.get("SHIFT")
+        proven = not any(columns % 16 for columns in self.columns)
+        if self.kernel.startswith("gathered."):
+            return "aligned" if proven else "narrow"
         if shift is not False:
             return "shifted" if shift else "none"
-        return "unproven" if any(columns % 16 for columns in self.columns) else "aligned"
+        return "aligned" if proven else "unproven"
 
     def factors(self) -> set[tuple[str, str, str]]:
         """What ``reduced`` wants to see at least once: each constant's value beside each walk."""
@@ -146,12 +151,26 @@ def call_operators(dtype: torch.dtype, columns: int) -> None:
         loss.backward()
 
 
+def call_gathered(dtype: torch.dtype, width: int) -> None:
+    """The launchers of ``gathered``, on a head whose hidden size is ``width``."""
+    hidden, weight = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(TOP_K, width, dtype=dtype)
+    bias, slopes = weight[:, 0].contiguous(), torch.zeros(ROWS, TOP_K)
+    acc_weight, acc_bias = torch.zeros(TOP_K, width), torch.zeros(TOP_K)
+    for indices in (torch.zeros(ROWS, TOP_K, dtype=t) for t in (torch.int32, torch.int64)):
+        for b in (None, bias):
+            gathered.products(hidden, weight, b, indices)
+        gathered.combine(slopes, weight, indices)
+        for acc in ((acc_weight, None), (acc_weight, acc_bias), (None, acc_bias)):
+            gathered.scatter(*acc, hidden, indices, slopes, TOP_K)
+
+
 def all_variants() -> list[Variant]:
     variants: dict[str, Variant] = {}
     for name, dtype in DTYPES.items():
         for columns in COLUMNS:
             with recording(variants, name, columns):
                 call_operators(dtype, columns)
+                call_gathered(dtype, columns)
     return sorted(variants.values(), key=lambda v: (v.kernel, str(v.named), sorted(v.dtypes)))
 
 

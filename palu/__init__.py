@@ -4,8 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from palu.cache import ReferenceCache
     from palu.config import PALUConfig
     from palu.data import Collator, Example, load_examples, tokenize_examples
+    from palu.heads import LMHead, model_hidden_states
     from palu.labels import label_example, token_roles
     from palu.loss import PALULoss, PALUOutput
     from palu.template import Template
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Collator",
     "Example",
+    "LMHead",
     "PALUConfig",
     "PALULoss",
     "PALUOutput",
     "PALUTrainer",
+    "ReferenceCache",
     "Template",
     "label_example",
     "load_examples",
+    "model_hidden_states",
     "token_roles",
     "tokenize_examples",
 ]
@@ -30,13 +35,16 @@ __all__ = [
 _HOMES = {
     "Collator": "palu.data",
     "Example": "palu.data",
+    "LMHead": "palu.heads",
     "PALUConfig": "palu.config",
     "PALULoss": "palu.loss",
     "PALUOutput": "palu.loss",
     "PALUTrainer": "palu.trainer",
+    "ReferenceCache": "palu.cache",
     "Template": "palu.template",
     "label_example": "palu.labels",
     "load_examples": "palu.data",
+    "model_hidden_states": "palu.heads",
     "token_roles": "palu.labels",
     "tokenize_examples": "palu.data",
 }

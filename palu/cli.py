@@ -1,4 +1,4 @@
-"""The `palu` command: demo, unlearn, evaluate, inspect."""
+"""The `palu` command: demo, unlearn, evaluate, inspect; `cache` is in `cli_cache.py`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,39 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from palu.cli_cache import cache
+from palu.cli_options import (
+    Backend,
+    DateString,
+    Device,
+    Dtype,
+    ForceTemplate,
+    ForgetFile,
+    MaxLength,
+    ModelFolder,
+    Objective,
+    Overwrite,
+    PrefixLength,
+    Preserve,
+    Repair,
+    RepairSpans,
+    RetainFile,
+    RetainLoss,
+    SelectFrom,
+    SystemPrompt,
+    TopK,
+    bars,
+    out,
+    plain_warnings,
+    quiet,
+    warn,
+)
 from palu.errors import UserError, user_errors
 
 # Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
@@ -29,46 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-bars = Console(stderr=True)
-
-
-class Objective(str, Enum):
-    """Names of the forget objectives."""
-
-    flatten = "flatten"
-    entropy = "entropy"
-
-
-class Repair(str, Enum):
-    """What to do with odd spans."""
-
-    none = "none"
-    snap = "snap"
-
-
-ModelFolder = Annotated[Path, typer.Option("--model", help="Hugging Face model folder.")]
-ForgetFile = Annotated[
-    str,
-    typer.Option(
-        "--forget",
-        help="What to forget: JSON lines or a datasets folder; PATH[-40:] takes a slice.",
-    ),
-]
-RetainFile = Annotated[str | None, typer.Option("--retain", help="What to keep, same formats.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-MaxLength = Annotated[int, typer.Option(help="Tokens an example; longer ones are cut.")]
-SystemPrompt = Annotated[str | None, typer.Option(help="System turn of the chat template.")]
-DateString = Annotated[str | None, typer.Option(help="Date given to the chat template.")]
-ForceTemplate = Annotated[
-    bool,
-    typer.Option("--force-template", help="Take these template options even if palu.json differs."),
-]
-RepairSpans = Annotated[
-    Repair, typer.Option(help="snap: move span ends to word ends and merge overlaps.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+app.add_typer(cache, name="cache")
 
 
 @app.command()
@@ -89,7 +73,7 @@ def demo(
     with bars.status("Loading PyTorch and transformers"):
         from palu.demo import DemoSettings, run_demo
 
-        _quiet()
+        quiet()
     with user_errors():
         settings = DemoSettings(
             seed=seed,
@@ -110,28 +94,22 @@ def unlearn(
     forget: ForgetFile,
     output: Annotated[Path, typer.Option(help="Folder for the new model.")],
     retain: RetainFile = None,
-    top_k: Annotated[int, typer.Option(help="Largest logits levelled in a forget row.")] = 50,
-    prefix_length: Annotated[
-        int, typer.Option(help="Tokens forgotten at the start of each span; 0: all.")
-    ] = 3,
+    top_k: TopK = 50,
+    prefix_length: PrefixLength = 3,
     objective: Annotated[Objective, typer.Option(help="What levels them.")] = Objective.flatten,
     center: Annotated[
         str, typer.Option(help="Of flatten: global_mean, local_mean or a number.")
     ] = "global_mean",
-    preserve: Annotated[
-        str, typer.Option(help="Holds other answer tokens: reverse_kl, forward_kl, nll or none.")
-    ] = "reverse_kl",
+    preserve: Preserve = "reverse_kl",
     forget_weight: Annotated[float, typer.Option(help="Weight of the forget term.")] = 1.0,
     preserve_weight: Annotated[float, typer.Option(help="Weight of the preserve term.")] = 1.0,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain term.")] = 1.0,
-    retain_loss: Annotated[str, typer.Option(help="nll, or kl to the original model.")] = "nll",
+    retain_loss: RetainLoss = "nll",
     retain_batch_size: Annotated[
         int | None, typer.Option(help="Retain rows beside a forget batch; default: as many.")
     ] = None,
-    select_from: Annotated[
-        str, typer.Option(help="Whose logits choose the top k: reference or current.")
-    ] = "reference",
-    backend: Annotated[str, typer.Option(help="Kernels: auto, triton or torch.")] = "auto",
+    select_from: SelectFrom = "reference",
+    backend: Backend = "auto",
     learning_rate: Annotated[float, typer.Option(help="Peak, then linear to 0.")] = 1e-5,
     epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = 10.0,
     batch_size: Annotated[int, typer.Option(help="Forget rows a micro-batch.")] = 8,
@@ -160,7 +138,7 @@ def unlearn(
         from palu.progress import bar
         from palu_kernels.backend import resolve as resolve_backend
 
-        _quiet()
+        quiet()
         model_folder(model)
         where = resolve_device(device)
         resolve_backend(backend, where, torch.float32)
@@ -192,7 +170,7 @@ def unlearn(
         template = choose_template(
             model, system_prompt=system_prompt, date_string=date_string, force=force_template
         )
-    with user_errors(), _plain_warnings(), bars.status("Reading model and data"):
+    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)
         rows = []
         for path, is_forget in ((forget, True), (retain, False)):
@@ -207,9 +185,7 @@ def unlearn(
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
         loaded = load_model(model, dtype, device)
     if rows[1] is None:
-        _warn(
-            "no --retain file: only the other words of the forget answers hold the model in place"
-        )
+        warn("no --retain file: only the other words of the forget answers hold the model in place")
     with output_folder(output) as folder:
         with bar(bars, "Unlearning") as report:
             curve = run.unlearn(loaded, tokenizer, rows[0], rows[1], config, report)
@@ -265,7 +241,7 @@ def evaluate(
         from palu.progress import bar
         from palu.runs import choose_template, versions, write_json
 
-        _quiet()
+        quiet()
         model_folder(model)
         if batch_size < 1 or max_new_tokens < 0 or max_length < 2:
             raise ValueError(
@@ -277,7 +253,7 @@ def evaluate(
         template = choose_template(
             model, system_prompt=system_prompt, date_string=date_string, force=force_template
         )
-    with user_errors(), _plain_warnings(), bars.status("Reading model and data"):
+    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         sets = {
             name: load_examples(path, require_spans=False, repair=repair.value)
             for name, path in (("forget", forget), ("retain", retain))
@@ -288,7 +264,7 @@ def evaluate(
         loaded = load_model(model, dtype, device)
     results: dict[str, Any] = {}
     for name, examples in sets.items():
-        with bar(bars, f"Evaluating {name}") as report, _plain_warnings():
+        with bar(bars, f"Evaluating {name}") as report, plain_warnings():
             results[name] = evaluate_examples(
                 loaded,
                 tokenizer,
@@ -312,9 +288,7 @@ def inspect(
     ],
     model: ModelFolder,
     limit: Annotated[int, typer.Option(help="How many examples; 0: all.")] = 5,
-    prefix_length: Annotated[
-        int, typer.Option(help="Tokens forgotten at the start of each span; 0: all.")
-    ] = 3,
+    prefix_length: PrefixLength = 3,
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
@@ -322,7 +296,7 @@ def inspect(
     repair: RepairSpans = Repair.none,
 ) -> None:
     """Print examples with their tokens coloured by what a run would do to them."""
-    with user_errors(), _plain_warnings():
+    with user_errors(), plain_warnings():
         with bars.status("Loading the tokenizer"):
             from palu.inspect import inspect_file
             from palu.loading import load_tokenizer
@@ -355,27 +329,6 @@ def _check_examples(sets: dict, tokenizer: Any, max_length: int, template: Any) 
         warnings.simplefilter("ignore")  # evaluate_examples gives the same ones
         for examples in sets.values():
             tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
-
-
-def _warn(text: str) -> None:
-    bars.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings about the user's data as one line each, without the place in our source."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *args, **kwargs: _warn(str(message))
-        yield
-
-
-def _quiet() -> None:
-    """Our own bars are enough."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def main() -> None:

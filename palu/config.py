@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from palu.loss import PALULoss
 
 RETAIN_LOSSES = ("nll", "kl")
+REFERENCES = ("live", "adapter_off", "cached")
 
 
 def parse_center(center: str | float) -> str | float:
@@ -76,6 +77,22 @@ class PALUConfig(TrainingArguments):
         metadata={"help": "Retain rows beside each forget batch; default: as many as the batch."},
     )
 
+    reference: str = field(
+        default="live",
+        metadata={
+            "help": "Where the original model's numbers come from: live (a frozen copy), "
+            "adapter_off (the model without its PEFT adapters) or cached (computed once, before "
+            "training)."
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the cache, built if it is not there; default: reference-cache in "
+            "the output folder."
+        },
+    )
+
     # Defaults of the Trainer that fit unlearning.
     output_dir: str | None = field(default="palu-checkpoints")
     learning_rate: float = field(default=1e-5)
@@ -96,6 +113,10 @@ class PALUConfig(TrainingArguments):
         if self.retain_loss not in RETAIN_LOSSES:
             raise ValueError(
                 f"retain_loss must be one of {', '.join(RETAIN_LOSSES)}, not {self.retain_loss!r}"
+            )
+        if self.reference not in REFERENCES:
+            raise ValueError(
+                f"reference must be one of {', '.join(REFERENCES)}, not {self.reference!r}"
             )
         if not 0 <= self.retain_weight < math.inf:
             raise ValueError(

@@ -9,9 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
-from palu_kernels import arguments, cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
+from palu_kernels import (
+    LMHead,
+    arguments,
+    cross_entropy_loss,
+    kl_loss,
+    local_entropy_loss,
+    topk_indices,
+)
 from palu_kernels.backend import BACKENDS, check_values
+from palu_kernels.head import check_hidden
+from palu_kernels.linear_operators import forget_loss
+from palu_kernels.row_losses import KL, LikeliestNLL
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
 SELECTIONS = ("reference", "current")
@@ -166,6 +177,133 @@ class PALULoss(nn.Module):
         self._check_reference(logits, ref_logits)
         return self._terms(logits, row_roles, ref_logits, num_forget, num_preserve)
 
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        labels: Tensor,
+        ref_hidden: Tensor | None = None,
+        ref_head: LMHead | None = None,
+        *,
+        ref_indices: Tensor | None = None,
+        num_forget: float | Tensor | None = None,
+        num_preserve: float | Tensor | None = None,
+    ) -> PALUOutput:
+        """The same loss from what enters the output head, without logits of whole rows.
+
+        Args:
+            hidden: ``[B, T, D]`` of the current model (``palu.model_hidden_states``).
+            head: its output head (``palu.LMHead.from_model``); gradients reach it if it trains.
+            labels: int64 or int32 ``[B, T]``, as in ``forward``.
+            ref_hidden: the frozen reference's, ``[B, T, D]``; or, with ``ref_indices`` or where S
+                is the current model's choice, those of the preserve rows alone, ``[rows, D]``, row
+                after row.
+            ref_head: the reference's head; None takes ``head``, which must not train then.
+            ref_indices: S of the forget rows, ``[rows, k]``, row after row: what the reference's
+                ``topk_indices`` are, computed before. No logit outside S is then computed where the
+                loss needs none.
+            num_forget, num_preserve: as in ``forward``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or the reference is missing.
+        """
+        check_hidden("hidden", hidden, head)
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden has shape {list(hidden.shape)}; it must be [B, T, {head.hidden_size}]"
+            )
+        arguments.integers("labels", labels, list(hidden.shape[:2]), hidden, "hidden")
+        if check_values(labels.device):
+            check_labels(labels, head.vocab_size)
+        roles = self.roles(labels)[:, 1:]
+        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
+        counts = is_forget.sum(), is_preserve.sum()
+        denominators = (
+            _denominator("num_forget", num_forget, counts[0]),
+            _denominator("num_preserve", num_preserve, counts[1]),
+        )
+        ref_forget = None
+        ref_preserve = ref_hidden
+        if ref_hidden is not None and ref_hidden.dim() == 3:
+            if ref_hidden.shape[:2] != hidden.shape[:2]:
+                raise ValueError(
+                    f"ref_hidden has shape {list(ref_hidden.shape)}; it must have the rows of "
+                    f"hidden, {list(hidden.shape)}"
+                )
+            ref_forget = ref_hidden[:, :-1][is_forget]
+            ref_preserve = ref_hidden[:, :-1][is_preserve]
+        terms = self.hidden_terms(
+            hidden[:, :-1][is_forget],
+            hidden[:, :-1][is_preserve],
+            head,
+            ref_forget,
+            ref_preserve,
+            ref_indices,
+            *denominators,
+        )
+        loss, sums = sum_of_terms(head, ref_head, terms, self.backend)
+        means = [total / n for total, n in zip(sums, denominators, strict=False)]
+        means += [loss.new_zeros(())] * (2 - len(means))
+        return PALUOutput(loss, *means, *counts)
+
+    def hidden_terms(
+        self,
+        forget: Tensor,
+        preserve: Tensor,
+        head: LMHead,
+        ref_forget: Tensor | None,
+        ref_preserve: Tensor | None,
+        ref_indices: Tensor | None,
+        forget_denominator: float | Tensor,
+        preserve_denominator: float | Tensor,
+    ) -> list[HiddenTerm]:
+        """The terms of ``from_hidden``, of hidden rows ``[rows, D]`` picked beforehand."""
+        by_reference = self.select_from == "reference"
+        if ref_indices is not None:
+            if not by_reference:
+                raise ValueError(
+                    "ref_indices is given and select_from is 'current'; it must be None, or "
+                    "select_from 'reference'"
+                )
+            arguments.indices(
+                ref_indices, self.top_k, forget, head.vocab_size, "the forget rows", "ref_indices"
+            )
+        elif by_reference and ref_forget is None:
+            raise ValueError(
+                "neither ref_hidden [B, T, D] nor ref_indices is given; with "
+                "select_from='reference' one of them must say which entries are levelled"
+            )
+        chooser = "current" if not by_reference else "reference"
+        kind, number = arguments.center(self.center)
+        loss = forget_loss(
+            forget,
+            head,
+            self.top_k,
+            self.objective,
+            kind,
+            number,
+            chooser if ref_indices is None else "indices",
+        )
+        ref_rows = ref_forget if loss.needs_reference else None
+        weights = self.forget_weight, forget_denominator
+        terms = [HiddenTerm(loss, forget, ref_rows, ref_indices, *weights)]
+        if self.preserve is not None:
+            if ref_preserve is None:
+                raise ValueError(
+                    f"ref_hidden is None; with preserve={self.preserve!r} it must be the frozen "
+                    "reference's hidden rows"
+                )
+            if ref_preserve.shape[0] != preserve.shape[0]:
+                raise ValueError(
+                    f"ref_hidden has {ref_preserve.shape[0]} rows; it must be [B, T, D], or have "
+                    f"the {preserve.shape[0]} preserve rows"
+                )
+            nll = self.preserve == "nll"
+            loss = LikeliestNLL() if nll else KL(self.preserve.removesuffix("_kl"))
+            weights = self.preserve_weight, preserve_denominator
+            terms.append(HiddenTerm(loss, preserve, ref_preserve, None, *weights))
+        return terms
+
     def _terms(
         self,
         logits: Tensor,
@@ -181,18 +319,17 @@ class PALULoss(nn.Module):
         def rows(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
             return logits[chosen], None if ref_logits is None else ref_logits[chosen]
 
-        forget = self._forget(*rows(is_forget)) / _denominator("num_forget", num_forget, is_forget)
+        counts = is_forget.sum(), is_preserve.sum()
+        forget = self._forget(*rows(is_forget)) / _denominator("num_forget", num_forget, counts[0])
         loss = self.forget_weight * forget
         if self.preserve is None:
             preserve = loss.new_zeros(())
         else:
             preserve = self._preserve(*rows(is_preserve)) / _denominator(
-                "num_preserve", num_preserve, is_preserve
+                "num_preserve", num_preserve, counts[1]
             )
             loss = loss + self.preserve_weight * preserve
-        return PALUOutput(
-            loss, forget.detach(), preserve.detach(), is_forget.sum(), is_preserve.sum()
-        )
+        return PALUOutput(loss, forget.detach(), preserve.detach(), *counts)
 
     def _forget(self, logits: Tensor, ref_logits: Tensor | None) -> Tensor:
         return local_entropy_loss(
@@ -236,7 +373,7 @@ def _weight(name: str, value: Any) -> None:
 def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tensor | float:
     """What the sum over rows is divided by: 1 instead of 0, so that no rows give 0 and not NaN."""
     if given is None:
-        return rows.sum().clamp(min=1)
+        return rows.clamp(min=1)
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name} has shape {list(given.shape)}; it must be one number")

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
-from palu.config import PALUConfig
+from palu.cache import ReferenceCache
+from palu.config import REFERENCES, PALUConfig
 from palu.data import Collator
-from palu.labels import FORGET, IGNORE, NONE, PRESERVE
 from palu.loss import PALULoss, check_labels
-from palu.modeling import kept_logits, prediction_rows, unwrap
-from palu.reference import LiveReference, vocabulary_size
+from palu.modeling import unwrap
+from palu.objective import RETAIN, Objective
+from palu.reference import (
+    AdapterOffReference,
+    CachedReference,
+    LiveReference,
+    Reference,
+    vocabulary_size,
+)
 from palu.retain import retain_rows
-from palu_kernels import cross_entropy_loss, kl_loss
 from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
 
 TERMS = ("forget", "preserve", "retain")
-# Keys that travel beside a forget batch from `get_batch_samples` to `compute_loss`.
-_RETAIN, _DENOMINATORS = "palu_retain", "palu_denominators"
+STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its reference cache is of
+# Travels beside a forget batch from `get_batch_samples` to `compute_loss`.
+_DENOMINATORS = "palu_denominators"
 
 
 @dataclass
@@ -62,6 +72,8 @@ class PALUTrainer(Trainer):
             `palu.data.tokenize_examples`).
         retain_dataset: rows of the same form whose answers are to be kept; None for no retain term.
         ref_model: the frozen original; a copy of `model` is made when it is None and one is needed.
+        reference: where the original's numbers come from, instead of `args.reference`: `live`,
+            `adapter_off` or `cached` (see `PALUConfig`).
         eval_dataset: forget rows to evaluate on; `evaluate()` takes `train_dataset` when there is
             none.
         processing_class: the tokenizer; gives the padding and end tokens.
@@ -87,6 +99,7 @@ class PALUTrainer(Trainer):
         train_dataset: Dataset | Sequence[dict],
         retain_dataset: Dataset | Sequence[dict] | None = None,
         ref_model: nn.Module | None = None,
+        reference: str | None = None,
         eval_dataset: Dataset | Sequence[dict] | None = None,
         processing_class: Any = None,
         data_collator: Callable | None = None,
@@ -121,16 +134,96 @@ class PALUTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._retain_kl = self.retain_dataset is not None and args.retain_loss == "kl"
-        self.reference: LiveReference | None = None
-        if self.loss_fn.needs_reference or self._retain_kl:
-            self.reference = LiveReference(self.model, ref_model)
-            if self.place_model_on_device:
-                self.reference.to(self.args.device)
+        self._reference_kind = args.reference if reference is None else reference
+        self.objective = Objective(
+            self.loss_fn,
+            self._make_reference(ref_model),
+            retain_loss=args.retain_loss,
+            retain_weight=args.retain_weight,
+            autocast=self.accelerator.autocast,
+        )
         self._columns = vocabulary_size(unwrap(self.model))
         self._window = self._zeros()
         self._window_steps = 0
         self._eval_totals = self._zeros()
         self._eval_batches = 0
+
+    # ---- reference -------------------------------------------------------------------------------
+
+    @property
+    def reference(self) -> Reference | None:
+        """The frozen original as the losses see it; a cache is there once training has begun."""
+        return self.objective.reference
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.loss_fn.needs_reference or self._retain_kl
+
+    def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
+        kind = self._reference_kind
+        if kind not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, not {kind!r}")
+        if ref_model is not None and kind != "live":
+            raise ValueError(
+                f"ref_model is given and reference is {kind!r}; a ref_model must come with "
+                "reference='live'"
+            )
+        if not self._needs_reference or kind == "cached":
+            return None
+        if kind == "adapter_off":
+            return AdapterOffReference(self.model)
+        reference = LiveReference(self.model, ref_model)
+        return reference.to(self.args.device) if self.place_model_on_device else reference
+
+    def _open_cache(self, checkpoint: str | None = None) -> None:
+        """Opens the reference cache, or builds it first from the model as it is now. A checkpoint
+        remembers which model its run started from, and may go on with that model's cache."""
+        if self._reference_kind != "cached" or not self._needs_reference or self.reference:
+            return
+        place = self.args.reference_cache or str(Path(self.args.output_dir) / "reference-cache")
+        started = Path(checkpoint, STARTING_MODEL) if checkpoint else None
+        starting_model = None
+        if started is not None and started.is_file():
+            starting_model = json.loads(started.read_text(encoding="utf-8"))["starting_model"]
+        with self.args.main_process_first(local=False):
+            cache = ReferenceCache.open_or_build(
+                self.model,
+                self.train_dataset,
+                place,
+                starting_model=starting_model,
+                loss=self.loss_fn,
+                collator=self.data_collator,
+                retain_dataset=self.retain_dataset if self._retain_kl else None,
+                tokenizer=self.processing_class,
+                batch_size=self.args.per_device_train_batch_size,
+                autocast_dtype=self._autocast_dtype(),
+            )
+        self.objective.reference = CachedReference(
+            cache.to(self.args.device),
+            retain=self._retain_kl,
+            indices=self.loss_fn.select_from == "reference",
+            hidden=self.loss_fn.preserve is not None,
+        )
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kw: Any) -> Any:
+        """Hugging Face's training; a reference cache is opened or built before its first step."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._open_cache(checkpoint or None)
+        return super().train(resume_from_checkpoint, *args, **kw)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if isinstance(self.reference, CachedReference) and self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            content = json.dumps({"starting_model": self.reference.cache.starting_model})
+            (folder / STARTING_MODEL).write_text(content, encoding="utf-8")
 
     # ---- batches ---------------------------------------------------------------------------------
 
@@ -143,11 +236,11 @@ class PALUTrainer(Trainer):
         self._window_steps += bool(samples)
         counts = torch.zeros(3, device=device)
         for micro_step, sample in enumerate(samples):
-            sample[_RETAIN] = self._retain_batch(
+            sample[RETAIN] = self._retain_batch(
                 self.state.global_step, micro_step, self._train_batch_size
             )
             self._check_labels(sample)
-            counts += self._count(sample).to(device)
+            counts += self.objective.count(sample).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         for sample in samples:
@@ -177,15 +270,6 @@ class PALUTrainer(Trainer):
         if self._columns is not None and check_values(sample["labels"].device):
             check_labels(sample["labels"], self._columns)
 
-    def _count(self, sample: dict) -> Tensor:
-        """Float32 `[3]`: rows that carry each term in one micro-batch."""
-        roles = self.loss_fn.roles(sample["labels"])
-        retain = sample.get(_RETAIN)
-        kept = (retain["labels"][:, 1:] != IGNORE).sum() if retain is not None else 0
-        counts = [(roles == FORGET).sum(), (roles == PRESERVE).sum()]
-        counts.append(torch.as_tensor(kept).to(roles.device))
-        return torch.stack(counts).float()
-
     # ---- loss ------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -209,51 +293,11 @@ class PALUTrainer(Trainer):
         return loss, {"loss": loss, **dict(zip(TERMS, terms.means, strict=True))}
 
     def _terms(self, model: nn.Module, batch: dict[str, Any]) -> _Terms:
-        retain = batch.get(_RETAIN)
-        roles = self.loss_fn.roles(batch["labels"])
-        # Without a preserve term its rows need no logits.
-        predicted = roles == FORGET if self.args.preserve is None else roles != NONE
-        keep = prediction_rows(predicted)
-        row_roles = roles[:, 1:][predicted[:, 1:]]
-        rows = self._count(batch)
+        rows = self.objective.count(batch)
         denominators = batch.get(_DENOMINATORS)
         denominators = (rows if denominators is None else denominators).clamp(min=1)
-
-        # One call for both: a second call before backward would run DDP's and FSDP's hooks twice.
-        logits = kept_logits(model, *_stack(batch, keep, retain))
-        ref = ref_retain = None
-        split = row_roles.shape[0]
-        if self.reference is not None:
-            with self.accelerator.autocast():
-                ref_inputs = _stack(batch, keep, retain if self._retain_kl else None)
-                ref = self.reference.kept_logits(*ref_inputs).to(logits.dtype)
-            ref, ref_retain = ref[:split], ref[split:]
-
-        output = self.loss_fn.from_rows(
-            logits[:split],
-            row_roles,
-            ref if self.loss_fn.needs_reference else None,
-            num_forget=denominators[0],
-            num_preserve=denominators[1],
-        )
-        retain_mean = logits.new_zeros((), dtype=torch.float32)
-        if retain is not None:
-            retain_sum = self._retain_sum(logits[split:], retain, ref_retain)
-            retain_mean = retain_sum / denominators[2]
-        loss = output.loss + self.args.retain_weight * retain_mean
-        means = torch.stack([output.forget, output.preserve, retain_mean.detach()]).float()
-        return _Terms(loss, means.detach(), rows, denominators)
-
-    def _retain_sum(self, logits: Tensor, retain: dict, ref_logits: Tensor | None) -> Tensor:
-        backend = self.args.backend
-        if self._retain_kl:
-            return kl_loss(
-                logits, ref_logits, direction="forward", reduction="sum", backend=backend
-            )
-        # The targets are the tokens themselves: -200 marks an answer token and is no token.
-        answer = retain["labels"][:, 1:] != IGNORE
-        targets = retain["input_ids"][:, 1:][answer]
-        return cross_entropy_loss(logits, targets, reduction="sum", backend=backend)
+        loss, means = self.objective(model, batch, denominators)
+        return _Terms(loss, means, rows, denominators)
 
     def _raise_if_not_finite(self, terms: _Terms) -> None:
         # One small copy to the host per micro-batch; the boolean masks above have waited for the
@@ -282,6 +326,7 @@ class PALUTrainer(Trainer):
         Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
         the training rows are taken. Retain rows come in the same order at every evaluation.
         """
+        self._open_cache()
         if eval_dataset is None and self.eval_dataset is None:
             eval_dataset = self.train_dataset
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -317,7 +362,7 @@ class PALUTrainer(Trainer):
         """The loss of one evaluation batch; predictions are not kept."""
         inputs = dict(inputs)
         self._check_labels(inputs)
-        inputs[_RETAIN] = self._retain_batch(self._eval_batches, 0, self.args.eval_batch_size)
+        inputs[RETAIN] = self._retain_batch(self._eval_batches, 0, self.args.eval_batch_size)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             terms = self._terms(model, inputs)
@@ -347,23 +392,6 @@ class PALUTrainer(Trainer):
 
     def _zeros(self) -> Tensor:
         return torch.zeros(2, 3, device=self.args.device)
-
-
-def _stack(batch: dict, keep: Tensor, retain: dict | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Forget and retain rows as one batch: `input_ids`, `attention_mask`, `keep`, padded on the
-    right alike."""
-    if retain is None:
-        return batch["input_ids"], batch.get("attention_mask"), keep
-    keep_retain = prediction_rows(retain["labels"] != IGNORE)
-    length = max(keep.shape[1], keep_retain.shape[1])
-
-    def join(first: Tensor, second: Tensor) -> Tensor:
-        pads = [nn.functional.pad(x, (0, length - x.shape[1])) for x in (first, second)]
-        return torch.cat(pads)
-
-    # The padding's id does not matter: its mask is 0 and its rows are not kept.
-    ids = join(batch["input_ids"], retain["input_ids"])
-    return ids, join(batch["attention_mask"], retain["attention_mask"]), join(keep, keep_retain)
 
 
 def _check(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OBJECTIVES = ("flatten", "entropy")
@@ -29,19 +30,33 @@ def positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def scores(name: str, value: object) -> None:
-    """Floating-point ``[N, V]`` or ``[B, T, V]`` with at least one column."""
+def floats(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {value.dtype}; it must be float32, bfloat16, float16 or float64"
         )
+
+
+def scores(name: str, value: object) -> None:
+    """Floating-point ``[N, V]`` or ``[B, T, V]`` with at least one column."""
+    floats(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be [N, V] or [B, T, V]")
     if value.shape[-1] == 0:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; its last dimension, V, must be at least 1"
+        )
+
+
+def matrix(name: str, value: object, shape: str) -> None:
+    """Floating-point, two dimensions, neither of them empty; ``shape`` is how the message calls
+    them."""
+    floats(name, value)
+    if value.dim() != 2 or 0 in value.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must be {shape} with neither of them 0"
         )
 
 
@@ -66,36 +81,46 @@ def reference(name: str, value: object, logits: Tensor) -> None:
         )
 
 
-def same_device(name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
+def same_device(name: str, value: Tensor, rows: Tensor, rows_name: str = "logits") -> None:
+    if value.device != rows.device:
         raise ValueError(
-            f"{name} is on {value.device}; it must be on the device of logits, {logits.device}"
+            f"{name} is on {value.device}; it must be on the device of {rows_name}, {rows.device}"
         )
 
 
-def integers(name: str, value: object, shape: list[int], logits: Tensor) -> None:
+def integers(
+    name: str, value: object, shape: list[int], rows: Tensor, rows_name: str = "logits"
+) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be int64 or int32")
     if list(value.shape) != shape:
         raise ValueError(
-            f"{name} has shape {list(value.shape)}; it must be {shape} beside logits "
-            f"{list(logits.shape)}"
+            f"{name} has shape {list(value.shape)}; it must be {shape} beside {rows_name} "
+            f"{list(rows.shape)}"
         )
-    same_device(name, value, logits)
+    same_device(name, value, rows, rows_name)
 
 
-def indices(value: object, top_k: int, logits: Tensor) -> None:
-    columns = logits.shape[-1]
-    if isinstance(value, Tensor) and value.dim() == logits.dim():
+def indices(
+    value: object,
+    top_k: int,
+    rows: Tensor,
+    columns: int,
+    rows_name: str = "logits",
+    name: str = "indices",
+) -> None:
+    """S as integers ``[..., min(top_k, columns)]`` beside rows ``[..., anything]``."""
+    if isinstance(value, Tensor) and value.dim() == rows.dim():
         given = value.shape[-1]
         if given != min(top_k, columns):
             raise ValueError(
-                f"top_k is {top_k} and indices holds {given} a row; top_k must be their number "
+                f"top_k is {top_k} and {name} holds {given} a row; top_k must be their number "
                 f"(or exceed V = {columns} when they are all of it)"
             )
-    integers("indices", value, [*logits.shape[:-1], min(top_k, columns)], logits)
+    shape = [*rows.shape[:-1], min(top_k, columns)]
+    integers(name, value, shape, rows, rows_name)
 
 
 def center(value: object) -> tuple[str, float]:
@@ -114,6 +139,22 @@ def center(value: object) -> tuple[str, float]:
     if not math.isfinite(value):
         raise ValueError(f"center is {value}; it must be a finite number")
     return "number", float(value)
+
+
+def an_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be an int")
+
+
+def no_forward_mode(name: str, *inputs: Tensor | None) -> None:
+    """A custom op would drop a forward-mode tangent without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for t in inputs:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"palu_kernels: {name} does not support forward-mode differentiation"
+            )
 
 
 def label_values(labels: Tensor, ignore_index: int, columns: int) -> None:

@@ -71,10 +71,7 @@ def _differentiable(
     arguments_of: Callable[..., tuple],
 ) -> None:
     """Wires ``op`` to ``backward_op``: ``saved`` names the tensors kept for it, ``arguments_of``
-    the plain arguments passed on.
-
-    Second derivatives, vmap and forward mode are not defined for a fused loss: each says so.
-    """
+    the plain arguments passed on."""
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)
@@ -89,6 +86,13 @@ def _differentiable(
             return (None, *unused)
         return (backward_op(grad, *ctx.saved_tensors, *ctx.plain), *unused)
 
+    op.register_autograd(backward, setup_context=setup_context)
+    refuse_higher_order(name, op, backward_op)
+
+
+def refuse_higher_order(name: str, op: Any, backward_op: Any) -> None:
+    """Second derivatives and vmap are not defined for a fused loss: each says so."""
+
     def no_second_derivative(ctx: Any, *_: Any) -> tuple:
         raise RuntimeError(
             f"palu_kernels: {name} has no second derivative (double backward is not supported)"
@@ -99,7 +103,6 @@ def _differentiable(
             f"palu_kernels: {name} does not support vmap; pass the batch as [B, T, V]"
         )
 
-    op.register_autograd(backward, setup_context=setup_context)
     backward_op.register_autograd(no_second_derivative)
     op.register_vmap(no_vmap)
     backward_op.register_vmap(no_vmap)

@@ -4,7 +4,6 @@ custom op each (``custom_ops.py``)."""
 from __future__ import annotations
 
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from palu_kernels import arguments, custom_ops
 from palu_kernels.backend import resolve
@@ -71,7 +70,7 @@ def local_entropy_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    _no_forward_mode("local_entropy_loss", logits)
+    arguments.no_forward_mode("local_entropy_loss", logits)
     arguments.positive_int("top_k", top_k)
     arguments.choice("objective", objective, arguments.OBJECTIVES)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
@@ -81,7 +80,7 @@ def local_entropy_loss(
     if ref_logits is not None:
         arguments.reference("ref_logits", ref_logits, logits)
     if indices is not None:
-        arguments.indices(indices, top_k, logits)
+        arguments.indices(indices, top_k, logits, logits.shape[-1])
     served_by = _resolve(backend, logits)
     return custom_ops.local_entropy(
         logits, ref_logits, indices, top_k, objective, kind, number, reduction, served_by
@@ -117,7 +116,7 @@ def kl_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    _no_forward_mode("kl_loss", logits)
+    arguments.no_forward_mode("kl_loss", logits)
     arguments.choice("direction", direction, arguments.DIRECTIONS)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.reference("ref_logits", ref_logits, logits)
@@ -151,22 +150,13 @@ def cross_entropy_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    _no_forward_mode("cross_entropy_loss", logits)
+    arguments.no_forward_mode("cross_entropy_loss", logits)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.integers("labels", labels, list(logits.shape[:-1]), logits)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(
-            f"ignore_index is {ignore_index!r} ({type(ignore_index).__name__}); it must be an int"
-        )
+    arguments.an_int("ignore_index", ignore_index)
     served_by = _resolve(backend, logits)
     return custom_ops.cross_entropy(logits, labels, ignore_index, reduction, served_by)[0]
 
 
 def _resolve(name: str, logits: Tensor) -> str:
     return resolve(name, logits.device, logits.dtype)
-
-
-def _no_forward_mode(name: str, logits: Tensor) -> None:
-    """A custom op would drop a forward-mode tangent without a word."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise RuntimeError(f"palu_kernels: {name} does not support forward-mode differentiation")

@@ -26,6 +26,19 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """cap(scale * (h W^T + b)), cap(x) = softcap * tanh(x / softcap); ``[..., D]`` -> ``[..., V]``
+    in the dtype of ``hidden``."""
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of each row, ascending; ties go to the lowest index. NaN
     ranks above +inf.
@@ -120,7 +133,7 @@ def local_entropy_gradient(
         # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c)); without the last term where c is
         # not the row's mean
         deviation, k = deviations(z, s, center)
-        on_s = deviation * (2 / k)[:, None]
+        on_s = deviation * (2 / k.to(z.dtype))[:, None]
         if center == "global_mean":
             off_s = -on_s.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
     else:

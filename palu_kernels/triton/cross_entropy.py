@@ -19,6 +19,7 @@ from palu_kernels.triton.rows import (
     row_start,
     store_lanes,
 )
+from palu_kernels.triton.softcap import capped
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def statistics(
     outer,
     inner,
     slice_lanes,
+    cap,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -44,6 +46,7 @@ def statistics(
         live = (lanes >= first) & (lanes < end)
         whole = (begin >= first) & (begin + BLOCK <= end)
         z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
+        z, _slope = capped(z, live, cap)
         new_top = tl.maximum(top, tl.max(z, 0))
         _drop, scale = rescaled(top, new_top)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -67,6 +70,7 @@ def merge(
     parts,
     ignore_index,
     columns,
+    cap,
 ):
     """Slices of a row -> logsumexp(z) - z[label], and (max, log sum) for the gradient."""
     row = tl.program_id(0)
@@ -87,6 +91,8 @@ def merge(
     # a label outside the row is read from nowhere: on an accelerator its value is not checked
     inside = counted & (label >= 0) & (label < columns)
     target = tl.load(z_row + label, mask=inside, other=float("nan")).to(tl.float32)
+    target, _slope = capped(target, inside, cap)
+    target = tl.where(inside, target, float("nan"))
     loss = (top - target) + log_total
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     state = state_ptr + row.to(tl.int64) * 4
@@ -109,6 +115,7 @@ def gradient(
     out_inner,
     slice_lanes,
     ignore_index,
+    cap,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -128,12 +135,15 @@ def gradient(
         live = (lanes >= first) & (lanes < end)
         whole = (begin >= first) & (begin + BLOCK <= end)
         z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
+        z, cap_slope = capped(z, live, cap)
         slope = tl.exp(z - top - log_total) - tl.where(lanes == target, 1.0, 0.0)
-        slope = tl.where(counted, slope * weight, 0.0)
+        slope = tl.where(counted, slope * cap_slope * weight, 0.0)
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
 
 
-def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """-> row losses ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
     layout = Layout.of(logits)
     losses = logits.new_empty(layout.rows, dtype=torch.float32)
@@ -150,6 +160,7 @@ def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, 
         layout.per,
         *layout.strides,
         slice_lanes,
+        softcap,
         SHIFT=layout.shift,
         BLOCK=block,
         num_warps=warps,
@@ -165,6 +176,7 @@ def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, 
         slices,
         ignore_index,
         layout.columns,
+        softcap,
         num_warps=1,
     )
     return losses, state
@@ -177,6 +189,7 @@ def backward(
     state: Tensor,
     ignore_index: int,
     out: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
     layout = Layout.of(logits, out=out)
@@ -194,6 +207,7 @@ def backward(
         *layout.strides,
         slice_lanes,
         ignore_index,
+        softcap,
         SHIFT=layout.shift,
         BLOCK=block,
         num_warps=warps,

@@ -18,6 +18,7 @@ from palu_kernels.triton.rows import (
     row_start,
     store_lanes,
 )
+from palu_kernels.triton.softcap import capped
 
 PARTIAL = 8
 
@@ -41,6 +42,8 @@ def statistics(
     b_outer,
     b_inner,
     slice_lanes,
+    a_cap,
+    b_cap,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,6 +65,8 @@ def statistics(
         whole = (begin >= first) & (begin + BLOCK <= end)
         a = load_lanes(a_row, lanes, live, whole, float("-inf")).to(tl.float32)
         b = load_lanes(b_row, lanes, live, whole, float("-inf")).to(tl.float32)
+        a, _slope = capped(a, live, a_cap)
+        b, _slope = capped(b, live, b_cap)
         new_a = tl.maximum(top_a, tl.max(a, 0))
         new_b = tl.maximum(top_b, tl.max(b, 0))
         # a slice may hold nothing but masked entries: 0 stands in for its maximum
@@ -156,6 +161,8 @@ def gradient(
     out_outer,
     out_inner,
     slice_lanes,
+    z_cap,
+    r_cap,
     REVERSE: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -179,15 +186,25 @@ def gradient(
         lanes = begin + tl.arange(0, BLOCK)
         live = (lanes >= first) & (lanes < end)
         whole = (begin >= first) & (begin + BLOCK <= end)
-        z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32) - top_z
-        r = load_lanes(r_row, lanes, live, whole, float("-inf")).to(tl.float32) - top_r
+        z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
+        r = load_lanes(r_row, lanes, live, whole, float("-inf")).to(tl.float32)
+        z, cap_slope = capped(z, live, z_cap)
+        r, _slope = capped(r, live, r_cap)
+        z -= top_z
+        r -= top_r
         p = tl.exp(z - log_z)
         slope = p * (z - r - last) if REVERSE else p - tl.exp(r - last)
-        slope = tl.where(z == float("-inf"), spoiled, slope * weight)
+        slope = tl.where(z == float("-inf"), spoiled, slope * cap_slope * weight)
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
 
 
-def forward(logits: Tensor, ref_logits: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+def forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    direction: str,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """-> row divergences ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
     reverse = direction == "reverse"
     layout = Layout.of(*((logits, ref_logits) if reverse else (ref_logits, logits)))
@@ -205,6 +222,7 @@ def forward(logits: Tensor, ref_logits: Tensor, direction: str) -> tuple[Tensor,
         layout.per,
         *layout.strides,
         slice_lanes,
+        *((softcap, ref_softcap) if reverse else (ref_softcap, softcap)),
         SHIFT=layout.shift,
         BLOCK=block,
         num_warps=warps,
@@ -220,6 +238,8 @@ def backward(
     state: Tensor,
     direction: str,
     out: Tensor,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
     layout = Layout.of(logits, ref_logits, out=out)
@@ -235,6 +255,8 @@ def backward(
         layout.per,
         *layout.strides,
         slice_lanes,
+        softcap,
+        ref_softcap,
         REVERSE=direction == "reverse",
         SHIFT=layout.shift,
         BLOCK=block,

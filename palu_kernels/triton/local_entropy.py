@@ -68,6 +68,7 @@ def statistics(
     chooser_inner,
     slice_lanes,
     words,
+    cap,
     ENTROPY: tl.constexpr,
     MEMBERS: tl.constexpr,
     HALF: tl.constexpr,
@@ -106,8 +107,8 @@ def statistics(
     b = 0.0
     c = 0.0
     for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes, _whole, z, keys, nan, live = load_block(
-            z_row, chooser_row, begin, first, end, MEMBERS, HALF, INFINITY, BLOCK
+        lanes, _whole, z, _slope, keys, nan, live = load_block(
+            z_row, chooser_row, begin, first, end, cap, MEMBERS, HALF, INFINITY, BLOCK
         )
         takes_part = live & (is_live(z) | nan)
         if MEMBERS == 2:
@@ -241,6 +242,7 @@ def gradient(
     out_outer,
     out_inner,
     slice_lanes,
+    cap,
     ENTROPY: tl.constexpr,
     MEMBERS: tl.constexpr,
     HALF: tl.constexpr,
@@ -263,8 +265,8 @@ def gradient(
     s0, s1, s2, spoiled = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
     weight = tl.load(weight_ptr + row)
     for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes, whole, z, keys, _nan, live = load_block(
-            z_row, chooser_row, begin, first, end, MEMBERS, HALF, INFINITY, BLOCK
+        lanes, whole, z, cap_slope, keys, _nan, live = load_block(
+            z_row, chooser_row, begin, first, end, cap, MEMBERS, HALF, INFINITY, BLOCK
         )
         if MEMBERS == 2:
             member = keys != 0
@@ -275,7 +277,7 @@ def gradient(
             slope = tl.where(member, tl.exp(log_q) * (log_q + s2), 0.0)
         else:
             slope = tl.where(member, (z - s0) * s1, 0.0) - s2
-        slope = tl.where(is_live(z), slope * weight, 0.0) + spoiled
+        slope = tl.where(is_live(z), slope * cap_slope * weight, 0.0) + spoiled
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
 
 
@@ -287,6 +289,7 @@ def forward(
     objective: str,
     center_kind: str,
     center_value: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> row losses ``[N]``, state ``[N, 4]`` (both float32), and S for ``backward``, int32: a
     bitmap ``[N, words]``, or (threshold key, tie cut) ``[2, N]`` where the logits chose."""
@@ -335,6 +338,7 @@ def forward(
         *chooser_strides,
         slice_lanes,
         words,
+        softcap,
         ENTROPY=entropy,
         MEMBERS=members,
         SHIFT=layout.shift,
@@ -363,6 +367,7 @@ def backward(
     chosen: Tensor,
     objective: str,
     out: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself or is
     laid out like them (``empty_rows_like``)."""
@@ -385,6 +390,7 @@ def backward(
         0 if by_current else 4 * chosen.shape[1],
         *layout.strides[2:4],
         slice_lanes,
+        softcap,
         ENTROPY=objective == "entropy",
         MEMBERS=CURRENT if by_current else BITMAP,
         SHIFT=layout.shift,

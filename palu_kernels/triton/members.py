@@ -14,6 +14,7 @@ from torch import Tensor
 
 from palu_kernels.triton.keys import order_keys
 from palu_kernels.triton.rows import Layout, load_lanes, row_start
+from palu_kernels.triton.softcap import capped
 
 CURRENT, REFERENCE, BITMAP = 0, 1, 2  # who says what is in S
 
@@ -25,18 +26,21 @@ def load_block(
     begin,
     first,
     end,
+    cap,
     MEMBERS: tl.constexpr,
     HALF: tl.constexpr,
     INFINITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """-> (lanes, whether the block lies inside the row, z in float32, chooser's keys (bitmap:
-    bits), lanes with a NaN in either row, lanes that take part)."""
+    """-> (lanes, whether the block lies inside the row, z in float32 under the cap, the cap's
+    slope there, chooser's keys (bitmap: bits), lanes with a NaN in either row, live lanes).
+
+    Keys are of the row before the cap, which keeps the order and would only make ties."""
     lanes = begin + tl.arange(0, BLOCK)
     live = (lanes >= first) & (lanes < end)
     whole = (begin >= first) & (begin + BLOCK <= end)
     entries = load_lanes(z_row, lanes, live, whole, float("-inf"))
-    z = entries.to(tl.float32)
+    z, cap_slope = capped(entries.to(tl.float32), live, cap)
     nan = z != z
     if MEMBERS == 0:
         if HALF:
@@ -52,7 +56,7 @@ def load_block(
         byte = tl.load(chooser_row + (first_lane >> 3), mask=first_lane < end, other=0)
         bits = byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]
         keys = tl.reshape(bits & 1, [BLOCK]).to(tl.uint32)
-    return lanes, whole, z, keys, nan, live
+    return lanes, whole, z, cap_slope, keys, nan, live
 
 
 @triton.jit

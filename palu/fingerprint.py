@@ -1,0 +1,185 @@
+"""Names for things by their content: an example, a data set, a model, a tokenizer.
+
+All of them are BLAKE2b over bytes that do not depend on device, padding, order or process, so that
+two runs can tell whether they speak of the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Bytes brought to the host at a time: what hashing or writing a tensor on an accelerator costs.
+CHUNK_BYTES = 16 * 2**20
+
+# Settings of a model that do not change its logits: where it came from, how it is run and saved,
+# and the special tokens, which `transformers.Trainer` sets to the tokenizer's when it starts.
+_NOT_IN_LOGITS = {
+    "_name_or_path",
+    "architectures",
+    "base_model_name_or_path",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "inference_mode",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "peft_version",
+    "return_dict",
+    "revision",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def example_id(example: Mapping[str, Any]) -> int:
+    """A stable name of one example: 63 bits that depend on its tokens and labels alone.
+
+    Args:
+        example: has `input_ids` and `labels`, integers `[T]` (lists, arrays or CPU tensors); where
+            it has an `attention_mask`, positions with 0 do not count.
+    """
+    digest = hashlib.blake2b(example_bytes(example), digest_size=8, person=b"palu.example")
+    return int.from_bytes(digest.digest(), "little") & (2**63 - 1)
+
+
+def example_bytes(example: Mapping[str, Any]) -> bytes:
+    """The tokens and labels of an example without padding: what its id is made of."""
+    values = np.array([np.asarray(example[key], "<i8") for key in ("input_ids", "labels")])
+    mask = example.get("attention_mask")
+    return (values if mask is None else values[:, np.asarray(mask) != 0]).tobytes()
+
+
+def example_ids(batch: Mapping[str, Any]) -> Tensor:
+    """`example_id` of every row of a padded batch: int64 `[B]` on the CPU.
+
+    Args:
+        batch: `example_ids`, where the collator gives them, or `input_ids`, `labels` and
+            `attention_mask`, `[B, T]` each, padded on any side.
+    """
+    if "example_ids" in batch:
+        return batch["example_ids"].cpu()
+    keys = [key for key in ("input_ids", "labels", "attention_mask") if key in batch]
+    columns = [batch[key].cpu() for key in keys]
+    rows = zip(*columns, strict=True)
+    names = [example_id(dict(zip(keys, row, strict=True))) for row in rows]
+    return torch.tensor(names, dtype=torch.int64)
+
+
+def data_fingerprint(ids: Iterable[int]) -> str:
+    """Of a set of examples: order and repetition do not matter."""
+    unique = np.array(sorted(set(ids)), dtype="<i8")
+    return hashlib.blake2b(unique.tobytes(), digest_size=32, person=b"palu.data").hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of what a model computes: every parameter and buffer (name, dtype, shape, bytes), its class
+    and the settings that change logits.
+
+    Wrappers of DDP and `torch.compile` do not count; adapters of PEFT do, with their settings.
+    Tensors are streamed: no copy of the model is made. Sharded parameters (FSDP) give a
+    fingerprint of this process's part.
+
+    Raises:
+        ValueError: a tensor has no bytes here (device "meta").
+    """
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    tensors |= dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    digest = hashlib.blake2b(digest_size=32, person=b"palu.model")
+    digest.update(_text(_settings(model)))
+    seen: dict[tuple, str] = {}  # tied tensors are read once
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"the model's {name!r} is on the meta device: it has no values to read"
+            )
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if key not in seen:
+            seen[key] = tensor_fingerprint(tensor)
+        digest.update(_text([name.replace("_orig_mod.", ""), seen[key]]))
+    return digest.hexdigest()
+
+
+def tensor_fingerprint(*tensors: Tensor | None) -> str:
+    """Of dtype, shape and bytes; None stands for a tensor that is not there."""
+    digest = hashlib.blake2b(digest_size=32, person=b"palu.tensor")
+    for tensor in tensors:
+        digest.update(_text(None if tensor is None else [str(tensor.dtype), list(tensor.shape)]))
+        for chunk in byte_chunks(tensor) if tensor is not None else ():
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Of how a tokenizer turns text into tokens, its special tokens and its chat template. The
+    padding and truncation that a call leaves behind in a fast tokenizer do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = tokenizer.get_vocab()
+    else:
+        rules = json.loads(backend.to_str())
+        rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    template = getattr(tokenizer, "chat_template", None)
+    content = _text([rules, special, template])
+    return hashlib.blake2b(content, digest_size=32, person=b"palu.tokenizer").hexdigest()
+
+
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in row-major order, at most `CHUNK_BYTES` at a time on the host."""
+    flat = tensor.detach().reshape(-1)
+    step = max(CHUNK_BYTES // flat.element_size(), 1)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].cpu().contiguous()
+        yield chunk.view(torch.uint8).numpy().data
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What DDP or `torch.compile` wraps; None where the model itself was reached (PEFT's wrapper
+    is part of it: prompt tuning keeps weights there)."""
+    if hasattr(model, "get_base_model"):
+        return None
+    for name in ("_orig_mod", "module"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
+    return None
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    config = getattr(model, "config", None)
+    found = [type(model).__name__, config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}]
+    if hasattr(model, "peft_config"):
+        found += [{name: c.to_dict() for name, c in model.peft_config.items()}]
+        found += [list(model.active_adapters)]
+        # `disable_adapter()` is in force while it is asked.
+        found += [any(getattr(m, "disable_adapters", False) is True for m in model.modules())]
+    return [_plain(part) for part in found]
+
+
+def _plain(value: Any) -> Any:
+    """JSON values in one order only, without the settings that do not change logits."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if k not in _NOT_IN_LOGITS}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

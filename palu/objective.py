@@ -1,0 +1,207 @@
+"""The three terms of one batch: from hidden rows where the model's head allows it, else from
+logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import palu_kernels
+from palu.heads import model_hidden_states, plain_head
+from palu.hidden_terms import HiddenTerm, sum_of_terms
+from palu.labels import FORGET, IGNORE, NONE, PRESERVE
+from palu.loss import PALULoss
+from palu.modeling import kept_logits, prediction_rows
+from palu.reference import CachedReference, Inputs, Reference
+from palu_kernels import cross_entropy_loss, kl_loss
+from palu_kernels.row_losses import KL, CrossEntropy
+
+RETAIN = "palu_retain"  # the key of the retain batch beside a forget batch
+
+
+class Objective:
+    """`forget_weight * forget + preserve_weight * preserve + retain_weight * retain` of a batch.
+
+    Forget and retain rows go through the model in one call: a second one before backward would run
+    DDP's and FSDP's hooks twice. Whether losses are computed from hidden rows is found out with the
+    first batch (`palu.heads.plain_head`).
+
+    Args:
+        loss: the forget and preserve terms.
+        reference: the frozen original, or None where no term needs it.
+        retain_loss: `nll`, or `kl` to the reference.
+        retain_weight: of the retain term.
+        autocast: the context that the model runs in.
+    """
+
+    def __init__(
+        self,
+        loss: PALULoss,
+        reference: Reference | None,
+        *,
+        retain_loss: str,
+        retain_weight: float,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.loss = loss
+        self.reference = reference
+        self.retain_kl = retain_loss == "kl"
+        self.retain_weight = retain_weight
+        self.autocast = autocast
+        self.head: palu_kernels.LMHead | None = None
+        self._asked = False
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """Float32 `[3]`: rows of each term in a batch."""
+        roles = self.loss.roles(batch["labels"])
+        retain = batch.get(RETAIN)
+        kept = (retain["labels"][:, 1:] != IGNORE).sum() if retain is not None else 0
+        counts = [(roles == FORGET).sum(), (roles == PRESERVE).sum()]
+        counts.append(torch.as_tensor(kept).to(roles.device))
+        return torch.stack(counts).float()
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> (the weighted total, each term's sum divided by its denominator, detached float32
+        `[3]`).
+
+        Args:
+            model: as the trainer holds it.
+            batch: `input_ids`, `labels`, `attention_mask`, and a retain batch under `RETAIN`.
+            denominators: `[3]`, at least 1 each.
+        """
+        inputs = self._inputs(batch)
+        if not self._asked:
+            self._choose_road(model, inputs)
+        terms = self._from_hidden if self.head is not None else self._from_logits
+        return terms(model, batch, inputs, denominators)
+
+    def _inputs(self, batch: Mapping[str, Any], with_retain: bool = True) -> Inputs:
+        roles = self.loss.roles(batch["labels"])
+        # Without a preserve term its rows need no logits.
+        predicted = roles == FORGET if self.loss.preserve is None else roles != NONE
+        is_forget = roles[:, 1:][predicted[:, 1:]] == FORGET
+        retain = batch.get(RETAIN) if with_retain else None
+        return Inputs(*_stack(batch, prediction_rows(predicted), retain), is_forget)
+
+    def _choose_road(self, model: nn.Module, inputs: Inputs) -> None:
+        self._asked = True
+        self.head = plain_head(model, *inputs[:2])
+        if self.head is None and isinstance(self.reference, CachedReference):
+            raise ValueError(
+                "reference='cached' needs losses from hidden rows, which this model does not allow "
+                "(the warning above says why); use reference='live'"
+            )
+        if self.head is not None and self.reference is not None:
+            with self.autocast():
+                if not self.reference.has_plain_head(inputs):
+                    self.head = None
+
+    # ---- from hidden rows ------------------------------------------------------------------------
+
+    def _from_hidden(
+        self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden = model_hidden_states(model, *inputs[:2])[inputs.keep]
+        own = len(inputs.is_forget)
+        forget, preserve = hidden[:own][inputs.is_forget], hidden[:own][~inputs.is_forget]
+        ref_forget = indices = ref_preserve = ref_retain = ref_head = None
+        if self.reference is not None:
+            ref_inputs = inputs if self.retain_kl else self._inputs(batch, with_retain=False)
+            with self.autocast():
+                rows = self.reference.rows(model, ref_inputs, batch)
+            ref_forget, ref_preserve, ref_retain = (
+                None if t is None else t.to(hidden.dtype)
+                for t in (rows.forget, rows.preserve, rows.retain)
+            )
+            indices, ref_head = rows.indices, self.reference.head
+        with self.autocast():
+            terms = self.loss.hidden_terms(
+                forget,
+                preserve,
+                self.head,
+                ref_forget,
+                ref_preserve,
+                indices,
+                denominators[0],
+                denominators[1],
+            )
+            places = [0, 1][: len(terms)]
+            retain = batch.get(RETAIN)
+            if retain is not None:
+                places.append(2)
+                weights = self.retain_weight, denominators[2]
+                targets = None if self.retain_kl else _targets(retain)
+                loss = KL("forward") if self.retain_kl else CrossEntropy()
+                terms.append(HiddenTerm(loss, hidden[own:], ref_retain, targets, *weights))
+            total, sums = sum_of_terms(self.head, ref_head, terms, self.loss.backend)
+        means = [denominators.new_zeros(())] * 3
+        for place, found in zip(places, sums, strict=True):
+            means[place] = found / denominators[place]
+        return total, torch.stack(means).float()
+
+    # ---- from logits -----------------------------------------------------------------------------
+
+    def _from_logits(
+        self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = kept_logits(model, *inputs[:3])
+        ref = ref_retain = None
+        own = len(inputs.is_forget)
+        if self.reference is not None:
+            ref_inputs = inputs if self.retain_kl else self._inputs(batch, with_retain=False)
+            with self.autocast():
+                ref = self.reference.logits(model, ref_inputs).to(logits.dtype)
+            ref, ref_retain = ref[:own], ref[own:]
+        roles = torch.where(inputs.is_forget, FORGET, PRESERVE)
+        output = self.loss.from_rows(
+            logits[:own],
+            roles,
+            ref if self.loss.needs_reference else None,
+            num_forget=denominators[0],
+            num_preserve=denominators[1],
+        )
+        retain_mean = logits.new_zeros((), dtype=torch.float32)
+        retain = batch.get(RETAIN)
+        if retain is not None:
+            retain_mean = self._retain_sum(logits[own:], retain, ref_retain) / denominators[2]
+        total = output.loss + self.retain_weight * retain_mean
+        means = torch.stack([output.forget, output.preserve, retain_mean.detach()]).float()
+        return total, means.detach()
+
+    def _retain_sum(
+        self, logits: Tensor, retain: Mapping[str, Tensor], ref_logits: Tensor | None
+    ) -> Tensor:
+        options = {"reduction": "sum", "backend": self.loss.backend}
+        if self.retain_kl:
+            return kl_loss(logits, ref_logits, direction="forward", **options)
+        return cross_entropy_loss(logits, _targets(retain), **options)
+
+
+def _targets(retain: Mapping[str, Tensor]) -> Tensor:
+    """The tokens themselves: -200 marks an answer token and is no token."""
+    return retain["input_ids"][:, 1:][retain["labels"][:, 1:] != IGNORE]
+
+
+def _stack(
+    batch: Mapping[str, Tensor], keep: Tensor, retain: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Forget and retain rows as one batch: `input_ids`, `attention_mask`, `keep`, padded on the
+    right alike."""
+    if retain is None:
+        return batch["input_ids"], batch.get("attention_mask"), keep
+    keep_retain = prediction_rows(retain["labels"] != IGNORE)
+    length = max(keep.shape[1], keep_retain.shape[1])
+
+    def join(first: Tensor, second: Tensor) -> Tensor:
+        pads = [nn.functional.pad(x, (0, length - x.shape[1])) for x in (first, second)]
+        return torch.cat(pads)
+
+    # The padding's id does not matter: its mask is 0 and its rows are not kept.
+    ids = join(batch["input_ids"], retain["input_ids"])
+    return ids, join(batch["attention_mask"], retain["attention_mask"]), join(keep, keep_retain)

@@ -1,0 +1,168 @@
+"""The row losses in PyTorch for a chunk of logits, a few rows at a time, each row overwritten with
+its gradient: what serves the chunk loop where Triton does not.
+
+A tile of rows fits the cache, and its temporaries are all that is held beside the chunk. The
+formulas are those of ``reference.py``; a tile whose losses are not finite (masked entries, NaN) is
+done again by ``reference.py`` itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from palu_kernels import reference
+
+TILE_ENTRIES = 2**20  # of a tile: 4 MB in float32
+
+
+def tiles(logits: Tensor) -> Iterator[slice]:
+    rows, columns = logits.shape
+    step = max(1, TILE_ENTRIES // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """-> logits in the dtype they are worked in, under the cap, and the cap's slope (None: 1)."""
+    z = x.to(reference.work_dtype(x.dtype))
+    if softcap is None:
+        return z, None
+    share = torch.tanh(z / softcap)
+    return share * softcap, 1 - share.square()
+
+
+def store(logits: Tensor, grad: Tensor, slope: Tensor | None) -> None:
+    logits.copy_(grad if slope is None else grad * slope)
+
+
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """``reference.topk_indices`` without a sort of the whole row."""
+    rows, columns = scores.shape
+    if k >= columns:
+        return torch.arange(columns, dtype=torch.int32, device=scores.device).repeat(rows, 1)
+    out = scores.new_empty((rows, k), dtype=torch.int32)
+    for tile in tiles(scores):
+        row = scores[tile]
+        found = row.topk(k, sorted=False)
+        threshold = found.values.amin(-1, keepdim=True)
+        if bool(found.values.isnan().any()):
+            out[tile] = reference.topk_indices(row, k)  # a NaN compares with nothing
+            continue
+        # topk takes any of the entries that equal the smallest it takes: replace them by the first
+        taken = found.values == threshold
+        need = taken.sum(-1)
+        tie_row, tie_column = (row == threshold).nonzero(as_tuple=True)
+        ties = torch.bincount(tie_row, minlength=row.shape[0])
+        rank = torch.arange(tie_row.shape[0], device=row.device) - (ties.cumsum(0) - ties)[tie_row]
+        chosen = found.indices.masked_scatter(taken, tie_column[rank < need[tie_row]])
+        out[tile] = chosen.sort(-1).values
+    return out
+
+
+def local_entropy(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    objective: str,
+    center: str | float,
+    softcap: float | None,
+    gradient: bool,
+) -> Tensor:
+    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    for tile in tiles(logits):
+        x = logits[tile]
+        z, slope = capped(x, softcap)
+        if indices is not None:
+            s = indices[tile].long()
+        else:
+            chooser = x if ref_logits is None else ref_logits[tile]
+            s = topk_indices(chooser, top_k).long()
+            spoiled = chooser.gather(-1, s).isnan().any(-1, keepdim=True)
+            z = torch.where(spoiled, torch.nan, z) if bool(spoiled.any()) else z
+        total, z_s = z.sum(-1, keepdim=True), z.gather(-1, s)
+        off_s = torch.zeros_like(total)
+        if objective == "flatten":
+            # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c))
+            means = {"global_mean": total / z.shape[1], "local_mean": z_s.mean(-1, keepdim=True)}
+            deviation = z_s - means.get(center, center)
+            found = deviation.square().mean(-1)
+            on_s = deviation * (2 / z_s.shape[1])
+            if center == "global_mean":
+                off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]
+        else:
+            # q_j (log q_j + H) on S
+            log_q = z_s.log_softmax(-1)
+            q = log_q.exp()
+            negative_entropy = (q * log_q).sum(-1, keepdim=True)
+            found = math.log(z_s.shape[1]) + negative_entropy[:, 0]
+            on_s = q * (log_q - negative_entropy)
+        if bool((found + total[:, 0]).isfinite().all()):
+            losses[tile] = found
+            if gradient and slope is None:
+                x.copy_(off_s.expand_as(x)).scatter_(-1, s, (on_s + off_s).to(x.dtype))
+            elif gradient:
+                store(x, off_s.expand_as(x).scatter(-1, s, on_s + off_s), slope)
+            continue
+        options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
+        losses[tile] = found = reference.local_entropy_loss(z, None, **options)
+        if gradient:
+            ones = torch.ones_like(found)
+            store(x, reference.local_entropy_gradient(z, None, ones, **options), slope)
+    return losses
+
+
+def kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    direction: str,
+    softcap: float | None,
+    ref_softcap: float | None,
+    gradient: bool,
+) -> Tensor:
+    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    for tile in tiles(logits):
+        z, slope = capped(logits[tile], softcap)
+        r, _ = capped(ref_logits[tile], ref_softcap)
+        log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+        if direction == "reverse":
+            # p_j (log p_j - log q_j - KL)
+            difference = torch.sub(log_p, log_q, out=log_q)
+            p = log_p.exp_()
+            found = torch.linalg.vecdot(p, difference)
+            grad = difference.sub_(found[:, None]).mul_(p) if gradient else None
+        else:
+            # p_j - q_j
+            q = log_q.exp()
+            found = torch.linalg.vecdot(q, log_q.sub_(log_p))
+            grad = log_p.exp_().sub_(q) if gradient else None
+        if not bool(found.isfinite().all()):
+            found = reference.kl_loss(z, r, direction=direction)
+            if gradient:
+                grad = reference.kl_gradient(z, r, torch.ones_like(found), direction=direction)
+        losses[tile] = found
+        if gradient:
+            store(logits[tile], grad, slope)
+    return losses
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None, gradient: bool
+) -> Tensor:
+    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    for tile in tiles(logits):
+        z, slope = capped(logits[tile], softcap)
+        counted = labels[tile] != ignore_index
+        target = torch.where(counted, labels[tile], 0).long()[:, None]
+        log_p = z.log_softmax(-1)
+        losses[tile] = torch.where(counted, -log_p.gather(-1, target)[:, 0], 0)
+        if gradient:
+            # softmax(z) - onehot(label)
+            grad = log_p.exp_()
+            grad.scatter_add_(-1, target, torch.full_like(grad[:, :1], -1.0))
+            store(logits[tile], grad.masked_fill_(~counted[:, None], 0), slope)
+    return losses

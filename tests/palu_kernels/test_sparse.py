@@ -1,0 +1,298 @@
+"""Losses from selected rows of the head: the same numbers as the definition on all logits."""
+
+import pytest
+import torch
+
+from palu_kernels import reference, sparse
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ["triton", "torch"]
+LOSSES = [("flatten", "global_mean"), ("flatten", "local_mean"), ("flatten", 0.7), ("entropy", 0.0)]
+IDS = ["global_mean", "local_mean", "number", "entropy"]
+# relative norm; work is in float32 whatever the inputs, which are exact in float64
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+SHAPES = [(3, 37, 5, 4), (2, 50, 130, 50), (5, 64, 1, 1), (2, 1, 7, 1), (1, 200, 600, 131)]
+NAMES = ("losses", "grad_hidden", "grad_weight", "grad_bias")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def problem(n=4, v=101, d=48, k=9, dtype=torch.float32, bias=True):
+    """hidden, weight, bias, indices in no order, row weights; logits of order 3."""
+    hidden, weight = normal(n, d, dtype=dtype), normal(v, d, seed=1) * 3 / d**0.5
+    indices = normal(n, v, seed=2).argsort(-1)[:, :k].contiguous()
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0] * n, device=DEVICE)[:n]
+    b = normal(v, seed=3, dtype=dtype) if bias else None
+    return hidden, weight.to(dtype), b, indices, weights
+
+
+def truth(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None):
+    """NAMES by autograd on all logits in float64: the definition. The hidden gradient is that of
+    each row's own loss, the others are of the weighted sum."""
+    objective, center = loss
+    leaves = [None if t is None else t.double().requires_grad_() for t in (hidden, weight, bias)]
+    rows = reference.local_entropy_loss(
+        reference.head_logits(*leaves, scale, softcap),
+        top_k=indices.shape[1],
+        indices=indices,
+        objective=objective,
+        center=center,
+    )
+    (grad_hidden,) = torch.autograd.grad(rows.sum(), leaves[:1], retain_graph=True)
+    wanted = [t for t in leaves[1:] if t is not None]
+    grads = torch.autograd.grad((rows * weights).sum(), wanted, allow_unused=True)
+    return dict(zip(NAMES, (rows.detach(), grad_hidden, *grads), strict=False))
+
+
+def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, *, served_by):
+    objective, center = loss
+    kind, number = (center, 0.0) if isinstance(center, str) else ("number", center)
+    global_mean = sparse.needs_mean(objective, kind)
+    rows = sparse.forward(
+        hidden,
+        weight,
+        bias,
+        scale,
+        softcap,
+        indices,
+        sparse.mean_row(weight, bias) if global_mean else None,
+        objective=objective,
+        center_kind=kind,
+        center_value=number,
+        served_by=served_by,
+        want_hidden=True,
+    )
+    work = reference.work_dtype(hidden.dtype)
+    acc_weight = torch.zeros(weight.shape, dtype=work, device=DEVICE)
+    acc_bias = None if bias is None else torch.zeros(bias.shape, dtype=work, device=DEVICE)
+    shares = rows.shares if global_mean else None
+    sparse.add_weight_gradient(
+        acc_weight,
+        acc_bias,
+        hidden,
+        bias,
+        indices,
+        rows.slopes,
+        shares,
+        weights,
+        served_by=served_by,
+    )
+    assert {t.dtype for t in rows} == {work}
+    found = dict(zip(NAMES, (rows.losses, rows.grad_hidden, acc_weight, acc_bias), strict=True))
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def relative(found, expected):
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-6))
+
+
+def agree(inputs, loss, *, served_by, tolerance=None, **head):
+    expected = truth(*inputs, loss, **head)
+    found = ours(*inputs, loss, served_by=served_by, **head)
+    assert found.keys() == expected.keys()
+    for name, t in found.items():
+        error = relative(t, expected[name])
+        assert error <= (tolerance or TOLERANCE[inputs[0].dtype]), (name, error)
+
+
+def backends_of(dtype):
+    return ["torch"] if dtype == torch.float64 else BACKENDS
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_numbers(loss, dtype):
+    for served_by in backends_of(dtype):
+        agree(problem(dtype=dtype), loss, served_by=served_by, scale=0.6)
+        agree(problem(dtype=dtype, bias=False), loss, served_by=served_by)
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:], ids=IDS[1:])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_softcap(loss, dtype):
+    """Logits up to 10 before a cap of 4: some of them lie flat against it."""
+    for served_by in backends_of(dtype):
+        agree(problem(dtype=dtype), loss, served_by=served_by, scale=-1.5, softcap=4.0)
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("n, v, d, k", SHAPES)
+def test_shapes(n, v, d, k, served_by):
+    zero = (LOSSES[1], LOSSES[3]) if k == 1 else ()
+    for loss in LOSSES:
+        if loss not in zero:
+            agree(problem(n, v, d, k), loss, served_by=served_by)
+    found = ours(*problem(n, v, d, 1), LOSSES[1], served_by=served_by)
+    assert not any(t.any() for t in found.values())
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_strides(index_dtype, served_by):
+    """Views of larger tensors, transposed ones, expanded bias: the same as a copy."""
+    hidden, weight, bias, indices, weights = problem()
+    for w in (
+        torch.cat([weight, weight], 1)[:, :48],
+        torch.cat([weight[:, :3], weight], 1)[:, 3:],
+        weight.T.contiguous().T,
+        weight.repeat_interleave(2, 0)[::2],
+    ):
+        assert torch.equal(w, weight)
+        h = torch.cat([hidden, hidden], 1)[:, :48]
+        b = bias.repeat_interleave(3)[::3]
+        s = torch.cat([indices, indices], 1).to(index_dtype)[:, :9]
+        agree((h, w, b, s, weights), LOSSES[0], served_by=served_by)
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_no_rows(served_by):
+    hidden, weight, bias, indices, weights = problem()
+    inputs = (hidden[:0], weight, bias, indices[:0], weights[:0])
+    for loss in LOSSES:
+        found = ours(*inputs, loss, served_by=served_by)
+        assert found["losses"].shape == (0,) and found["grad_hidden"].shape == (0, 48)
+        assert not found["grad_weight"].any() and not found["grad_bias"].any()
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_nan_spoils_its_row_only(loss, served_by):
+    inputs = problem()
+    clean = ours(*inputs, loss, served_by=served_by)
+    inputs[0][2, 5] = torch.nan
+    found = ours(*inputs, loss, served_by=served_by)
+    others = torch.tensor([0, 1, 3], device=DEVICE)
+    for name in ("losses", "grad_hidden"):
+        assert found[name][2].isnan().all()
+        assert torch.equal(found[name][others], clean[name][others])
+    assert found["grad_weight"][inputs[3][2]].isnan().all()
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_masked_by_the_bias(loss, served_by):
+    """-inf takes no part: not in k, not in either mean, and it receives no gradient."""
+    inputs = problem()
+    hidden, weight, bias, indices, weights = inputs
+    masked = torch.cat([indices[0, :3], indices[1, 2:4], torch.arange(90, 101, device=DEVICE)])
+    bias[masked] = -torch.inf
+    indices[3] = torch.arange(90, 99, device=DEVICE)  # nothing left of S: the loss is 0
+    # autograd has no road around a -inf: the truth is the method's gradient formula
+    z = reference.head_logits(hidden.double(), weight.double(), bias.double())
+    options = {"top_k": 9, "indices": indices, "objective": loss[0], "center": loss[1]}
+    slope = reference.local_entropy_gradient(z, None, torch.ones_like(weights), **options)
+    expected = {
+        "losses": reference.local_entropy_loss(z, **options),
+        "grad_hidden": slope @ weight.double(),
+        "grad_weight": (slope * weights[:, None]).T @ hidden.double(),
+        "grad_bias": (slope * weights[:, None]).sum(0),
+    }
+    found = ours(*inputs, loss, served_by=served_by)
+    for name, t in found.items():
+        assert relative(t, expected[name]) <= 2e-6, name
+    assert found["losses"][3] == 0
+    assert not found["grad_weight"][masked].any()
+
+
+def test_capped_mask_is_not_a_mask():
+    """Under a softcap a bias of -inf is a logit of -softcap, which takes part."""
+    inputs = problem()
+    inputs[2][inputs[3][0, :3]] = -torch.inf
+    for served_by in BACKENDS:
+        found = ours(*inputs, LOSSES[1], softcap=4.0, served_by=served_by)
+        z = reference.head_logits(*(t.double() for t in inputs[:3]), softcap=4.0)
+        options = {"top_k": 9, "indices": inputs[3], "center": "local_mean"}
+        assert relative(found["losses"], reference.local_entropy_loss(z, **options)) <= 2e-6
+        assert all(t.isfinite().all() for t in found.values())
+
+
+def test_blocks_of_any_size(monkeypatch):
+    """Several rows in a block, one, and a part of one: the same numbers."""
+    inputs = problem(n=7, k=20)
+    for block_rows in (1000, 61, 45, 20, 19, 7, 1):
+        monkeypatch.setattr(sparse, "BLOCK_BYTES", block_rows * 48 * 4)
+        for loss in LOSSES:
+            agree(inputs, loss, served_by="torch")
+
+
+def test_parts_of_s(monkeypatch):
+    """The kernel's sums over parts of S, with the last part shorter."""
+    from palu_kernels.triton import gathered
+
+    inputs = problem(n=2, v=400, d=48, k=16 * 21 + 3)
+    for programs in (1, 4, 1000):
+        monkeypatch.setattr(gathered, "programs_wanted", lambda device, n=programs: n)
+        agree(inputs, LOSSES[0], served_by="triton")
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_only_what_is_asked_for(served_by):
+    hidden, weight, bias, indices, weights = problem()
+    both = ours(hidden, weight, bias, indices, weights, LOSSES[0], served_by=served_by)
+    mean = sparse.mean_row(weight, bias)
+    kind = {"objective": "flatten", "center_kind": "global_mean", "center_value": 0.0}
+    args = (hidden, weight, bias, 1.0, None, indices, mean)
+    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    assert rows.grad_hidden is None
+    assert torch.equal(rows.losses, both["losses"])
+    for wanted in ("grad_weight", "grad_bias"):
+        acc = torch.ones_like(both[wanted])
+        accumulators = (acc, None) if wanted == "grad_weight" else (None, acc)
+        rest = (hidden, bias, indices, rows.slopes, rows.shares, weights)
+        sparse.add_weight_gradient(*accumulators, *rest, served_by=served_by)
+        torch.testing.assert_close(acc, both[wanted] + 1)
+    sparse.add_weight_gradient(None, None, *rest, served_by=served_by)
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_accumulators_of_any_stride(served_by):
+    hidden, weight, bias, indices, weights = problem()
+    expected = ours(hidden, weight, bias, indices, weights, LOSSES[1], served_by=served_by)
+    kind = {"objective": "flatten", "center_kind": "local_mean", "center_value": 0.0}
+    args = (hidden, weight, bias, 1.0, None, indices, None)
+    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    acc_weight = torch.zeros(48, 101, device=DEVICE).T
+    acc_bias = torch.zeros(101, 2, device=DEVICE)[:, 0]
+    rest = (hidden, bias, indices, rows.slopes, None, weights)
+    sparse.add_weight_gradient(acc_weight, acc_bias, *rest, served_by=served_by)
+    torch.testing.assert_close(acc_weight, expected["grad_weight"])
+    torch.testing.assert_close(acc_bias, expected["grad_bias"])
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_twice_the_same_bits(served_by):
+    """The scatter adds in one order, whether or not deterministic algorithms are asked for."""
+    inputs = problem(n=12, v=20, k=15)
+    first = ours(*inputs, LOSSES[0], served_by=served_by)
+    torch.use_deterministic_algorithms(True)
+    try:
+        second = ours(*inputs, LOSSES[0], served_by=served_by)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_autocast_and_grad_mode_change_nothing(served_by):
+    inputs = problem()
+    expected = ours(*inputs, LOSSES[0], served_by=served_by)
+    inputs[1].requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        found = ours(*inputs, LOSSES[0], served_by=served_by)
+    for name, t in found.items():
+        assert torch.equal(t, expected[name]) and not t.requires_grad, name
+
+
+def test_an_index_out_of_range_reads_nothing():
+    """On an accelerator indices are not checked: the row is NaN, the others are right."""
+    inputs = problem()
+    clean = ours(*inputs, LOSSES[1], served_by="triton")
+    inputs[3][1, 4], inputs[3][2, 0] = 101, -1
+    found = ours(*inputs, LOSSES[1], served_by="triton")
+    for name in ("losses", "grad_hidden"):
+        assert found[name][1:3].isnan().all()
+        assert torch.equal(found[name][[0, 3]], clean[name][[0, 3]])
