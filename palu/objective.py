@@ -92,15 +92,17 @@ class Objective:
     def _choose_road(self, model: nn.Module, inputs: Inputs) -> None:
         self._asked = True
         self.head = plain_head(model, *inputs[:2])
+        if self.head is not None and self.reference is not None:
+            with self.autocast():
+                if not self.reference.has_plain_head(inputs):
+                    self.head = None
+        if not _all_agree(self.head is not None, inputs.input_ids.device):
+            self.head = None
         if self.head is None and isinstance(self.reference, CachedReference):
             raise ValueError(
                 "reference='cached' needs losses from hidden rows, which this model does not allow "
                 "(the warning above says why); use reference='live'"
             )
-        if self.head is not None and self.reference is not None:
-            with self.autocast():
-                if not self.reference.has_plain_head(inputs):
-                    self.head = None
 
     # ---- from hidden rows ------------------------------------------------------------------------
 
@@ -181,6 +183,15 @@ class Objective:
         if self.retain_kl:
             return kl_loss(logits, ref_logits, direction="forward", **options)
         return cross_entropy_loss(logits, _targets(retain), **options)
+
+
+def _all_agree(value: bool, device: torch.device) -> bool:
+    """Whether every process says so: they have to take one road."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    votes = torch.tensor(int(value), device=device)
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+    return bool(votes)
 
 
 def _targets(retain: Mapping[str, Tensor]) -> Tensor:

@@ -43,17 +43,18 @@ def world(tmp_path, monkeypatch):
     return {
         "tokenizer": tokenizer,
         "model": model,
+        "torch": torch,
         "frozen_original": copy.deepcopy(model).eval(),
         "forget_loader": [Collator(tokenizer)(rows)] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
 
 
-def test_there_are_two_examples_and_two_records():
-    assert len(PYTHON) == 2 and len(RECORDS) == 2
+def test_there_are_three_examples_and_two_records():
+    assert len(PYTHON) == 3 and len(RECORDS) == 2
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_example_runs_and_trains(number, world, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     before = copy.deepcopy(world["model"].state_dict())

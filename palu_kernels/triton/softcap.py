@@ -17,8 +17,9 @@ def capped(x, live, cap):
         z = x
         slope = 1.0
     else:
-        shrunk = tl.exp(-2.0 * tl.abs(x) / cap)
-        share = (1.0 - shrunk) / (1.0 + shrunk)
-        z = tl.where(live, cap * tl.where(x < 0, -share, share), float("-inf"))
+        share = x / cap
+        shrunk = tl.exp(-2.0 * tl.abs(share))
+        size = (1.0 - shrunk) / (1.0 + shrunk)
+        z = tl.where(live, cap * tl.where(share < 0, -size, size), float("-inf"))
         slope = tl.where(live, 4.0 * shrunk / ((1.0 + shrunk) * (1.0 + shrunk)), 0.0)
     return z, slope

@@ -101,6 +101,24 @@ def batch(left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+class Wrapper(nn.Module):
+    """Calls its module and counts."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Forward hooks on the output embedding."""
+    module = model.get_output_embeddings()
+    return len(module._forward_pre_hooks) + len(module._forward_hooks)
+
+
 def _raise_logits(model: nn.Module) -> None:
     """Scales the head until the largest product with it is PEAK, and gives it a bias that shows.
 
