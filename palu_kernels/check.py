@@ -34,6 +34,7 @@ from torch import Tensor
 
 from palu_kernels import operators, reference
 from palu_kernels.backend import triton_runs_on
+from palu_kernels.check_linear import LinearCase, compare_linear, linear_cases
 
 CAPS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 DTYPES = tuple(CAPS)
@@ -65,7 +66,7 @@ class Case:
 class Comparison:
     """An error beside what was allowed; ``error`` and ``allowed`` are relative norms."""
 
-    case: Case
+    case: Case | LinearCase
     what: str  # loss, gradient or indices
     error: float
     allowed: float
@@ -307,20 +308,29 @@ def main(argv: list[str] | None = None) -> int:
     print(f"palu_kernels on {device}, backend {backend}, torch {torch.__version__}")
     print(f"{'operator':<64}{'what':<10}{'error':>10}{'allowed':>10}{'worst':>7}")
     results = []
-    for case in cases(quick=options.quick):
-        for result in compare(case, device, backend):
-            results.append(result)
-            mark = "" if result.passed else "  FAILED"
-            print(
-                f"{case!s:<64}{result.what:<10}{result.error:>10.1e}{result.allowed:>10.1e}"
-                f"{result.worst:>7.2f}{mark}",
-                flush=True,
-            )
+    for result in comparisons(options.quick, device, backend):
+        results.append(result)
+        mark = "" if result.passed else "  FAILED"
+        print(
+            f"{result.case!s:<64}{result.what:<10}{result.error:>10.1e}{result.allowed:>10.1e}"
+            f"{result.worst:>7.2f}{mark}",
+            flush=True,
+        )
     failed = sum(not result.passed for result in results)
     if options.json:
         write_json(options.json, results, device, backend)
     print(f"{len(results) - failed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def comparisons(quick: bool, device: torch.device, backend: str) -> Iterator[Comparison]:
+    """Of the operators on logits and of the linear ones (whose column `worst` is the norm's share
+    of what is allowed)."""
+    for case in cases(quick=quick):
+        yield from compare(case, device, backend)
+    for case in linear_cases(DTYPES):
+        for what, error, allowed in compare_linear(case, device, backend, CAPS, 2 * FLOOR * EPS):
+            yield Comparison(case, what, error, allowed, error / allowed, error <= allowed)
 
 
 def write_json(path: str, results: list[Comparison], device: torch.device, backend: str) -> None:

@@ -152,11 +152,10 @@ def linear_backward(
             _, _, grad_weight, grad_bias = run(rows, by_row, False, want_weight, want_bias)
     if want_hidden:
         grad_hidden = grad_hidden * by_row[:, None]  # in float32: by_row is
-    # an output may not be an input
     made = (grad_hidden, grad_weight, grad_bias)
     dtypes = (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
     return tuple(
-        t.to(dtype, copy=True) if wanted else t.new_empty(0, dtype=dtype)
+        t.to(dtype) if wanted else t.new_empty(0, dtype=dtype)
         for t, dtype, wanted in zip(made, dtypes, want, strict=True)
     )
 

@@ -24,7 +24,6 @@ from palu_kernels.row_losses import (
 )
 
 CHUNK_BYTES = 256 * 2**20
-IMPLEMENTATIONS = ("auto", "dense", "sparse")
 
 
 class Part(NamedTuple):
@@ -80,7 +79,7 @@ def linear_local_entropy_loss(
     check_hidden("hidden", hidden, head)
     arguments.positive_int("top_k", top_k)
     arguments.choice("objective", objective, arguments.OBJECTIVES)
-    arguments.choice("implementation", implementation, IMPLEMENTATIONS)
+    arguments.choice("implementation", implementation, sparse.IMPLEMENTATIONS)
     kind, number = arguments.center(center)
     if ref_hidden is not None and indices is not None:
         raise ValueError("ref_hidden and indices are both given; at most one of them may choose S")
@@ -123,16 +122,17 @@ def forget_loss(
                 "be 'dense' (or 'auto') where the current logits choose S"
             )
         return LocalEntropy(top_k, objective, center_kind, center_value, chooser)
-    is_sparse = getattr(sparse, "choose", lambda *a, **k: False)(
+    is_sparse = sparse.choose(
         implementation,
-        objective=objective,
-        center_kind=center_kind,
-        softcap=head.softcap,
+        objective,
+        center_kind,
+        head.softcap,
         rows=math.prod(hidden.shape[:-1]),
         k=min(top_k, head.vocab_size),
         vocab_size=head.vocab_size,
         hidden_size=head.hidden_size,
         device_type=hidden.device.type,
+        dtype=_product_dtype(hidden),
         train_head=head.requires_grad,
     )
     kind = SparseLocalEntropy if is_sparse else LocalEntropy
@@ -349,9 +349,8 @@ def _compute_dtype(
     hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
 ) -> torch.dtype:
     """The dtype of the products: autocast's, as for ``F.linear``, else that of all four."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if _autocasts(hidden):
+        return _product_dtype(hidden)
     named = {"head.weight": head.weight, "ref_hidden": ref_hidden}
     named["ref_head.weight"] = None if ref_head is None else ref_head.weight
     for name, t in named.items():
@@ -361,3 +360,11 @@ def _compute_dtype(
                 "(or run under torch.autocast)"
             )
     return hidden.dtype
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
+
+
+def _autocasts(hidden: Tensor) -> bool:
+    return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64

@@ -24,16 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
+from palu_kernels import arguments, reference
 from palu_kernels.backend import on_device_of
+from palu_kernels.costs import BLOCK_BYTES, cheaper
 from palu_kernels.reference import NEG_INF, work_dtype
 
 logger = logging.getLogger("palu_kernels.sparse")
 
 IMPLEMENTATIONS = ("auto", "dense", "sparse")
-# The PyTorch road's block of gathered rows, in the dtype they are worked in: measured on a CPU with
-# 32 MB of L3, larger ones leave the cache before they are used, smaller ones cost in calls.
-BLOCK_BYTES = 8 << 20
+_logged: set[tuple] = set()
 
 
 class Rows(NamedTuple):
@@ -54,6 +53,70 @@ def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
 def needs_mean(objective: str, center_kind: str) -> bool:
     """Whether ``forward`` wants a ``mean_row``."""
     return objective == "flatten" and center_kind == "global_mean"
+
+
+def choose(
+    implementation: str,
+    objective: str,
+    center_kind: str,
+    softcap: float | None,
+    *,
+    rows: int,
+    k: int,
+    vocab_size: int,
+    hidden_size: int,
+    device_type: str,
+    dtype: torch.dtype,
+    train_head: bool,
+    logits_needed_anyway: bool = False,
+) -> bool:
+    """Whether a call takes the sparse road: as ``implementation`` says, or for ``auto`` where it
+    can and ``cheaper`` finds that it pays. The automatic choice is logged once for every kind of
+    call.
+
+    Raises:
+        ValueError: ``implementation`` is unknown, or is ``sparse`` where only dense is right.
+    """
+    arguments.choice("implementation", implementation, IMPLEMENTATIONS)
+    possible = supports(objective, center_kind, softcap)
+    if implementation == "sparse" and not possible:
+        raise ValueError(
+            f"implementation is 'sparse', center is {center_kind!r} and softcap is {softcap}; the "
+            "mean of capped logits needs all of them: implementation must be 'auto' or 'dense' "
+            "here (or center 'local_mean' or a number, or softcap None)"
+        )
+    if implementation != "auto":
+        return implementation == "sparse"
+    chosen = possible and cheaper(
+        rows,
+        k,
+        vocab_size,
+        hidden_size,
+        device_type=device_type,
+        dtype=dtype,
+        train_head=train_head,
+        global_mean=needs_mean(objective, center_kind),
+        logits_needed_anyway=logits_needed_anyway,
+    )
+    kind = (chosen, objective, center_kind, softcap, k, vocab_size, hidden_size, device_type, dtype)
+    if not torch.compiler.is_compiling() and (kind, train_head) not in _logged:
+        _logged.add((kind, train_head))
+        logger.info(
+            "%s road for %s, center %s, softcap %s, %d rows, k = %d, V = %d, D = %d on %s in %s, "
+            "head %s",
+            "sparse" if chosen else "dense",
+            objective,
+            center_kind,
+            softcap,
+            rows,
+            k,
+            vocab_size,
+            hidden_size,
+            device_type,
+            dtype,
+            "trained" if train_head else "frozen",
+        )
+    return chosen
 
 
 @torch.no_grad()

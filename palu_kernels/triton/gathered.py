@@ -7,8 +7,8 @@ are multiples of 16 (they are in almost every model); any other width and step i
 
 Bytes a row of hidden states: ``products`` and ``combine`` read k * D entries of the weight each;
 ``scatter`` reads and writes, in float32, D entries for every row of the weight that some S holds.
-An index outside the vocabulary reads nothing and makes its row NaN: on an accelerator indices are
-not checked.
+An index outside the vocabulary reads nothing out of bounds and makes its row NaN: on an accelerator
+indices are not checked.
 """
 
 from __future__ import annotations
@@ -20,28 +20,12 @@ from torch import Tensor
 
 from palu_kernels.triton.rows import programs_wanted
 
-# A tile of 16 chosen rows, 256 entries wide: four 16-byte loads a thread for 16-bit types, eight
-# for float32, and a warp reads 512 adjacent bytes at least.
-TILE_ROWS, TILE_WIDTH = 16, 256
+# Programs of one warp, with four 16-byte loads a thread on their way for 16-bit types: nothing
+# passes through shared memory, and a chip is full of them.
+ROW_BYTES = 2048  # of a chosen row that ``multiply`` reads at once,
+PLACES = 4  # and how many such rows one program reads
+TILE_ROWS, TILE_WIDTH = 4, 256  # of ``combine_tiles``
 SCATTER_WIDTH = 1024
-
-
-@triton.jit
-def chosen_rows(indices_ptr, row, begin, end, k, vocab_size, TILE_ROWS: tl.constexpr):
-    """-> (places in S, which of them are before ``end``, their indices, which of these are in the
-    vocabulary)."""
-    places = begin + tl.arange(0, TILE_ROWS)
-    inside = places < end
-    chosen = tl.load(indices_ptr + row * k + places, mask=inside, other=0).to(tl.int64)
-    return places, inside, chosen, inside & (chosen >= 0) & (chosen < vocab_size)
-
-
-@triton.jit
-def load_tile(weight_ptr, chosen, valid, columns, live, step, column_step):
-    """Rows ``chosen`` of the weight, 0 where not valid; 64-bit offsets along both dimensions."""
-    offsets = (chosen * step)[:, None] + (columns.to(tl.int64) * column_step)[None, :]
-    tile = tl.load(weight_ptr + offsets, mask=valid[:, None] & live[None, :], other=0.0)
-    return tile.to(tl.float32)
 
 
 @triton.jit
@@ -58,25 +42,31 @@ def multiply(
     weight_column,
     bias_step,
     BIAS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A tile of S of one row: h . W_i + b_i."""
-    row = tl.program_id(0).to(tl.int64)
-    places, inside, chosen, valid = chosen_rows(
-        indices_ptr, row, tl.program_id(1) * TILE_ROWS, k, k, vocab_size, TILE_ROWS
-    )
-    sums = tl.zeros([TILE_ROWS, TILE_WIDTH], tl.float32)
-    for begin in range(0, width, TILE_WIDTH):
-        columns = begin + tl.arange(0, TILE_WIDTH)
-        live = columns < width
-        h = tl.load(hidden_ptr + row * width + columns, mask=live, other=0.0).to(tl.float32)
-        tile = load_tile(weight_ptr, chosen, valid, columns, live, weight_step, weight_column)
-        sums += tile * h[None, :]
-    x = tl.sum(sums, 1)
-    if BIAS:
-        x += tl.load(bias_ptr + chosen * bias_step, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * k + places, tl.where(valid, x, float("nan")), mask=inside)
+    """h . W_i + b_i for a few places of S of one row."""
+    groups = tl.cdiv(k, PLACES)
+    row = (tl.program_id(0) // groups).to(tl.int64)
+    begin = (tl.program_id(0) % groups) * PLACES
+    h_row = hidden_ptr + row * width
+    for place in range(begin, min(begin + PLACES, k)):
+        chosen = tl.load(indices_ptr + row * k + place).to(tl.int64)
+        valid = (chosen >= 0) & (chosen < vocab_size)
+        chosen = tl.where(valid, chosen, 0)
+        w_row = weight_ptr + chosen * weight_step
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            live = columns < width
+            offsets = columns.to(tl.int64) * weight_column
+            w = tl.load(w_row + offsets, mask=live, other=0.0)
+            h = tl.load(h_row + columns, mask=live, other=0.0)
+            sums += w.to(tl.float32) * h.to(tl.float32)
+        x = tl.sum(sums, 0)
+        if BIAS:
+            x += tl.load(bias_ptr + chosen * bias_step).to(tl.float32)
+        tl.store(out_ptr + row * k + place, tl.where(valid, x, float("nan")))
 
 
 @triton.jit
@@ -99,15 +89,21 @@ def combine_tiles(
     part = tl.program_id(2)
     columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     live = columns < width
+    offsets = columns.to(tl.int64) * weight_column
     end = min((part + 1) * part_places, k)
     sums = tl.zeros([TILE_ROWS, TILE_WIDTH], tl.float32)
     for begin in range(part * part_places, end, TILE_ROWS):
-        places, inside, chosen, valid = chosen_rows(
-            indices_ptr, row, begin, end, k, vocab_size, TILE_ROWS
-        )
+        places = begin + tl.arange(0, TILE_ROWS)
+        inside = places < end
+        chosen = tl.load(indices_ptr + row * k + places, mask=inside, other=0).to(tl.int64)
         slope = tl.load(slopes_ptr + row * k + places, mask=inside, other=0.0)
-        tile = load_tile(weight_ptr, chosen, valid, columns, live, weight_step, weight_column)
-        sums += tile * slope[:, None]
+        valid = inside & (chosen >= 0) & (chosen < vocab_size)
+        tile = tl.load(
+            weight_ptr + (chosen * weight_step)[:, None] + offsets[None, :],
+            mask=valid[:, None] & live[None, :],
+            other=0.0,
+        )
+        sums += tile.to(tl.float32) * slope[:, None]
     out = out_ptr + (part.to(tl.int64) * tl.num_programs(0) + row) * width
     tl.store(out + columns, tl.sum(sums, 0), mask=live)
 
@@ -160,10 +156,6 @@ def scatter_runs(
                 tl.store(slot, tl.load(slot) + total)
 
 
-def _tile_width(width: int) -> int:
-    return min(TILE_WIDTH, max(16, triton.next_power_of_2(width)))
-
-
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
     """h_r . W_i + b_i for i in S_r: ``hidden [N, D]``, ``weight [V, D]`` of any strides, ``bias
     [V]``, ``indices [N, k]`` -> float32 ``[N, k]``."""
@@ -171,7 +163,7 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
     out = hidden.new_empty((rows, k), dtype=torch.float32)
     if rows == 0:
         return out
-    multiply[(rows, triton.cdiv(k, TILE_ROWS))](
+    multiply[(rows * triton.cdiv(k, PLACES),)](
         hidden.contiguous(),
         weight,
         weight if bias is None else bias,
@@ -183,9 +175,9 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
         *weight.stride(),
         0 if bias is None else bias.stride(0),
         BIAS=bias is not None,
-        TILE_ROWS=TILE_ROWS,
-        TILE_WIDTH=_tile_width(weight.shape[1]),
-        num_warps=4,
+        PLACES=PLACES,
+        BLOCK=ROW_BYTES // weight.element_size(),
+        num_warps=1,
     )
     return out
 
@@ -198,8 +190,7 @@ def combine(slopes: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """
     rows, k = indices.shape
     width = weight.shape[1]
-    tile_width = _tile_width(width)
-    blocks = triton.cdiv(width, tile_width)
+    blocks = triton.cdiv(width, TILE_WIDTH)
     tiles = triton.cdiv(k, TILE_ROWS)
     # at least two tiles a part: a part costs a row of float32 sums
     wanted = max(1, min(tiles // 2, 4 * programs_wanted(weight.device) // max(rows * blocks, 1)))
@@ -218,8 +209,8 @@ def combine(slopes: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
             *weight.stride(),
             part_tiles * TILE_ROWS,
             TILE_ROWS=TILE_ROWS,
-            TILE_WIDTH=tile_width,
-            num_warps=4,
+            TILE_WIDTH=TILE_WIDTH,
+            num_warps=1,
         )
     return out[0] if parts == 1 else out.sum(0)
 

@@ -300,7 +300,7 @@ def test_nothing_is_saved_without_gradients():
 def test_no_large_tensor_is_made_beside_the_buffers(monkeypatch):
     """Whatever the number of rows: one buffer, another one where there is a reference."""
     monkeypatch.setattr(eager, "TILE_ENTRIES", 2 * 2000)
-    problem = Problem(torch.float32, "plain", rows=2048, columns=2000, dim=4)
+    problem = Problem(torch.float32, "plain", rows=256, columns=2000, dim=4)
     budget = 64 * 2000 * 4
     activities = [torch.profiler.ProfilerActivity.CPU]
     for name in ("reverse", "forward", "cross_entropy", "global", "entropy"):

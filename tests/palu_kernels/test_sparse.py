@@ -1,7 +1,10 @@
 """Losses from selected rows of the head: the same numbers as the definition on all logits."""
 
+import logging
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palu_kernels import reference, sparse
 
@@ -209,6 +212,55 @@ def test_capped_mask_is_not_a_mask():
         assert all(t.isfinite().all() for t in found.values())
 
 
+class Largest(TorchDispatchMode):
+    """The most bytes that one operation allocated."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given, self.bytes = {t.untyped_storage().data_ptr() for t in given}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_nothing_large_is_held(monkeypatch, served_by):
+    """No [N, k, D] and no copy of the weight: nothing over a block or a few [N, k]."""
+    hidden, weight, _, indices, weights = problem(n=8, v=3000, d=16, k=64, dtype=torch.bfloat16)
+    monkeypatch.setattr(sparse, "BLOCK_BYTES", 4096)
+    kind = {"objective": "flatten", "center_kind": "global_mean", "center_value": 0.0}
+    acc = torch.zeros(weight.shape, device=DEVICE)
+    with Largest(hidden, weight, indices, weights, acc) as largest:
+        mean = sparse.mean_row(weight, None)
+        args = (hidden, weight, None, 1.0, None, indices, mean)
+        rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=True)
+        rest = (hidden, None, indices, rows.slopes, rows.shares, weights)
+        sparse.add_weight_gradient(acc, None, *rest, served_by=served_by)
+    assert 4096 <= largest.bytes <= 3000 * 8
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+def test_offsets_of_64_bits(served_by):
+    """The last row of the head lies 2^31 entries after the first (memory that is not touched)."""
+    weight = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE)
+    weight = weight.as_strided((3, 48), (2**30, 1))
+    hidden, small, bias, indices, weights = problem(v=3, k=2, dtype=torch.bfloat16)
+    weight.copy_(small)
+    agree((hidden, weight, bias, indices, weights), LOSSES[2], served_by=served_by)
+    kind = {"objective": "entropy", "center_kind": "number", "center_value": 0.0}
+    args = (hidden, weight, bias, 1.0, None, indices, None)
+    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    acc = torch.empty(2**31 + 48, device=DEVICE).as_strided((3, 48), (2**30, 1)).zero_()
+    rest = (hidden, bias, indices, rows.slopes, None, weights)
+    sparse.add_weight_gradient(acc, None, *rest, served_by=served_by)
+    expected = truth(hidden, small, bias, indices, weights, LOSSES[3])["grad_weight"]
+    assert relative(acc, expected) <= 2e-6
+
+
 def test_blocks_of_any_size(monkeypatch):
     """Several rows in a block, one, and a part of one: the same numbers."""
     inputs = problem(n=7, k=20)
@@ -287,7 +339,7 @@ def test_autocast_and_grad_mode_change_nothing(served_by):
         assert torch.equal(t, expected[name]) and not t.requires_grad, name
 
 
-def test_an_index_out_of_range_reads_nothing():
+def test_an_index_out_of_range_spoils_its_row():
     """On an accelerator indices are not checked: the row is NaN, the others are right."""
     inputs = problem()
     clean = ours(*inputs, LOSSES[1], served_by="triton")
@@ -296,3 +348,65 @@ def test_an_index_out_of_range_reads_nothing():
     for name in ("losses", "grad_hidden"):
         assert found[name][1:3].isnan().all()
         assert torch.equal(found[name][[0, 3]], clean[name][[0, 3]])
+
+
+CALL = {
+    "rows": 50,
+    "k": 1000,
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "device_type": "cpu",
+    "dtype": torch.float32,
+    "train_head": False,
+}
+
+
+def choice(implementation="auto", objective="flatten", center="global_mean", cap=None, **call):
+    return sparse.choose(implementation, objective, center, cap, **{**CALL, **call})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu"])
+def test_few_of_many_are_sparse_and_most_are_dense(device_type, dtype):
+    kind = {"device_type": device_type, "dtype": dtype}
+    for rows in (1, 50, 2000):
+        for train_head in (False, True):
+            call = {"rows": rows, "train_head": train_head, "center": "local_mean", **kind}
+            assert choice(k=50, **call)
+            assert not choice(k=128_256, **call)
+            # once dense, dense for every larger k
+            chosen = [choice(k=k, **call) for k in (50, 500, 5000, 50_000, 128_256)]
+            assert chosen == sorted(chosen, reverse=True)
+
+
+def test_what_else_decides():
+    assert choice() and choice(train_head=True, center="local_mean")
+    # the mean row and a visit to every row of the gradient, for a few small products
+    small = {"rows": 2, "k": 50, "dtype": torch.bfloat16, "logits_needed_anyway": True}
+    assert choice(**small)
+    assert choice(k=6_000) and not choice(k=6_000, logits_needed_anyway=True)
+
+
+def test_forced():
+    assert choice("sparse", k=128_256) and not choice("dense", k=1)
+    assert choice("sparse", center="local_mean", cap=30.0, k=128_256)
+    assert choice("sparse", objective="entropy", cap=30.0, k=128_256)
+    with pytest.raises(ValueError, match=r"'sparse', center is 'global_mean' and softcap is 30\.0"):
+        choice("sparse", cap=30.0)
+    with pytest.raises(ValueError, match="implementation is 'fast'; it must be one of 'auto'"):
+        choice("fast")
+    assert not choice(cap=30.0, k=1)
+
+
+def test_logged_once_for_every_kind_of_call(caplog, monkeypatch):
+    monkeypatch.setattr(sparse, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="palu_kernels.sparse"):
+        for rows in (50, 51, 52):
+            choice(rows=rows)
+        choice(k=1001)
+        choice(cap=30.0)
+        choice("sparse")
+        choice("dense")
+    messages = [record.getMessage() for record in caplog.records]
+    assert [m.split()[0] for m in messages] == ["sparse", "sparse", "dense"]
+    assert "50 rows, k = 1000, V = 128256, D = 2048 on cpu in torch.float32" in messages[0]

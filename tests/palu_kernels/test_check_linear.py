@@ -1,0 +1,51 @@
+"""The linear operators by the rule of `python -m palu_kernels.check`; and the rule can fail."""
+
+import pytest
+import torch
+
+from palu_kernels import eager, linear
+from palu_kernels.check import CAPS, DTYPES, EPS, FLOOR
+from palu_kernels.check_linear import compare_linear, linear_cases
+
+CPU = torch.device("cpu")
+CASES = list(linear_cases(DTYPES))
+
+
+def failures(case, backend):
+    found = compare_linear(case, CPU, backend, CAPS, 2 * FLOOR * EPS)
+    return [(what, error, allowed) for what, error, allowed in found if not error <= allowed]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_by_pytorch(case):
+    assert not failures(case, "torch")
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)  # steps through operators, dtypes and heads
+def test_by_triton(case):
+    assert not failures(case, "triton")
+
+
+@pytest.mark.parametrize("broken", ["zero gradient", "swapped rows", "no bias", "no scale"])
+def test_it_can_fail(broken, monkeypatch):
+    case = next(c for c in CASES if c.operator == "linear_kl" and c.head == "scaled")
+    store, logits = eager.store, linear.Head.logits
+
+    def spoil(chunk, grad, slope):
+        if broken == "zero gradient":
+            grad = torch.zeros_like(grad)
+        elif broken == "swapped rows":
+            grad = grad.flip(0)
+        store(chunk, grad, slope)
+
+    def other(self, hidden, out):
+        if broken == "no bias":
+            self = linear.Head(self.weight, None, self.scale, self.softcap)
+        elif broken == "no scale":
+            self = linear.Head(self.weight, self.bias, 1.0, self.softcap)
+        return logits(self, hidden, out)
+
+    assert not failures(case, "torch")
+    monkeypatch.setattr(eager, "store", spoil)
+    monkeypatch.setattr(linear.Head, "logits", other)
+    assert failures(case, "torch")
