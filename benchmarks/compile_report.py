@@ -46,6 +46,8 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from palu_kernels import operators
+from palu_kernels.linear import buffer
+from palu_kernels.row_losses import KL, Chunk, CrossEntropy, LocalEntropy
 from palu_kernels.triton import gathered
 
 TARGETS = {
@@ -151,6 +153,22 @@ def call_operators(dtype: torch.dtype, columns: int) -> None:
         loss.backward()
 
 
+def call_capped(dtype: torch.dtype, columns: int) -> None:
+    """The row losses on a chunk of a head with a softcap, whose gradient overwrites the chunk."""
+    indices, labels = torch.arange(TOP_K).repeat(ROWS, 1), torch.zeros(ROWS, dtype=torch.int64)
+    forget = [
+        LocalEntropy(TOP_K, objective, "global_mean", 0.0, chooser)
+        for objective in ("flatten", "entropy")
+        for chooser in ("reference", "indices", "current")
+    ]
+    for loss in (*forget, KL("reverse"), KL("forward"), CrossEntropy()):
+        chunk, ref_chunk = (buffer(torch.zeros(0, dtype=dtype), ROWS, columns) for _ in range(2))
+        data = labels if isinstance(loss, CrossEntropy) else None
+        if isinstance(loss, LocalEntropy) and loss.chooser == "indices":
+            data = indices
+        loss(Chunk(chunk, 30.0, ref_chunk, 30.0, data, gradient=True, served_by="triton"))
+
+
 def call_gathered(dtype: torch.dtype, width: int) -> None:
     """The launchers of ``gathered``, on a head whose hidden size is ``width``."""
     hidden, weight = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(TOP_K, width, dtype=dtype)
@@ -170,6 +188,7 @@ def all_variants() -> list[Variant]:
         for columns in COLUMNS:
             with recording(variants, name, columns):
                 call_operators(dtype, columns)
+                call_capped(dtype, columns)
                 call_gathered(dtype, columns)
     return sorted(variants.values(), key=lambda v: (v.kernel, str(v.named), sorted(v.dtypes)))
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.cache_build import build_cache
+from palu.cache_build import Source, check_options, describe, store_rows
 from palu.cache_files import (
     MANIFEST,
     CacheDamaged,
@@ -28,8 +28,12 @@ from palu.cache_files import (
     read_sealed,
 )
 from palu.cache_match import check_match
+from palu.cache_partial import partial_cache
+from palu.cache_rows import as_reference, head_may_train, reference_head
+from palu.data import Collator
 from palu.fingerprint import model_fingerprint
 from palu.loss import PALULoss
+from palu.runs import check_output, versions
 
 __all__ = [
     "CacheDamaged",
@@ -43,21 +47,13 @@ __all__ = [
 SHARD_BYTES = 64 * 2**20
 
 
-class _Place(NamedTuple):
-    """Where the rows of one example are: `shard.indices[i:j]` and `shard.hidden[a:b]`."""
-
-    shard: Mapping[str, Tensor]
-    indices: slice
-    hidden: slice
-
-
 class ReferenceCache:
     """A folder with `manifest.json` and safetensors files, memory-mapped for reading.
 
-    Rows are found by the id of their example (`palu.fingerprint.example_id`, a name made of its
-    tokens and labels; `palu.data.Collator(..., example_ids=True)` puts them into a batch). The rows
-    of an example are in the order of their positions, those of a batch in the order of its
-    examples, as in `hidden[prediction_rows(...)]`, whatever the padding.
+    Rows are found by the id of their example, a name made of its tokens and labels
+    (`palu.fingerprint.example_ids` gives those of a batch). The rows of an example are in the order
+    of their positions, those of a batch in the order of its examples, as in
+    `hidden[prediction_rows(...)]`, whatever the padding.
 
     The numbers are those of the batches the cache was built in. Other batches and other padding
     change them by roundings; a model with absolute positions and no position_ids (GPT-2) by more
@@ -81,24 +77,17 @@ class ReferenceCache:
             tensors = _tensors(path / manifest["head_file"]["file"])
             scale, cap = (manifest["head"][name] for name in ("logit_scale", "softcap"))
             self.head = palu_kernels.LMHead(tensors["weight"], tensors.get("bias"), scale, cap)
-        self._places: dict[str, dict[int, _Place]] = {"forget": {}, "retain": {}}
-        # Of no rows at all: what a batch without such rows gets.
-        self._empty: dict[tuple[str, str], Tensor] = {}
+        # The rows of each example, in the mapped files, by data set and kind.
+        self._pieces: dict[tuple[str, str], dict[int, Tensor]] = {}
         for record in manifest["shards"]:
             self._add(record["source"], _tensors(path / record["file"]))
 
     def _add(self, source: str, shard: Mapping[str, Tensor]) -> None:
-        columns = [shard[name] for name in ("index_rows", "hidden_rows")]
-        starts = [(column.cumsum(0) - column).tolist() for column in columns]
-        counts = [column.tolist() for column in columns]
-        for n, name in enumerate(shard["example_ids"].tolist()):
-            indices, hidden = (
-                slice(s[n], s[n] + c[n]) for s, c in zip(starts, counts, strict=True)
-            )
-            self._places[source][name] = _Place(shard, indices, hidden)
-        for kind in ("indices", "hidden"):
+        ids = shard["example_ids"].tolist()
+        for kind, counts in (("indices", "index_rows"), ("hidden", "hidden_rows")):
             if kind in shard:
-                self._empty[source, kind] = shard[kind][:0]
+                pieces = shard[kind].split(shard[counts].tolist())
+                self._pieces.setdefault((source, kind), {}).update(zip(ids, pieces, strict=True))
 
     @classmethod
     def build(
@@ -158,23 +147,25 @@ class ReferenceCache:
             FloatingPointError: the model's hidden states are not finite.
         """
         path = Path(path)
-        build_cache(
-            model,
-            dataset,
-            path,
-            loss=loss,
-            collator=collator,
-            retain_dataset=retain_dataset,
-            tokenizer=tokenizer,
-            template=template,
-            batch_size=batch_size,
-            autocast_dtype=autocast_dtype,
-            train_head=train_head,
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-            notes=notes,
-            report=report,
-        )
+        check_options(loss, retain_dataset, autocast_dtype, batch_size, shard_bytes)
+        check_output(path, overwrite=overwrite)
+        sources = [Source("forget", dataset)]
+        sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
+        if collator is None:
+            collator = Collator(tokenizer if tokenizer is not None else 0)
+        with as_reference(model, autocast_dtype):
+            head = reference_head(model, collator([dataset[0]]))
+            if train_head is None:
+                train_head = head_may_train(model)
+            content = describe(model, head, sources, loss, tokenizer, template, autocast_dtype)
+            content["head"]["stored"] = train_head
+            content |= {"batch_size": batch_size, "shard_bytes": shard_bytes}
+            content |= {"versions": versions(), "notes": dict(notes or {})}
+            with partial_cache(path, content) as partial:
+                if train_head:
+                    partial.store_head(head)
+                store_rows(partial, model, head, sources, loss, collator, report)
+                partial.finish(path)
         return cls.open(path)
 
     @classmethod
@@ -308,10 +299,11 @@ class ReferenceCache:
 
     def info(self) -> dict[str, Any]:
         """What `palu cache info` prints; see `cache_info`."""
-        return cache_info(self.path, self.manifest)
+        return cache_info(self.path)
 
     def _rows(self, source: str, kind: str, example_ids: Tensor | Iterable[int]) -> Tensor:
-        if (source, kind) not in self._empty:
+        pieces = self._pieces.get((source, kind))
+        if pieces is None:
             what = {"indices": "top-k indices", "hidden": f"{source} rows"}[kind]
             raise CacheMismatch(
                 f"reference cache {str(self.path)!r} holds no {what}: it was built with "
@@ -320,19 +312,18 @@ class ReferenceCache:
                 f"{'a' if 'retain' in self.manifest['data'] else 'no'} retain set"
             )
         names = example_ids.tolist() if isinstance(example_ids, Tensor) else list(example_ids)
-        parts = [self._empty[source, kind]]
         for number, name in enumerate(names):
-            place = self._places[source].get(name)
-            if place is None:
+            if name not in pieces:
                 raise CacheMismatch(
                     f"example {number} of the batch (id {name}) is not in the {source} set of "
                     f"reference cache {str(self.path)!r}: the data is not what it was built from"
                 )
-            parts.append(place.shard[kind][getattr(place, kind)])
-        return torch.cat(parts).to(self.device)
+        # No example at all still has a width and a dtype.
+        nothing = next(iter(pieces.values()))[:0]
+        return torch.cat([nothing, *(pieces[name] for name in names)]).to(self.device)
 
 
-def cache_info(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def cache_info(path: Path) -> dict[str, Any]:
     """What a cache is made of, from its manifest alone (no shard is read).
 
     Returns:
@@ -342,7 +333,7 @@ def cache_info(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[st
     Raises:
         CacheDamaged, CacheMismatch: the manifest is missing, damaged or of another version.
     """
-    content = dict(read_sealed(path / MANIFEST) if manifest is None else manifest)
+    content = read_sealed(path / MANIFEST)
     shards, head_file = content.pop("shards"), content.pop("head_file")
     files = shards if head_file is None else [head_file, *shards]
 

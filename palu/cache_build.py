@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,17 +10,8 @@ from torch import Tensor, nn
 
 import palu_kernels
 from palu.cache_files import CacheError
-from palu.cache_partial import PartialCache, partial_cache
-from palu.cache_rows import (
-    Rows,
-    as_reference,
-    dtype_name,
-    head_may_train,
-    model_dtype,
-    reference_head,
-    reference_rows,
-)
-from palu.data import Collator
+from palu.cache_partial import PartialCache
+from palu.cache_rows import Rows, dtype_name, model_dtype, reference_rows
 from palu.fingerprint import (
     data_fingerprint,
     example_bytes,
@@ -32,7 +22,6 @@ from palu.fingerprint import (
     tokenizer_fingerprint,
 )
 from palu.loss import PALULoss, check_labels
-from palu.runs import check_output, versions
 
 AUTOCAST = (None, torch.bfloat16, torch.float16)
 
@@ -51,16 +40,18 @@ class Source:
         self.ids: list[int] = []
         self._lengths: list[int] = []
         first: dict[int, int] = {}
+        if len(dataset) == 0:
+            raise CacheError(f"the {name} set must have at least one row")
         for number in range(len(dataset)):
             row = self._row(number)
-            name = example_id(row)
-            self.ids.append(name)
+            its_id = example_id(row)
+            self.ids.append(its_id)
             self._lengths.append(len(row["input_ids"]))
-            other = first.setdefault(name, number)
+            other = first.setdefault(its_id, number)
             if other != number and example_bytes(row) != example_bytes(self._row(other)):
                 raise CacheError(
-                    f"rows {other} and {number} of the {self.name} set are different examples with "
-                    f"the same id {name}: change or remove one of them"
+                    f"rows {other} and {number} of the {name} set are different examples with the "
+                    f"same id {its_id}: change or remove one of them"
                 )
         self._first = list(first.values())
 
@@ -88,25 +79,19 @@ class Source:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def build_cache(
-    model: nn.Module,
-    dataset: Any,
-    path: Path,
-    *,
+def check_options(
     loss: PALULoss,
-    collator: Callable | None,
     retain_dataset: Any,
-    tokenizer: Any,
-    template: Any,
-    batch_size: int,
     autocast_dtype: torch.dtype | None,
-    train_head: bool | None,
+    batch_size: int,
     shard_bytes: int,
-    overwrite: bool,
-    notes: Mapping[str, Any] | None,
-    report: Callable[..., None] | None,
 ) -> None:
-    """Writes the files of a cache; see `ReferenceCache.build`."""
+    """What `ReferenceCache.build` may be asked for.
+
+    Raises:
+        ValueError: names the argument.
+        CacheError: there is nothing to store.
+    """
     for name, value in (("batch_size", batch_size), ("shard_bytes", shard_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
@@ -119,23 +104,6 @@ def build_cache(
             "nothing to store: select_from='current' with preserve=None and no retain_dataset "
             "needs no reference"
         )
-    check_output(path, overwrite=overwrite)
-    sources = _sources(dataset, retain_dataset)
-    if collator is None:
-        collator = Collator(tokenizer if tokenizer is not None else 0, example_ids=True)
-    with as_reference(model, autocast_dtype):
-        head = reference_head(model, collator([dataset[0]]))
-        if train_head is None:
-            train_head = head_may_train(model)
-        content = describe(model, head, sources, loss, tokenizer, template, autocast_dtype)
-        content["head"]["stored"] = train_head
-        content |= {"batch_size": batch_size, "shard_bytes": shard_bytes, "versions": versions()}
-        content |= {"notes": dict(notes or {})}
-        with partial_cache(path, content) as partial:
-            if train_head:
-                partial.store_head(head)
-            _store_rows(partial, model, head, sources, loss, collator, report)
-            partial.finish(path)
 
 
 def describe(
@@ -182,18 +150,43 @@ def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _sources(dataset: Any, retain_dataset: Any) -> list[Source]:
-    found = []
-    for name, rows in (("forget", dataset), ("retain", retain_dataset)):
-        if rows is None and name == "retain":
-            continue
-        if len(rows) == 0:
-            raise CacheError(f"the {name} set must have at least one row")
-        found.append(Source(name, rows))
-    return found
+def batches_of(
+    sources: Sequence[Source], loss: PALULoss, batch_size: int
+) -> list[tuple[Source, list[int]]]:
+    """The batches of a pass over all that the loss needs: a data set and row numbers of it."""
+    wanted = [s for s in sources if s.name == "retain" or loss.needs_reference]
+    return [(s, numbers) for s in wanted for numbers in s.batches(batch_size)]
 
 
-def _store_rows(
+def rows_of(
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    source: Source,
+    numbers: Sequence[int],
+    loss: PALULoss,
+    collator: Callable,
+) -> Rows:
+    """What the model says of one of these batches; call it inside `as_reference`.
+
+    Raises:
+        CacheError: a label is no token, or the collator does more than padding.
+        FloatingPointError: a hidden state is infinite or NaN.
+    """
+    batch = collator([source.dataset[i] for i in numbers])
+    ids = [source.ids[i] for i in numbers]
+    if example_ids(batch).tolist() != ids:
+        raise CacheError(
+            f"the collator changes examples of the {source.name} set, reorders them or leaves out "
+            "attention_mask: it must only pad"
+        )
+    try:
+        check_labels(batch["labels"], head.vocab_size)
+    except ValueError as error:
+        raise CacheError(f"{source.name} set: {error}") from None
+    return reference_rows(model, head, batch, ids, source.name, loss)
+
+
+def store_rows(
     partial: PartialCache,
     model: nn.Module,
     head: palu_kernels.LMHead,
@@ -202,19 +195,15 @@ def _store_rows(
     collator: Callable,
     report: Callable[..., None] | None,
 ) -> None:
-    batch_size = partial.content["batch_size"]
-    sources = [s for s in sources if s.name == "retain" or loss.needs_reference]
-    batches = [(s, rows) for s in sources for rows in s.batches(batch_size)]
-    total, done = sum(source.unique for source in sources), 0
+    """Computes and writes the shards that are not there yet; call it inside `as_reference`."""
+    batches = batches_of(sources, loss, partial.content["batch_size"])
+    total, done = sum(len(numbers) for _, numbers in batches), 0
     pending: list[Rows] = []
     for number, (source, numbers) in enumerate(batches):
         done += len(numbers)
         if number < partial.batches_done:
             continue
-        batch = collator([source.dataset[i] for i in numbers])
-        ids = [source.ids[i] for i in numbers]
-        _check_batch(batch, ids, source.name, head.vocab_size)
-        pending.append(reference_rows(model, head, batch, ids, source.name, loss))
+        pending.append(rows_of(model, head, source, numbers, loss, collator))
         size = sum(_bytes(rows) for rows in pending)
         last = number + 1 == len(batches) or batches[number + 1][0] is not source
         if last or size >= partial.content["shard_bytes"]:
@@ -222,18 +211,6 @@ def _store_rows(
             pending = []
         if report is not None:
             report(done, total)
-
-
-def _check_batch(batch: Mapping[str, Tensor], ids: list[int], source: str, vocab_size: int) -> None:
-    if example_ids(batch).tolist() != ids:
-        raise CacheError(
-            f"the collator changes examples of the {source} set, reorders them or leaves out "
-            "attention_mask: it must only pad"
-        )
-    try:
-        check_labels(batch["labels"], vocab_size)
-    except ValueError as error:
-        raise CacheError(f"{source} set: {error}") from None
 
 
 def _bytes(rows: Rows) -> int:

@@ -20,6 +20,7 @@ FORMAT = "palu reference cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 
+_REPAIR = "delete the cache's folder and build it anew"
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -102,20 +103,26 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
         content = json.loads(raw)
     except FileNotFoundError:
-        raise CacheDamaged(f"{str(path)!r} does not exist: this is no reference cache") from None
+        raise CacheDamaged(
+            f"{str(path.parent)!r} is no reference cache: {str(path)!r} does not exist"
+        ) from None
     except ValueError as error:
-        raise CacheDamaged(f"{str(path)!r} is damaged, not JSON any more: {error}") from None
+        raise CacheDamaged(
+            f"{str(path)!r} is damaged, not JSON any more ({error}); {_REPAIR}"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CacheMismatch(f"{str(path)!r} is not the manifest of a reference cache, or damaged")
     version = content.get("version")
     if version != VERSION:
         raise CacheMismatch(
             f"{str(path)!r}: the format version is {version!r}, this palu reads {VERSION}; "
-            "build the cache anew with this palu, or use the palu that wrote it"
+            "use the palu that wrote it, or delete the cache's folder and build it anew"
         )
     content = {k: v for k, v in content.items() if k not in ("format", "version", "checksum")}
     if _sealed(content) != raw:
-        raise CacheDamaged(f"{str(path)!r} is damaged: its content does not fit its checksum")
+        raise CacheDamaged(
+            f"{str(path)!r} is damaged: its content does not fit its checksum; {_REPAIR}"
+        )
     return content
 
 
@@ -127,12 +134,12 @@ def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
     """
     path = folder / record["file"]
     if not path.is_file():
-        raise CacheDamaged(f"{str(path)!r} is missing: build the cache anew")
+        raise CacheDamaged(f"{str(path)!r} is missing; {_REPAIR}")
     size = path.stat().st_size
     if size != record["bytes"]:
         raise CacheDamaged(
             f"{str(path)!r} is damaged: it has {size} bytes and must have {record['bytes']}; "
-            "build the cache anew"
+            f"{_REPAIR}"
         )
     digest = hashlib.blake2b(digest_size=32)
     with open(path, "rb") as stream:
@@ -141,7 +148,7 @@ def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
     if digest.hexdigest() != record["blake2b"]:
         raise CacheDamaged(
             f"{str(path)!r} is damaged: its bytes do not fit the checksum {record['blake2b'][:12]} "
-            "in the manifest; build the cache anew"
+            f"in the manifest; {_REPAIR}"
         )
     return path
 

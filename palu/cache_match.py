@@ -59,13 +59,13 @@ def check_match(
     if train_head and not manifest["head"]["stored"]:
         differences.append(
             "head: training may change the output head (or the embedding tied to it), and the "
-            "cache was built with train_head=False, without a frozen copy of it"
+            "cache was built without a frozen copy of it (--no-train-head, train_head=False)"
         )
     if differences:
         raise CacheMismatch(
-            f"reference cache {path!r} does not fit: {'; '.join(differences)}. Give back what it "
-            "was built from, or build it anew (`palu cache build ... --overwrite`, or "
-            "ReferenceCache.build(..., overwrite=True))"
+            f"reference cache {path!r} does not fit: {'; '.join(differences)}. Use the model, data "
+            "and settings it was built with, name another folder, or delete this one and have it "
+            "built anew (`palu cache build` and `palu unlearn --reference cached` do so)"
         )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from palu.cache import ReferenceCache
-from palu.cache_build import Source
+from palu.cache import ReferenceCache, cache_info
+from palu.cache_build import Source, batches_of, rows_of
 from palu.cache_files import CacheMismatch
-from palu.cache_rows import Rows, as_reference, model_dtype, reference_head, reference_rows
+from palu.cache_rows import Rows, as_reference, model_dtype, reference_head
 from palu.data import Collator
 from palu.loss import PALULoss
 
@@ -35,8 +35,6 @@ def verify_cache(
     dataset: Any = None,
     retain_dataset: Any = None,
     tokenizer: Any = None,
-    template: Any = None,
-    collator: Callable | None = None,
     report: Callable[..., None] | None = None,
 ) -> dict[str, float]:
     """Reads every byte of a cache, compares its fingerprints with what is given and, where both
@@ -45,8 +43,7 @@ def verify_cache(
     Label settings and autocast are those in the manifest.
 
     Args:
-        path, model, dataset, retain_dataset, tokenizer, template: as for `ReferenceCache.open`.
-        collator: as at the build.
+        path, model, dataset, retain_dataset, tokenizer: as for `ReferenceCache.open`.
         report: called with (batches done, batches).
 
     Returns:
@@ -58,7 +55,7 @@ def verify_cache(
         CacheDamaged: a file is missing, truncated or changed.
     """
     path = Path(path)
-    content = ReferenceCache.open(path).manifest
+    content = cache_info(path)
     autocast = getattr(torch, content["autocast"], None)
     cache = ReferenceCache.open(
         path,
@@ -66,7 +63,6 @@ def verify_cache(
         dataset=dataset,
         retain_dataset=retain_dataset,
         tokenizer=tokenizer,
-        template=template,
         autocast_dtype=autocast,
         train_head=False,
     )
@@ -79,18 +75,15 @@ def verify_cache(
         select_from=content["select_from"],
         preserve=content["preserve"],
     )
-    if collator is None:
-        collator = Collator(tokenizer if tokenizer is not None else 0, example_ids=True)
-    sources = [Source("forget", dataset)] if loss.needs_reference else []
+    collator = Collator(tokenizer if tokenizer is not None else 0)
+    sources = [Source("forget", dataset)]
     sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
-    batches = [(s, rows) for s in sources for rows in s.batches(content["batch_size"])]
+    batches = batches_of(sources, loss, content["batch_size"])
     worst: dict[str, float] = {}
     with as_reference(model, autocast):
         head = reference_head(model, collator([dataset[0]]))
         for done, (source, numbers) in enumerate(batches, 1):
-            batch = collator([source.dataset[i] for i in numbers])
-            ids = [source.ids[i] for i in numbers]
-            rows = reference_rows(model, head, batch, ids, source.name, loss)
+            rows = rows_of(model, head, source, numbers, loss, collator)
             for kind, error in _errors(cache, rows, source.name).items():
                 worst[kind] = max(worst.get(kind, 0.0), error)
             if report is not None:

@@ -37,6 +37,7 @@ from palu.cli_options import (
     out,
     plain_warnings,
     quiet,
+    read_rows,
     warn,
 )
 from palu.errors import UserError, user_errors
@@ -109,6 +110,20 @@ def unlearn(
         int | None, typer.Option(help="Retain rows beside a forget batch; default: as many.")
     ] = None,
     select_from: SelectFrom = "reference",
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="Where the original model's numbers come from: live (a frozen copy runs beside "
+            "it) or cached (computed once, before training); adapter_off is for PEFT models, in "
+            "Python."
+        ),
+    ] = "live",
+    reference_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the cache, built if it is not there; default: OUTPUT-reference-cache."
+        ),
+    ] = None,
     backend: Backend = "auto",
     learning_rate: Annotated[float, typer.Option(help="Peak, then linear to 0.")] = 1e-5,
     epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = 10.0,
@@ -126,14 +141,16 @@ def unlearn(
 ) -> None:
     """Make a model forget the marked spans of one file and keep the answers of another."""
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.data import load_examples, split_slice, tokenize_examples
-        from palu.runs import check_output, choose_template, output_folder
+        from palu.data import split_slice
+        from palu.runs import cache_place, check_output, choose_template, output_folder
 
-        data = [split_slice(path)[0] for path in (forget, retain) if path is not None]
-        check_output(output, overwrite=overwrite, inputs=(model, *data))
+        files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
+        check_output(output, overwrite=overwrite, inputs=(model, *files))
+        place = cache_place(reference, reference_cache, output)
         import torch
 
         from palu import unlearn as run
+        from palu.cache import CacheError, CacheWriteError, cache_info
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
         from palu.progress import bar
         from palu_kernels.backend import resolve as resolve_backend
@@ -160,6 +177,8 @@ def unlearn(
             retain_loss=retain_loss,
             retain_batch_size=retain_batch_size,
             select_from=select_from,
+            reference=reference,
+            reference_cache=None if place is None else str(place),
             backend=backend,
             learning_rate=learning_rate,
             num_train_epochs=epochs,
@@ -170,25 +189,34 @@ def unlearn(
         template = choose_template(
             model, system_prompt=system_prompt, date_string=date_string, force=force_template
         )
+        has_cache = place is not None and place.is_dir() and any(place.iterdir())
+        if has_cache:
+            cache_info(place)  # what is no cache is found out before the model is loaded
+    read = {"repair": repair.value, "max_length": max_length}
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)
-        rows = []
-        for path, is_forget in ((forget, True), (retain, False)):
-            if path is None:
-                rows.append(None)
-                continue
-            examples = load_examples(path, require_spans=is_forget, repair=repair.value)
-            rows.append(
-                tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
-            )
-        if not any(label >= 0 for row in rows[0] for label in row["labels"]):
+        rows = read_rows(forget, tokenizer, template, require_spans=True, **read)
+        retain_rows = None
+        if retain is not None:
+            retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
+        if not any(label >= 0 for row in rows for label in row["labels"]):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
         loaded = load_model(model, dtype, device)
-    if rows[1] is None:
+    if retain_rows is None:
         warn("no --retain file: only the other words of the forget answers hold the model in place")
+    data = {"forget": forget, "retain": retain, **read}
+    notes = {"model": str(model), **data, "template": template.to_dict()}
     with output_folder(output) as folder:
-        with bar(bars, "Unlearning") as report:
-            curve = run.unlearn(loaded, tokenizer, rows[0], rows[1], config, report)
+        with user_errors(CacheError, CacheWriteError), bar(bars, "Unlearning") as report:
+            curve = run.unlearn(
+                loaded,
+                tokenizer,
+                rows,
+                retain_rows,
+                config,
+                report,
+                cache_options={"template": template, "notes": notes},
+            )
         with bars.status("Writing the model"):
             run.save_model(
                 folder,
@@ -198,12 +226,7 @@ def unlearn(
                 made_by="palu unlearn",
                 seed=seed,
                 base_model=str(model),
-                data={
-                    "forget": forget,
-                    "retain": retain,
-                    "repair": repair.value,
-                    "max_length": max_length,
-                },
+                data=data,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=str(where),
                 settings=run.settings_of(config),
@@ -215,6 +238,11 @@ def unlearn(
         soft_wrap=True,
         markup=False,
     )
+    if place is not None:
+        said = f"The reference cache {'was read from' if has_cache else 'is kept in'} {place}"
+        if config.reference_cache is None:
+            said = "No reference cache: these settings ask the original model nothing"
+        out.print(said, soft_wrap=True, markup=False)
 
 
 @app.command()

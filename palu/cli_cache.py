@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +15,7 @@ from palu.cli_options import (
     ForceTemplate,
     ForgetFile,
     MaxLength,
+    ModelFolder,
     Overwrite,
     PrefixLength,
     Preserve,
@@ -31,6 +30,8 @@ from palu.cli_options import (
     out,
     plain_warnings,
     quiet,
+    read_rows,
+    warn,
 )
 from palu.errors import UserError, user_errors
 
@@ -39,17 +40,18 @@ cache = typer.Typer(
     no_args_is_help=True,
 )
 
+# What `palu cache info` tells first.
+FIRST = ("path", "bytes", "rows", "examples", "top_k", "prefix_length", "preserve", "select_from")
+
 CacheFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a reference cache.")]
 BatchSize = Annotated[int, typer.Option(help="Rows a forward pass.")]
 
 
 @cache.command()
 def build(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Hugging Face folder of the original model.")
-    ],
+    model: ModelFolder,
     forget: ForgetFile,
-    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the cache.")],
+    output: Annotated[Path, typer.Option(help="Folder for the cache.")],
     retain: RetainFile = None,
     top_k: TopK = 50,
     prefix_length: PrefixLength = 3,
@@ -58,7 +60,10 @@ def build(
     select_from: SelectFrom = "reference",
     train_head: Annotated[
         bool,
-        typer.Option(help="Whether training may change the output head: a copy of it is stored."),
+        typer.Option(
+            help="Whether training may change the output head, as palu unlearn does: a copy of it "
+            "is stored."
+        ),
     ] = True,
     batch_size: BatchSize = 8,
     backend: Backend = "auto",
@@ -73,19 +78,21 @@ def build(
 ) -> None:
     """Run the original model over the data once and store what `palu unlearn` will ask of it.
 
-    A build that was interrupted goes on where it was when it is started again.
+    Give it the options of the run, which reads it with `--reference cached --reference-cache PATH`
+    (and builds it itself where there is none). A build that was interrupted goes on where it was
+    when it is started again.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.data import split_slice
         from palu.runs import check_output, choose_template
 
-        data = [split_slice(path)[0] for path in (forget, retain) if path is not None]
-        check_output(output, overwrite=overwrite, inputs=(model, *data))
-        from palu.cache import ReferenceCache
+        files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
+        check_output(output, overwrite=overwrite, inputs=(model, *files))
+        from palu.cache import CacheError, CacheWriteError, ReferenceCache
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
         from palu.loss import PALULoss
+        from palu.modeling import end_tokens
         from palu.progress import bar
-        from palu.trainer import _end_tokens
         from palu.unlearn import make_config
 
         quiet()
@@ -102,27 +109,26 @@ def build(
             select_from=select_from,
             backend=backend,
         )
-        if retain is not None and retain_loss != "kl":
-            raise ValueError(
-                "--retain is only needed for --retain-loss kl: nll asks the original model nothing"
-            )
         if retain is None and retain_loss == "kl":
             raise ValueError("--retain-loss kl needs a --retain file")
+        if retain is not None and retain_loss == "nll":
+            warn("--retain is not used: --retain-loss nll asks the original model nothing")
+            retain = None
         template = choose_template(
             model, system_prompt=system_prompt, date_string=date_string, force=force_template
         )
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)
         read = {"repair": repair.value, "max_length": max_length}
-        rows = _rows(forget, tokenizer, template, require_spans=True, **read)
+        rows = read_rows(forget, tokenizer, template, require_spans=True, **read)
         retain_rows = None
         if retain is not None:
-            retain_rows = _rows(retain, tokenizer, template, require_spans=False, **read)
+            retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
         loaded = load_model(model, dtype, device)
-        eos = _end_tokens(loaded, tokenizer)
+        eos = end_tokens(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
-    sources = {"model": str(model), "forget": forget, "retain": retain}
-    with bar(bars, "Building the cache") as report, _cache_errors():
+    notes = {"model": str(model), "forget": forget, "retain": retain, **read}
+    with bar(bars, "Building the cache") as report, user_errors(CacheError, CacheWriteError):
         made = ReferenceCache.build(
             loaded,
             rows,
@@ -134,7 +140,7 @@ def build(
             batch_size=batch_size,
             train_head=train_head,
             overwrite=overwrite,
-            notes={**sources, **read, "template": template.to_dict()},
+            notes={**notes, "template": template.to_dict()},
             report=report,
         )
     out.print(f"Written to {output}: {_summary(made.info())}", soft_wrap=True, markup=False)
@@ -147,13 +153,15 @@ def info(path: CacheFolder) -> None:
         from palu.cache import cache_info
 
         found = cache_info(path)
-    files = found.pop("files")
-    for name, value in found.items():
+    found["bytes"] = f"{found['bytes']:,}"
+    found["notes"].pop("template", None)  # said above
+    files = {record["file"]: f"{record['bytes']:,} bytes" for record in found.pop("files")}
+    shown = [name for name in FIRST if name in found]
+    shown += [name for name in found if name not in FIRST]
+    for name, value in [*((name, found[name]) for name in shown), *files.items()]:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
-        out.print(f"{name:14} {value}", soft_wrap=True, markup=False, highlight=False)
-    for record in files:
-        out.print(f"{record['file']:26} {record['bytes']} bytes", markup=False, highlight=False)
+        out.print(f"{name:26} {value}", soft_wrap=True, markup=False, highlight=False)
 
 
 @cache.command()
@@ -174,9 +182,11 @@ def verify(
     Data are read with the template, the length and the repair that the cache remembers.
     """
     if model is None and (forget is not None or retain is not None):
-        raise UserError("--forget and --retain need --model, which has the tokenizer")
+        raise UserError("--forget and --retain need a --model folder, which has the tokenizer")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.cache import cache_info
+        import torch
+
+        from palu.cache import CacheError, cache_info
         from palu.cache_verify import verify_cache
         from palu.labels import Template
         from palu.loading import load_model, load_tokenizer
@@ -198,41 +208,21 @@ def verify(
             for name, file in (("dataset", forget), ("retain_dataset", retain)):
                 if file is not None:
                     spans = name == "dataset"
-                    given[name] = _rows(file, tokenizer, template, require_spans=spans, **read)
-            given["model"] = load_model(model, found["dtype"], device)
-    with bar(bars, "Checking the cache") as report, _cache_errors():
-        worst = verify_cache(path, report=report, **given)
-    said = [f"every byte of {path} is as it was written"]
-    if model is not None:
-        said.append("the model is the one it was built from")
-    said += [f"{kind} computed again: off by {error:.2g}" for kind, error in worst.items()]
+                    given[name] = read_rows(file, tokenizer, template, require_spans=spans, **read)
+            given["model"] = load_model(model, getattr(torch, found["dtype"]), device)
+    again = forget is not None
+    shown: Any = bar(bars, "Computing again") if again else bars.status("Reading every byte")
+    with shown as report, user_errors(CacheError):
+        worst = verify_cache(path, report=report if again else None, **given)
+    said = [f"Every byte of {path} is as it was written"]
+    same = [n for n, x in (("model", model), ("forget data", forget), ("retain data", retain)) if x]
+    if same:
+        said.append(f"it was built from this {' and this '.join(same)}")
+    if "hidden" in worst:
+        said.append(f"hidden states computed again differ by {worst['hidden']:.2g} (relative)")
+    if "indices" in worst:
+        said.append(f"{worst['indices']:.2%} of the top-k indices are others")
     out.print("; ".join(said), soft_wrap=True, markup=False, highlight=False)
-
-
-@contextmanager
-def _cache_errors() -> Iterator[None]:
-    """What a user can put right in the middle of the work: a full disk, another cache's model."""
-    from palu.cache import CacheError, CacheWriteError
-
-    try:
-        yield
-    except (CacheError, CacheWriteError) as error:
-        raise UserError(str(error)) from error
-
-
-def _rows(
-    path: str,
-    tokenizer: Any,
-    template: Any,
-    *,
-    require_spans: bool,
-    repair: Any,
-    max_length: int,
-) -> list[dict]:
-    from palu.data import load_examples, tokenize_examples
-
-    examples = load_examples(path, require_spans=require_spans, repair=repair)
-    return tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
 
 
 def _summary(found: dict[str, Any]) -> str:

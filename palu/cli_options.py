@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -65,6 +65,22 @@ RepairSpans = Annotated[
     Repair, typer.Option(help="snap: move span ends to word ends and merge overlaps.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+
+
+def read_rows(
+    path: str,
+    tokenizer: Any,
+    template: Any,
+    *,
+    require_spans: bool,
+    repair: str,
+    max_length: int,
+) -> list[dict]:
+    """The tokenised examples of a file."""
+    from palu.data import load_examples, tokenize_examples
+
+    examples = load_examples(path, require_spans=require_spans, repair=repair)
+    return tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
 
 
 def warn(text: str) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from palu.annotations import Audit, snap
-from palu.fingerprint import example_id
 from palu.labels import IGNORE, Template, label_without_warning
 from palu.records import Example, parse_record
 from palu.spans import integer
@@ -158,8 +157,6 @@ class Collator:
             from ids.
         keep_ids: whether the batch holds `example_id`, a list of str. (Models do not take it.)
         pad_to_multiple_of: round the length up to a multiple of this.
-        example_ids: whether the batch holds `example_ids`, int64 [B]: `palu.fingerprint.example_id`
-            of each example, by which a `ReferenceCache` finds its rows. (Models do not take it.)
 
     Calling it with a list of B dicts returns `input_ids`, `labels` (padded with -100) and
     `attention_mask` (1 for real tokens), each int64 [B, T]. Other fields are left out.
@@ -171,7 +168,6 @@ class Collator:
         *,
         keep_ids: bool = False,
         pad_to_multiple_of: int | None = None,
-        example_ids: bool = False,
     ):
         self.pad_id = tokenizer if isinstance(tokenizer, int) else _pad_id(tokenizer)
         if self.pad_id < 0:
@@ -179,7 +175,6 @@ class Collator:
         if pad_to_multiple_of is not None and integer("pad_to_multiple_of", pad_to_multiple_of) < 1:
             raise ValueError(f"pad_to_multiple_of must be 1 or more, got {pad_to_multiple_of}")
         self.keep_ids = keep_ids
-        self.example_ids = example_ids
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -213,9 +208,6 @@ class Collator:
         }
         if self.keep_ids:
             batch["example_id"] = [feature["example_id"] for feature in features]
-        if self.example_ids:
-            names = [example_id(feature) for feature in features]
-            batch["example_ids"] = torch.tensor(names, dtype=torch.int64)
         return batch
 
 

@@ -12,13 +12,15 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Inside, bad values and files are the user's: ValueError, TypeError and OSError become
-    `UserError`.
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Inside, bad values and files are the user's: ValueError, TypeError and OSError, or only the
+    errors that are named, become `UserError`.
 
-    Wrap reading of input and settings in it, never the work itself.
+    Wrap reading of input and settings in it; around the work itself name what a user can cause
+    there.
     """
+    kinds = kinds or (ValueError, TypeError, OSError)
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except kinds as error:
         raise UserError(str(error)) from error

@@ -62,11 +62,8 @@ def example_ids(batch: Mapping[str, Any]) -> Tensor:
     """`example_id` of every row of a padded batch: int64 `[B]` on the CPU.
 
     Args:
-        batch: `example_ids`, where the collator gives them, or `input_ids`, `labels` and
-            `attention_mask`, `[B, T]` each, padded on any side.
+        batch: `input_ids`, `labels` and `attention_mask`, `[B, T]` each, padded on any side.
     """
-    if "example_ids" in batch:
-        return batch["example_ids"].cpu()
     keys = [key for key in ("input_ids", "labels", "attention_mask") if key in batch]
     columns = [batch[key].cpu() for key in keys]
     rows = zip(*columns, strict=True)

@@ -1,4 +1,5 @@
-"""Logits of only the rows that carry a loss, from any causal language model.
+"""What is asked of any causal language model: logits of only the rows that carry a loss, and the
+tokens that end an answer.
 
 Most positions of a batch (prompts, padding, answer tokens without a loss) never need logits, and
 with a large vocabulary the logits are the largest tensors of a step. `kept_logits` asks the model
@@ -8,6 +9,7 @@ for the rows that matter.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer, ascending: the tokenizer's end token and those that the model's
+    generation settings and its config name.
+
+    Args:
+        model: wrapped or not.
+        tokenizer: or None, where there is none.
+    """
+    inner = unwrap(model)
+    found: set[int] = set()
+    for name in ("generation_config", "config"):
+        found |= _end_tokens_of(getattr(inner, name, None))
+    return sorted(found | _end_tokens_of(tokenizer))
 
 
 def kept_logits(
@@ -91,6 +108,11 @@ def kept_logits(
             # A model may accept the argument and ignore it; then all logits came back.
             return logits if logits.dim() == 2 else logits[keep]
     return model(**inputs).logits[keep]
+
+
+def _end_tokens_of(holder: Any) -> set[int]:
+    ids = getattr(holder, "eos_token_id", None)
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def _names_logits_to_keep(model: nn.Module) -> bool:

@@ -144,6 +144,44 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
     return folder
 
 
+def cache_place(reference: str, folder: Path | None, output: Path) -> Path | None:
+    """Where `palu unlearn` keeps its reference cache: beside the output, which is replaced as a
+    whole.
+
+    Args:
+        reference: live, adapter_off or cached.
+        folder: what the user asked for, None where nothing was said.
+        output: the output folder.
+
+    Returns:
+        the folder; None where the run has no cache.
+
+    Raises:
+        ValueError: it is a file, lies in the output or the output in it, or no cache is asked for.
+    """
+    if reference == "adapter_off":
+        raise ValueError(
+            "--reference adapter_off needs a PEFT model, which palu unlearn does not load: use "
+            "live or cached (PALUTrainer takes PEFT models)"
+        )
+    if reference != "cached":
+        if folder is not None:
+            raise ValueError(
+                f"--reference-cache {str(folder)!r} needs --reference cached, not {reference!r}"
+            )
+        return None
+    place = Path(f"{output}-reference-cache") if folder is None else folder
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"the reference cache {str(place)!r} is a file; name a folder")
+    one, other = place.resolve(), output.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ValueError(
+            f"the reference cache {str(place)!r} and the output {str(output)!r} lie in one "
+            "another; name another --reference-cache, since the output is replaced as a whole"
+        )
+    return place
+
+
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into, put in its place when the block ends without an

@@ -19,7 +19,7 @@ from palu.cache import ReferenceCache
 from palu.config import REFERENCES, PALUConfig
 from palu.data import Collator
 from palu.loss import PALULoss, check_labels
-from palu.modeling import unwrap
+from palu.modeling import end_tokens, unwrap
 from palu.objective import RETAIN, Objective
 from palu.reference import (
     AdapterOffReference,
@@ -106,7 +106,7 @@ class PALUTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _check(args, train_dataset, retain_dataset, kwargs)
-        eos = _end_tokens(model, processing_class)
+        eos = end_tokens(model, processing_class)
         self.loss_fn = PALULoss(**args.loss_options(), eos_token_id=eos)
         if args.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which cannot split a list of kept
@@ -175,11 +175,26 @@ class PALUTrainer(Trainer):
         reference = LiveReference(self.model, ref_model)
         return reference.to(self.args.device) if self.place_model_on_device else reference
 
-    def _open_cache(self, checkpoint: str | None = None) -> None:
-        """Opens the reference cache, or builds it first from the model as it is now. A checkpoint
-        remembers which model its run started from, and may go on with that model's cache."""
-        if self._reference_kind != "cached" or not self._needs_reference or self.reference:
-            return
+    def open_cache(self, checkpoint: str | None = None, **options: Any) -> ReferenceCache | None:
+        """Opens the reference cache, or builds it first from the model as it is now.
+
+        `train` and `evaluate` do so by themselves; call it before them to give it more options.
+
+        Args:
+            checkpoint: the folder of a checkpoint: it remembers which model its run started from,
+                and may go on with that model's cache.
+            **options: of `ReferenceCache.build`: `template`, `notes`, `report`.
+
+        Returns:
+            the cache; None where the settings ask for none.
+
+        Raises:
+            CacheError, CacheWriteError, FloatingPointError: as `ReferenceCache.open_or_build`.
+        """
+        if self._reference_kind != "cached" or not self._needs_reference:
+            return None
+        if isinstance(self.reference, CachedReference):
+            return self.reference.cache
         place = self.args.reference_cache or str(Path(self.args.output_dir) / "reference-cache")
         started = Path(checkpoint, STARTING_MODEL) if checkpoint else None
         starting_model = None
@@ -197,6 +212,7 @@ class PALUTrainer(Trainer):
                 tokenizer=self.processing_class,
                 batch_size=self.args.per_device_train_batch_size,
                 autocast_dtype=self._autocast_dtype(),
+                **options,
             )
         self.objective.reference = CachedReference(
             cache.to(self.args.device),
@@ -204,6 +220,7 @@ class PALUTrainer(Trainer):
             indices=self.loss_fn.select_from == "reference",
             hidden=self.loss_fn.preserve is not None,
         )
+        return cache
 
     def _autocast_dtype(self) -> torch.dtype | None:
         if self.args.bf16:
@@ -215,7 +232,7 @@ class PALUTrainer(Trainer):
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._open_cache(checkpoint or None)
+        self.open_cache(checkpoint or None)
         return super().train(resume_from_checkpoint, *args, **kw)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -326,7 +343,7 @@ class PALUTrainer(Trainer):
         Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
         the training rows are taken. Retain rows come in the same order at every evaluation.
         """
-        self._open_cache()
+        self.open_cache()
         if eval_dataset is None and self.eval_dataset is None:
             eval_dataset = self.train_dataset
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -406,21 +423,6 @@ def _check(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
         raise ValueError("train_dataset (the forget set) must have at least one row")
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
-
-
-def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the tokenizer's and those of the model's generation
-    settings."""
-    inner = unwrap(model)
-    found: list[int] = []
-    for holder in (
-        tokenizer,
-        getattr(inner, "generation_config", None),
-        getattr(inner, "config", None),
-    ):
-        ids = getattr(holder, "eos_token_id", None)
-        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted(set(found))
 
 
 def _padding_token(model: nn.Module, eos: list[int]) -> int:

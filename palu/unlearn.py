@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,25 @@ def unlearn(
     retain_rows: Sequence[dict] | None,
     config: PALUConfig,
     report: Callable[..., None] | None = None,
+    *,
+    cache_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place to forget the sensitive tokens of `forget_rows`.
 
     Args:
         forget_rows, retain_rows: as `palu.data.tokenize_examples` makes them.
-        report: called with (step, steps, a line with the last terms).
+        config: `output_dir` is not used: a reference cache is kept where `reference_cache` says, or
+            for this run alone. `reference_cache` is None afterwards where none was needed.
+        report: called with (step, steps, a line with the last terms), and before with (examples,
+            of how many, ...) while a reference cache is built.
+        cache_options: `template` and `notes` of `ReferenceCache.build`.
 
     Returns:
         the loss curve: one dict a step with the names in `CURVE`.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step and the term.
+        CacheError, CacheWriteError: the reference cache cannot be used or built.
     """
     use_cache = model.config.use_cache
     with tempfile.TemporaryDirectory(prefix="palu-") as scratch:
@@ -83,6 +91,10 @@ def unlearn(
         trainer.remove_callback(PrinterCallback)
         if report is not None:
             trainer.add_callback(TrainingBar(report))
+        building = None if report is None else partial(report, note="building the reference cache")
+        cache = trainer.open_cache(report=building, **(cache_options or {}))
+        if cache is None:
+            config.reference_cache = None
         trainer.train()
     # The Trainer turns the cache off for training and would leave it so in the saved folder.
     model.config.use_cache = use_cache

@@ -12,7 +12,7 @@ from torch import nn
 from palu.data import Collator, Example, tokenize_examples
 from palu.evaluation.generation import greedy_answers
 from palu.labels import IGNORE, Template
-from palu.modeling import kept_logits, prediction_rows, unwrap
+from palu.modeling import end_tokens, kept_logits, prediction_rows
 from palu_kernels import cross_entropy_loss
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
@@ -75,7 +75,7 @@ def evaluate_examples(
         if progress is not None:
             progress(done, total)
 
-    ends = end_token_ids(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     was_training = model.training
     model.eval()
     try:
@@ -86,7 +86,7 @@ def evaluate_examples(
             [_prompt(rows[i]) for i in answered],
             # A template may close an answer with a token that neither tokenizer nor model names as
             # its end.
-            eos_token_ids=sorted(ends),
+            eos_token_ids=ends,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_batch=lambda done: report(len(rows) + done),
@@ -103,16 +103,6 @@ def evaluate_examples(
         values = [r[name] for r in results if r[name] is not None]
         means[name] = math.fsum(values) / len(values) if values else None
     return {"count": len(results), "mean": means, "examples": results}
-
-
-def end_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's end token and those of the model's generation
-    settings."""
-    found: set[int] = set()
-    for holder in (tokenizer, getattr(unwrap(model), "generation_config", None)):
-        ids = getattr(holder, "eos_token_id", None)
-        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
-    return found
 
 
 def rouge_l_recall(answer: str, generated: str) -> float:
@@ -141,7 +131,7 @@ def _teacher_forced(
     model: nn.Module,
     tokenizer: Any,
     rows: list[dict],
-    ends: set[int],
+    ends: list[int],
     batch_size: int,
     report: Callable[[int], None],
 ) -> list[dict[str, Any]]:

@@ -209,8 +209,8 @@ def test_the_build_leaves_the_model_and_the_random_state(build, tok):
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.equal(
-        build(model.eval(), "eval").preserve_hidden(cache._places["forget"]),
-        cache.preserve_hidden(cache._places["forget"]),
+        build(model.eval(), "eval").preserve_hidden(cache._pieces["forget", "hidden"]),
+        cache.preserve_hidden(cache._pieces["forget", "hidden"]),
     )
 
 
@@ -244,7 +244,7 @@ def test_logits_are_never_held_for_all_rows(build, tok, monkeypatch):
     cache = build(small.model(tok), batch_size=4)
     assert sizes == [3, 3, 2]  # of eight rows
     monkeypatch.undo()
-    ids = list(cache._places["forget"])
+    ids = list(cache._pieces["forget", "hidden"])
     assert torch.equal(cache.forget_indices(ids), build(small.model(tok), "b").forget_indices(ids))
 
 
@@ -376,7 +376,7 @@ MISMATCHES = {
     ),
     "two things": (
         lambda m, t, r: {"dataset": r, "loss": loss_of(t, top_k=8)},
-        "top_k is 7 .*; forget data .* build it anew",
+        "top_k is 7 .*; forget data .* name another folder, or delete this one",
     ),
 }
 
@@ -456,11 +456,9 @@ def test_an_example_that_is_not_there(build, tok, rows):
 
 
 def test_ids(tok, rows):
-    batch = Collator(tok, example_ids=True)(rows)
-    ids = batch["example_ids"]
+    ids = example_ids(Collator(tok)(rows))
     assert ids.dtype == torch.int64 and ids.min() >= 0 and len(set(ids.tolist())) == len(rows)
     assert ids.tolist() == [example_id(row) for row in rows]
-    assert "example_ids" not in Collator(tok)(rows)
     for left in (False, True):
         assert torch.equal(example_ids(padded(rows, 50, left)), ids)
     tensors = {key: torch.tensor(rows[0][key]) for key in ("input_ids", "labels")}

@@ -10,7 +10,7 @@ from rich.console import Console
 from palu.data import Example
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
 from palu.evaluation.generation import greedy_answers
-from palu.evaluation.metrics import end_token_ids, rouge_l_recall
+from palu.evaluation.metrics import rouge_l_recall
 from palu.labels import label_example
 
 
@@ -153,11 +153,6 @@ def test_progress_reaches_its_total(tok, model):
         progress=lambda *done: seen.append(done),
     )
     assert seen[-1] == (10, 10) and [d for d, _ in seen] == sorted(d for d, _ in seen)
-
-
-def test_end_tokens_of_tokenizer_and_model(tok, model):
-    model.generation_config.eos_token_id = [7, 9]
-    assert end_token_ids(model, tok) == {7, 9, tok.eos_token_id}
 
 
 def test_bad_arguments(tok, model):

@@ -1,4 +1,5 @@
-"""kept_logits: the same rows as the full forward gives, with and without `logits_to_keep`."""
+"""kept_logits: the same rows as the full forward gives, with and without `logits_to_keep`; and the
+tokens that end an answer."""
 
 import pytest
 import small
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from palu import modeling
-from palu.modeling import kept_logits, prediction_rows
+from palu.modeling import end_tokens, kept_logits, prediction_rows
 
 
 @pytest.fixture
@@ -147,3 +148,12 @@ def test_prediction_rows_shift_by_one():
     at_labels = torch.tensor([[True, False, True, True], [False, True, False, False]])
     want = torch.tensor([[False, True, True, False], [True, False, False, False]])
     assert torch.equal(prediction_rows(at_labels), want)
+
+
+def test_end_tokens_are_those_of_tokenizer_settings_and_config(setup):
+    model, tok = setup[0], small.tokenizer()
+    model.generation_config.eos_token_id = [9, 7]
+    model.config.eos_token_id = 5
+    assert end_tokens(model, None) == [5, 7, 9]
+    assert end_tokens(nn.DataParallel(model), tok) == sorted({5, 7, 9, tok.eos_token_id})
+    assert end_tokens(nn.Linear(1, 1), None) == []
