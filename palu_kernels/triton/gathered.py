@@ -20,9 +20,9 @@ from torch import Tensor
 
 from palu_kernels.triton.rows import programs_wanted
 
-# Programs of one warp, with four 16-byte loads a thread on their way for 16-bit types: nothing
+# Programs of one warp, with two or more 16-byte loads of the weight a thread on their way: nothing
 # passes through shared memory, and a chip is full of them.
-ROW_BYTES = 2048  # of a chosen row that ``multiply`` reads at once,
+ROW_BYTES = 1024  # of a chosen row that ``multiply`` reads at once,
 PLACES = 4  # and how many such rows one program reads
 TILE_ROWS, TILE_WIDTH = 4, 256  # of ``combine_tiles``
 SCATTER_WIDTH = 1024
@@ -40,7 +40,6 @@ def multiply(
     vocab_size,
     weight_step,
     weight_column,
-    bias_step,
     BIAS: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -65,7 +64,7 @@ def multiply(
             sums += w.to(tl.float32) * h.to(tl.float32)
         x = tl.sum(sums, 0)
         if BIAS:
-            x += tl.load(bias_ptr + chosen * bias_step).to(tl.float32)
+            x += tl.load(bias_ptr + chosen)
         tl.store(out_ptr + row * k + place, tl.where(valid, x, float("nan")))
 
 
@@ -166,14 +165,13 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
     multiply[(rows * triton.cdiv(k, PLACES),)](
         hidden.contiguous(),
         weight,
-        weight if bias is None else bias,
+        weight if bias is None else bias.float().contiguous(),
         indices.contiguous(),
         out,
         k,
         weight.shape[1],
         weight.shape[0],
         *weight.stride(),
-        0 if bias is None else bias.stride(0),
         BIAS=bias is not None,
         PLACES=PLACES,
         BLOCK=ROW_BYTES // weight.element_size(),

@@ -26,8 +26,8 @@ ROWS_READ = {
     "divergence.gradient": 2,
     "cross_entropy.statistics": 1,
     "cross_entropy.gradient": 1,
-    # tiles of rows of the head, and rows of its gradient
-    "gathered.multiply": 1,
+    # rows of the head (a tile of them counts as one), and of its gradient
+    "gathered.multiply": 2,  # of the head and of hidden states
     "gathered.combine_tiles": 1,
     "gathered.scatter_runs": 1,
 }
