@@ -25,7 +25,7 @@ from palu_kernels.layout import ALIGNED
 from palu_kernels.row_losses import Chunk, RowLoss, SparseLocalEntropy
 
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
-HEAD_BLOCK_BYTES = 64 * 2**20  # of a half-precision piece of the head's gradient before it is added
+HEAD_BLOCK_BYTES = 64 * 2**20  # of a float32 piece of the head or of its gradient
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,33 @@ class Head:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """scale * (h W^T + b) into ``out``; the cap is left to the row losses."""
+        if self.in_float32:
+            for block in blocks(self.weight.shape[0], hidden.shape[1]):
+                x = hidden.float() @ self.weight[block].float().t()
+                x = x if self.bias is None else x + self.bias[block]
+                out[:, block] = x * self.scale
+            return out
         if self.bias is None:
             return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=self.scale, out=out)
         bias = self.bias
         return torch.addmm(
             bias, hidden, self.weight.t(), beta=self.scale, alpha=self.scale, out=out
         )
+
+    def pull_back(self, grad: Tensor, out: Tensor) -> None:
+        """Gradient of the logits -> that of the hidden rows, into ``out``."""
+        if self.in_float32:
+            total = torch.zeros_like(out, dtype=torch.float32)
+            for block in blocks(self.weight.shape[0], out.shape[1]):
+                total.addmm_(grad[:, block].float(), self.weight[block].float())
+            out.copy_(total * self.scale)
+            return
+        torch.addmm(out, grad, self.weight, beta=0, alpha=self.scale, out=out)
+
+    @property
+    def in_float32(self) -> bool:
+        """PyTorch's float16 products on the CPU are hundreds of times slower than float32's."""
+        return self.weight.dtype == torch.float16 and self.weight.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,14 @@ def padded(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
+def blocks(columns: int, width: int) -> Iterator[slice]:
+    """Stretches of the vocabulary of which ``width`` float32 entries each fit
+    ``HEAD_BLOCK_BYTES``."""
+    step = max(1, HEAD_BLOCK_BYTES // (4 * width))
+    for start in range(0, columns, step):
+        yield slice(start, min(start + step, columns))
+
+
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty((rows, padded(columns)))[:, :columns]
 
@@ -113,17 +142,13 @@ class Accumulator:
             if grad.dtype == self.weight.dtype:
                 self.weight.addmm_(grad.t(), hidden)
             else:
-                for block in self._blocks(hidden.shape[1]):
-                    self.weight[block] += grad[:, block].t() @ hidden
+                if self.head.in_float32:
+                    hidden = hidden.float()
+                for block in blocks(len(self.weight), hidden.shape[1]):
+                    self.weight[block] += grad[:, block].t().to(hidden.dtype) @ hidden
         if self.bias is not None:
-            for block in self._blocks(grad.shape[0]):
+            for block in blocks(len(self.bias), grad.shape[0]):
                 self.bias[block] += shares @ grad[:, block].to(shares.dtype)
-
-    def _blocks(self, width: int) -> Iterator[slice]:
-        columns = self.head.weight.shape[0]
-        step = max(1, HEAD_BLOCK_BYTES // (4 * width))
-        for start in range(0, columns, step):
-            yield slice(start, min(start + step, columns))
 
     def results(self) -> tuple[Tensor, Tensor]:
         """The weight's and the bias's sums, times the common scale; empty where not wanted."""
@@ -139,6 +164,7 @@ class Rows:
 
     hidden: Tensor  # [R, D]
     head: Head
+    own_head: Head  # in its own dtype, for sparse parts, which work in float32
     ref_hidden: Tensor | None  # rows of the parts that need the reference
     ref_head: Head | None
     parts: list[Part]
@@ -225,8 +251,7 @@ def _dense(
                 )
             )
         if want_hidden:
-            out = grad_hidden[start:stop]
-            torch.addmm(out, logits, head.weight, beta=0, alpha=head.scale, out=out)
+            head.pull_back(logits, grad_hidden[start:stop])
         sums.add(slice(start, stop), logits)
 
 
@@ -239,7 +264,7 @@ def _sparse(
     want_hidden: bool,
     gradient: bool,
 ) -> None:
-    head, loss = rows.head, part.loss
+    head, loss = rows.own_head, part.loss
     own = slice(part.start, part.stop)
     indices = part.data if loss.chooser == "indices" else _chosen(rows, part)
     found = sparse.forward(

@@ -17,7 +17,7 @@ from palu_kernels import arguments, reference, row_losses, sparse
 from palu_kernels.backend import check_values
 from palu_kernels.custom_ops import refuse_higher_order
 from palu_kernels.linear import Head, Rows, parts_of, run
-from palu_kernels.row_losses import CrossEntropy
+from palu_kernels.row_losses import CrossEntropy, SparseLocalEntropy
 
 
 @torch.library.custom_op("palu_kernels::linear", mutates_args=())
@@ -78,12 +78,17 @@ def _rows(
     if mean is None and any(loss.needs_mean for loss in decoded):
         mean = sparse.mean_row(weight.detach(), bias)
     scale, softcap, ref_scale, ref_softcap = scales
-    head = ref_head = Head(cast(weight), cast(bias), scale, softcap or None)
+    own = [None if t is None else t.detach() for t in (weight, bias)]
+    head = own_head = Head(*own, scale, softcap or None)
+    if any(not isinstance(loss, SparseLocalEntropy) or loss.needs_reference for loss in decoded):
+        head = Head(cast(weight), cast(bias), scale, softcap or None)
+    ref_head = head
     if ref_weight is not None:
         ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
     return Rows(
         cast(hidden),
         head,
+        own_head,
         cast(ref_hidden),
         ref_head,
         parts_of(decoded, counts, data),

@@ -66,7 +66,7 @@ def linear_local_entropy_loss(
         implementation: ``sparse`` computes only the k logits of S and, for ``global_mean``, the
             mean logit by the mean row of the weight; ``dense`` all of them; ``auto`` what is
             cheaper by a cost model. Only ``dense`` can serve ``global_mean`` under a softcap, and S
-            chosen by the current logits. A bias of -inf needs ``dense`` for ``global_mean``.
+            chosen by the current logits.
         chunk_bytes: size of a buffer of logits; a chunk has whole tiles of 64 rows, at least one.
         backend: ``auto``, ``triton`` or ``torch``.
 
