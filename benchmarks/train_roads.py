@@ -1,0 +1,124 @@
+"""The roads of ``train_step.py``: from a batch to a loss that backward can be called on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.released import released_retain, released_terms
+from palu import PALULoss
+from palu.cache import ReferenceCache
+from palu.objective import RETAIN, Objective
+from palu.reference import CachedReference, LiveReference
+
+PREFIX = 3
+Batch = dict[str, Tensor]
+
+
+class Losses(NamedTuple):
+    """0-dim; ``total``, the sum of the other three, is what backward is called on."""
+
+    total: Tensor
+    forget: Tensor
+    preserve: Tensor
+    retain: Tensor
+
+
+class Settings(NamedTuple):
+    """``autocast`` makes the context that models run in; ``dtype`` is its dtype, None for none."""
+
+    top_k: int
+    autocast: Callable[[], AbstractContextManager]
+    dtype: torch.dtype | None
+
+
+class Released:
+    """A second model beside the first, all logits of both, each batch in a call of its own."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+        self.settings = settings
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.reference_bytes = _bytes(self.reference)
+
+    def __call__(self, model: PreTrainedModel, batch: Batch, retain: Batch) -> Losses:
+        with self.settings.autocast():
+            logits = self._logits(model, batch)
+            with torch.no_grad():
+                ref_logits = self._logits(self.reference, batch)
+            options = {"top_k": self.settings.top_k, "prefix_length": PREFIX}
+            terms = released_terms(logits, ref_logits, batch["labels"], **options)
+            kept = released_retain(
+                self._logits(model, retain), retain["input_ids"], retain["labels"]
+            )
+        return Losses(sum(terms) + kept, *terms, kept)
+
+    @staticmethod
+    def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model(**inputs, use_cache=False).logits
+
+
+class Library:
+    """What `PALUTrainer` computes in a step, called without its loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        reference: LiveReference | CachedReference,
+        reference_bytes: int,
+    ) -> None:
+        self.settings, self.reference_bytes = settings, reference_bytes
+        self.objective = Objective(
+            palu_loss(settings.top_k),
+            reference,
+            retain_loss="nll",
+            retain_weight=1.0,
+            autocast=settings.autocast,
+        )
+
+    def __call__(self, model: PreTrainedModel, batch: Batch, retain: Batch) -> Losses:
+        batch = {**batch, RETAIN: retain}
+        with self.settings.autocast():
+            rows = self.objective.count(batch).clamp(min=1)
+            total, means = self.objective(model, batch, rows)
+        if self.objective.head is None:
+            raise RuntimeError("the model's head is not plain: this would measure another road")
+        return Losses(total, *means)
+
+
+Road = Released | Library
+
+
+def palu_loss(top_k: int) -> PALULoss:
+    return PALULoss(top_k=top_k, prefix_length=PREFIX)
+
+
+def released(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
+    return Released(model, settings)
+
+
+def live(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
+    reference = LiveReference(model)
+    return Library(settings, reference, _bytes(reference.model))
+
+
+def cached(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
+    opened = ReferenceCache.open(
+        cache, model=model, loss=palu_loss(settings.top_k), autocast_dtype=settings.dtype
+    )
+    opened.to(model.device)
+    reference = CachedReference(opened, retain=False, indices=True, hidden=True)
+    return Library(settings, reference, opened.info()["bytes"])
+
+
+PROVIDERS = {"released": released, "live": live, "cached": cached}
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
