@@ -16,7 +16,7 @@ from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu.labels import FORGET, IGNORE, NONE, PRESERVE
 from palu.loss import PALULoss
 from palu.modeling import kept_logits, prediction_rows
-from palu.reference import CachedReference, Inputs, Reference
+from palu.reference import CachedReference, Inputs, Reference, ReferenceRows
 from palu_kernels import cross_entropy_loss, kl_loss
 from palu_kernels.row_losses import KL, CrossEntropy
 
@@ -26,8 +26,9 @@ RETAIN = "palu_retain"  # the key of the retain batch beside a forget batch
 class Objective:
     """`forget_weight * forget + preserve_weight * preserve + retain_weight * retain` of a batch.
 
-    Forget and retain rows go through the model in one call: a second one before backward would run
-    DDP's and FSDP's hooks twice. Whether losses are computed from hidden rows is found out with the
+    Forget and retain rows of a batch go through the model in one call: a second one before backward
+    would run DDP's and FSDP's hooks twice. (`in_turns` makes two batches of one, each for a forward
+    and backward of its own.) Whether losses are computed from hidden rows is found out with the
     first batch (`palu.heads.plain_head`).
 
     Args:
@@ -115,8 +116,11 @@ class Objective:
         ref_forget = indices = ref_preserve = ref_retain = ref_head = None
         if self.reference is not None:
             ref_inputs = inputs if self.retain_kl else self._inputs(batch, with_retain=False)
-            with self.autocast():
-                rows = self.reference.rows(model, ref_inputs, batch)
+            none = hidden[:0].detach()
+            rows = ReferenceRows(none, None, none, None)
+            if len(ref_inputs.input_ids):
+                with self.autocast():
+                    rows = self.reference.rows(model, ref_inputs, batch)
             ref_forget, ref_preserve, ref_retain = (
                 None if t is None else t.to(hidden.dtype)
                 for t in (rows.forget, rows.preserve, rows.retain)
@@ -157,8 +161,10 @@ class Objective:
         own = len(inputs.is_forget)
         if self.reference is not None:
             ref_inputs = inputs if self.retain_kl else self._inputs(batch, with_retain=False)
-            with self.autocast():
-                ref = self.reference.logits(model, ref_inputs).to(logits.dtype)
+            ref = logits[:0].detach()
+            if len(ref_inputs.input_ids):
+                with self.autocast():
+                    ref = self.reference.logits(model, ref_inputs).to(logits.dtype)
             ref, ref_retain = ref[:own], ref[own:]
         roles = torch.where(inputs.is_forget, FORGET, PRESERVE)
         output = self.loss.from_rows(
@@ -183,6 +189,14 @@ class Objective:
         if self.retain_kl:
             return kl_loss(logits, ref_logits, direction="forward", **options)
         return cross_entropy_loss(logits, _targets(retain), **options)
+
+
+def in_turns(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch as two, the forget rows and the retain rows, whose losses add up to that of the
+    batch: the second has a forget batch without rows."""
+    own = {name: value for name, value in batch.items() if name != RETAIN}
+    none = {name: batch[name][:0, :1] for name in ("input_ids", "labels", "attention_mask")}
+    return [own, {**own, **none, RETAIN: batch[RETAIN]}]
 
 
 def _all_agree(value: bool, device: torch.device) -> bool:

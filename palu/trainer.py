@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
@@ -20,7 +21,7 @@ from palu.config import REFERENCES, PALUConfig
 from palu.data import Collator
 from palu.loss import PALULoss, check_labels
 from palu.modeling import end_tokens, unwrap
-from palu.objective import RETAIN, Objective
+from palu.objective import RETAIN, Objective, in_turns
 from palu.reference import (
     AdapterOffReference,
     CachedReference,
@@ -35,6 +36,8 @@ from palu_kernels.backend import resolve as resolve_backend
 logger = logging.getLogger(__name__)
 
 TERMS = ("forget", "preserve", "retain")
+# Where a backward is more than that: gradients are sharded, or the engine counts its calls.
+_ONE_BACKWARD = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its reference cache is of
 # Travels beside a forget batch from `get_batch_samples` to `compute_loss`.
 _DENOMINATORS = "palu_denominators"
@@ -55,10 +58,11 @@ class PALUTrainer(Trainer):
 
     A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
     each term a mean over all its rows in the step: splitting the step into micro-batches
-    (`gradient_accumulation_steps`) or processes changes nothing. Forget and retain rows go through
-    the model in one call of the wrapper the Trainer holds, and logits are computed only for rows
-    that carry a loss. The logs carry each term unweighted (`forget`, `preserve`, `retain`: means
-    over the rows since the last log) and the rows per step (`num_forget`, ...).
+    (`gradient_accumulation_steps`) or processes changes nothing. Forget and retain rows take turns,
+    each with a forward and a backward of the wrapper the Trainer holds, and losses are computed
+    from hidden rows, or from the logits of rows that carry a loss. The logs carry each term
+    unweighted (`forget`, `preserve`, `retain`: means over the rows since the last log) and the rows
+    per step (`num_forget`, ...).
 
     The retain batch of a step depends on (seed, step, micro-step) only, so a resumed run sees the
     same one. To resume, build the trainer with the original model and call
@@ -288,6 +292,19 @@ class PALUTrainer(Trainer):
             check_labels(sample["labels"], self._columns)
 
     # ---- loss ------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forget and retain rows in turns, each with its own backward: the activations of only one
+        of them are alive at a time, and neither is padded to the other's length. The gradient is
+        that of both together."""
+        if inputs.get(RETAIN) is None or self.accelerator.distributed_type in _ONE_BACKWARD:
+            return super().training_step(model, inputs, num_items_in_batch)
+        forget, retain = in_turns(inputs)
+        with self.accelerator.no_sync(model):
+            loss = super().training_step(model, forget, num_items_in_batch)
+        return loss + super().training_step(model, retain, num_items_in_batch)
 
     def compute_loss(
         self,

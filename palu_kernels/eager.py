@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palu_kernels import reference
 
-TILE_ENTRIES = 2**20  # of a tile: 4 MB in float32
+TILE_ENTRIES = 2**19  # of a tile: 2 MB in float32
 
 
 def tiles(logits: Tensor) -> Iterator[slice]:

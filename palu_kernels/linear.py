@@ -25,7 +25,7 @@ from palu_kernels.layout import ALIGNED
 from palu_kernels.row_losses import Chunk, RowLoss, SparseLocalEntropy
 
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
-HEAD_BLOCK_BYTES = 64 * 2**20  # of a float32 piece of the head or of its gradient
+HEAD_BLOCK_BYTES = 16 * 2**20  # of a float32 piece of the head or of its gradient
 
 
 @dataclass(frozen=True)
