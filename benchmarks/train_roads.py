@@ -1,4 +1,4 @@
-"""The roads of ``train_step.py``: from a batch to a loss that backward can be called on."""
+"""The roads of ``train_step.py``: from a batch to its losses and the gradients they leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss
 from palu.cache import ReferenceCache
-from palu.objective import RETAIN, Objective
+from palu.objective import RETAIN, Objective, in_turns
 from palu.reference import CachedReference, LiveReference
 
 PREFIX = 3
@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]
 
 
 class Losses(NamedTuple):
-    """0-dim; ``total``, the sum of the other three, is what backward is called on."""
+    """0-dim, detached; ``total`` is the sum of the other three."""
 
     total: Tensor
     forget: Tensor
@@ -56,7 +56,9 @@ class Released:
             kept = released_retain(
                 self._logits(model, retain), retain["input_ids"], retain["labels"]
             )
-        return Losses(sum(terms) + kept, *terms, kept)
+        total = sum(terms) + kept
+        total.backward()
+        return Losses(*(loss.detach() for loss in (total, *terms, kept)))
 
     @staticmethod
     def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -65,7 +67,8 @@ class Released:
 
 
 class Library:
-    """What `PALUTrainer` computes in a step, called without its loop."""
+    """What `PALUTrainer` computes in a step, called without its loop: forget and retain rows in
+    turns, each with a backward of its own."""
 
     def __init__(
         self,
@@ -84,9 +87,13 @@ class Library:
 
     def __call__(self, model: PreTrainedModel, batch: Batch, retain: Batch) -> Losses:
         batch = {**batch, RETAIN: retain}
-        with self.settings.autocast():
-            rows = self.objective.count(batch).clamp(min=1)
-            total, means = self.objective(model, batch, rows)
+        rows = self.objective.count(batch).clamp(min=1)
+        total, means = 0.0, 0.0
+        for part in in_turns(batch):
+            with self.settings.autocast():
+                loss, found = self.objective(model, part, rows)
+            loss.backward()
+            total, means = total + loss.detach(), means + found
         if self.objective.head is None:
             raise RuntimeError("the model's head is not plain: this would measure another road")
         return Losses(total, *means)

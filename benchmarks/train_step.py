@@ -126,11 +126,10 @@ def stepper(
 
     def step(batch: dict, retain: dict) -> list[torch.Tensor]:
         losses = road(model, batch, retain)
-        losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return [*(loss.detach() for loss in losses), norm]
+        return [*losses, norm]
 
     return step
 

@@ -146,6 +146,9 @@ class PALUTrainer(Trainer):
             retain_weight=args.retain_weight,
             autocast=self.accelerator.autocast,
         )
+        self._retain_lengths = None
+        if self.retain_dataset is not None and _groups_by_length(args):
+            self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
         self._columns = vocabulary_size(unwrap(self.model))
         self._window = self._zeros()
         self._window_steps = 0
@@ -284,6 +287,7 @@ class PALUTrainer(Trainer):
             micro_steps=self.args.gradient_accumulation_steps,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            lengths=self._retain_lengths,
         )
         return self.data_collator([self.retain_dataset[i] for i in rows])
 
@@ -440,6 +444,13 @@ def _check(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
         raise ValueError("train_dataset (the forget set) must have at least one row")
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
+
+
+def _groups_by_length(args: PALUConfig) -> bool:
+    """Whether the Trainer puts forget rows of like length together, so that retain rows should be
+    too (the option had another name in transformers 5.0)."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return strategy == "group_by_length" or bool(getattr(args, "group_by_length", False))
 
 
 def _padding_token(model: nn.Module, eos: list[int]) -> int:

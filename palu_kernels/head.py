@@ -11,7 +11,7 @@ from torch import Tensor
 from palu_kernels import arguments, reference, sparse
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LMHead:
     """``logits = cap(logit_scale * (hidden @ weight.T + bias))``, ``cap(x) = softcap * tanh(x /
     softcap)``.
@@ -33,7 +33,7 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    _mean: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _mean: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         arguments.matrix("weight", self.weight, "[V, D]")
@@ -57,6 +57,13 @@ class LMHead:
             _number("softcap", self.softcap)
             if self.softcap <= 0:
                 raise ValueError(f"softcap is {self.softcap}; it must be above 0, or None")
+
+    def __repr__(self) -> str:
+        bias = None if self.bias is None else list(self.bias.shape)
+        return (
+            f"{type(self).__name__}(weight={list(self.weight.shape)} {self.weight.dtype}, "
+            f"bias={bias}, logit_scale={self.logit_scale}, softcap={self.softcap})"
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -236,7 +236,7 @@ def _single(
         weights = hidden.new_ones(rows, dtype=work)
         if reduction == "mean":
             count = rows if count is None else count
-            weights /= max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+            weights /= count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
     total, losses = linear_losses(
         hidden,
         head,

@@ -100,13 +100,17 @@ def other_start(model, settings, cache):
     return train_roads.live(model, settings, cache)
 
 
-def wrong_total(change):
+def wrong(gradient=1.0, total=1.0):
+    """A road that leaves so many times the gradient, or says so many times the loss."""
+
     def make(model, settings, cache):
         road = train_roads.live(model, settings, cache)
 
-        def call(*batches):
-            losses = road(*batches)
-            return losses._replace(total=change(losses.total))
+        def call(model, *batches):
+            losses = road(model, *batches)
+            for parameter in model.parameters():
+                parameter.grad.mul_(gradient)
+            return losses._replace(total=losses.total * total)
 
         call.reference_bytes = 0
         return call
@@ -119,9 +123,9 @@ WRONG = {
     "half_the_retain_loss": half_the_retain_loss,
     "other_start": other_start,
     # clipping and AdamW hide the size of a gradient: the norm before them does not
-    "half_the_gradient": wrong_total(lambda total: total / 2 + total.detach() / 2),
-    "no_gradient": wrong_total(lambda total: total * 0 + total.detach()),
-    "nan": wrong_total(lambda total: total * torch.nan),
+    "half_the_gradient": wrong(gradient=0.5),
+    "no_gradient": wrong(gradient=0.0),
+    "nan": wrong(total=torch.nan),
 }
 
 

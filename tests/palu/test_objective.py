@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from palu.data import Collator
 from palu.heads import model_hidden_states
+from palu.objective import in_turns
 from palu.reference import AdapterOffReference, CachedReference, LiveReference
 
 
@@ -248,3 +249,48 @@ def test_dropout_stays_on_in_the_model_and_off_in_the_reference(tok, tmp_path, r
     assert torch.equal(*rows)
     hidden = [model_hidden_states(made.model, *inputs[:2]) for _ in range(2)]
     assert made.model.training and not torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("options", [{}, {"retain_loss": "kl"}, {"reference": "cached"}], ids=str)
+def test_turns_leave_the_gradient_of_both_together(tok, tmp_path, options):
+    made = trainer(tok, config(tmp_path, **options))
+    made.open_cache()
+    moved(made.model)
+    rows = small.rows(tok)
+    batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
+    denominators = made.objective.count(batch)
+    loss, means = made.objective(made.model, batch, denominators)
+    loss.backward()
+    together = [p.grad.clone() for p in made.model.parameters()]
+    made.model.zero_grad()
+    parts = [made.objective(made.model, part, denominators) for part in in_turns(batch)]
+    for part, _ in parts:
+        part.backward()
+    torch.testing.assert_close(sum(part for part, _ in parts), loss)
+    torch.testing.assert_close(sum(found for _, found in parts), means)
+    for one, both in zip(made.model.parameters(), together, strict=True):
+        assert (one.grad - both).norm() <= 1e-5 * both.norm()
+
+
+def test_a_training_step_takes_turns(tok, tmp_path):
+    made = trainer(tok, config(tmp_path, max_steps=1))
+    shapes = []
+    made.model.model.register_forward_hook(
+        lambda m, args, kwargs, out: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    made.train()
+    rows = small.rows(tok)
+    trained = [s for s in shapes if s[0] == 2][-2:]  # forget rows, then retain rows
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert len(trained) == 2 and all(length <= longest for _, length in trained)
+
+
+def test_length_grouping_reaches_the_retain_rows(tok, tmp_path):
+    options = config(tmp_path)
+    if not hasattr(options, "train_sampling_strategy"):
+        pytest.skip("this transformers names the option otherwise")
+    assert trainer(tok, options)._retain_lengths is None
+    made = trainer(tok, config(tmp_path, train_sampling_strategy="group_by_length"))
+    assert made._retain_lengths == [len(row["input_ids"]) for row in small.rows(tok)[3:]]
+    made.train()

@@ -439,6 +439,24 @@ def test_one_node_under_compile(name, reduction):
     torch._dynamo.reset()
 
 
+def test_compiled_once_for_any_number_of_rows():
+    problem = Problem(torch.float32, "scaled")
+    head, ref_head = problem.head, problem.ref_head
+    loss = torch.compile(
+        lambda h, r: linear_kl_loss(h, head, r, ref_head),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for rows in (70, 41, 9):
+        h = problem.hidden[:rows].detach().requires_grad_()
+        found = loss(h, problem.ref_hidden[:rows])
+        right = linear_kl_loss(h, head, problem.ref_hidden[:rows], ref_head)
+        torch.testing.assert_close(found, right)
+        torch.testing.assert_close(*(torch.autograd.grad(x, [h])[0] for x in (found, right)))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend, monkeypatch):
     """The calls that the operators make, replayed for torch's own checks of a custom op."""
