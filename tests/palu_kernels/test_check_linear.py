@@ -49,3 +49,19 @@ def test_it_can_fail(broken, monkeypatch):
     monkeypatch.setattr(eager, "store", spoil)
     monkeypatch.setattr(linear.Head, "logits", other)
     assert failures(case, "torch")
+
+
+def test_an_error_in_one_case_does_not_end_the_check(monkeypatch, capsys):
+    from palu_kernels import check
+
+    def broken(case, *_):
+        if case.operator == "kl":
+            raise RuntimeError("does not compile")
+        return []
+
+    monkeypatch.setattr(check, "compare", broken)
+    monkeypatch.setattr(check, "compare_linear", lambda *_: [("loss", 0.0, 1.0)])
+    assert check.main(["--quick", "--backend", "torch", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert "FAILED" in said.out and "does not compile" in said.err
+    assert "linear_kl" in said.out
