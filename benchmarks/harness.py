@@ -1,5 +1,6 @@
 """What the measuring scripts share: a fresh process a measurement, providers that take turns, peak
-memory, and rows that say where they were taken.
+memory, and rows that say where they were taken. (A benchmark that is all declarations is run by
+``suite.py``, on top of this.)
 
 A script runs itself once more for every measurement, ``python -m benchmarks.NAME --worker TASK``,
 and that process prints one JSON object. So no measurement sees the memory, the caches or the warm
@@ -50,6 +51,23 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def device_named(name: str) -> torch.device:
+    """``auto``: an accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or this machine has no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used on this machine: {reason}") from None
+    return device
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -129,6 +147,34 @@ class PeakMemory:
         self.extra = peak - self.before
 
 
+class AllocatorPeak:
+    """``with AllocatorPeak() as peak: ...``, then ``peak.extra``: the bytes that PyTorch's CPU
+    allocator had handed out at most inside the block, over what it had before.
+
+    The allocator's own events, which `torch.profiler` collects: tensors and the buffers that
+    operators ask it for, the same number every time. What libraries allocate by themselves is not
+    in it; resident memory (`PeakMemory`) has that too.
+    """
+
+    def __init__(self) -> None:
+        self.extra = 0
+
+    def __enter__(self) -> AllocatorPeak:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._profile.__exit__(*raised)
+        events = self._profile.profiler.kineto_results.events()
+        changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
+        total = 0
+        for _, change in sorted(changes, key=lambda pair: pair[0]):
+            total += change
+            self.extra = max(self.extra, total)
+
+
 def _status(name: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{name}:\s+(\d+) kB$", text, re.M)[1]) * 1024
@@ -148,14 +194,15 @@ def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, flo
 # ---- where it was measured -----------------------------------------------------------------------
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The columns of `ENVIRONMENT` that a worker knows."""
+def environment(device: torch.device, package: str | None = None) -> dict[str, Any]:
+    """The columns of `ENVIRONMENT` that a worker knows; ``package`` is a peer that was measured."""
     if device.type == "cpu":
         processor = f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs"
     else:
         processor = torch.get_device_module(device).get_device_name(device)
     versions = [f"python={platform.python_version()}"]
-    versions += [f"{name}={metadata.version(name)}" for name in _PACKAGES]
+    packages = _PACKAGES if package is None else (*_PACKAGES, package)
+    versions += [f"{name}={metadata.version(name)}" for name in packages]
     return {
         "device": device.type,
         "processor": processor,
@@ -173,7 +220,10 @@ def commit() -> str:
     """The commit that is measured; says so where the tree differs from it (results aside)."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # no git here
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
