@@ -1,5 +1,6 @@
 """What the providers of ``logits_ops`` and ``scaling`` compute, by ``palu_kernels.reference``: in
-the inputs' own dtype it is the provider ``eager``, in float64 it is the truth."""
+the inputs' own dtype it is the provider ``eager``, in float64 it is the truth. Beside it, how a
+loss becomes a provider's call, and random inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,6 @@ FORGET = {
 }
 KL = {"kl_reverse": "reverse", "kl_forward": "forward"}
 CROSS_ENTROPY = "cross_entropy"
-KERNELS = (*FORGET, *KL, CROSS_ENTROPY)
 
 
 def row_losses(

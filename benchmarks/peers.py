@@ -143,8 +143,9 @@ ON_HIDDEN: dict[str, Providers] = {
     "torch": on_cross_entropy(
         Provider(partial(differentiated, torch_cross_entropy), lacks=old_torch)
     ),
+    # its loss is added up over the chunks in the dtype of the rows
     "torch chunked": on_cross_entropy(
-        Provider(partial(differentiated, torch_chunked), lacks=old_torch)
+        Provider(partial(differentiated, torch_chunked), lacks=old_torch, rough=("loss",))
     ),
     "liger": {
         **on_cross_entropy(peer(LIGER, liger_linear_cross_entropy)),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu_kernels import arguments, reference
+from palu_kernels import arguments, eager, reference
 from palu_kernels.backend import check_values, on_device_of
 from palu_kernels.layout import bitmap_words, empty_rows_like, strides_like
 
@@ -118,7 +118,7 @@ def topk(scores: Tensor, k: int, served_by: str) -> Tensor:
 
         with on_device_of(scores):
             return kernels.topk_indices(scores, k)
-    chosen = reference.topk_indices(_flat(scores), k)
+    chosen = eager.topk_indices(_flat(scores), k)
     return chosen.reshape(*scores.shape[:-1], chosen.shape[-1]).contiguous()
 
 

@@ -142,6 +142,14 @@ def test_a_wrong_provider_is_not_timed(name, run, capsys):
     assert rows["right", "seconds"]["samples"] == "4"
 
 
+def test_a_rough_output_is_timed_and_said(run):
+    loss = {"loss": provider(WRONG["loss"], rough=("loss",))}
+    status, rows = run(benchmark(**loss, half=provider(WRONG["half"], rough=("loss",))))
+    assert status == 1  # the gradient of half is not rough
+    assert rows["loss", "seconds"]["status"].startswith("rough: loss off by")
+    assert rows["loss", "seconds"]["samples"] == "6" and ("half", "seconds") not in rows
+
+
 def test_a_provider_that_fails_is_reported(run, capsys):
     status, rows = run(benchmark(broken=provider(fails)), "--repeats", "2")
     assert status == 1 and rows["broken", "seconds"]["status"] == "failed: no kernel image"
