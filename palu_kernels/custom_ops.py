@@ -1,9 +1,9 @@
 """The operators as ``torch.library`` custom ops: one node each under ``torch.compile``, with a
 backward op of its own.
 
-What a forward saves beside the logits is 16 to 24 bytes a row and, for the forget loss, a bit an
-entry instead of the reference's row. ``served_by`` is the backend that ``operators.py`` picked: the
-kernels, or ``reference.py``.
+What a forward saves beside the logits is 16 to 24 bytes a row and, for the forget loss, S instead
+of the reference's row: a bit an entry from the kernels, indices from PyTorch. ``served_by`` is the
+backend that ``operators.py`` picked: the kernels, or ``eager.py``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,33 @@ from torch import Tensor
 
 from palu_kernels import arguments, eager, reference
 from palu_kernels.backend import check_values, on_device_of
-from palu_kernels.layout import bitmap_words, empty_rows_like, strides_like
+from palu_kernels.layout import bitmap_words, empty_rows_like
 
 STATE = 4  # float32 numbers a row that a forward leaves for its backward
 
 
 def _flat(t: Tensor) -> Tensor:
-    """``[B, T, ...]`` -> ``[N, ...]`` for the PyTorch backend (the kernels take three dimensions
-    as they are)."""
+    """``[B, T, ...]`` -> ``[N, ...]``."""
     return t.reshape(-1, t.shape[-1])
+
+
+def _blocks(*tensors: Tensor | None) -> list[tuple[slice, list[Tensor | None]]]:
+    """``[B, T, V]`` for the PyTorch backend (the kernels take three dimensions as they are): which
+    rows, and views ``[rows, V]``; everything at once, or batch by batch where that takes no
+    copy."""
+    try:
+        return [(slice(None), [None if t is None else t.view(-1, t.shape[-1]) for t in tensors])]
+    except RuntimeError:
+        rows = tensors[0].shape[1]
+        return [
+            (slice(i * rows, (i + 1) * rows), [None if t is None else t[i] for t in tensors])
+            for i in range(tensors[0].shape[0])
+        ]
+
+
+def _empty_losses(logits: Tensor) -> Tensor:
+    rows = math.prod(logits.shape[:-1])
+    return logits.new_empty(rows, dtype=reference.work_dtype(logits.dtype))
 
 
 def _reduced(rows: Tensor, reduction: str, count: Tensor | int, shape: torch.Size) -> Tensor:
@@ -42,12 +60,6 @@ def _row_weights(grad: Tensor, reduction: str, count: Tensor | int, rows: int) -
     return grad.expand(rows).contiguous()
 
 
-def _laid_out(grad: Tensor, logits: Tensor) -> Tensor:
-    """The PyTorch backend's gradient ``[N, V]`` in the layout that the fake promises."""
-    grad = grad.reshape(logits.shape)
-    return grad if grad.stride() == strides_like(logits) else empty_rows_like(logits).copy_(grad)
-
-
 def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss and state as the fake implementations see them."""
     dtype = reference.work_dtype(logits.dtype)
@@ -58,9 +70,12 @@ def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _no_state(logits: Tensor) -> Tensor:
-    """The PyTorch backend leaves nothing behind, in the shape that the kernels do."""
-    return logits.new_zeros((math.prod(logits.shape[:-1]), STATE), dtype=torch.float32)
+def _state_of(losses: Tensor) -> Tensor:
+    """What the PyTorch backend leaves behind, in the shape that the kernels do: the losses of the
+    rows, and nothing."""
+    state = losses.new_zeros((losses.shape[0], STATE), dtype=torch.float32)
+    state[:, 0] = losses
+    return state
 
 
 def _differentiable(
@@ -152,27 +167,38 @@ def local_entropy(
                 logits, ref_logits, indices, top_k, objective, center_kind, center_value
             )
     else:
-        rows = reference.local_entropy_loss(
-            _flat(logits),
-            None if ref_logits is None else _flat(ref_logits),
-            top_k=top_k,
-            indices=None if indices is None else _flat(indices),
-            objective=objective,
-            center=center_value if center_kind == "number" else center_kind,
-        )
-        state = _no_state(logits)
-        chosen = logits.new_zeros(_chosen_shape(logits, ref_logits, indices), dtype=torch.int32)
+        rows = _empty_losses(logits)
+        shape = _chosen_shape(logits, ref_logits, indices, top_k, served_by)
+        chosen = logits.new_empty(shape, dtype=torch.int32)
+        center = center_value if center_kind == "number" else center_kind
+        for part, (x, r) in _blocks(logits, ref_logits):
+            chooser = x if r is None else r
+            if indices is None:
+                s = chosen[part] = eager.topk_indices(chooser, top_k)
+            else:
+                s = _flat(indices)[part]
+            rows[part] = eager.local_entropy(x, None, s, top_k, objective, center)
+            if indices is None:  # a NaN of the reference ranks first, so it is in S
+                spoiled = chooser.gather(-1, s.long()).isnan().any(-1)
+                rows[part] = rows[part].masked_fill(spoiled, torch.nan)
+        state = _state_of(rows)
     return _reduced(rows, reduction, rows.shape[0], logits.shape), state, chosen
 
 
 def _chosen_shape(
-    logits: Tensor, ref_logits: Tensor | None, indices: Tensor | None
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    served_by: str,
 ) -> tuple[int, int]:
-    """S as the kernels keep it: a bit a lane, or (threshold key, tie cut) a row where the logits
-    chose it themselves."""
-    rows = math.prod(logits.shape[:-1])
+    """S as the kernels keep it, a bit a lane, or (threshold key, tie cut) a row where the logits
+    chose it themselves; as PyTorch does, indices, or nothing where they were given."""
+    rows, columns = math.prod(logits.shape[:-1]), logits.shape[-1]
+    if served_by == "torch":
+        return rows, min(top_k, columns) if indices is None else 0
     by_current = ref_logits is None and indices is None
-    return (2, rows) if by_current else (rows, bitmap_words(logits.shape[-1]))
+    return (2, rows) if by_current else (rows, bitmap_words(columns))
 
 
 @local_entropy.register_fake
@@ -187,7 +213,8 @@ def _(
     reduction: str,
     served_by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = logits.new_empty(_chosen_shape(logits, ref_logits, indices), dtype=torch.int32)
+    shape = _chosen_shape(logits, ref_logits, indices, top_k, served_by)
+    chosen = logits.new_empty(shape, dtype=torch.int32)
     return (*_empty_outputs(logits, reduction), chosen)
 
 
@@ -195,7 +222,6 @@ def _(
 def local_entropy_backward(
     grad: Tensor,
     logits: Tensor,
-    ref_logits: Tensor | None,
     indices: Tensor | None,
     state: Tensor,
     chosen: Tensor,
@@ -222,16 +248,16 @@ def local_entropy_backward(
                 objective,
                 empty_rows_like(logits),
             )
-    grad = reference.local_entropy_gradient(
-        _flat(logits),
-        None if ref_logits is None else _flat(ref_logits),
-        weights,
-        top_k=top_k,
-        indices=None if indices is None else _flat(indices),
-        objective=objective,
-        center=center_value if center_kind == "number" else center_kind,
-    )
-    return _laid_out(grad, logits)
+    out = empty_rows_like(logits)
+    center = center_value if center_kind == "number" else center_kind
+    s = chosen if indices is None else _flat(indices)
+    # a row whose loss is NaN has a gradient of NaN, also where the NaN was the reference's
+    weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
+    for part, (x, to) in _blocks(logits, out):
+        eager.local_entropy(
+            x, None, s[part], top_k, objective, center, grad=to, weights=weights[part]
+        )
+    return out
 
 
 @local_entropy_backward.register_fake
@@ -243,10 +269,10 @@ _differentiable(
     "local_entropy_loss",
     local_entropy,
     local_entropy_backward,
-    # the kernels' backward needs neither reference rows nor indices: the bitmap says what is in S
+    # S is known by now: backward needs no reference rows, the kernels' no indices either
     saved=lambda inputs, output: (
         inputs[0],
-        *(inputs[1:3] if inputs[-1] == "torch" else (None, None)),
+        inputs[2] if inputs[-1] == "torch" else None,
         *output[1:],
     ),
     arguments_of=lambda inputs: (
@@ -270,8 +296,10 @@ def kl(
         with on_device_of(logits):
             rows, state = kernels.forward(logits, ref_logits, direction)
     else:
-        rows = reference.kl_loss(_flat(logits), _flat(ref_logits), direction=direction)
-        state = _no_state(logits)
+        rows = _empty_losses(logits)
+        for part, (x, r) in _blocks(logits, ref_logits):
+            rows[part] = eager.kl(x, r, direction)
+        state = _state_of(rows)
     return _reduced(rows, reduction, rows.shape[0], logits.shape), state
 
 
@@ -301,8 +329,10 @@ def kl_backward(
             return kernels.backward(
                 weights, logits, ref_logits, state, direction, empty_rows_like(logits)
             )
-    grad = reference.kl_gradient(_flat(logits), _flat(ref_logits), weights, direction=direction)
-    return _laid_out(grad, logits)
+    out = empty_rows_like(logits)
+    for part, (x, r, to) in _blocks(logits, ref_logits, out):
+        eager.kl(x, r, direction, grad=to, weights=weights[part])
+    return out
 
 
 @kl_backward.register_fake
@@ -334,10 +364,10 @@ def cross_entropy(
         with on_device_of(logits):
             rows, state = kernels.forward(logits, labels, ignore_index)
     else:
-        rows = reference.cross_entropy_loss(
-            _flat(logits), labels.reshape(-1), ignore_index=ignore_index
-        )
-        state = _no_state(logits)
+        rows = _empty_losses(logits)
+        for part, (x,) in _blocks(logits):
+            rows[part] = eager.cross_entropy(x, labels.reshape(-1)[part], ignore_index)
+        state = _state_of(rows)
     return _reduced(rows, reduction, (labels != ignore_index).sum(), logits.shape), state
 
 
@@ -366,10 +396,11 @@ def cross_entropy_backward(
             return kernels.backward(
                 weights, logits, labels, state, ignore_index, empty_rows_like(logits)
             )
-    grad = reference.cross_entropy_gradient(
-        _flat(logits), labels.reshape(-1), weights, ignore_index=ignore_index
-    )
-    return _laid_out(grad, logits)
+    out = empty_rows_like(logits)
+    for part, (x, to) in _blocks(logits, out):
+        target = labels.reshape(-1)[part]
+        eager.cross_entropy(x, target, ignore_index, grad=to, weights=weights[part])
+    return out
 
 
 @cross_entropy_backward.register_fake

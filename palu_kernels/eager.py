@@ -1,9 +1,12 @@
-"""The row losses in PyTorch for a chunk of logits, a few rows at a time, each row overwritten with
-its gradient: what serves the chunk loop where Triton does not.
+"""The row losses in PyTorch, a few rows at a time: what serves the operators and the chunk loop
+where Triton does not.
 
-A tile of rows fits the cache, and its temporaries are all that is held beside the chunk. The
+A tile of rows fits the cache, and its temporaries are all that is held beside the logits. The
 formulas are those of ``reference.py``; a tile whose losses are not finite (masked entries, NaN) is
 done again by ``reference.py`` itself.
+
+``grad`` is where the gradient goes, which may be the logits themselves; None: none is made.
+``weights [N]`` of the rows go into it (None: 1 each), never into the losses that are returned.
 """
 
 from __future__ import annotations
@@ -35,8 +38,14 @@ def capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     return share * softcap, 1 - share.square()
 
 
-def store(logits: Tensor, grad: Tensor, slope: Tensor | None) -> None:
-    logits.copy_(grad if slope is None else grad * slope)
+def store(out: Tensor, grad: Tensor, slope: Tensor | None, weights: Tensor | None) -> None:
+    """Writes a tile's gradient; ``grad`` is no longer needed."""
+    if slope is not None:
+        grad = grad.mul_(slope)
+    if weights is None:
+        out.copy_(grad)
+    else:
+        torch.mul(grad, weights[:, None], out=out)
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
@@ -70,12 +79,13 @@ def local_entropy(
     top_k: int,
     objective: str,
     center: str | float,
-    softcap: float | None,
-    gradient: bool,
+    softcap: float | None = None,
+    grad: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
     for tile in tiles(logits):
-        x = logits[tile]
+        x, w = logits[tile], None if weights is None else weights[tile]
         z, slope = capped(x, softcap)
         if indices is not None:
             s = indices[tile].long()
@@ -103,16 +113,21 @@ def local_entropy(
             on_s = q * (log_q - negative_entropy)
         if bool((found + total[:, 0]).isfinite().all()):
             losses[tile] = found
-            if gradient and slope is None:
-                x.copy_(off_s.expand_as(x)).scatter_(-1, s, (on_s + off_s).to(x.dtype))
-            elif gradient:
-                store(x, off_s.expand_as(x).scatter(-1, s, on_s + off_s), slope)
+            if grad is not None and slope is None:
+                on_s += off_s
+                if w is not None:
+                    on_s, off_s = on_s * w[:, None], off_s * w[:, None]
+                grad[tile] = off_s
+                grad[tile].scatter_(-1, s, on_s.to(grad.dtype))
+            elif grad is not None:
+                store(grad[tile], off_s.expand_as(z).scatter(-1, s, on_s + off_s), slope, w)
             continue
         options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
         losses[tile] = found = reference.local_entropy_loss(z, None, **options)
-        if gradient:
+        if grad is not None:
             ones = torch.ones_like(found)
-            store(x, reference.local_entropy_gradient(z, None, ones, **options), slope)
+            right = reference.local_entropy_gradient(z, None, ones, **options)
+            store(grad[tile], right, slope, w)
     return losses
 
 
@@ -120,9 +135,10 @@ def kl(
     logits: Tensor,
     ref_logits: Tensor,
     direction: str,
-    softcap: float | None,
-    ref_softcap: float | None,
-    gradient: bool,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    grad: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
     for tile in tiles(logits):
@@ -131,27 +147,32 @@ def kl(
         log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
         if direction == "reverse":
             # p_j (log p_j - log q_j - KL)
-            difference = torch.sub(log_p, log_q, out=log_q)
-            p = log_p.exp_()
+            difference = log_p.sub_(log_q)
+            p = z.softmax(-1)  # faster than exp
             found = torch.linalg.vecdot(p, difference)
-            grad = difference.sub_(found[:, None]).mul_(p) if gradient else None
+            out = difference.sub_(found[:, None]).mul_(p) if grad is not None else None
         else:
             # p_j - q_j
-            q = log_q.exp()
+            q = r.softmax(-1)
             found = torch.linalg.vecdot(q, log_q.sub_(log_p))
-            grad = log_p.exp_().sub_(q) if gradient else None
+            out = z.softmax(-1).sub_(q) if grad is not None else None
         if not bool(found.isfinite().all()):
             found = reference.kl_loss(z, r, direction=direction)
-            if gradient:
-                grad = reference.kl_gradient(z, r, torch.ones_like(found), direction=direction)
+            if grad is not None:
+                out = reference.kl_gradient(z, r, torch.ones_like(found), direction=direction)
         losses[tile] = found
-        if gradient:
-            store(logits[tile], grad, slope)
+        if grad is not None:
+            store(grad[tile], out, slope, None if weights is None else weights[tile])
     return losses
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None, gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None = None,
+    grad: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
     for tile in tiles(logits):
@@ -160,9 +181,11 @@ def cross_entropy(
         target = torch.where(counted, labels[tile], 0).long()[:, None]
         log_p = z.log_softmax(-1)
         losses[tile] = torch.where(counted, -log_p.gather(-1, target)[:, 0], 0)
-        if gradient:
+        if grad is not None:
             # softmax(z) - onehot(label)
-            grad = log_p.exp_()
-            grad.scatter_add_(-1, target, torch.full_like(grad[:, :1], -1.0))
-            store(logits[tile], grad.masked_fill_(~counted[:, None], 0), slope)
+            out = z.softmax(-1)
+            out.scatter_add_(-1, target, torch.full_like(out[:, :1], -1.0))
+            if not bool(counted.all()):
+                out.masked_fill_(~counted[:, None], 0)
+            store(grad[tile], out, slope, None if weights is None else weights[tile])
     return losses

@@ -30,6 +30,11 @@ class Chunk:
     gradient: bool  # whether to overwrite the logits with the gradient
     served_by: str
 
+    @property
+    def grad(self) -> Tensor | None:
+        """Where the gradient goes."""
+        return self.logits if self.gradient else None
+
 
 class RowLoss:
     """``loss(chunk)`` -> the losses of its rows; what it needs beside their logits it says here."""
@@ -64,7 +69,7 @@ class LocalEntropy(RowLoss):
                 self.objective,
                 center,
                 chunk.softcap,
-                chunk.gradient,
+                chunk.grad,
             )
         from palu_kernels.triton import local_entropy as kernels
 
@@ -103,7 +108,7 @@ class KL(RowLoss):
     def __call__(self, chunk: Chunk) -> Tensor:
         caps = chunk.softcap, chunk.ref_softcap
         if chunk.served_by == "torch":
-            return eager.kl(chunk.logits, chunk.ref_logits, self.direction, *caps, chunk.gradient)
+            return eager.kl(chunk.logits, chunk.ref_logits, self.direction, *caps, chunk.grad)
         from palu_kernels.triton import divergence as kernels
 
         losses, state = kernels.forward(chunk.logits, chunk.ref_logits, self.direction, *caps)
@@ -172,9 +177,7 @@ def topk_indices(scores: Tensor, k: int, served_by: str) -> Tensor:
 
 def _cross_entropy(chunk: Chunk, labels: Tensor, ignore_index: int) -> Tensor:
     if chunk.served_by == "torch":
-        return eager.cross_entropy(
-            chunk.logits, labels, ignore_index, chunk.softcap, chunk.gradient
-        )
+        return eager.cross_entropy(chunk.logits, labels, ignore_index, chunk.softcap, chunk.grad)
     from palu_kernels.triton import cross_entropy as kernels
 
     losses, state = kernels.forward(chunk.logits, labels, ignore_index, chunk.softcap)

@@ -50,13 +50,13 @@ def test_losses_and_gradients(kind, cap, dtype):
     s = reference.topk_indices(ref, case.k)
     runs = {
         direction: (
-            lambda x, d=direction: eager.kl(x, ref, d, cap, cap, True),
+            lambda x, d=direction: eager.kl(x, ref, d, cap, cap, x),
             lambda z, d=direction: reference.kl_loss(z, capped(ref.double()), direction=d),
         )
         for direction in ("reverse", "forward")
     }
     runs["cross_entropy"] = (
-        lambda x: eager.cross_entropy(x, labels, -100, cap, True),
+        lambda x: eager.cross_entropy(x, labels, -100, cap, x),
         lambda z: reference.cross_entropy_loss(z, labels),
     )
     spoiled = torch.where(ref.isnan().any(-1, keepdim=True), torch.nan, 1.0)
@@ -69,7 +69,7 @@ def test_losses_and_gradients(kind, cap, dtype):
         options = {"top_k": case.k, "objective": objective, "center": center}
         runs[f"{objective} {center}"] = (
             lambda x, o=options: eager.local_entropy(
-                x, ref, None, o["top_k"], o["objective"], o["center"], cap, True
+                x, ref, None, o["top_k"], o["objective"], o["center"], cap, x
             ),
             lambda z, o=options: reference.local_entropy_loss(z * spoiled, indices=s, **o),
         )
@@ -98,7 +98,7 @@ def test_topk_is_exact(dtype, k):
 def test_without_gradient_the_chunk_stays():
     x, r = torch.randn(3, 9), torch.randn(3, 9)
     kept = x.clone()
-    eager.kl(x, r, "reverse", None, None, False)
-    eager.cross_entropy(x, torch.tensor([1, -100, 2]), -100, None, False)
-    eager.local_entropy(x, r, None, 3, "flatten", "global_mean", None, False)
+    eager.kl(x, r, "reverse")
+    eager.cross_entropy(x, torch.tensor([1, -100, 2]), -100)
+    eager.local_entropy(x, r, None, 3, "flatten", "global_mean")
     assert torch.equal(x, kept)
