@@ -211,6 +211,15 @@ def environment(device: torch.device, package: str | None = None) -> dict[str, A
     }
 
 
+def not_installed(package: str) -> str | None:
+    """Says so, if it is not."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    return None
+
+
 def _processor() -> str:
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return found[1] if found else platform.processor() or platform.machine()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import harness, peers
+from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_terms
 from palu import PALULoss
 from palu.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
@@ -78,6 +81,39 @@ def rows(case: Case) -> Losses:
     return Losses(forget_mean + preserve_mean, forget_mean, preserve_mean)
 
 
+def compiled(case: Case) -> Losses:
+    forget, preserve = map(case.head.logits, case.rows(case.hidden))
+    ref_forget, ref_preserve = map(case.head.logits, case.rows(case.ref_hidden))
+    forget_mean = _compiled(_flatten)(forget, ref_forget, case.shape.top_k)
+    preserve_mean = _compiled(_reverse_kl)(preserve, ref_preserve)
+    return Losses(forget_mean + preserve_mean, forget_mean, preserve_mean)
+
+
+def liger(case: Case) -> Losses:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    forget, preserve = case.rows(case.hidden)
+    ref_forget, ref_preserve = case.rows(case.ref_hidden)
+    logits, ref_logits = case.head.logits(forget), case.head.logits(ref_forget)
+    forget_mean = _flatten(logits, ref_logits, case.shape.top_k)
+    weight = case.head.weight
+    preserve_mean = liger_fused_linear_jsd(preserve, weight, ref_preserve, weight, jsd_beta=1.0)
+    return Losses(forget_mean + preserve_mean, forget_mean, preserve_mean)
+
+
+def _flatten(logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
+    return row_losses("flatten", logits, k=k, ref_logits=ref_logits).mean()
+
+
+def _reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return row_losses("kl_reverse", logits, ref_logits=ref_logits).mean()
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 def linear(case: Case) -> Losses:
     own, ref = case.rows(case.hidden), case.rows(case.ref_hidden)
     counts = [len(h) for h in own]
@@ -142,6 +178,8 @@ class Floor:
 FLOOR = "floor"
 BOTH_TERMS: dict[str, Callable[[Case], Losses] | None] = {
     "released": released,
+    "compile": compiled,
+    "liger": liger,
     "rows": rows,
     "linear": linear,
     "sparse+cached": sparse_cached,
@@ -153,6 +191,13 @@ FORGET_ONLY: dict[str, Callable[[Case], Losses]] = {
     "dense+live": dense_live,
 }
 PROVIDERS = BOTH_TERMS | FORGET_ONLY
+
+
+def why_not(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot run on ``device`` here; None: it can."""
+    if provider == "liger":
+        return harness.not_installed(peers.LIGER) or peers.needs_gpu(device)
+    return no_compiler(device) if provider == "compile" else None
 
 
 def caller(provider: str, case: Case) -> Callable[[], Losses | None]:

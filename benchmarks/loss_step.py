@@ -10,7 +10,12 @@ and some a preserve loss (reverse KL), meets a frozen head. The providers, by wh
 
 * ``released``: both models' logits of all positions and everything after them over all positions
   (``released.py``), differentiated by autograd.
-* ``rows``: both models' logits of the rows that carry a loss, then the operators on logits.
+* ``compile``: both models' logits of the rows that carry a loss, then the definitions of
+  ``palu_kernels/reference.py`` under `torch.compile`, S by `torch.topk`: PyTorch alone.
+* ``liger``: the preserve loss by liger-kernel's fused linear JSD with beta 1; it has no forget
+  loss, which is that of ``compile`` without `torch.compile`. It needs a GPU. (cut-cross-entropy has
+  neither loss, flash-linear-attention not this direction of the KL.)
+* ``rows``: both models' logits of those rows, then the operators on logits.
 * ``linear``: the same rows through one call of the linear operators, all logits of a row computed.
   (``palu_kernels.linear_operators.linear_losses`` on row slices, which are cut inside the call:
   ``PALULoss.from_hidden`` does just this, but would choose the sparse road by its cost model.)
@@ -28,7 +33,8 @@ call on a few rows of a small head that loads the code, the first call is watche
 memory over what was there before (inputs and head were); then ``--calls`` calls are timed and their
 median is the process's time. (The mean row of a frozen head, which ``sparse`` needs, is made in the
 first call and kept.) The table shows medians over the processes. The exit status is 1 if the
-providers disagree on the losses or on the gradient.
+providers disagree on the losses or on the gradient. A provider that cannot run here has a row that
+says why.
 """
 
 from __future__ import annotations
@@ -62,6 +68,7 @@ from benchmarks.loss_providers import (
     caller,
     make_case,
     make_labels,
+    why_not,
 )
 from palu.labels import FORGET, NONE, PRESERVE, token_roles
 from palu.loading import resolve_device
@@ -70,14 +77,15 @@ from palu_kernels.linear_operators import forget_loss
 # Relative, of a loss and of the gradient in norm. In bfloat16 some providers round the logits of
 # forget rows and some do not.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
-# In bfloat16 dozens of entries equal the k-th; `released` takes other ones of them into S, and the
-# gradient of a forget row lies on S.
+# In bfloat16 dozens of entries equal the k-th; `torch.topk` takes other ones of them into S, and
+# the gradient of a forget row lies on S.
+BY_TORCH_TOPK = ("released", "compile", "liger")
 TIES_TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-3}
 LOSSES = ("loss", "forget_loss", "preserve_loss")
 COLUMNS = (
     *("dtype", "provider", "repeat", "seconds", "peak_bytes", "bytes_before", *LOSSES),
     *("gradient_error", "forget_rows_by", "calls", "vocab", "hidden", "positions", "forget"),
-    *("preserve", "top_k", "batch", *harness.ENVIRONMENT),
+    *("preserve", "top_k", "batch", "status", *harness.ENVIRONMENT),
 )
 
 
@@ -109,6 +117,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         **dict(zip(LOSSES, numbers, strict=True)),
         "forget_rows_by": forget_rows_by(provider, case),
         "calls": task["calls"],
+        "status": "ok",
         **shape._asdict(),
         **harness.environment(device),
     }
@@ -129,18 +138,26 @@ def forget_rows_by(provider: str, case: Case) -> str:
 def run(given: argparse.Namespace, shape: Shape, folder: Path) -> list[dict[str, Any]]:
     """Measures everything; the rows are written after each process."""
     rows: list[dict[str, Any]] = []
-    commit = harness.commit()
+    commit, device = harness.commit(), resolve_device(given.device)
+    reasons = {name: why_not(name, device) for name in given.providers}
+    providers = [name for name in given.providers if reasons[name] is None]
     for dtype in given.dtype:
-        gradients = {name: folder / f"{dtype}-{name}.safetensors" for name in given.providers}
-        for repeat, provider in harness.turns(given.providers, given.repeats):
+        for provider in given.providers:
+            if reasons[provider] is not None:
+                row = {"dtype": dtype, "provider": provider, "status": reasons[provider]}
+                place = harness.environment(device) | {"commit": commit}
+                rows.append(dict.fromkeys(COLUMNS) | row | shape._asdict() | place)
+        first = len(rows)
+        gradients = {name: folder / f"{dtype}-{name}.safetensors" for name in providers}
+        for repeat, provider in harness.turns(providers, given.repeats):
             task = {"provider": provider, "dtype": dtype, "shape": shape, "calls": given.calls}
             task |= {"device": given.device, "gradient": None}
             if repeat == 0:
                 task["gradient"] = str(gradients[provider])
             row = harness.run_worker("benchmarks.loss_step", task, given.threads)
             rows.append(row | {"repeat": repeat, "gradient_error": None, "commit": commit})
-            if repeat == 0 and len(rows) % len(given.providers) == 0:
-                compare_gradients(rows[-len(given.providers) :], shape, gradients)
+            if len(rows) - first == len(providers):
+                compare_gradients(rows[first:], shape, gradients)
             harness.write_csv(given.csv, COLUMNS, rows)
             seconds = "-" if row["seconds"] is None else f"{row['seconds']:.3f} s"
             print(dtype, provider, repeat, seconds, file=sys.stderr, flush=True)
@@ -148,9 +165,10 @@ def run(given: argparse.Namespace, shape: Shape, folder: Path) -> list[dict[str,
 
 
 def yardstick(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row that the others of its dtype are compared with: not of ``released``, if possible."""
+    """The row that the others of its dtype are compared with: not one by `torch.topk`, if
+    possible."""
     with_loss = [row for row in rows if row["loss"] is not None]
-    return min(with_loss, key=lambda row: row["provider"] == "released", default=None)
+    return min(with_loss, key=lambda row: row["provider"] in BY_TORCH_TOPK, default=None)
 
 
 def compare_gradients(
@@ -191,7 +209,7 @@ def disagreements(rows: Sequence[dict[str, Any]]) -> list[str]:
                 if start[name] is not None
             ]
             if row["gradient_error"] is not None:
-                limits = TIES_TOLERANCE if row["provider"] == "released" else TOLERANCE
+                limits = TIES_TOLERANCE if row["provider"] in BY_TORCH_TOPK else TOLERANCE
                 checks.append(("gradient", row["gradient_error"], limits[dtype]))
             found += [
                 f"{dtype}: the {name} of {row['provider']} is {error:.2e} from that of "
@@ -200,6 +218,10 @@ def disagreements(rows: Sequence[dict[str, Any]]) -> list[str]:
                 if not error <= limit  # a NaN too
             ]
     return found
+
+
+def status(rows: Sequence[dict[str, Any]], provider: str) -> str:
+    return next(row["status"] for row in rows if row["provider"] == provider)
 
 
 class Medians(NamedTuple):
@@ -244,9 +266,9 @@ def summary(rows: Sequence[dict[str, Any]], providers: Sequence[str]) -> str:
                 (own.error, ".1e"),
             ]
             shown = ["-" if value is None else format(value, how) for value, how in cells]
-            lines.append([f"{dtype} {provider}", *shown])
+            lines.append([f"{dtype} {provider}", *shown, status(rows, provider)])
     headings = ["", "seconds", "from", "to", f"{base} / it", "it / floor", "peak MiB"]
-    return harness.table([*headings, f"{base} / peak", "gradient off by"], lines)
+    return harness.table([*headings, f"{base} / peak", "gradient off by", "status"], lines)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

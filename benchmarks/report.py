@@ -72,7 +72,8 @@ def _summarised(raw: list[dict[str, str]], kernel: str, sizes: dict[str, str]) -
     groups: dict[tuple, tuple[Row, list[float]]] = {}
     for one in raw:
         grouped = ", grouped" if one.get("grouped") == "True" else ""
-        row = dict.fromkeys(CASE) | {"kernel": kernel, "dtype": one["dtype"], "status": "ok"}
+        row = dict.fromkeys(CASE) | {"kernel": kernel, "dtype": one["dtype"]}
+        row["status"] = one.get("status", "ok")
         row |= {size: int(one[column]) for size, column in sizes.items()}
         row |= {"provider": one["provider"] + grouped}
         row |= {name: one[name] for name in harness.ENVIRONMENT}
@@ -83,7 +84,7 @@ def _summarised(raw: list[dict[str, str]], kernel: str, sizes: dict[str, str]) -
     return [
         row | quantiles(samples) | {"samples": len(samples)}
         for row, samples in groups.values()
-        if samples
+        if samples or (row["status"] != "ok" and row["metric"] == "seconds")
     ]
 
 

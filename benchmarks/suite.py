@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,12 +76,8 @@ class Provider:
     rough: Sequence[str] = ()
 
     def why_not(self, device: torch.device) -> str | None:
-        if self.package is not None:
-            try:
-                metadata.version(self.package)
-            except metadata.PackageNotFoundError:
-                return f"{self.package} is not installed"
-        return self.lacks(device)
+        absent = None if self.package is None else harness.not_installed(self.package)
+        return absent or self.lacks(device)
 
 
 def relative_errors(case: Case, inputs: Any, found: Outputs, truth: Outputs) -> dict[str, float]:

@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from benchmarks import peers
+from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss
 from palu.cache import ReferenceCache
+from palu.labels import FORGET, IGNORE, PRESERVE, token_roles
 from palu.objective import RETAIN, Objective, in_turns
 from palu.reference import CachedReference, LiveReference
 
@@ -66,6 +70,53 @@ class Released:
         return model(**inputs, use_cache=False).logits
 
 
+class Torch(Released):
+    """The best that PyTorch alone has: logits of the rows that carry a loss, the definitions under
+    `torch.compile`, `linear_cross_entropy` for the retain rows; a second model beside the first,
+    and forget and retain rows in turns."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+        super().__init__(model, settings)
+        self.loss = torch.compile(self._loss, dynamic=True)
+
+    def __call__(self, model: PreTrainedModel, batch: Batch, retain: Batch) -> Losses:
+        with self.settings.autocast():
+            roles = token_roles(batch["labels"], PREFIX)[:, 1:]
+            hidden = self._hidden(model, batch)
+            with torch.no_grad():
+                ref_hidden = self._hidden(self.reference, batch)
+            terms = []
+            for kind, name in ((FORGET, "flatten"), (PRESERVE, "kl_reverse")):
+                logits = model.lm_head(hidden[roles == kind])
+                with torch.no_grad():
+                    ref_logits = self.reference.lm_head(ref_hidden[roles == kind])
+                terms.append(self.loss(name, logits, ref_logits))
+        sum(terms).backward()
+        with self.settings.autocast():
+            answers = retain["labels"][:, 1:] != IGNORE
+            rows, targets = (
+                self._hidden(model, retain)[answers],
+                retain["input_ids"][:, 1:][answers],
+            )
+            weight = model.lm_head.weight
+            if torch.is_autocast_enabled(rows.device.type):
+                rows, weight = (t.to(self.settings.dtype) for t in (rows, weight))
+            kept = F.linear_cross_entropy(rows, weight, targets)
+        kept.backward()
+        terms = [loss.detach().float() for loss in (*terms, kept)]
+        return Losses(sum(terms), *terms)
+
+    def _loss(self, name: str, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        k = self.settings.top_k
+        return row_losses(name, logits, k=k, ref_logits=ref_logits).mean()
+
+    @staticmethod
+    def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+        """``[B, T - 1, D]`` of the rows that predict a token."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+
+
 class Library:
     """What `PALUTrainer` computes in a step, called without its loop: forget and retain rows in
     turns, each with a backward of its own."""
@@ -110,6 +161,10 @@ def released(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
     return Released(model, settings)
 
 
+def pytorch(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
+    return Torch(model, settings)
+
+
 def live(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
     reference = LiveReference(model)
     return Library(settings, reference, _bytes(reference.model))
@@ -124,7 +179,14 @@ def cached(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
     return Library(settings, reference, opened.info()["bytes"])
 
 
-PROVIDERS = {"released": released, "live": live, "cached": cached}
+PROVIDERS = {"released": released, "torch": pytorch, "live": live, "cached": cached}
+
+
+def why_not(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot run on ``device`` here; None: it can."""
+    if provider != "torch":
+        return None
+    return no_compiler(device) or peers.old_torch(device)
 
 
 def _bytes(model: PreTrainedModel) -> int:

@@ -9,6 +9,11 @@ rows beside them, in bfloat16 autocast over float32 weights. The providers:
 
 * ``released``: a live second model, all logits of both, and the method's formulas over all
   positions (``released.py``).
+* ``torch``: what PyTorch alone offers: a live second model, logits of the rows that carry a loss,
+  the definitions of ``palu_kernels/reference.py`` under `torch.compile`, and
+  `torch.nn.functional.linear_cross_entropy` for the retain rows, in turns like ``live``. (liger's
+  and flash-linear-attention's losses need a GPU and have no forget loss; cut-cross-entropy has the
+  retain loss alone.)
 * ``live``: this library (`palu.objective.Objective`, what `PALUTrainer` runs) with a live second
   model.
 * ``cached``: the same from a `ReferenceCache`, which is built first, in a process of its own; no
@@ -23,7 +28,8 @@ all its files, the frozen head among them) are a column of their own.
 ``--group-by-length library`` puts the same examples into batches of like length for ``live`` and
 ``cached``; their losses are then of other batches and compared with each other only. ``all`` does
 so for every provider. The table shows the mean time of a step, medians over the processes. The exit
-status is 1 if the losses of providers with the same batches differ.
+status is 1 if the losses of providers with the same batches differ. A provider that cannot run here
+has a row that says why.
 """
 
 from __future__ import annotations
@@ -41,12 +47,13 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import harness
-from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss
+from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss, why_not
 from palu.cache import ReferenceCache
 from palu.data import Collator, load_examples, tokenize_examples
 from palu.loading import load_model, load_tokenizer, resolve_device
 from palu.runs import choose_template
 
+LIBRARY = ("live", "cached")
 BUILD = "build"  # the worker that makes the cache
 MAX_GRAD_NORM = 1.0
 # How far a step's losses may be apart between two providers, relative and in nats. Roundings of one
@@ -57,7 +64,7 @@ NUMBERS = ("loss", "forget_loss", "preserve_loss", "retain_loss", "gradient_norm
 COLUMNS = (
     *("provider", "dtype", "grouped", "repeat", "step", "seconds", *NUMBERS, "peak_bytes"),
     *("bytes_before", "reference_bytes", "positions", "real_tokens", "batch_size", "top_k"),
-    *("learning_rate", "model", *harness.ENVIRONMENT),
+    *("learning_rate", "model", "status", *harness.ENVIRONMENT),
 )
 Rows = list[dict[str, Any]]  # tokenised examples
 
@@ -100,6 +107,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         "top_k": task["top_k"],
         "learning_rate": task["learning_rate"],
         "model": Path(task["model"]).name,
+        "status": "ok",
         **harness.environment(device),
     }
     return {
@@ -194,9 +202,18 @@ def run(given: argparse.Namespace, folder: Path) -> Rows:
         build = {"provider": BUILD, "batches": str(files[False])}
         harness.run_worker(module, task | build, given.threads)
     rows: Rows = []
-    for repeat, provider in harness.turns(given.providers, given.repeats):
+    device = resolve_device(given.device)
+    reasons = {name: why_not(name, device) for name in given.providers}
+    for provider, reason in reasons.items():
+        if reason is not None:
+            row = {"provider": provider, "status": reason, "dtype": given.dtype}
+            sizes = {"batch_size": given.batch_size, "top_k": given.top_k}
+            place = harness.environment(device) | {"commit": commit}
+            rows.append(dict.fromkeys(COLUMNS) | row | sizes | place)
+    able = [name for name, reason in reasons.items() if reason is None]
+    for repeat, provider in harness.turns(able, given.repeats):
         grouped = given.group_by_length == "all" or (
-            given.group_by_length == "library" and provider != "released"
+            given.group_by_length == "library" and provider in LIBRARY
         )
         own = {"provider": provider, "batches": str(files[grouped])}
         found = harness.run_worker(module, task | own, given.threads)["rows"]
@@ -311,8 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = run(given, Path(folder))
     print(*(rows[0][name] for name in harness.ENVIRONMENT), sep=", ")
-    print(summary(rows, given.providers))
-    wrong = disagreements(rows, given.providers)
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"{row['provider']}: {row['status']}")
+    rows = [row for row in rows if row["status"] == "ok"]
+    providers = [name for name in given.providers if any(r["provider"] == name for r in rows)]
+    print(summary(rows, providers))
+    wrong = disagreements(rows, providers)
     for line in wrong:
         print("DISAGREE:", line)
     return int(bool(wrong))

@@ -37,6 +37,12 @@ def read(path):
         return list(csv.DictReader(stream))
 
 
+def split(rows):
+    """-> rows of providers that could not run, the others."""
+    absent = [row for row in rows if row["status"] != "ok"]
+    return absent, [row for row in rows if row["status"] == "ok"]
+
+
 def run(tmp_path, *options):
     path = tmp_path / "rows.csv"
     status = loss_step.main([*OPTIONS, "--csv", str(path), "--calls", "1", *options])
@@ -50,7 +56,13 @@ def test_providers_agree(tmp_path, in_this_process, sparse_pays, capsys):
     status, rows = run(tmp_path, "--repeats", "2")
     out = capsys.readouterr().out
     assert status == 0 and "DISAGREE" not in out
-    assert len(rows) == 2 * 2 * len(loss_providers.BOTH_TERMS)
+    (f32, bf16), rows = split(rows)
+    for absent in (f32, bf16):
+        assert absent["provider"] == "liger" and absent["seconds"] == ""
+        assert absent["status"] in ("needs a GPU", "liger-kernel is not installed")
+        assert absent["vocab"] == "1003" and absent["processor"] and absent["commit"]
+    assert "needs a GPU" in out or "is not installed" in out
+    assert len(rows) == 2 * 2 * (len(loss_providers.BOTH_TERMS) - 1)
     for row in rows:
         assert list(row) == list(loss_step.COLUMNS)
         assert float(row["seconds"]) > 0 and row["commit"] and row["processor"]
@@ -226,19 +238,25 @@ def test_summary_takes_medians():
     rows = []
     for provider, seconds, peak in (("released", (8, 2, 4), 900), ("floor", (1, 3, 2), None)):
         for repeat, one in enumerate(seconds):
-            row = {"dtype": "float32", "provider": provider, "repeat": repeat, "seconds": one}
+            row = {
+                "dtype": "float32",
+                "provider": provider,
+                "repeat": repeat,
+                "seconds": one,
+                "status": "ok",
+            }
             rows.append(row | {"peak_bytes": peak and peak * 2**20, "gradient_error": None})
     released, floor = loss_step.summary(rows, ["released", "floor"]).splitlines()[1:]
-    cells = ["4.000", "2.000", "8.000", "1.00", "2.00", "900.0", "1.0", "-"]
+    cells = ["4.000", "2.000", "8.000", "1.00", "2.00", "900.0", "1.0", "-", "ok"]
     assert released.split() == ["float32", "released", *cells]
-    cells = ["2.000", "1.000", "3.000", "2.00", "1.00", "-", "-", "-"]
+    cells = ["2.000", "1.000", "3.000", "2.00", "1.00", "-", "-", "-", "ok"]
     assert floor.split() == ["float32", "floor", *cells]
 
 
 def test_providers_of_the_other_kind(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--providers", "dense")
-    assert "--providers must be of released, rows" in capsys.readouterr().err
+    assert "--providers must be of released, compile" in capsys.readouterr().err
 
 
 def test_in_processes_of_their_own(tmp_path, capsys):

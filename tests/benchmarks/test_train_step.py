@@ -62,8 +62,8 @@ def test_roads_agree(world, capsys):
     status, rows = run(world, "--repeats", "2")
     out = capsys.readouterr().out
     assert status == 0 and "DISAGREE" not in out
-    assert [row["step"] for row in rows] == ["0", "1", "2"] * 6
-    assert {row["provider"] for row in rows} == {"released", "live", "cached"}
+    assert [row["step"] for row in rows] == ["0", "1", "2"] * 8
+    assert {row["provider"] for row in rows} == {"released", "torch", "live", "cached"}
     truth = {row["step"]: row for row in rows if row["provider"] == "released"}
     for row in rows:
         assert list(row) == list(train_step.COLUMNS)
@@ -159,7 +159,7 @@ def test_groups_of_the_library_are_compared_with_each_other_only(world, capsys):
     status, rows = run(world, "--group-by-length", "library")
     assert status == 0
     grouped = {row["provider"]: row["grouped"] for row in rows}
-    assert grouped == {"released": "False", "live": "True", "cached": "True"}
+    assert grouped == {"released": "False", "torch": "False", "live": "True", "cached": "True"}
     assert "cached, grouped" in capsys.readouterr().out
     row = {"dtype": "float32", "provider": "released", "step": 1, "grouped": False}
     row |= dict.fromkeys(train_step.NUMBERS, 1.0)
