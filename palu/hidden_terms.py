@@ -24,10 +24,16 @@ class HiddenTerm(NamedTuple):
     denominator: Tensor | float  # 0-dim
 
 
-def sum_of_terms(
-    head: LMHead, ref_head: LMHead | None, terms: Sequence[HiddenTerm], backend: str
-) -> tuple[Tensor, list[Tensor]]:
-    """-> (weighted sum of the terms, differentiable; the sum of each term's losses, detached)."""
+class Joined(NamedTuple):
+    """The terms' rows one after the other, as the linear operators take them."""
+
+    hidden: Tensor  # [R, D]
+    parts: list[Part]
+    ref_hidden: Tensor | None  # of the terms whose loss needs it
+    row_weights: Tensor  # [R]
+
+
+def join(terms: Sequence[HiddenTerm]) -> Joined:
     hidden = torch.cat([term.hidden for term in terms])
     refs = [term.ref_hidden for term in terms if term.loss.needs_reference]
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -36,14 +42,26 @@ def sum_of_terms(
         denominator = torch.as_tensor(term.denominator, dtype=work, device=hidden.device)
         return (term.weight / denominator).expand(term.hidden.shape[0])
 
-    counts = [term.hidden.shape[0] for term in terms]
+    return Joined(
+        hidden,
+        [Part(term.loss, term.hidden.shape[0], term.data) for term in terms],
+        torch.cat(refs) if refs else None,
+        torch.cat([row_weights(term) for term in terms]),
+    )
+
+
+def sum_of_terms(
+    head: LMHead, ref_head: LMHead | None, terms: Sequence[HiddenTerm], backend: str
+) -> tuple[Tensor, list[Tensor]]:
+    """-> (weighted sum of the terms, differentiable; the sum of each term's losses, detached)."""
+    hidden, parts, ref_hidden, row_weights = join(terms)
     total, losses = linear_losses(
         hidden,
         head,
-        [Part(term.loss, n, term.data) for term, n in zip(terms, counts, strict=True)],
-        ref_hidden=torch.cat(refs) if refs else None,
-        ref_head=ref_head if refs else None,
-        row_weights=torch.cat([row_weights(term) for term in terms]),
+        parts,
+        ref_hidden=ref_hidden,
+        ref_head=None if ref_hidden is None else ref_head,
+        row_weights=row_weights,
         backend=backend,
     )
-    return total, [part.sum() for part in losses.detach().split(counts)]
+    return total, [part.sum() for part in losses.detach().split([part.rows for part in parts])]

@@ -9,20 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palu.hidden_op import hidden_loss
 from palu.hidden_terms import HiddenTerm, sum_of_terms
-from palu.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
-from palu_kernels import (
-    LMHead,
-    arguments,
-    cross_entropy_loss,
-    kl_loss,
-    local_entropy_loss,
-    topk_indices,
-)
+from palu.labels import FORGET, IGNORE, KEEP, NONE, PRESERVE, token_roles
+from palu_kernels import LMHead, arguments
 from palu_kernels.backend import BACKENDS, check_values
 from palu_kernels.head import check_hidden
 from palu_kernels.linear_operators import forget_loss
-from palu_kernels.row_losses import KL, LikeliestNLL
+from palu_kernels.role_op import role_losses
+from palu_kernels.row_losses import KL, LikeliestNLL, LocalEntropy, RowLoss
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
 SELECTIONS = ("reference", "current")
@@ -140,13 +135,7 @@ class PALULoss(nn.Module):
         self._check_reference(logits, ref_logits)
         if check_values(labels.device):
             check_labels(labels, logits.shape[-1])
-        return self._terms(
-            logits[:, :-1],
-            self.roles(labels)[:, 1:],
-            None if ref_logits is None else ref_logits[:, :-1],
-            num_forget,
-            num_preserve,
-        )
+        return self._terms(logits, self._row_roles(labels), ref_logits, num_forget, num_preserve)
 
     def from_rows(
         self,
@@ -215,36 +204,73 @@ class PALULoss(nn.Module):
         arguments.integers("labels", labels, list(hidden.shape[:2]), hidden, "hidden")
         if check_values(labels.device):
             check_labels(labels, head.vocab_size)
-        roles = self.roles(labels)[:, 1:]
-        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
-        counts = is_forget.sum(), is_preserve.sum()
-        denominators = (
+        if (
+            ref_hidden is not None
+            and ref_hidden.dim() == 3
+            and (ref_hidden.shape[:2] != hidden.shape[:2])
+        ):
+            raise ValueError(
+                f"ref_hidden has shape {list(ref_hidden.shape)}; it must have the rows of "
+                f"hidden, {list(hidden.shape)}"
+            )
+        roles = self._row_roles(labels)
+        counts, denominators = self._counts(roles, hidden, num_forget, num_preserve)
+        if torch.compiler.is_compiling():
+            loss, sums = hidden_loss(
+                self, hidden, head, roles, ref_hidden, ref_head, ref_indices, denominators
+            )
+        else:
+            terms = self.terms_by_role(hidden, head, roles, ref_hidden, ref_indices, denominators)
+            loss, sums = sum_of_terms(head, ref_head, terms, self.backend)
+        means = [total / n for total, n in zip(sums, denominators, strict=False)]
+        means += [loss.new_zeros(())] * (2 - len(means))
+        return PALUOutput(loss, *means, *counts)
+
+    def _row_roles(self, labels: Tensor) -> Tensor:
+        """What each row is for: position t - 1 predicts the label at t. (The roles are shifted and
+        not the rows, so that no gradient of a slice is made beside that of the batch.)"""
+        return torch.nn.functional.pad(self.roles(labels)[:, 1:], (0, 1), value=NONE)
+
+    def _counts(
+        self,
+        roles: Tensor,
+        like: Tensor,
+        num_forget: float | Tensor | None,
+        num_preserve: float | Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """-> rows of each kind; what their sums are divided by, ``[2]``."""
+        counts = (roles == FORGET).sum(), (roles == PRESERVE).sum()
+        work = torch.float64 if like.dtype == torch.float64 else torch.float32
+        found = (
             _denominator("num_forget", num_forget, counts[0]),
             _denominator("num_preserve", num_preserve, counts[1]),
         )
-        ref_forget = None
-        ref_preserve = ref_hidden
+        made = [torch.as_tensor(n, dtype=work, device=like.device) for n in found]
+        return counts, torch.stack(made)
+
+    def terms_by_role(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        roles: Tensor,
+        ref_hidden: Tensor | None,
+        ref_indices: Tensor | None,
+        denominators: Tensor,
+    ) -> list[HiddenTerm]:
+        """The terms of ``from_hidden``, whose rows are picked here by their roles ``[B, T]``."""
+        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
+        ref_forget, ref_preserve = None, ref_hidden
         if ref_hidden is not None and ref_hidden.dim() == 3:
-            if ref_hidden.shape[:2] != hidden.shape[:2]:
-                raise ValueError(
-                    f"ref_hidden has shape {list(ref_hidden.shape)}; it must have the rows of "
-                    f"hidden, {list(hidden.shape)}"
-                )
-            ref_forget = ref_hidden[:, :-1][is_forget]
-            ref_preserve = ref_hidden[:, :-1][is_preserve]
-        terms = self.hidden_terms(
-            hidden[:, :-1][is_forget],
-            hidden[:, :-1][is_preserve],
+            ref_forget, ref_preserve = ref_hidden[is_forget], ref_hidden[is_preserve]
+        return self.hidden_terms(
+            hidden[is_forget],
+            hidden[is_preserve],
             head,
             ref_forget,
             ref_preserve,
             ref_indices,
             *denominators,
         )
-        loss, sums = sum_of_terms(head, ref_head, terms, self.backend)
-        means = [total / n for total, n in zip(sums, denominators, strict=False)]
-        means += [loss.new_zeros(())] * (2 - len(means))
-        return PALUOutput(loss, *means, *counts)
 
     def hidden_terms(
         self,
@@ -274,7 +300,7 @@ class PALULoss(nn.Module):
                 "select_from='reference' one of them must say which entries are levelled"
             )
         chooser = "current" if not by_reference else "reference"
-        kind, number = arguments.center(self.center)
+        kind, number = self.center_parts()
         loss = forget_loss(
             forget,
             head,
@@ -298,10 +324,8 @@ class PALULoss(nn.Module):
                     f"ref_hidden has {ref_preserve.shape[0]} rows; it must be [B, T, D], or have "
                     f"the {preserve.shape[0]} preserve rows"
                 )
-            nll = self.preserve == "nll"
-            loss = LikeliestNLL() if nll else KL(self.preserve.removesuffix("_kl"))
             weights = self.preserve_weight, preserve_denominator
-            terms.append(HiddenTerm(loss, preserve, ref_preserve, None, *weights))
+            terms.append(HiddenTerm(self._preserve_loss(), preserve, ref_preserve, None, *weights))
         return terms
 
     def _terms(
@@ -312,44 +336,33 @@ class PALULoss(nn.Module):
         num_forget: float | Tensor | None,
         num_preserve: float | Tensor | None,
     ) -> PALUOutput:
-        """Rows ``[..., V]`` and their roles ``[...]``; each row that carries a loss is copied out
-        once, for the term it belongs to."""
-        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
-
-        def rows(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-            return logits[chosen], None if ref_logits is None else ref_logits[chosen]
-
-        counts = is_forget.sum(), is_preserve.sum()
-        forget = self._forget(*rows(is_forget)) / _denominator("num_forget", num_forget, counts[0])
-        loss = self.forget_weight * forget
-        if self.preserve is None:
-            preserve = loss.new_zeros(())
-        else:
-            preserve = self._preserve(*rows(is_preserve)) / _denominator(
-                "num_preserve", num_preserve, counts[1]
-            )
-            loss = loss + self.preserve_weight * preserve
-        return PALUOutput(loss, forget.detach(), preserve.detach(), *counts)
-
-    def _forget(self, logits: Tensor, ref_logits: Tensor | None) -> Tensor:
-        return local_entropy_loss(
-            logits,
-            ref_logits if self.select_from == "reference" else None,
-            top_k=self.top_k,
-            objective=self.objective,
-            center=self.center,
-            reduction="sum",
-            backend=self.backend,
+        """Rows ``[..., V]`` and their roles ``[...]``."""
+        counts, denominators = self._counts(roles, logits, num_forget, num_preserve)
+        losses = [self._forget_loss()]
+        if self.preserve is not None:
+            losses.append(self._preserve_loss())
+        weights = torch.tensor(
+            [self.forget_weight, self.preserve_weight],
+            dtype=denominators.dtype,
+            device=logits.device,
         )
+        shares = (weights / denominators)[: len(losses)]
+        loss, sums = role_losses(logits, ref_logits, roles, losses, shares, backend=self.backend)
+        means = [total / n for total, n in zip(sums, denominators, strict=False)]
+        means += [loss.new_zeros(())] * (2 - len(means))
+        return PALUOutput(loss, *means, *counts)
 
-    def _preserve(self, logits: Tensor, ref_logits: Tensor) -> Tensor:
+    def center_parts(self) -> tuple[str, float]:
+        """Kind (``number`` or the name of a mean) and number of the center."""
+        return arguments.center(self.center)
+
+    def _forget_loss(self) -> LocalEntropy:
+        return LocalEntropy(self.top_k, self.objective, *self.center_parts(), self.select_from)
+
+    def _preserve_loss(self) -> RowLoss:
         if self.preserve == "nll":
-            likeliest = topk_indices(ref_logits, 1, backend=self.backend)[:, 0]
-            return cross_entropy_loss(logits, likeliest, reduction="sum", backend=self.backend)
-        direction = self.preserve.removesuffix("_kl")
-        return kl_loss(
-            logits, ref_logits, direction=direction, reduction="sum", backend=self.backend
-        )
+            return LikeliestNLL()
+        return KL(self.preserve.removesuffix("_kl"))
 
     def _check_reference(self, logits: Tensor, ref_logits: Tensor | None) -> None:
         if ref_logits is not None:

@@ -83,7 +83,7 @@ def _rows(
     if any(not isinstance(loss, SparseLocalEntropy) or loss.needs_reference for loss in decoded):
         head = Head(cast(weight), cast(bias), scale, softcap or None)
     ref_head = head
-    if ref_weight is not None:
+    if ref_weight is not None and ref_hidden is not None:
         ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
     return Rows(
         cast(hidden),

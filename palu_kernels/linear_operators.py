@@ -284,14 +284,33 @@ def linear_losses(
     if ref_hidden is not None:
         check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
         _frozen("ref_hidden", ref_hidden, hidden)
-        _frozen_head(head, ref_head)
+        frozen_head(head, ref_head)
     elif any(part.loss.needs_reference for part in parts):
         raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
     arguments.no_forward_mode("a linear loss", hidden, head.weight, head.bias)
-    compute = _compute_dtype(hidden, head, ref_hidden, ref_head)
-    served_by = resolve(backend, hidden.device, compute)
     grad = torch.is_grad_enabled()
     want = [grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
+    total, losses, *_ = linear_outputs(
+        hidden, head, parts, ref_hidden, ref_head, row_weights, want, chunk_bytes, backend
+    )
+    return total, losses
+
+
+def linear_outputs(
+    hidden: Tensor,
+    head: LMHead,
+    parts: Sequence[Part],
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    row_weights: Tensor | None,
+    want: list[bool],
+    chunk_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All that the custom op gives: the pair of ``linear_losses``, and the gradients that ``want``
+    asks for (hidden, weight, bias) as ``linear_op.linear_backward`` takes them."""
+    compute = compute_dtype(hidden, head, ref_hidden, ref_head)
+    served_by = resolve(backend, hidden.device, compute)
     mean: tuple[Tensor | None, Tensor | None] = (None, None)
     if any(part.loss.needs_mean for part in parts) and not torch.compiler.is_compiling():
         mean = head.mean_row()
@@ -302,7 +321,7 @@ def linear_losses(
     scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
     if ref_head is not None:
         scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
-    total, losses, *_ = linear(
+    return linear(
         hidden,
         head.weight,
         head.bias,
@@ -316,7 +335,6 @@ def linear_losses(
         chunk_bytes,
         served_by,
     )
-    return total, losses
 
 
 def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:
@@ -328,7 +346,7 @@ def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:
     arguments.same_device(name, value, hidden, "hidden")
 
 
-def _frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
+def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
     if ref_head is None:
         if head.requires_grad:
             raise ValueError(
@@ -345,7 +363,7 @@ def _frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
         )
 
 
-def _compute_dtype(
+def compute_dtype(
     hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
 ) -> torch.dtype:
     """The dtype of the products: autocast's, as for ``F.linear``, else that of all four."""

@@ -2,8 +2,8 @@
 overwritten with its gradient.
 
 A new loss is one class here. It sees the chunk before the head's softcap and returns the gradient
-with respect to that, so that the head's products need no pass of their own; its rows are not
-weighted (``linear.py`` does that in float32).
+with respect to that, so that the head's products need no pass of their own. In the chunk loop its
+rows are not weighted (``linear.py`` does that in float32).
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ class Chunk:
     data: Tensor | None
     gradient: bool  # whether to overwrite the logits with the gradient
     served_by: str
+    weights: Tensor | None = None  # [n], of the rows in the gradient; None: 1 each
 
     @property
     def grad(self) -> Tensor | None:
         """Where the gradient goes."""
         return self.logits if self.gradient else None
+
+    def grad_of(self, losses: Tensor) -> Tensor:
+        """What the kernels multiply the gradient of every row with."""
+        return losses.new_ones(losses.shape) if self.weights is None else self.weights
 
 
 class RowLoss:
@@ -70,6 +75,7 @@ class LocalEntropy(RowLoss):
                 center,
                 chunk.softcap,
                 chunk.grad,
+                chunk.weights,
             )
         from palu_kernels.triton import local_entropy as kernels
 
@@ -85,7 +91,7 @@ class LocalEntropy(RowLoss):
         )
         if chunk.gradient:
             kernels.backward(
-                losses.new_ones(losses.shape),
+                chunk.grad_of(losses),
                 chunk.logits,
                 self.chooser == "current",
                 state,
@@ -108,13 +114,14 @@ class KL(RowLoss):
     def __call__(self, chunk: Chunk) -> Tensor:
         caps = chunk.softcap, chunk.ref_softcap
         if chunk.served_by == "torch":
-            return eager.kl(chunk.logits, chunk.ref_logits, self.direction, *caps, chunk.grad)
+            options = (self.direction, *caps, chunk.grad, chunk.weights)
+            return eager.kl(chunk.logits, chunk.ref_logits, *options)
         from palu_kernels.triton import divergence as kernels
 
         losses, state = kernels.forward(chunk.logits, chunk.ref_logits, self.direction, *caps)
         if chunk.gradient:
             kernels.backward(
-                losses.new_ones(losses.shape),
+                chunk.grad_of(losses),
                 chunk.logits,
                 chunk.ref_logits,
                 state,
@@ -177,14 +184,15 @@ def topk_indices(scores: Tensor, k: int, served_by: str) -> Tensor:
 
 def _cross_entropy(chunk: Chunk, labels: Tensor, ignore_index: int) -> Tensor:
     if chunk.served_by == "torch":
-        return eager.cross_entropy(chunk.logits, labels, ignore_index, chunk.softcap, chunk.grad)
+        options = ignore_index, chunk.softcap, chunk.grad, chunk.weights
+        return eager.cross_entropy(chunk.logits, labels, *options)
     from palu_kernels.triton import cross_entropy as kernels
 
     losses, state = kernels.forward(chunk.logits, labels, ignore_index, chunk.softcap)
     if chunk.gradient:
-        ones = losses.new_ones(losses.shape)
+        weights = chunk.grad_of(losses)
         kernels.backward(
-            ones, chunk.logits, labels, state, ignore_index, chunk.logits, chunk.softcap
+            weights, chunk.logits, labels, state, ignore_index, chunk.logits, chunk.softcap
         )
     return losses
 

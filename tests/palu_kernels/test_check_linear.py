@@ -31,12 +31,12 @@ def test_it_can_fail(broken, monkeypatch):
     case = next(c for c in CASES if c.operator == "linear_kl" and c.head == "scaled")
     store, logits = eager.store, linear.Head.logits
 
-    def spoil(chunk, grad, slope):
+    def spoil(chunk, grad, slope, weights):
         if broken == "zero gradient":
             grad = torch.zeros_like(grad)
         elif broken == "swapped rows":
             grad = grad.flip(0)
-        store(chunk, grad, slope)
+        store(chunk, grad, slope, weights)
 
     def other(self, hidden, out):
         if broken == "no bias":
