@@ -148,6 +148,7 @@ def kl(
         if direction == "reverse":
             # p_j (log p_j - log q_j - KL)
             difference = log_p.sub_(log_q)
+            del log_q
             p = z.softmax(-1)  # faster than exp
             found = torch.linalg.vecdot(p, difference)
             out = difference.sub_(found[:, None]).mul_(p) if grad is not None else None
@@ -155,6 +156,7 @@ def kl(
             # p_j - q_j
             q = r.softmax(-1)
             found = torch.linalg.vecdot(q, log_q.sub_(log_p))
+            del log_p, log_q
             out = z.softmax(-1).sub_(q) if grad is not None else None
         if not bool(found.isfinite().all()):
             found = reference.kl_loss(z, r, direction=direction)
@@ -181,6 +183,7 @@ def cross_entropy(
         target = torch.where(counted, labels[tile], 0).long()[:, None]
         log_p = z.log_softmax(-1)
         losses[tile] = torch.where(counted, -log_p.gather(-1, target)[:, 0], 0)
+        del log_p
         if grad is not None:
             # softmax(z) - onehot(label)
             out = z.softmax(-1)
