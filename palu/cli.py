@@ -1,36 +1,59 @@
-"""The `palu` command: demo, unlearn, evaluate, inspect; `cache` is in `cli_cache.py`."""
+"""The `palu` command: demo, unlearn, evaluate, inspect; `cache` and `merge` have files of their
+own."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from palu import processes
 from palu.cli_cache import cache
+from palu.cli_evaluate import evaluate
+from palu.cli_merge import merge
 from palu.cli_options import (
     Backend,
+    Beta,
+    Beta1,
+    Beta2,
     DateString,
+    Delta,
     Device,
     Dtype,
     ForceTemplate,
     ForgetFile,
+    GradientCheckpointing,
+    IgnoreFirst,
+    LearningRate,
+    LoraAlpha,
+    LoraDropout,
+    LoraRank,
+    LoraTarget,
     MaxLength,
+    Method,
     ModelFolder,
+    Normalization,
     Objective,
     Overwrite,
     PrefixLength,
     Preserve,
+    Reference,
+    ReferenceCacheFolder,
     Repair,
     RepairSpans,
+    Resume,
     RetainFile,
     RetainLoss,
+    SaveSteps,
     SelectFrom,
+    StopAtForgetProb,
     SystemPrompt,
     TopK,
     bars,
@@ -40,6 +63,7 @@ from palu.cli_options import (
     read_rows,
     warn,
 )
+from palu.cli_plan import plan
 from palu.errors import UserError, user_errors
 
 # Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
@@ -54,6 +78,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache, name="cache")
+app.command()(plan)
+app.command()(evaluate)
+app.command()(merge)
 
 
 @app.command()
@@ -91,10 +118,17 @@ def demo(
 
 @app.command()
 def unlearn(
+    context: typer.Context,
     model: ModelFolder,
     forget: ForgetFile,
     output: Annotated[Path, typer.Option(help="Folder for the new model.")],
     retain: RetainFile = None,
+    method: Method = "palu",
+    beta: Beta = None,
+    beta1: Beta1 = None,
+    beta2: Beta2 = None,
+    delta: Delta = None,
+    ignore_first: IgnoreFirst = None,
     top_k: TopK = 50,
     prefix_length: PrefixLength = 3,
     objective: Annotated[Objective, typer.Option(help="What levels them.")] = Objective.flatten,
@@ -110,25 +144,22 @@ def unlearn(
         int | None, typer.Option(help="Retain rows beside a forget batch; default: as many.")
     ] = None,
     select_from: SelectFrom = "reference",
-    reference: Annotated[
-        str,
-        typer.Option(
-            help="Where the original model's numbers come from: live (a frozen copy runs beside "
-            "it) or cached (computed once, before training); adapter_off is for PEFT models, in "
-            "Python."
-        ),
-    ] = "live",
-    reference_cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the cache, built if it is not there; default: OUTPUT-reference-cache."
-        ),
-    ] = None,
+    normalization: Normalization = "step",
+    reference: Reference = "live",
+    reference_cache: ReferenceCacheFolder = None,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_dropout: LoraDropout = 0.0,
+    lora_target: LoraTarget = "all-linear",
     backend: Backend = "auto",
-    learning_rate: Annotated[float, typer.Option(help="Peak, then linear to 0.")] = 1e-5,
+    learning_rate: LearningRate = 1e-5,
     epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = 10.0,
+    stop_at_forget_prob: StopAtForgetProb = None,
     batch_size: Annotated[int, typer.Option(help="Forget rows a micro-batch.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    gradient_checkpointing: GradientCheckpointing = False,
+    save_steps: SaveSteps = None,
+    resume: Resume = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the batches.")] = 0,
@@ -139,16 +170,24 @@ def unlearn(
     repair: RepairSpans = Repair.none,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model forget the marked spans of one file and keep the answers of another."""
+    """Make a model forget the marked spans (or, by other methods, the answers) of one file and keep
+    the answers of another."""
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.data import split_slice
+        from palu.lora import add_lora, lora_settings, reference_kind, refuse_adapter
         from palu.runs import cache_place, check_output, choose_template, output_folder
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         check_output(output, overwrite=overwrite, inputs=(model, *files))
+        refuse_adapter(model)
+        lora = lora_settings(lora_rank, lora_alpha, lora_dropout, lora_target)
+        asked = context.get_parameter_source("reference").name != "DEFAULT"
+        reference = reference_kind(reference if asked else None, lora, reference_cache)
+        place = None
         place = cache_place(reference, reference_cache, output)
         import torch
 
+        from palu import checkpoints
         from palu import unlearn as run
         from palu.cache import CacheError, CacheWriteError, cache_info
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
@@ -157,8 +196,11 @@ def unlearn(
 
         quiet()
         model_folder(model)
-        where = resolve_device(device)
+        where = processes.own_device(resolve_device(device))
         resolve_backend(backend, where, torch.float32)
+        kept = checkpoints.folder_beside(
+            output, save_steps=save_steps, resume=resume, overwrite=overwrite
+        )
         if epochs <= 0 or batch_size < 1 or gradient_accumulation < 1 or learning_rate <= 0:
             raise ValueError(
                 "--epochs and --learning-rate must be above 0, "
@@ -166,6 +208,12 @@ def unlearn(
             )
         config = run.make_config(
             where,
+            method=method,
+            beta=beta,
+            beta1=beta1,
+            beta2=beta2,
+            delta=delta,
+            ignore_first=ignore_first,
             top_k=top_k,
             prefix_length=prefix_length,
             objective=objective.value,
@@ -177,15 +225,22 @@ def unlearn(
             retain_loss=retain_loss,
             retain_batch_size=retain_batch_size,
             select_from=select_from,
+            normalization=normalization,
             reference=reference,
             reference_cache=None if place is None else str(place),
             backend=backend,
             learning_rate=learning_rate,
             num_train_epochs=epochs,
+            stop_at_forget_prob=stop_at_forget_prob,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
+            save_steps=save_steps,
             seed=seed,
         )
+        run.check_method(config, retain=retain is not None)
+        is_main = config.process_index == 0
+        checkpoint = checkpoints.last_checkpoint(kept) if resume else None
         template = choose_template(
             model, system_prompt=system_prompt, date_string=date_string, force=force_template
         )
@@ -195,19 +250,32 @@ def unlearn(
     read = {"repair": repair.value, "max_length": max_length}
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)
-        rows = read_rows(forget, tokenizer, template, require_spans=True, **read)
+        by_span, second = method == "palu", run.second_answers(config)
+        marked = {"require_spans": by_span, "second_answers": second}
+        rows = read_rows(forget, tokenizer, template, **marked, **read)
         retain_rows = None
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
-        if not any(label >= 0 for row in rows for label in row["labels"]):
+        if by_span and not any(label >= 0 for row in rows for label in row["labels"]):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
-        loaded = load_model(model, dtype, device)
+        loaded = load_model(model, dtype, str(config.device))
+        if lora is not None:
+            loaded = add_lora(loaded, lora, seed)
     if retain_rows is None:
-        warn("no --retain file: only the other words of the forget answers hold the model in place")
+        hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
+        warn(f"no --retain file: {hold} the model in place")
+    if resume:
+        found = f"Resuming from {checkpoint}"
+        if checkpoint is None:
+            found = f"Nothing to resume from in {kept}: starting from the beginning"
+        out.print(found, soft_wrap=True, markup=False)
+    elif kept is not None and is_main:
+        shutil.rmtree(kept, ignore_errors=True)
     data = {"forget": forget, "retain": retain, **read}
     notes = {"model": str(model), **data, "template": template.to_dict()}
-    with output_folder(output) as folder:
-        with user_errors(CacheError, CacheWriteError), bar(bars, "Unlearning") as report:
+    with output_folder(output) if is_main else nullcontext() as folder:
+        mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)
+        with mistakes, bar(bars, "Unlearning") as report:
             curve = run.unlearn(
                 loaded,
                 tokenizer,
@@ -216,7 +284,11 @@ def unlearn(
                 config,
                 report,
                 cache_options={"template": template, "notes": notes},
+                checkpoints=kept,
+                resume=checkpoint,
             )
+        if not is_main:
+            return
         with bars.status("Writing the model"):
             run.save_model(
                 folder,
@@ -229,9 +301,13 @@ def unlearn(
                 data=data,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=str(where),
+                processes=processes.count(),
                 settings=run.settings_of(config),
+                lora=None if lora is None else vars(lora),
                 loss_curve=curve,
             )
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     last = {name: round(curve[-1][name], 4) for name in ("forget", "preserve", "retain")}
     out.print(
         f"Written to {output} after {len(curve)} steps. Last terms: {last}",
@@ -243,70 +319,6 @@ def unlearn(
         if config.reference_cache is None:
             said = "No reference cache: these settings ask the original model nothing"
         out.print(said, soft_wrap=True, markup=False)
-
-
-@app.command()
-def evaluate(
-    model: ModelFolder,
-    forget: ForgetFile,
-    retain: RetainFile = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a greedy answer; 0: none.")] = 128,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_length: MaxLength = 512,
-    system_prompt: SystemPrompt = None,
-    date_string: DateString = None,
-    force_template: ForceTemplate = False,
-    repair: RepairSpans = Repair.none,
-    json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
-) -> None:
-    """Measure what a model still knows of a forget and a retain file."""
-    with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.data import load_examples
-        from palu.evaluation import evaluate_examples, metrics_table
-        from palu.loading import load_model, load_tokenizer, model_folder
-        from palu.progress import bar
-        from palu.runs import choose_template, versions, write_json
-
-        quiet()
-        model_folder(model)
-        if batch_size < 1 or max_new_tokens < 0 or max_length < 2:
-            raise ValueError(
-                "--batch-size must be at least 1, --max-new-tokens at least 0, "
-                "--max-length at least 2"
-            )
-        if json is not None and not json.resolve().parent.is_dir():
-            raise ValueError(f"--json: the folder {str(json.resolve().parent)!r} does not exist")
-        template = choose_template(
-            model, system_prompt=system_prompt, date_string=date_string, force=force_template
-        )
-    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
-        sets = {
-            name: load_examples(path, require_spans=False, repair=repair.value)
-            for name, path in (("forget", forget), ("retain", retain))
-            if path is not None
-        }
-        tokenizer = load_tokenizer(model)
-        _check_examples(sets, tokenizer, max_length, template)
-        loaded = load_model(model, dtype, device)
-    results: dict[str, Any] = {}
-    for name, examples in sets.items():
-        with bar(bars, f"Evaluating {name}") as report, plain_warnings():
-            results[name] = evaluate_examples(
-                loaded,
-                tokenizer,
-                examples,
-                template=template,
-                max_length=max_length,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                progress=report,
-            )
-    out.print(metrics_table(escape(str(model)), [(model.name, n, r) for n, r in results.items()]))
-    if json is not None:
-        content = {"model": str(model), "template": template.to_dict(), "versions": versions()}
-        write_json(json, {**content, **results})
 
 
 @app.command()
@@ -327,14 +339,15 @@ def inspect(
     with user_errors(), plain_warnings():
         with bars.status("Loading the tokenizer"):
             from palu.inspect import inspect_file
-            from palu.loading import load_tokenizer
-            from palu.runs import choose_template
+            from palu.loading import folder_with, load_tokenizer
+            from palu.runs import RECORD, choose_template
 
             if limit < 0:
                 raise ValueError(f"--limit must be at least 0, not {limit}")
             tokenizer = load_tokenizer(model)
+            home = folder_with(RECORD, model)
             template = choose_template(
-                model, system_prompt=system_prompt, date_string=date_string, force=force_template
+                home, system_prompt=system_prompt, date_string=date_string, force=force_template
             )
         inspect_file(
             file,
@@ -348,17 +361,6 @@ def inspect(
         )
 
 
-def _check_examples(sets: dict, tokenizer: Any, max_length: int, template: Any) -> None:
-    """Examples that cannot be tokenised are the user's to put right: found before the model is
-    loaded."""
-    from palu.data import tokenize_examples
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # evaluate_examples gives the same ones
-        for examples in sets.values():
-            tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
-
-
 def main() -> None:
     """Entry point: a user's mistake is one line and status 2, a diverged run one line and status
     1."""
@@ -366,14 +368,14 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A run that is told to stop leaves through its cleanup: no half-written folder stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    out.quiet = bars.quiet = processes.rank() > 0
     try:
         app()
-    except UserError as error:
-        bars.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except FloatingPointError as error:
-        bars.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+    except (UserError, FloatingPointError) as error:
+        bars.quiet = False  # another process may not come to say anything
+        who = f" in process {processes.rank()}" if processes.count() > 1 else ""
+        bars.print(f"[red]error{who}:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

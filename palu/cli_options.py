@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -40,6 +40,25 @@ ForgetFile = Annotated[
     ),
 ]
 RetainFile = Annotated[str | None, typer.Option("--retain", help="What to keep, same formats.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="palu (the marked spans), or one that forgets whole answers: grad_ascent, grad_diff, "
+        "npo, sim_npo, dpo (prefers alternate_answer), idk_dpo (prefers refusals), wga, sat_imp, "
+        "undial, ce_u."
+    ),
+]
+
+
+def _of_method(kind: type, says: str) -> Any:
+    return Annotated[kind | None, typer.Option(help=says, show_default=False)]
+
+
+Beta = _of_method(float, "Of npo, dpo, idk_dpo (0.1), sim_npo (4.5), wga (1), undial (10).")
+Beta1 = _of_method(float, "Of sat_imp (5).")
+Beta2 = _of_method(float, "Of sat_imp (1).")
+Delta = _of_method(float, "Of sim_npo (0).")
+IgnoreFirst = _of_method(int, "Of ce_u: tokens at the start of an answer left alone (1).")
 TopK = Annotated[int, typer.Option(help="Largest logits levelled in a forget row.")]
 PrefixLength = Annotated[
     int, typer.Option(help="Tokens forgotten at the start of each span; 0: all.")
@@ -48,8 +67,86 @@ Preserve = Annotated[
     str, typer.Option(help="Holds other answer tokens: reverse_kl, forward_kl, nll or none.")
 ]
 RetainLoss = Annotated[str, typer.Option(help="nll, or kl to the original model.")]
+Normalization = Annotated[
+    str,
+    typer.Option(
+        help="What the means are over: step (all rows of the step) or micro_batch (each "
+        "micro-batch by itself, averaged; the released code)."
+    ),
+]
 SelectFrom = Annotated[
     str, typer.Option(help="Whose logits choose the top k: reference or current.")
+]
+Reference = Annotated[
+    str,
+    typer.Option(
+        help="Where the original model's numbers come from: live (a frozen copy runs beside it), "
+        "cached (computed once, before training) or, with --lora-rank, adapter_off (the model "
+        "without its adapter: no second model).",
+        show_default="live; with --lora-rank adapter_off",
+    ),
+]
+ReferenceCacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the cache, built if it is not there; default: OUTPUT-reference-cache."
+    ),
+]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Train a LoRA adapter of this rank and nothing else; the output is a PEFT folder "
+        "(palu merge folds it in)."
+    ),
+]
+LoraAlpha = Annotated[
+    int | None,
+    typer.Option(help="The adapter's scale is alpha / rank.", show_default="2 * rank"),
+]
+LoraDropout = Annotated[float, typer.Option(help="Dropout before the adapter.")]
+LoraTarget = Annotated[
+    str,
+    typer.Option(
+        help="Where it goes: all-linear (every linear layer but the output head), or names of "
+        "modules: q_proj,v_proj."
+    ),
+]
+SaveSteps = Annotated[
+    int | None,
+    typer.Option(
+        help="Write a checkpoint every so many steps, into OUTPUT-checkpoints, for --resume; "
+        "removed when the model is written."
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the last checkpoint of an interrupted run with the same settings, data "
+        "and model; from the beginning where there is none.",
+    ),
+]
+LearningRate = Annotated[
+    float,
+    typer.Option(
+        help="Peak, then linear to 0. LoRA usually wants about ten times what all weights want: "
+        "1e-4."
+    ),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Compute activations again in backward instead of keeping them: less memory, slower.",
+    ),
+]
+StopAtForgetProb = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop after the first epoch that leaves the tokens to forget with at most this "
+        "probability: 0.05.",
+        show_default=False,
+    ),
 ]
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton or torch.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -75,12 +172,23 @@ def read_rows(
     require_spans: bool,
     repair: str,
     max_length: int,
+    second_answers: Callable[[list], list[str]] | None = None,
 ) -> list[dict]:
-    """The tokenised examples of a file."""
+    """The tokenised examples of a file; with the second answers that `second_answers` gives to its
+    examples, if any."""
     from palu.data import load_examples, tokenize_examples
+    from palu.methods.alternates import add_alternates
 
     examples = load_examples(path, require_spans=require_spans, repair=repair)
-    return tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
+    options = {"max_length": max_length, "template": template}
+    rows = tokenize_examples(examples, tokenizer, **options)
+    if second_answers is None:
+        return rows
+    try:
+        texts = second_answers(examples)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return add_alternates(rows, examples, texts, tokenizer, **options)
 
 
 def warn(text: str) -> None:

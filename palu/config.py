@@ -9,9 +9,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from palu.loss import PALULoss
+from palu.methods import Method, check_options, make_method
 
 RETAIN_LOSSES = ("nll", "kl")
+NORMALIZATIONS = ("step", "micro_batch")
 REFERENCES = ("live", "adapter_off", "cached")
+METHOD_OPTIONS = ("beta", "beta1", "beta2", "delta", "ignore_first")
 
 
 def parse_center(center: str | float) -> str | float:
@@ -40,6 +43,28 @@ class PALUConfig(TrainingArguments):
     Raises:
         ValueError: a value outside its choices, naming the field.
     """
+
+    method: str = field(
+        default="palu",
+        metadata={
+            "help": "palu, or a method that forgets whole answers: grad_ascent, grad_diff, npo, "
+            "sim_npo, dpo, idk_dpo, wga, sat_imp, undial, ce_u. The fields from top_k to preserve, "
+            "preserve_weight and select_from are PALU's alone."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of npo, dpo, idk_dpo (default 0.1), sim_npo (4.5), wga (1), undial (10)."
+        },
+    )
+    beta1: float | None = field(default=None, metadata={"help": "Of sat_imp (default 5)."})
+    beta2: float | None = field(default=None, metadata={"help": "Of sat_imp (default 1)."})
+    delta: float | None = field(default=None, metadata={"help": "Of sim_npo (default 0)."})
+    ignore_first: int | None = field(
+        default=None,
+        metadata={"help": "Of ce_u: tokens at the start of an answer left alone (default 1)."},
+    )
 
     top_k: int = field(
         default=50,
@@ -77,6 +102,14 @@ class PALUConfig(TrainingArguments):
         metadata={"help": "Retain rows beside each forget batch; default: as many as the batch."},
     )
 
+    normalization: str = field(
+        default="step",
+        metadata={
+            "help": "What the means are over: step (all rows of the optimizer step) or micro_batch "
+            "(each micro-batch by itself, averaged; the released code)."
+        },
+    )
+
     reference: str = field(
         default="live",
         metadata={
@@ -90,6 +123,14 @@ class PALUConfig(TrainingArguments):
         metadata={
             "help": "Folder of the cache, built if it is not there; default: reference-cache in "
             "the output folder."
+        },
+    )
+
+    stop_at_forget_prob: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the probability of the tokens to forget is at most this, measured "
+            "after each epoch, or every eval_steps."
         },
     )
 
@@ -114,6 +155,11 @@ class PALUConfig(TrainingArguments):
             raise ValueError(
                 f"retain_loss must be one of {', '.join(RETAIN_LOSSES)}, not {self.retain_loss!r}"
             )
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization must be one of {', '.join(NORMALIZATIONS)}, not "
+                f"{self.normalization!r}"
+            )
         if self.reference not in REFERENCES:
             raise ValueError(
                 f"reference must be one of {', '.join(REFERENCES)}, not {self.reference!r}"
@@ -124,8 +170,30 @@ class PALUConfig(TrainingArguments):
             )
         if self.retain_batch_size is not None and self.retain_batch_size < 1:
             raise ValueError(f"retain_batch_size must be at least 1, not {self.retain_batch_size}")
+        if self.stop_at_forget_prob is not None and not 0 < self.stop_at_forget_prob < 1:
+            raise ValueError(
+                "stop_at_forget_prob must be a number above 0 and below 1, or None, not "
+                f"{self.stop_at_forget_prob}"
+            )
+        check_options(self.method, self.method_options())
         PALULoss(**self.loss_options())  # its options are checked here, before any work
+        self.make_loss()
         super().__post_init__()
+
+    def make_loss(self, eos_token_id: int | list[int] | None = None) -> PALULoss | Method:
+        """The loss of `method` with its options.
+
+        Args:
+            eos_token_id: of `PALULoss`.
+        """
+        if self.method == "palu":
+            return PALULoss(**self.loss_options(), eos_token_id=eos_token_id)
+        shared = {"forget_weight": self.forget_weight, "backend": self.backend}
+        return make_method(self.method, self.method_options(), **shared)
+
+    def method_options(self) -> dict[str, Any]:
+        """The options of methods other than PALU; None where the method's default is meant."""
+        return {name: getattr(self, name) for name in METHOD_OPTIONS}
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments for `PALULoss`, all but `eos_token_id`."""

@@ -33,7 +33,8 @@ def load_examples(
     Records have `question` and `answer`, or `text` alone for a plain document, and `spans`:
     `[{"start": s, "end": e}]` (or `[[s, e]]`), character offsets into the answer. The released
     annotation format is read too: `target_words`, a JSON string of `[{"word": w, "start": s, "end":
-    e}]`. Fields that are not used stay in `Example.extra`.
+    e}]`. `palu evaluate` also reads `paraphrased_answer` (a text) and `perturbed_answer` (a list of
+    wrong texts), as TOFU has them. Fields that are not used stay in `Example.extra`.
 
     One warning a file tells how many spans or rows look wrong (they are accepted), and what was
     repaired.

@@ -4,10 +4,16 @@ on."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from palu.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +59,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Checks that `path` is a model folder and returns it.
+    """Checks that `path` is a folder of a model or of a PEFT adapter and returns it.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no `config.json`.
@@ -61,40 +67,72 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {str(folder)!r} does not exist")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise FileNotFoundError(
-            f"{str(folder)!r} is not a Hugging Face model folder: it has no config.json"
+            f"{str(folder)!r} is not a Hugging Face model folder: it has no config.json (nor the "
+            f"{ADAPTER_CONFIG} of an adapter)"
         )
     return folder
 
 
+def folder_with(name: str, path: str | Path, base: str | Path | None = None) -> Path:
+    """The folder that has a file: `path`, or where that is an adapter without it, its base model.
+
+    Args:
+        base: the base model; None: the one that the adapter names.
+
+    Raises:
+        ValueError: the adapter names no base model that is here.
+    """
+    folder = Path(path)
+    if (folder / name).is_file() or not is_adapter(folder):
+        return folder
+    return base_folder(folder) if base is None else Path(base)
+
+
 def load_model(
-    path: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None
-) -> PreTrainedModel:
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    *,
+    base: str | Path | None = None,
+) -> PreTrainedModel | PeftModel:
     """A causal language model from a local folder (safetensors only), in eval mode, on `device`.
+
+    Args:
+        path: a model, or a PEFT adapter, which comes on its base model.
+        dtype: of the model's weights; those of an adapter are float32 at least.
+        base: the base model of an adapter; None: the one that the adapter names.
 
     Raises:
         FileNotFoundError: no such model folder.
-        ValueError: unknown dtype or device, or the folder's weights cannot be read.
+        ValueError: unknown dtype or device, the folder's weights cannot be read, or the adapter
+            cannot be used.
     """
     folder, where, kind = model_folder(path), resolve_device(device), resolve_dtype(dtype)
+    whole = folder
+    if is_adapter(folder):
+        whole = base_folder(folder) if base is None else model_folder(base)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            whole, dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"could not load a model from {str(folder)!r}: {error}") from error
+        raise ValueError(f"could not load a model from {str(whole)!r}: {error}") from error
+    if whole is not folder:
+        model = attach_adapter(model, folder)
     return model.to(where).eval()
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a local model folder.
+def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a local model folder; of its base model (see `load_model`) where it is an
+    adapter without one.
 
     Raises:
         FileNotFoundError: no such model folder.
         ValueError: it holds no tokenizer that can be read.
     """
-    folder = model_folder(path)
+    folder = folder_with("tokenizer_config.json", model_folder(path), base)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -142,7 +142,7 @@ class Objective:
             if retain is not None:
                 places.append(2)
                 weights = self.retain_weight, denominators[2]
-                targets = None if self.retain_kl else _targets(retain)
+                targets = None if self.retain_kl else answer_tokens(retain)
                 loss = KL("forward") if self.retain_kl else CrossEntropy()
                 terms.append(HiddenTerm(loss, hidden[own:], ref_retain, targets, *weights))
             total, sums = sum_of_terms(self.head, ref_head, terms, self.loss.backend)
@@ -188,7 +188,7 @@ class Objective:
         options = {"reduction": "sum", "backend": self.loss.backend}
         if self.retain_kl:
             return kl_loss(logits, ref_logits, direction="forward", **options)
-        return cross_entropy_loss(logits, _targets(retain), **options)
+        return cross_entropy_loss(logits, answer_tokens(retain), **options)
 
 
 def in_turns(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def _all_agree(value: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def _targets(retain: Mapping[str, Tensor]) -> Tensor:
+def answer_tokens(retain: Mapping[str, Tensor]) -> Tensor:
     """The tokens themselves: -200 marks an answer token and is no token."""
     return retain["input_ids"][:, 1:][retain["labels"][:, 1:] != IGNORE]
 

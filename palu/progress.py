@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,45 +11,96 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback
+
+# Where the output is no terminal: at most a line each tenth of the work and each 20 seconds.
+LINES, LINE_SECONDS = 10, 20.0
+
+
+class TimeLeft(ProgressColumn):
+    """`0:12:30 left`, from the pace since the work of this total began; empty while unknown and
+    when nothing more comes."""
+
+    def render(self, task: Task) -> Text:
+        """One task's estimate."""
+        seconds = task.time_remaining
+        if seconds is None or task.finished or task.stop_time is not None:
+            return Text("")
+        minutes, second = divmod(int(seconds), 60)
+        hours, minute = divmod(minutes, 60)
+        return Text(f"{hours}:{minute:02}:{second:02} left", style="progress.remaining")
 
 
 @contextmanager
 def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., None]]:
-    """One progress bar. Yields `report(done, total, note="")`; the finished bar stays on the
-    screen."""
-    progress = Progress(
+    """One progress bar with an estimate of the time left. Yields `report(done, total, note="")`;
+    the finished bar stays on the screen.
+
+    On a terminal it is redrawn in place. In a file or a pipe it is the finished bar alone, after a
+    few lines on the way where that is long.
+    """
+    columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-        console=console,
+        TimeLeft(),
+        TextColumn("{task.fields[note]}", style="dim", table_column=Column(overflow="fold")),
     )
+    # Steps may take minutes each: the pace is that of all of them.
+    progress = Progress(*columns, console=console, speed_estimate_period=float("inf"))
     with progress:
-        task = progress.add_task(title, total=None, note=note)
+        number = progress.add_task(title, total=None, note=note)
+        task = progress.tasks[0]
+        last_line, lines = time.monotonic(), 0
 
         def report(done: int, total: int, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
+            nonlocal last_line, lines
+            progress.update(number, completed=done, total=total, note=note)
+            if console.is_terminal or done == 0 or done >= total:
+                return
+            now = time.monotonic()
+            if done * LINES // total != lines and now - last_line >= LINE_SECONDS:
+                last_line, lines = now, done * LINES // total
+                cells = (column.render(task) for column in (*columns[2:5], columns[5]))
+                text = "  ".join(str(cell) for cell in cells if str(cell))
+                console.print(f"{title}  {text}", soft_wrap=True, markup=False, highlight=False)
 
-        yield report
+        try:
+            yield report
+        finally:
+            progress.stop_task(number)
 
 
 class TrainingBar(TrainerCallback):
     """Shows a Trainer's steps and the last logged terms through `report`."""
 
+    SHOWN = ("forget", "preserve", "retain", "forget_prob")
+
     def __init__(self, report: Callable[..., None]) -> None:
         self.report = report
-        self.note = ""
+        self.values: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A new total, and where a resumed run goes on from."""
+        self._show(state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.report(state.global_step, state.max_steps, self.note)
+        """One step further."""
+        self._show(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{n} {logs[n]:.3f}" for n in ("forget", "retain") if n in (logs or {})]
-        if shown:
-            self.note = "  ".join(shown)
-            self.report(state.global_step, state.max_steps, self.note)
+        """The last terms."""
+        self.values |= {n: logs[n] for n in self.SHOWN if n in (logs or {})}
+        self._show(state)
+
+    def _show(self, state) -> None:
+        note = "  ".join(f"{n} {self.values[n]:.3g}" for n in self.SHOWN if n in self.values)
+        self.report(state.global_step, state.max_steps, note)

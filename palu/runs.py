@@ -3,6 +3,7 @@ how it was made."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -159,11 +160,6 @@ def cache_place(reference: str, folder: Path | None, output: Path) -> Path | Non
     Raises:
         ValueError: it is a file, lies in the output or the output in it, or no cache is asked for.
     """
-    if reference == "adapter_off":
-        raise ValueError(
-            "--reference adapter_off needs a PEFT model, which palu unlearn does not load: use "
-            "live or cached (PALUTrainer takes PEFT models)"
-        )
     if reference != "cached":
         if folder is not None:
             raise ValueError(
@@ -182,16 +178,25 @@ def cache_place(reference: str, folder: Path | None, output: Path) -> Path | Non
     return place
 
 
+def _remove_abandoned(path: Path) -> None:
+    """Folders that `output_folder` began for `path` in processes that are no more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdigit() and left.is_dir() and not Path("/proc", number).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into, put in its place when the block ends without an
     error.
 
-    What was at `path` stays untouched until then; after an error the new folder is removed. Call
-    `check_output` first.
+    What was at `path` stays untouched until then; after an error the new folder is removed, and
+    what a killed run left behind is removed by the next one. Call `check_output` first.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()

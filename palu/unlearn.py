@@ -14,8 +14,14 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from palu.config import PALUConfig
+from palu.data import Example
+from palu.early_stop import FORGET_PROB
 from palu.labels import Template
+from palu.methods import Method
+from palu.methods.alternates import own_alternates, refusals
+from palu.not_finite import check_weights
 from palu.progress import TrainingBar
+from palu.reference import CachedReference
 from palu.runs import write_record
 from palu.trainer import TERMS, PALUTrainer
 
@@ -28,11 +34,30 @@ CURVE = (
     *(f"num_{t}" for t in TERMS),
     "learning_rate",
     "grad_norm",
+    FORGET_PROB,
 )
 
 
-def make_config(device: torch.device, **options: Any) -> PALUConfig:
-    """A `PALUConfig` that logs every step, saves nothing by itself and trains on `device`.
+# Newer versions of transformers warn of the first name.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PALUConfig, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+
+
+def make_config(
+    device: torch.device,
+    *,
+    gradient_checkpointing: bool = False,
+    save_steps: int | None = None,
+    **options: Any,
+) -> PALUConfig:
+    """A `PALUConfig` that logs every step and trains on `device`.
+
+    Args:
+        save_steps: steps between checkpoints, of which the last one is kept; None: nothing is
+            saved.
 
     Raises:
         ValueError, TypeError: an option is out of its range, naming it.
@@ -40,15 +65,35 @@ def make_config(device: torch.device, **options: Any) -> PALUConfig:
     if device.type != "cpu" and device.index is not None:
         # accelerate, which places the model, reads the choice of one device among several here.
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    options[_CHECKPOINTING] = gradient_checkpointing
+    options["save_strategy"] = "no" if save_steps is None else "steps"
+    if save_steps is not None:
+        options |= {"save_steps": save_steps, "save_total_limit": 1}
     return PALUConfig(
         logging_steps=1,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         **options,
     )
+
+
+def check_method(config: PALUConfig, *, retain: bool) -> None:
+    """Raises ValueError where the method lacks something, before anything is loaded: see
+    `Method.check_run`."""
+    loss = config.make_loss()
+    if isinstance(loss, Method):
+        kl = retain and config.retain_loss == "kl"
+        needed = loss.needs_reference or kl
+        loss.check_run(retain=retain, reference=config.reference, reference_needed=needed)
+
+
+def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:
+    """What gives the examples the second answers that the method needs; None where it needs
+    none."""
+    refuse = partial(refusals, seed=config.seed)
+    return {"dpo": own_alternates, "idk_dpo": refuse}.get(config.method)
 
 
 def unlearn(
@@ -60,8 +105,11 @@ def unlearn(
     report: Callable[..., None] | None = None,
     *,
     cache_options: Mapping[str, Any] | None = None,
+    checkpoints: Path | None = None,
+    resume: str | None = None,
 ) -> list[dict[str, float]]:
-    """Trains `model` in place to forget the sensitive tokens of `forget_rows`.
+    """Trains `model` in place to forget the sensitive tokens (or the answers, see
+    `PALUConfig.method`) of `forget_rows`.
 
     Args:
         forget_rows, retain_rows: as `palu.data.tokenize_examples` makes them.
@@ -70,17 +118,21 @@ def unlearn(
         report: called with (step, steps, a line with the last terms), and before with (examples,
             of how many, ...) while a reference cache is built.
         cache_options: `template` and `notes` of `ReferenceCache.build`.
+        checkpoints: where the Trainer saves what `config` has it save; None: a temporary folder.
+        resume: the checkpoint to go on from.
 
     Returns:
         the loss curve: one dict a step with the names in `CURVE`.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the step and the term.
+        FloatingPointError: the loss is not finite (names the step, the term and the examples), or
+            the weights after the last step are not.
         CacheError, CacheWriteError: the reference cache cannot be used or built.
+        CheckpointError: `resume` is not whole, or of a run with other settings, data or model.
     """
     use_cache = model.config.use_cache
     with tempfile.TemporaryDirectory(prefix="palu-") as scratch:
-        config.output_dir = scratch
+        config.output_dir = scratch if checkpoints is None else str(checkpoints)
         trainer = PALUTrainer(
             model,
             config,
@@ -92,18 +144,17 @@ def unlearn(
         if report is not None:
             trainer.add_callback(TrainingBar(report))
         building = None if report is None else partial(report, note="building the reference cache")
-        cache = trainer.open_cache(report=building, **(cache_options or {}))
-        if cache is None:
+        trainer.train(resume, cache_options={"report": building, **(cache_options or {})})
+        if not isinstance(trainer.reference, CachedReference):
             config.reference_cache = None
-        trainer.train()
+    check_weights(model, trainer.state.global_step)
     # The Trainer turns the cache off for training and would leave it so in the saved folder.
     model.config.use_cache = use_cache
     model.eval()
-    return [
-        {name: entry[name] for name in CURVE if name in entry}
-        for entry in trainer.state.log_history
-        if "forget" in entry
-    ]
+    history = trainer.state.log_history
+    measured = {e["step"]: {FORGET_PROB: e[FORGET_PROB]} for e in history if FORGET_PROB in e}
+    steps = [entry | measured.get(entry["step"], {}) for entry in history if "forget" in entry]
+    return [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
 
 
 def settings_of(config: PALUConfig) -> dict[str, Any]:
@@ -113,14 +164,19 @@ def settings_of(config: PALUConfig) -> dict[str, Any]:
     own = [field.name for field in fields(PALUConfig) if field.name not in inherited]
     trainer = ["learning_rate", "num_train_epochs", "per_device_train_batch_size"]
     trainer += ["gradient_accumulation_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm"]
+    trainer += ["gradient_checkpointing"]
     values = {name: getattr(config, name) for name in [*own, *trainer]}
+    if config.method != "palu":
+        loss = config.make_loss()  # its options, where the config leaves them to it
+        values |= {name: getattr(loss, name) for name in loss.option_names()}
     return {k: getattr(v, "value", v) for k, v in values.items()}
 
 
 def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: Any, template: Template, **record: Any
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, tokenizer) and its `palu.json`."""
+    """Writes a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
+    `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

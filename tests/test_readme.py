@@ -1,63 +1,95 @@
 """The examples in README run as they stand there."""
 
 import copy
-import json
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
-from palu.data import Collator, load_examples, tokenize_examples
-from palu.demo_models import build_tokenizer
+from palu.data import Collator
+from tests import readme_world
+from tests.readme_world import prepare, run
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-RECORDS = [json.loads(line) for line in re.findall(r'^\{"(?:question|text)".*\}$', README, re.M)]
+LOOP, ONE_MORE_LOSS, DISTRIBUTED, TRAINER, LORA, HIDDEN = range(1, 7)
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """The names that the examples take for granted, small; README's own two records as data."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     monkeypatch.chdir(tmp_path)
-    for name in ("forget", "retain"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
-    tokenizer = build_tokenizer([json.dumps(record) for record in RECORDS], vocab_size=300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    rows = tokenize_examples(
-        load_examples("forget.jsonl", require_spans=True), tokenizer, max_length=64
-    )
-    return {
-        "tokenizer": tokenizer,
-        "model": model,
-        "torch": torch,
-        "frozen_original": copy.deepcopy(model).eval(),
-        "forget_loader": [Collator(tokenizer)(rows)] * 2,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-    }
-
-
-def test_there_are_three_examples_and_two_records():
-    assert len(PYTHON) == 3 and len(RECORDS) == 2
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_example_runs_and_trains(number, world, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    before = copy.deepcopy(world["model"].state_dict())
-    exec(compile(PYTHON[number], f"README.md, example {number + 1}", "exec"), world)
-    after = world["model"].state_dict()
-    assert any(not torch.equal(before[name], after[name].cpu()) for name in before)
+    return readme_world.world(tmp_path)
+
+
+def weights(names):
+    return copy.deepcopy(names["model"].state_dict())
+
+
+def changed(before, after):
+    return any(not torch.equal(before[name], after[name].cpu()) for name in before)
+
+
+def test_every_example_is_here():
+    assert len(readme_world.PYTHON) == 6 and len(readme_world.RECORDS) == 2
+
+
+@pytest.mark.parametrize("number", [LOOP, TRAINER, HIDDEN])
+def test_example_runs_and_trains(number, world):
+    before = weights(world)
+    run(number, world)
+    assert changed(before, world["model"].state_dict())
+
+
+def test_one_more_loss_in_a_trainer(world, tmp_path):
+    names = prepare(LOOP, world)
+    run(ONE_MORE_LOSS, names)
+    before = weights(names)
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, report_to="none", remove_unused_columns=False
+    )
+    trainer = names["MyTrainer"](
+        names["model"],
+        args,
+        train_dataset=names["rows"],
+        data_collator=Collator(names["tokenizer"]),
+    )
+    trainer.train()
+    assert changed(before, names["model"].state_dict())
+
+
+def test_lora(world):
+    names = prepare(TRAINER, world)
+    base = weights(world)
+    run(LORA, names)
+    adapted = dict(names["trainer"].model.named_parameters())
+    lora = {name: p for name, p in adapted.items() if "lora_B" in name}
+    assert lora and all(p.any() for p in lora.values())
+    frozen = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p.cpu()
+        for n, p in adapted.items()
+    }
+    assert all(torch.equal(frozen[name], value) for name, value in base.items() if name in frozen)
+
+
+def test_two_processes_are_one(world, tmp_path):
+    """The example for several devices, by `torchrun`, against the plain loop with both rows."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += ["-m", "tests.readme_world", str(tmp_path), str(DISTRIBUTED)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = weights(world)
+    run(LOOP, world)
+    assert changed(before, world["model"].state_dict())
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, right in world["model"].state_dict().items():
+            torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6)

@@ -2,5 +2,6 @@
 
 from palu.evaluation.metrics import METRICS, evaluate_examples
 from palu.evaluation.report import metrics_table
+from palu.evaluation.tofu import summarize
 
-__all__ = ["METRICS", "evaluate_examples", "metrics_table"]
+__all__ = ["METRICS", "evaluate_examples", "metrics_table", "summarize"]

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from palu.evaluation.batches import ALONE, Processes, in_batches
+from palu.modeling import unwrap
+
 
 @torch.no_grad()
 def greedy_answers(
@@ -18,7 +21,8 @@ def greedy_answers(
     eos_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Continues each prompt with the likeliest token until an end token or `max_new_tokens`.
 
@@ -29,7 +33,7 @@ def greedy_answers(
     Args:
         prompts: token ids, each at least one token long.
         eos_token_ids: ids that end an answer.
-        on_batch: called with how many prompts are done.
+        processes, report: see `in_batches`.
 
     Returns:
         the new text of each prompt, special tokens and outer white space removed.
@@ -38,10 +42,8 @@ def greedy_answers(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos_token_ids[0] if eos_token_ids else 0
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+
+    def work(chosen: list[int]) -> list[str]:
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.full((len(chosen), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -50,14 +52,15 @@ def greedy_answers(
             ids[row, width - length :] = torch.tensor(prompts[i], dtype=torch.long)
             mask[row, width - length :] = 1
         new = _continue(model, ids.to(device), mask.to(device), set(eos_token_ids), max_new_tokens)
-        for row, i in enumerate(chosen):
-            tokens = new[row].tolist()
+        answers = []
+        for tokens in new.tolist():
             ends = [n for n, token in enumerate(tokens) if token in eos_token_ids]
             tokens = tokens[: ends[0]] if ends else tokens
-            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        if on_batch is not None:
-            on_batch(min(start + batch_size, len(order)))
-    return answers
+            answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        return answers
+
+    lengths = [len(prompt) for prompt in prompts]
+    return in_batches(lengths, batch_size, work, processes=processes, report=report)
 
 
 def _continue(
@@ -76,12 +79,14 @@ def _continue(
         pad_token_id=min(eos) if eos else 0,
         use_cache=True,
     )
-    stored = model.generation_config
+    # An adapter's wrapper hands its inner model's settings back to it: they are changed in there.
+    inner = unwrap(model)
+    stored = inner.generation_config
     try:
         # `generate` fills settings that are left out from the stored ones (temperature, penalties):
         # none of them here.
-        model.generation_config = GenerationConfig()
+        inner.generation_config = GenerationConfig()
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     finally:
-        model.generation_config = stored
+        inner.generation_config = stored
     return out[:, ids.shape[1] :]

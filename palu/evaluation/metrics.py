@@ -1,4 +1,4 @@
-"""Four numbers that say how much of a set of answers a model still knows."""
+"""What a model still knows of a set of answers: numbers that need nothing but the answers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
-from palu.data import Collator, Example, tokenize_examples
+from palu.data import Example
+from palu.evaluation.definitions import (
+    exact_memorization,
+    extraction_strength,
+    probability,
+    rouge,
+)
+from palu.evaluation.forward import AnswerScores, evaluating, score_answers
 from palu.evaluation.generation import greedy_answers
-from palu.labels import IGNORE, Template
-from palu.modeling import end_tokens, kept_logits, prediction_rows
-from palu_kernels import cross_entropy_loss
+from palu.evaluation.sets import ANSWER, EvalSet
+from palu.labels import LabeledExample, Template
+from palu.modeling import end_tokens
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
+"""The columns of the table."""
+MORE_METRICS = ("extraction_strength", "rouge1_recall", "rouge1_f1", "rougeL_f1")
 
 
-@torch.no_grad()
 def evaluate_examples(
     model: nn.Module,
     tokenizer: Any,
@@ -32,21 +40,20 @@ def evaluate_examples(
 ) -> dict[str, Any]:
     """Measures a causal language model on examples. Neither the model nor the tokenizer is changed.
 
-    Per example:
-        answer_probability: `exp(-mean NLL)` over the answer's tokens, the closing end token
-            included.
-        sensitive_probability: the same over its sensitive tokens; None for an example without any.
-        rougeL_recall: ROUGE-L recall (with stemming) of the greedy answer; None for a plain
-            document (no question).
-        exact_memorization: share of the answer's tokens, end token left out, that are the model's
-            likeliest next token after the true ones before them; None when no token is left.
+    Per example (`palu.evaluation.definitions` has the formulas):
+        answer_probability: of the answer's tokens, the closing end token included.
+        sensitive_probability: of its sensitive tokens; None for an example without any.
+        rougeL_recall, rougeL_f1, rouge1_recall, rouge1_f1: of the greedy answer, words stemmed;
+            None for a plain document (no question).
+        exact_memorization, extraction_strength: of the answer's tokens, end token left out; exact
+            memorization is None when no token is left.
 
     Args:
         examples: see `palu.data.load_examples`; at least one.
         template: how questions are put; `Template()` when None.
         max_length: tokens; longer examples are cut, with a warning.
         batch_size: rows a forward pass.
-        max_new_tokens: limit of a greedy answer; 0 leaves ROUGE-L out (None everywhere).
+        max_new_tokens: limit of a greedy answer; 0 leaves ROUGE out (None everywhere).
         progress: called with (examples done, of how many), forward passes and answers counted
             alike.
 
@@ -56,116 +63,88 @@ def evaluate_examples(
 
     Raises:
         ValueError: no examples, or a size below its minimum.
+        FloatingPointError: a loss that is not finite; names the example.
     """
-    if not examples:
-        raise ValueError("examples must hold at least one example")
     if batch_size < 1 or max_new_tokens < 0:
         raise ValueError(
             f"batch_size must be at least 1 and max_new_tokens at least 0, "
             f"not {batch_size} and {max_new_tokens}"
         )
-    template = Template() if template is None else template
-    rows = tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
-    answered = (
-        [i for i, e in enumerate(examples) if e.question is not None] if max_new_tokens else []
+    data = EvalSet.tokenise(
+        "examples", examples, tokenizer, template=template or Template(), max_length=max_length
     )
-    total = len(rows) + len(answered)
+    rows = [row for (row,) in data.rows[ANSWER]]
+    asked = [i for i, e in enumerate(examples) if e.question is not None] if max_new_tokens else []
+    total = len(rows) + len(asked)
 
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
+    def report(before: int) -> Callable[[int, int], None] | None:
+        return progress and (lambda done, _: progress(before + done, total))
 
-    ends = end_tokens(model, tokenizer)
-    was_training = model.training
-    model.eval()
-    try:
-        results = _teacher_forced(model, tokenizer, rows, ends, batch_size, report)
-        generated = greedy_answers(
+    with evaluating(model):
+        scores = score_answers(model, tokenizer, rows, batch_size=batch_size, report=report(0))
+        check_finite(data, ANSWER, [[score] for score in scores])
+        answers = greedy_answers(
             model,
             tokenizer,
-            [_prompt(rows[i]) for i in answered],
-            # A template may close an answer with a token that neither tokenizer nor model names as
-            # its end.
-            eos_token_ids=ends,
+            [prompt(rows[i]) for i in asked],
+            eos_token_ids=stops(model, tokenizer, rows),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_batch=lambda done: report(len(rows) + done),
+            report=report(len(rows)),
         )
-    finally:
-        model.train(was_training)
-    for i, text in zip(answered, generated, strict=True):
-        results[i]["generated"] = text
-        results[i]["rougeL_recall"] = rouge_l_recall(examples[i].answer, text)
-    for example, result in zip(examples, results, strict=True):
-        result["id"] = example.id
+    generated = dict(zip(asked, answers, strict=True))
+    return results(examples, scores, [generated.get(i) for i in range(len(rows))])
+
+
+def results(
+    examples: Sequence[Example], scores: Sequence[AnswerScores], generated: Sequence[str | None]
+) -> dict[str, Any]:
+    """What `evaluate_examples` returns, from the scores and the greedy answers of its examples."""
+    found = []
+    for example, score, text in zip(examples, scores, generated, strict=True):
+        hits = score.without_end(score.hits)
+        rouges = {} if text is None else rouge(example.answer, text)
+        result = {
+            "id": example.id,
+            "answer_probability": _probability(score.nll),
+            "sensitive_probability": _probability(score.nll[score.sensitive]),
+            "exact_memorization": exact_memorization(hits),
+            "extraction_strength": extraction_strength(hits),
+            "generated": text,
+        }
+        names = [name for name in (*METRICS, *MORE_METRICS) if name.startswith("rouge")]
+        found.append(result | {name: rouges.get(name) for name in names})
     means = {}
-    for name in METRICS:
-        values = [r[name] for r in results if r[name] is not None]
+    for name in (*METRICS, *MORE_METRICS):
+        values = [r[name] for r in found if r[name] is not None]
         means[name] = math.fsum(values) / len(values) if values else None
-    return {"count": len(results), "mean": means, "examples": results}
+    return {"count": len(found), "mean": means, "examples": found}
 
 
-def rouge_l_recall(answer: str, generated: str) -> float:
-    """ROUGE-L recall of `generated` against `answer`, words stemmed, as TOFU measures it."""
-    return _scorer().score(answer, generated)["rougeL"].recall
-
-
-_SCORER: list = []
-
-
-def _scorer():
-    if not _SCORER:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        _SCORER.append(RougeScorer(["rougeL"], use_stemmer=True))
-    return _SCORER[0]
-
-
-def _prompt(row: dict) -> list[int]:
+def prompt(row: LabeledExample) -> list[int]:
     """The very tokens that stand before the answer."""
-    start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
-    return row["input_ids"][:start]
+    return row["input_ids"][: row.answer_start]
 
 
-def _teacher_forced(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[dict],
-    ends: list[int],
-    batch_size: int,
-    report: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """One result a row, in the order of `rows`; batches are made of rows of like length."""
-    collate = Collator(tokenizer)
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    results: list[dict[str, Any]] = [{} for _ in rows]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-        answer = batch["labels"] != IGNORE
-        logits = kept_logits(
-            model, batch["input_ids"], batch["attention_mask"], prediction_rows(answer)
-        )
-        targets = batch["input_ids"][:, 1:][answer[:, 1:]]
-        nll = cross_entropy_loss(logits, targets, reduction="none").double().cpu()
-        hits = (logits.argmax(-1) == targets).cpu()
-        sensitive = (batch["labels"][:, 1:][answer[:, 1:]] >= 0).cpu()
-        sizes = answer[:, 1:].sum(1).tolist()
-        parts = zip(nll.split(sizes), hits.split(sizes), sensitive.split(sizes), strict=True)
-        for i, (row_nll, row_hits, row_sensitive) in zip(chosen, parts, strict=True):
-            closed = rows[i]["input_ids"][-1] in ends
-            known = row_hits[:-1] if closed else row_hits
-            results[i] = {
-                "answer_probability": _probability(row_nll),
-                "sensitive_probability": _probability(row_nll[row_sensitive]),
-                "rougeL_recall": None,
-                "exact_memorization": known.float().mean().item() if len(known) else None,
-                "generated": None,
-            }
-        report(min(start + batch_size, len(order)))
-    return results
+def stops(model: nn.Module, tokenizer: Any, rows: Sequence[LabeledExample]) -> list[int]:
+    """Every token that ends an answer: those that tokenizer and model name, and the one that the
+    template closes an answer with, which may be none of them."""
+    closing = {row["input_ids"][-1] for row in rows if row.closed}
+    return sorted({*end_tokens(model, tokenizer), *closing})
 
 
-def _probability(nll: torch.Tensor) -> float | None:
-    return math.exp(-nll.mean().item()) if len(nll) else None
+def check_finite(data: EvalSet, field: str, scores: Sequence[Sequence[AnswerScores]]) -> None:
+    """Raises FloatingPointError that names file, row and field of the first loss that is not
+    finite."""
+    for number, of_example in enumerate(scores):
+        for score in of_example:
+            wrong = np.flatnonzero(~np.isfinite(score.nll))
+            if wrong.size:
+                raise FloatingPointError(
+                    f"{data.place(number, field)}: the model's loss is not finite "
+                    f"({score.nll[wrong[0]]} at token {wrong[0]} of the answer)"
+                )
+
+
+def _probability(nll: np.ndarray) -> float | None:
+    return probability(nll) if nll.size else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from palu.evaluation.metrics import METRICS
+from palu.evaluation.sets import PARAPHRASED, PERTURBED
+from palu.evaluation.tofu import UTILITY
 
 TITLES = {
     "answer_probability": "answer\nprob.",
@@ -31,3 +34,36 @@ def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
         table.add_row(data, model, str(result["count"]), *shown, end_section=last)
     return table
+
+
+def summary_table(title: str, summary: Mapping[str, float]) -> Table:
+    """A line for each metric of a log's summary."""
+    table = Table("metric", title=title, title_justify="left")
+    table.add_column("value", justify="right")
+    for name, value in summary.items():
+        table.add_row(name, f"{value:.4g}")
+    return table
+
+
+def missing_inputs(
+    log: Mapping[str, Any], sets: Mapping[str, Any], retrained: Any, *, tofu: bool
+) -> list[str]:
+    """What a log lacks, each with the input it would have taken.
+
+    Args:
+        log: metric -> entry.
+        sets: name -> `EvalSet`.
+        retrained: the retrained model's log or None.
+        tofu: whether TOFU's files were read, which say more than the user's own.
+    """
+    notes = []
+    fields = [field for field in (PARAPHRASED, PERTURBED) if field not in sets["forget"].rows]
+    if "forget_truth_ratio" not in log and fields:
+        notes.append(f"truth ratio and forget quality (no {' and '.join(fields)} in the records)")
+    elif retrained is None and log["forget_quality"]["agg_value"] is None:
+        notes.append("forget quality (no --retain-log)")
+    if "holdout" not in sets:
+        notes.append("membership inference and privleak (no --holdout)")
+    if tofu and (lacking := [name for name in UTILITY if name not in log]):
+        notes.append(f"model utility (no {', '.join(lacking)})")
+    return notes

@@ -5,12 +5,13 @@ import math
 import pytest
 import small
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from palu.data import Example
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
+from palu.evaluation.definitions import extraction_strength, rouge
 from palu.evaluation.generation import greedy_answers
-from palu.evaluation.metrics import rouge_l_recall
 from palu.labels import label_example
 
 
@@ -40,6 +41,7 @@ def by_hand(model, tok, example):
         "answer_probability": math.exp(-sum(nll.values()) / len(nll)),
         "sensitive_probability": math.exp(-sum(sensitive) / len(sensitive)) if sensitive else None,
         "exact_memorization": sum(hits) / len(hits),
+        "extraction_strength": extraction_strength(hits),
     }
 
 
@@ -99,7 +101,8 @@ def test_answers_do_not_depend_on_padding(tok, model, pad_is_eos):
     assert got == want and len(set(want)) > 1
 
 
-def test_stored_sampling_settings_have_no_effect(tok, model):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_stored_sampling_settings_have_no_effect(tok, model, adapter):
     prompt = [tok("Ada is")["input_ids"]]
     options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 6, "batch_size": 1}
     plain = greedy_answers(model, tok, prompt, **options)
@@ -107,8 +110,10 @@ def test_stored_sampling_settings_have_no_effect(tok, model):
     model.generation_config.temperature = 5.0
     model.generation_config.repetition_penalty = 9.0
     stored = model.generation_config
-    assert greedy_answers(model, tok, prompt, **options) == plain
+    called = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
+    assert greedy_answers(called, tok, prompt, **options) == plain
     assert model.generation_config is stored and stored.temperature == 5.0
+    assert called.generation_config is stored
 
 
 def test_nothing_is_changed(tok, model):
@@ -127,12 +132,14 @@ def test_rouge_of_the_greedy_answer(tok, model):
     row = label_example(tok, example.question, example.answer, (), max_length=64)
     want = greedy_by_hand(model, tok, row["input_ids"][: row.answer_start], 5)
     assert result["generated"] == want
-    assert result["rougeL_recall"] == rouge_l_recall(example.answer, want)
+    assert result["rougeL_recall"] == rouge(example.answer, want)["rougeL_recall"]
 
 
 def test_rouge_is_recall_with_stemming():
-    assert rouge_l_recall("He likes the cats", "he liked a cat and much else besides") == 0.75
-    assert rouge_l_recall("one two", "two one") == 0.5
+    assert (
+        rouge("He likes the cats", "he liked a cat and much else besides")["rougeL_recall"] == 0.75
+    )
+    assert rouge("one two", "two one")["rougeL_recall"] == 0.5
 
 
 def test_a_document_has_no_answer_to_generate(tok, model):

@@ -5,13 +5,13 @@ from palu.retain import retain_rows
 
 def test_retain_rows_of_like_length_go_together():
     lengths = [(37 * n) % 101 for n in range(230)]
-    options = {"seed": 3, "micro_step": 0, "micro_steps": 1}
 
     def batches(**more):
-        return [retain_rows(230, 8, step=step, **options, **more) for step in range(28)]
+        places = [range(8 * step, 8 * step + 8) for step in range(28)]
+        return [retain_rows(230, at, seed=3, **more) for at in places]
 
-    grouped = batches(lengths=lengths)
-    assert grouped == batches(lengths=lengths)  # a resumed run sees the same
+    grouped = batches(lengths=lengths, group=8)
+    assert grouped == batches(lengths=lengths, group=8)  # a resumed run sees the same
     seen = [row for batch in grouped for row in batch]
     assert len(set(seen)) == len(seen) == 224  # one permutation: every row once
 

@@ -327,33 +327,25 @@ def test_every_micro_step_takes_its_own_retain_rows(tok, tmp_path):
     args = config(tmp_path, gradient_accumulation_steps=2, max_steps=3, **options)
     made = trainer(tok, args, forget=small.rows(tok)[:4], retain=retain)
     made.train()
-    wanted = []
-    for step in range(3):
-        for micro in range(2):
-            wanted += retain_rows(5, 3, seed=4, step=step, micro_step=micro, micro_steps=2)
-    assert retain.taken == wanted
+    # three rows for each of the two micro-batches of a step, without a gap
+    assert retain.taken == retain_rows(5, range(18), seed=4)
 
 
 def test_a_loss_asked_for_in_evaluation_is_not_logged(tok, tmp_path):
     made = trainer(tok, config(tmp_path))
     made.model.eval()
     made.compute_loss(made.model, Collator(tok)(small.rows(tok)))
-    assert not made._window.any()
+    assert not made.step_log._terms.any()
 
 
 def test_retain_rows_is_pure_and_fair():
-    def rows(step, micro, rank=0):
-        return retain_rows(
-            10, 3, seed=1, step=step, micro_step=micro, micro_steps=2, rank=rank, world_size=2
-        )
-
-    first = [rows(s, m, r) for s in range(5) for m in range(2) for r in range(2)]
-    assert first == [rows(s, m, r) for s in range(5) for m in range(2) for r in range(2)]
-    seen = [i for batch in first for i in batch]
+    seen = [
+        i for start in range(0, 60, 3) for i in retain_rows(10, range(start, start + 3), seed=1)
+    ]
+    assert seen == retain_rows(10, range(60), seed=1)
     assert [seen.count(i) for i in range(10)] == [6] * 10
     assert seen[:10] != seen[10:20]
-    other = retain_rows(10, 10, seed=2, step=0, micro_step=0, micro_steps=1)
-    assert other != retain_rows(10, 10, seed=1, step=0, micro_step=0, micro_steps=1)
+    assert retain_rows(10, range(10), seed=2) != seen[:10]
 
 
 def test_center_and_preserve_survive_the_command_line(tmp_path):

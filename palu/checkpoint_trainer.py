@@ -1,0 +1,96 @@
+"""A Trainer whose checkpoints are whole or absent, and are resumed from by the run they are of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from palu.checkpoints import (
+    ASIDE,
+    CheckpointError,
+    check_same_run,
+    finish,
+    last_checkpoint,
+    read_record,
+    remove_older,
+)
+
+
+class CheckpointTrainer(Trainer):
+    """See `palu.checkpoints`. A subclass says what its run is made of, and calls `begin_run` before
+    it trains."""
+
+    _aside: Path | None = None  # while a checkpoint is being written
+    _identity: Mapping[str, Any] | None = None
+
+    def identity(self, *, begun: bool) -> dict[str, Any]:
+        """`palu.checkpoints.run_identity` of this run, before its first step or after."""
+        raise NotImplementedError
+
+    def fill_checkpoint(self, folder: Path) -> None:
+        """Called in the main process, to write more files into a checkpoint."""
+
+    def begin_run(self, resume: str | bool | None) -> str | None:
+        """The checkpoint to go on from, None for a run from the beginning.
+
+        Args:
+            resume: as `Trainer.train` takes it: a folder; True for the last whole checkpoint in
+                `output_dir`; None or False.
+
+        Raises:
+            CheckpointError: there is none, or it is not whole, or is of another run.
+        """
+        checkpoint = resume or None
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise CheckpointError(
+                    "resume_from_checkpoint is True, and there is no whole checkpoint in "
+                    f"output_dir {self.args.output_dir!r}"
+                )
+        if checkpoint is not None:
+            read_record(checkpoint)  # before weights are hashed
+        elif self.args.save_strategy == "no":
+            self._identity = None
+            return None
+        self._identity = self.identity(begun=False)
+        if checkpoint is not None:
+            check_same_run(checkpoint, self._identity)
+        return checkpoint
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        home = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = home / ASIDE
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = None
+        if self.state.best_model_checkpoint == str(aside / name):
+            self.state.best_model_checkpoint = str(home / name)
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            self.fill_checkpoint(aside / name)
+            identity = self._identity or self.identity(begun=True)  # a callback asked for it
+            only_model = self.args.save_only_model
+            step = self.state.global_step
+            finish(aside / name, home / name, identity, step=step, resumable=not only_model)
+            shutil.rmtree(aside, ignore_errors=True)
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            remove_older(home, home / name, best, limit)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,1 @@
+"""PALU inside other people's projects."""

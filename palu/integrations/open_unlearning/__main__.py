@@ -1,0 +1,3 @@
+from palu.integrations.open_unlearning.launch import main
+
+main()

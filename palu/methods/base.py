@@ -1,0 +1,105 @@
+"""What a method of unlearning is: a loss on whole answers of the forget set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from palu.labels import FORGET, IGNORE, NONE
+from palu.methods.answers import Answers
+from palu_kernels import arguments
+from palu_kernels.backend import BACKENDS
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A forget term: the mean of `loss` over the answer tokens, or the answers, of a step.
+
+    Every token of a forget answer takes part, its end token too; spans are not looked at. The step
+    is `forget_weight * forget + retain_weight * retain`, as of PALU, without a preserve term.
+
+    A subclass has its options as fields and defines `loss`. It stands where `PALULoss` does in a
+    `PALUTrainer`.
+
+    Args:
+        forget_weight: of the forget term, a finite number of at least 0.
+        backend: `auto`, `triton` or `torch`, for every operator.
+
+    Raises:
+        TypeError, ValueError: an option is not as above.
+    """
+
+    forget_weight: float = 1.0
+    backend: str = "auto"
+
+    name: ClassVar[str]  # of `PALUConfig.method`
+    needs_reference: ClassVar[bool] = False  # whether `loss` asks for the original model
+    per_example: ClassVar[bool] = False  # whether `loss` gives a number an answer, else a token
+    needs_alternates: ClassVar[bool] = False  # whether every example has a second answer
+    retain: ClassVar[str] = "optional"  # a retain set is `optional`, `needed` or `refused`
+    # What a trainer asks of a `PALULoss`.
+    preserve: ClassVar[None] = None
+    eos_token_id: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        arguments.choice("backend", self.backend, BACKENDS)
+        check_number("forget_weight", self.forget_weight, above_zero=False)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Its own options."""
+        shared = {field.name for field in fields(Method)}
+        return [field.name for field in fields(cls) if field.name not in shared]
+
+    def check_run(self, *, retain: bool, reference: str, reference_needed: bool) -> None:
+        """Whether a run has what the method needs.
+
+        Args:
+            retain: whether there is a retain set.
+            reference: its kind, see `PALUConfig`.
+            reference_needed: whether a term needs one.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if self.retain == "refused" and retain:
+            raise ValueError(
+                f"method {self.name!r} has no retain term, and a retain set is given; it must be "
+                "left out (grad_diff is the same with one)"
+            )
+        if self.retain == "needed" and not retain:
+            raise ValueError(
+                f"method {self.name!r} needs a retain set (grad_ascent is the same without one)"
+            )
+        if reference_needed and reference == "cached":
+            raise ValueError(
+                "reference='cached' holds what method 'palu' needs; with method "
+                f"{self.name!r} it must be 'live', or 'adapter_off' for a model with adapters"
+            )
+
+    def roles(self, labels: Tensor) -> Tensor:
+        """int8 `[B, T]`: FORGET for every answer token but one at position 0, which nothing
+        predicts."""
+        roles = torch.where(labels != IGNORE, FORGET, NONE).to(torch.int8)
+        roles[:, :1] = NONE
+        return roles
+
+    def loss(self, answers: Answers) -> Tensor:
+        """`[tokens]`, or `[answers]` where `per_example`: what the forget term is the mean of.
+
+        Must give no entries for no rows.
+        """
+        raise NotImplementedError
+
+
+def check_number(name: str, value: Any, *, above_zero: bool = True) -> None:
+    """Raises TypeError or ValueError unless it is a finite number above 0 (of at least 0)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+        least = "above 0" if above_zero else "of at least 0"
+        raise ValueError(f"{name} is {value}; it must be a finite number {least}")
