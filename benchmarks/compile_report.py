@@ -7,6 +7,7 @@ executed. Every variant is then compiled for each target, and what it needs is r
 compiler leaves behind.
 
     python -m benchmarks.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] [--json FILE]
+    python -m benchmarks.compile_report --entries 8 16 32      # block sizes: registers of each
 
 The exit status is 1 if a variant does not compile or spills. Loads read ``8x16 16x2``: eight of 16
 bytes, sixteen of 2, counted in the code and not by how often they run (the masked loads for the
@@ -48,7 +49,7 @@ from triton.runtime import jit
 from palu_kernels import operators
 from palu_kernels.linear import buffer
 from palu_kernels.row_losses import KL, Chunk, CrossEntropy, LocalEntropy
-from palu_kernels.triton import gathered
+from palu_kernels.triton import gathered, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,6 +63,7 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "i16": 2, "fp32": 4, "i32": 4}
 # than a multiple of 16) rows that do start on 16 bytes though no argument says so.
 COLUMNS = (272, 257, 12288, 12289, 12296)
 ROWS, TOP_K = 3, 50
+WARP, WARPS = 32, 8  # threads, and warps of a long row
 
 
 @dataclass
@@ -300,6 +302,38 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
+    """A table of the most registers, and of spills, where a thread has so many entries of a block
+    in place of what ``rows.BLOCKS`` gives it; 8 warps, rows of several blocks."""
+    lines = ["entries a thread   most registers (variants that spill), by kernel and architecture"]
+    for count in counts:
+        blocks = {size: ((float("inf"), count * WARP * WARPS, WARPS),) for size in (2, 4)}
+        rows.BLOCKS, before = blocks, rows.BLOCKS
+        variants = [v for v in all_variants() if "BLOCK" in v.named and v.named.get("SHIFT")]
+        rows.BLOCKS = before
+        for dtype in ("bf16", "fp32"):
+            own = reduced([v for v in variants if dtype in v.dtypes and max(v.columns) > 4096])
+            found = list(compiled_rows(own, archs, jobs))
+            for kernel in dict.fromkeys(row["kernel"] for row in found):
+                cells = []
+                for arch in archs:
+                    mine = [r for r in found if (r["kernel"], r["arch"]) == (kernel, arch)]
+                    most = max((r["registers"] for r in mine if "error" not in r), default="-")
+                    cells.append(f"{arch} {most} ({sum(map(is_bad, mine))})")
+                lines.append(f"{count:>3} {dtype}  {kernel:<28}" + "  ".join(cells))
+    print("\n".join(lines))
+
+
+def compiled_rows(variants: list[Variant], archs: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+    tasks = [(v, a) for v in variants for a in archs if TARGETS[a].backend == v.backend]
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(jobs, spawn, prepare_worker, (cache,)) as pool,
+    ):
+        yield from pool.map(compile_one, tasks, chunksize=4)
+
+
 def is_bad(row: dict[str, Any]) -> bool:
     return "error" in row or row["spills"] > 0
 
@@ -311,27 +345,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reduced", action="store_true", help="a few variants a kernel")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
+    parser.add_argument("--entries", nargs="+", type=int, help="a thread's, of a block: try these")
     given = parser.parse_args(arguments)
+    if given.entries:
+        try_entries(given.entries, given.arch, given.jobs)
+        return 0
 
     variants = [v for v in all_variants() if given.only in v.kernel]
     if not variants:
         parser.error(f"no kernel's name contains {given.only!r}")
     variants = reduced(variants) if given.reduced else variants
-    tasks = [(v, a) for v in variants for a in given.arch if TARGETS[a].backend == v.backend]
     print(FORMAT.format(*HEADINGS.split()))
-    rows: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(given.jobs, spawn, prepare_worker, (cache,)) as pool,
-    ):
-        for row in pool.map(compile_one, tasks, chunksize=4):
-            rows.append(row)
-            print(table_line(row), flush=True)
-    print(summary(rows))
+    found: list[dict[str, Any]] = []
+    for row in compiled_rows(variants, given.arch, given.jobs):
+        found.append(row)
+        print(table_line(row), flush=True)
+    print(summary(found))
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
-    return int(any(map(is_bad, rows)))
+        given.json.write_text(json.dumps(found, indent=1))
+    return int(any(map(is_bad, found)))
 
 
 if __name__ == "__main__":

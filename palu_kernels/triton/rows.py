@@ -27,6 +27,15 @@ from palu_kernels.layout import (
 )
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
+# By bytes of an entry: (rows of up to so many lanes, lanes in a block, warps). A thread makes two
+# 16-byte loads a row where the row is long enough. With four the registers of the widest kernel
+# leave a multiprocessor half as many warps, or spill; with one there are fewer loads in flight for
+# the same loop (``benchmarks/results/block_sizes.txt``). Reasoned from the compiler's output: no
+# card has been asked.
+BLOCKS = {
+    2: ((256, 256, 1), (512, 512, 1), (1024, 1024, 2), (2048, 2048, 4), (math.inf, 4096, 8)),
+    4: ((256, 256, 1), (512, 512, 2), (1024, 1024, 4), (math.inf, 2048, 8)),
+}
 
 
 @triton.jit
@@ -127,9 +136,9 @@ def as_integers(t: Tensor) -> Tensor:
 
 
 def block_of(columns: int, element_size: int) -> tuple[int, int]:
-    """-> (lanes in a block, warps): two 16-byte loads a thread where the row is long enough."""
-    block = min(8192 // element_size, max(256, triton.next_power_of_2(columns + LANES - 1)))
-    return block, max(1, block * element_size // 1024)
+    """-> (lanes in a block, warps) of a row of so many columns."""
+    lanes = columns + LANES - 1
+    return next((block, warps) for most, block, warps in BLOCKS[element_size] if lanes <= most)
 
 
 def programs_wanted(device: torch.device) -> int:
