@@ -77,10 +77,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cache, name="cache")
-app.command()(plan)
-app.command()(evaluate)
-app.command()(merge)
 
 
 @app.command()
@@ -359,6 +355,12 @@ def inspect(
             repair=repair.value,
             console=out,
         )
+
+
+app.command()(evaluate)
+app.command()(merge)
+app.command()(plan)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

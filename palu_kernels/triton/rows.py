@@ -28,10 +28,10 @@ from palu_kernels.layout import (
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # By bytes of an entry: (rows of up to so many lanes, lanes in a block, warps). A thread makes two
-# 16-byte loads a row where the row is long enough. With four the registers of the widest kernel
-# leave a multiprocessor half as many warps, or spill; with one there are fewer loads in flight for
-# the same loop (``benchmarks/results/block_sizes.txt``). Reasoned from the compiler's output: no
-# card has been asked.
+# 16-byte loads a row where the row is long enough: with four, bfloat16 takes up to 173 registers on
+# sm_90 where two take 110 and one 84, and a multiprocessor holds half as many warps; with one there
+# are fewer loads in flight (``benchmarks/results/block_sizes.txt``). Reasoned from the compiler's
+# output: no card has been asked.
 BLOCKS = {
     2: ((256, 256, 1), (512, 512, 1), (1024, 1024, 2), (2048, 2048, 4), (math.inf, 4096, 8)),
     4: ((256, 256, 1), (512, 512, 2), (1024, 1024, 4), (math.inf, 2048, 8)),
