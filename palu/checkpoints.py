@@ -277,6 +277,9 @@ def _data(rows: Any) -> dict[str, Any] | None:
         # A collator of the user's may be the one who makes tokens and labels.
         known = "input_ids" in row and "labels" in row
         content = example_bytes(row) if known else repr(row).encode()
+        # the second answers of preference methods
+        second = [(name, row[name]) for name in sorted(row) if name.startswith("alternate_")]
+        content += repr(second).encode() if second else b""
         digest.update(len(content).to_bytes(8, "little") + content)
     return {"rows": len(rows), "fingerprint": digest.hexdigest()}
 

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import small
@@ -285,6 +289,27 @@ def test_no_rows_give_a_zero_with_a_gradient(tok, tmp_path, name):
     assert made.model.lm_head.weight.grad.abs().max() == 0
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += [str(here / "workers" / "methods.py"), str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=85)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in range(2)]
+    sys.path.insert(0, str(here / "workers"))
+    import methods
+
+    wanted = methods.run(tmp_path / "alone", 1)
+    assert found[0] == found[1]
+    for name, one in wanted.items():
+        assert len(one["logs"]) == 4
+        for key in ("logs", "weights"):
+            got, want = torch.tensor(found[0][name][key]), torch.tensor(one[key])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NEEDS_REFERENCE)
 def test_the_adapter_switched_off_is_the_original(tok, tmp_path, name):
     peft = pytest.importorskip("peft")
@@ -416,19 +441,7 @@ def test_pairs_that_are_none_are_refused(tok, tmp_path):
         PairCollator(Collator(tok))(rows)
 
 
-RUN = [
-    "unlearn",
-    "--model",
-    "model",
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "2",
-    "--learning-rate",
-    "0.01",
-]
+RUN = ["unlearn", "--model", "model", "--device", "cpu", "--epochs", 1, "--batch-size", 2]
 
 
 @pytest.fixture
