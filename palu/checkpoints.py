@@ -193,7 +193,10 @@ def read_record(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {str(folder)!r} does not exist")
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        sizes = record["files"]
+        sizes = dict(record["files"])
+        run = {"settings", "data", "model", "reference"}
+        if not {"step", "resumable"} <= set(record) or not run <= set(record["run"]):
+            raise KeyError
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(
             f"checkpoint {str(folder)!r} has no {RECORD} that can be read: it was not written to "

@@ -19,6 +19,7 @@ from palu.cli_cache import cache
 from palu.cli_evaluate import evaluate
 from palu.cli_merge import merge
 from palu.cli_options import (
+    SPAN_OPTIONS,
     Backend,
     Beta,
     Beta1,
@@ -57,6 +58,7 @@ from palu.cli_options import (
     SystemPrompt,
     TopK,
     bars,
+    check_training,
     out,
     plain_warnings,
     quiet,
@@ -197,11 +199,20 @@ def unlearn(
         kept = checkpoints.folder_beside(
             output, save_steps=save_steps, resume=resume, overwrite=overwrite
         )
-        if epochs <= 0 or batch_size < 1 or gradient_accumulation < 1 or learning_rate <= 0:
-            raise ValueError(
-                "--epochs and --learning-rate must be above 0, "
-                "--batch-size and --gradient-accumulation at least 1"
-            )
+        if method != "palu":
+            given = [n for n in SPAN_OPTIONS if context.get_parameter_source(n).name != "DEFAULT"]
+            if given:
+                raise ValueError(
+                    f"--{given[0].replace('_', '-')} is of --method palu and does nothing with "
+                    f"--method {method}; leave it out"
+                )
+        check_training(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            seed=seed,
+        )
         config = run.make_config(
             where,
             method=method,

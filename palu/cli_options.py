@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,6 +163,33 @@ RepairSpans = Annotated[
     Repair, typer.Option(help="snap: move span ends to word ends and merge overlaps.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+
+
+# Of `palu unlearn`: those that only the method of the marked spans has.
+SPAN_OPTIONS = ("top_k", "prefix_length", "objective", "center", "preserve", "preserve_weight")
+SPAN_OPTIONS += ("select_from",)
+
+
+def check_training(
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    gradient_accumulation: int,
+    seed: int,
+) -> None:
+    """Raises ValueError for numbers that no training can have, before any work."""
+    for name, value in (("epochs", epochs), ("learning-rate", learning_rate)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; it must be a finite number above 0")
+    for name, value in (
+        ("batch-size", batch_size),
+        ("gradient-accumulation", gradient_accumulation),
+    ):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}; it must be 0 to 2**32 - 1")
 
 
 def read_rows(

@@ -175,6 +175,12 @@ class PALUConfig(TrainingArguments):
                 "stop_at_forget_prob must be a number above 0 and below 1, or None, not "
                 f"{self.stop_at_forget_prob}"
             )
+        every = 1 if self.eval_steps is None else self.eval_steps
+        if self.stop_at_forget_prob is not None and not every > 0:
+            raise ValueError(
+                f"eval_steps is {every}; with stop_at_forget_prob it must be above 0, or None for "
+                "once an epoch"
+            )
         check_options(self.method, self.method_options())
         PALULoss(**self.loss_options())  # its options are checked here, before any work
         self.make_loss()

@@ -165,6 +165,13 @@ def _settings(model: nn.Module) -> list[Any]:
     return [_plain(part) for part in found]
 
 
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """Every setting of the PEFT adapters of a model, as JSON values: `adapter default.r`, ..."""
+    configs = getattr(model, "peft_config", {})
+    settings = {f"adapter {name}": _plain(config.to_dict()) for name, config in configs.items()}
+    return {f"{name}.{key}": v for name, values in settings.items() for key, v in values.items()}
+
+
 def _plain(value: Any) -> Any:
     """JSON values in one order only, without the settings that do not change logits."""
     if isinstance(value, Mapping):

@@ -34,7 +34,7 @@ def resolve_device(device: str | None) -> torch.device:
         raise ValueError(
             f"device must be auto, cpu or a name such as cuda or cuda:1, not {device!r}"
         ) from None
-    if resolved.type not in ("cpu", "meta"):
+    if resolved.type != "cpu":
         available = torch.accelerator.is_available()
         if not available or torch.accelerator.current_accelerator().type != resolved.type:
             raise ValueError(f"device {device!r} was asked for, but this machine has none")

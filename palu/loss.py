@@ -394,7 +394,7 @@ def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tenso
         return torch.where(given > 0, given, 1)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r} ({type(given).__name__}); it must be a number")
-    if not (math.isfinite(given) and given >= 0):
+    if not 0 <= given < math.inf:  # (math.isfinite would break a graph whose numbers are symbols)
         raise ValueError(f"{name} is {given}; it must be a finite number of at least 0")
     return given or 1
 

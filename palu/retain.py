@@ -20,8 +20,9 @@ def retain_rows(
 ) -> list[int]:
     """Row numbers of the retain set at some places of an endless walk through it.
 
-    The walk is one seeded permutation after another, so every row is seen equally often. Nothing is
-    remembered between calls: the same arguments give the same rows.
+    The walk is one seeded permutation after another, so every row is seen equally often, but for
+    what a short last step of a pass leaves out. Nothing is remembered between calls: the same
+    arguments give the same rows.
 
     Args:
         size: rows in the retain set, at least 1.

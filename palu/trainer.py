@@ -21,6 +21,7 @@ from palu.config import PALUConfig
 from palu.data import Collator
 from palu.early_stop import StopAtForgetProb
 from palu.evaluation_trainer import EvaluationTrainer
+from palu.fingerprint import adapter_settings
 from palu.lora import refuse_prompt_learning
 from palu.methods import Method
 from palu.methods.alternates import PairCollator
@@ -264,7 +265,11 @@ class PALUTrainer(EvaluationTrainer):
         kind = self._reference_kind if self._needs_reference else None
         return run_identity(
             self.args,
-            settings={"reference": kind, "eos_token_id": self.loss_fn.eos_token_id},
+            settings={
+                "reference": kind,
+                "eos_token_id": self.loss_fn.eos_token_id,
+                **adapter_settings(self.model),
+            },
             forget=self.train_dataset,
             retain=self.retain_dataset,
             model=None if begun else self.model,

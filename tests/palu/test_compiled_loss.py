@@ -89,6 +89,16 @@ def test_on_hidden_rows(options, kind):
         torch.testing.assert_close(a, b)
 
 
+def test_denominators_that_change(monkeypatch):
+    """As Python numbers, which Dynamo makes symbols of at the second one, and as tensors."""
+    loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
+    logits, ref = normal(2, 13, V, seed=1), normal(2, 13, V, seed=2)
+    compiled = torch.compile(lambda n: loss(logits, labels, ref, num_forget=n), **TRACED)
+    for given in (4, 9, 4.0, 9.5, torch.tensor(3.0)):
+        found, wanted = compiled(given), loss(logits, labels, ref, num_forget=given)
+        torch.testing.assert_close(found.loss, wanted.loss)
+
+
 def test_too_few_indices_are_found_out_when_it_runs():
     loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
     head = LMHead(normal(V, D, seed=3))

@@ -57,12 +57,11 @@ def make(tok, tmp_path, *, forget=None, model=None, retain=None, **changes):
     )
 
 
-def lora(tok):
+def lora(tok, **changes):
     peft = pytest.importorskip("peft")
     torch.manual_seed(7)
-    settings = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1
-    )
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1} | changes
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     return peft.get_peft_model(small.model(tok), settings)
 
 
@@ -218,6 +217,26 @@ def test_the_base_model_of_an_adapter_is_compared(tok, tmp_path):
         model.base_model.model.lm_head.weight[0, 0] += 1
     with pytest.raises(CheckpointError, match="the model is not the one"):
         make(tok, tmp_path, model=model, **changes).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"r": 4}, {"lora_dropout": 0.0}])
+def test_the_settings_of_an_adapter_are_compared(tok, tmp_path, change):
+    options = {"max_steps": 2, "save_steps": 1, "reference": "adapter_off"}
+    make(tok, tmp_path, model=lora(tok), **options).train()
+    (name,) = change
+    again = make(tok, tmp_path, model=lora(tok, **change), **options)
+    with pytest.raises(CheckpointError, match=f"adapter default.{name} is .* in the checkpoint"):
+        again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("broken", ["{}", '{"files": []}', '{"files": {}, "run": {}}'])
+def test_a_record_with_keys_missing_is_no_record(tok, tmp_path, broken):
+    run = make(tok, tmp_path, max_steps=1, save_steps=1)
+    run.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    (folder / "palu_run.json").write_text(broken)
+    with pytest.raises(CheckpointError, match="that can be read"):
+        run.train(resume_from_checkpoint=str(folder))
 
 
 def test_the_best_checkpoint_stays_and_is_named_where_it_is(tok, tmp_path):
