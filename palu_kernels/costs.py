@@ -31,13 +31,14 @@ class _Costs(NamedTuple):
 
 
 # By device and bytes of an entry. CPU: measured on two cores of a 2.6 GHz AMD EPYC (Zen 5, AVX-512
-# with bfloat16), torch 2.13, V = 128,256, D = 2,048, 1 to 200 rows, k = 50 to 20,000; a float16
-# product is many times slower there than the bfloat16 one whose constant serves for it. CUDA:
-# reasoned for an H100, not measured: 2.8 TB/s in order and 2 TB/s gathered, 600 (bfloat16) and
-# 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a call of the sparse road.
+# with bfloat16), torch 2.13, V = 128,256, D = 2,048, 1 to 200 rows, k = 50 to 20,000, and bfloat16
+# again at D = 1,024, V = 32,000 and 128,256, up to 1,024 rows (``benchmarks/results/scaling.csv``);
+# a float16 product is many times slower there than the bfloat16 one whose constant serves for it.
+# CUDA: reasoned for an H100, not measured: 2.8 TB/s in order and 2 TB/s gathered, 600 (bfloat16)
+# and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a call of the sparse road.
 _COSTS = {
-    ("cpu", 4): _Costs(0.18, 0.017, 8.0, 0.27, 0.5, 0.14, 5e4, 1e5),
-    ("cpu", 2): _Costs(0.20, 0.004, 10.0, 0.27, 0.5, 0.14, 5e4, 1e5),
+    ("cpu", 4): _Costs(0.18, 0.012, 1.6, 0.27, 0.5, 0.14, 5e4, 1e5),
+    ("cpu", 2): _Costs(0.20, 0.0026, 1.3, 0.42, 0.5, 0.14, 5e4, 1e5),
     ("cuda", 4): _Costs(1.4e-3, 4e-5, 7e-3, 2e-3, 4e-3, 3e-3, 0.0, 1e5),
     ("cuda", 2): _Costs(7e-4, 3.3e-6, 3.6e-3, 1e-3, 4e-3, 3e-3, 0.0, 1e5),
 }
