@@ -71,6 +71,8 @@ def main(place: Path, number: int) -> None:
     names = prepare(1, world(place / str(rank), slice(rank, rank + 1)))
     run(number, names)
     save_file(names["model"].state_dict(), place / f"{rank}.safetensors")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 
 
 if __name__ == "__main__":

@@ -509,7 +509,7 @@ def test_in_evaluation(tok, tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 WORKER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import small
 import torch
@@ -524,6 +524,9 @@ made = trainer(tok, config(folder, **options), model=sure_model(tok), **data)
 made.train()
 found = {"step": made.state.global_step, "logs": made.state.log_history}
 Path(folder, f"rank{made.args.process_index}.json").write_text(json.dumps(found))
+torch.distributed.barrier()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 """
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -240,6 +241,8 @@ def main() -> None:
         found[f"resumed-{strategy}"] = run_resumed(folder, processes, strategy)
     found["unlearn"] = run_unlearn(folder, processes)
     (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
+    state.wait_for_everyone()
+    os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 
 
 if __name__ == "__main__":
