@@ -21,7 +21,8 @@ from palu.fingerprint import (
     tensor_fingerprint,
     tokenizer_fingerprint,
 )
-from palu.loss import PALULoss, check_labels
+from palu.labels import check_labels
+from palu.loss import PALULoss
 
 AUTOCAST = (None, torch.bfloat16, torch.float16)
 

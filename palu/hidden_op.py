@@ -107,8 +107,10 @@ def from_hidden(
     ref_head = None
     if ref_weight is not None:
         ref_head = LMHead(ref_weight, ref_bias, scales[2], scales[3] or None)
-    # the dtype of the products was decided where autocast could be seen
-    cast = compute != hidden.dtype
+    # The dtype of the products was decided where autocast could be seen: here it is on where
+    # something has another one.
+    products = (hidden, weight, ref_hidden, ref_weight)
+    cast = any(t is not None and t.dtype != compute for t in products)
     with torch.autocast(hidden.device.type, dtype=compute if cast else None, enabled=cast):
         terms = loss.terms_by_role(
             hidden.detach(), head, roles, ref_hidden, ref_indices, denominators
@@ -200,7 +202,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:], inputs[0], inputs[1])
-    ctx.ref, ctx.given, ctx.want, ctx.compute = len(inputs[4]), inputs[5], inputs[7], inputs[11]
+    ctx.ref, ctx.want, ctx.compute = len(inputs[4]), inputs[7], inputs[11]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:

@@ -303,3 +303,14 @@ def _eos_ids(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
     if isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str):
         return tuple(integer("eos_token_id", eos) for eos in eos_token_id)
     return (integer("eos_token_id", eos_token_id),)
+
+
+def check_labels(labels: torch.Tensor, columns: int) -> None:
+    """Raises ValueError for a label that is neither -100, nor -200, nor a token id."""
+    wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
+    if bool(wrong.any()):
+        worst = int(labels[wrong].flatten()[0])
+        raise ValueError(
+            f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
+            f"or a token id in 0..{columns - 1}"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palu.hidden_op import hidden_loss
 from palu.hidden_terms import HiddenTerm, sum_of_terms
-from palu.labels import FORGET, IGNORE, KEEP, NONE, PRESERVE, token_roles
+from palu.labels import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead, arguments
 from palu_kernels.backend import BACKENDS, check_values
 from palu_kernels.head import check_hidden
@@ -397,14 +397,3 @@ def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tenso
     if not 0 <= given < math.inf:  # (math.isfinite would break a graph whose numbers are symbols)
         raise ValueError(f"{name} is {given}; it must be a finite number of at least 0")
     return given or 1
-
-
-def check_labels(labels: Tensor, columns: int) -> None:
-    """Raises ValueError for a label that is neither -100, nor -200, nor a token id."""
-    wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
-    if bool(wrong.any()):
-        worst = int(labels[wrong].flatten()[0])
-        raise ValueError(
-            f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
-            f"or a token id in 0..{columns - 1}"
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.checkpoint_trainer import CheckpointTrainer
 from palu.config import PALUConfig
-from palu.loss import check_labels
+from palu.labels import check_labels
 from palu.objective import RETAIN, Objective
 from palu.split import LengthGroups, Split
 from palu.step_batches import DENOMINATORS, Pass, RetainWalk, StepBatches

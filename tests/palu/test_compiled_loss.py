@@ -89,6 +89,27 @@ def test_on_hidden_rows(options, kind):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_half_precision_rows_and_a_float32_head_under_autocast(trains):
+    loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
+    weight = normal(V, D, seed=3).requires_grad_(trains)
+    head, ref_head = LMHead(weight), LMHead(weight.detach() + 0.1)
+    hidden = normal(2, 13, D, seed=5, dtype=torch.bfloat16).requires_grad_()
+    ref_hidden = normal(2, 13, D, seed=6, dtype=torch.bfloat16)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss.from_hidden(hidden, head, labels, ref_hidden, ref_head).loss
+
+    leaves = [hidden, weight] if trains else [hidden]
+    wanted, found = call(), torch.compile(call, **TRACED)()
+    torch.testing.assert_close(found, wanted)
+    pairs = zip(*(torch.autograd.grad(out, leaves) for out in (found, wanted)), strict=True)
+    for a, b in pairs:
+        assert b.any()
+        torch.testing.assert_close(a, b)
+
+
 def test_denominators_that_change(monkeypatch):
     """As Python numbers, which Dynamo makes symbols of at the second one, and as tensors."""
     loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
