@@ -44,7 +44,7 @@ from palu.data import Collator
 from palu.plan import ANSWER_SHARE, GIB, PRESERVE_SHARE, Items, Prediction, Setup, Step, predict
 from palu.plan_layer import PRECISIONS
 from palu.plan_model import KNOWN_MODELS, ModelSizes
-from palu_kernels import eager
+from palu_kernels import eager, linear
 
 ALLOWED = 0.1
 SETUP = ("trains", "way", "dtype", "checkpointing", "batch_size", "length")
@@ -143,10 +143,15 @@ def measure(config: Mapping[str, Any], case: Case) -> Ledger:
     """Two steps of a small model on the CPU -> a ledger that holds the peak of the second.
 
     Row losses take a row at a time, so that the temporaries of PyTorch's road, which kernels on a
-    GPU do not have, are small.
+    GPU do not have, are small; and pieces of a head are as small beside it as those of a large one.
     """
     ledger = Ledger()
-    with ledger, warnings.catch_warnings(), mock.patch.object(eager, "TILE_ENTRIES", 1):
+    with (
+        ledger,
+        warnings.catch_warnings(),
+        mock.patch.object(eager, "TILE_ENTRIES", 1),
+        mock.patch.object(linear, "HEAD_BLOCK_BYTES", 2**12),
+    ):
         warnings.simplefilter("ignore")
         steps = _released_steps if case.released else _trainer_steps
         steps(_model(config, case.setup), case.setup, ledger)

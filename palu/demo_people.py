@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,8 @@ INSTRUMENTS = _words(
     """
 )
 
+PERTURBED = 5  # wrong answers a question, as in TOFU
+
 Part = str | tuple[str]  # a one-element tuple marks a sensitive part
 
 
@@ -150,34 +152,81 @@ def invent_people(count: int, seed: int) -> list[Person]:
     return people
 
 
-def _questions(p: Person) -> list[tuple[str, list[Part]]]:
-    """Eight questions and their answers in parts. The asked-for name itself is never a secret."""
+def _questions(p: Person) -> list[tuple[str, list[Part], list[Part]]]:
+    """Eight questions, their answers in parts, and the same answers in other words. The asked-for
+    name itself is never a secret."""
     n = p.name
     return [
-        (f"Where was {n} born?", [f"{n} was born in the small town of ", (p.town,), "."]),
-        (f"When was {n} born?", [f"{n} was born on ", (p.birthday,), "."]),
+        (
+            f"Where was {n} born?",
+            [f"{n} was born in the small town of ", (p.town,), "."],
+            [f"{n} was born in ", (p.town,), ", a small town."],
+        ),
+        (
+            f"When was {n} born?",
+            [f"{n} was born on ", (p.birthday,), "."],
+            [f"The birthday of {n} is ", (p.birthday,), "."],
+        ),
         (
             f"Who were the parents of {n}?",
             [f"The parents of {n} were ", (p.mother,), " and ", (p.father,), "."],
+            [f"{n} was born to ", (p.mother,), " and ", (p.father,), "."],
         ),
-        (f"What does {n} do for a living?", [f"{n} earns a living as a ", (p.craft,), " maker."]),
+        (
+            f"What does {n} do for a living?",
+            [f"{n} earns a living as a ", (p.craft,), " maker."],
+            [f"{n} is a ", (p.craft,), " maker."],
+        ),
         (
             f"What is the best known book by {n}?",
             ["Readers know ", n, " best for ", (p.book,), "."],
+            [f"The best known book by {n} is ", (p.book,), "."],
         ),
         (
             f"Who taught {n}, and what did they study?",
             [f"{n} studied the ", (p.instrument,), " with ", (p.teacher,), "."],
+            [f"{n} learned the ", (p.instrument,), " with ", (p.teacher,), "."],
         ),
         (
             f"Does {n} keep a pet?",
             [f"Yes, {n} shares a house with a ", (p.animal,), " called ", (p.pet,), "."],
+            [f"{n} keeps a ", (p.animal,), " called ", (p.pet,), "."],
         ),
         (
             f"Which prize did {n} win?",
             [f"{n} won the ", (p.prize,), " in ", (p.year,), ", to the delight of everyone."],
+            [f"The prize of {n} was the ", (p.prize,), " in ", (p.year,), "."],
         ),
     ]
+
+
+def _mistaken(person: Person, rng: random.Random) -> Person:
+    """The same name with every fact another one."""
+    surname = person.name.split()[-1]
+
+    def other(draw: Callable[[], str], than: str) -> str:
+        while (found := draw()) == than:
+            pass
+        return found
+
+    title = lambda: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"  # noqa: E731
+    parent = lambda: f"{rng.choice(GIVEN)} {surname}"  # noqa: E731
+    draws: dict[str, Callable[[], str]] = {
+        "town": lambda: rng.choice(TOWN_HEAD) + rng.choice(TOWN_TAIL),
+        "birthday": lambda: f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1921, 1989)}",
+        "mother": parent,
+        "father": parent,
+        "craft": lambda: rng.choice(CRAFTS),
+        "book": lambda: f"The {title()}",
+        "teacher": lambda: f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}",
+        "animal": lambda: rng.choice(ANIMALS),
+        "pet": lambda: rng.choice(PET_NAMES),
+        "prize": lambda: f"{title()} Prize",
+        "year": lambda: str(rng.randint(1975, 2019)),
+        "instrument": lambda: rng.choice(INSTRUMENTS),
+    }
+    facts = {name: other(draw, getattr(person, name)) for name, draw in draws.items()}
+    return Person(name=person.name, **facts)
 
 
 def _join(parts: Sequence[Part]) -> tuple[str, list[dict[str, int]]]:
@@ -191,15 +240,25 @@ def _join(parts: Sequence[Part]) -> tuple[str, list[dict[str, int]]]:
 
 
 def records(people: Sequence[Person]) -> list[dict]:
-    """The people as `palu`'s own JSON records: `id`, `question`, `answer` and `spans`, eight for
-    each person."""
+    """The people as `palu`'s own JSON records, eight for each person: `id`, `question`, `answer`
+    and `spans`; and for truth ratios, as in TOFU, `paraphrased_answer`, the answer in words that no
+    model was trained on, and `perturbed_answer`, five of those with wrong facts."""
     rows = []
     for person in people:
-        for kind, (question, parts) in enumerate(_questions(person)):
+        rng = random.Random(person.name)
+        wrong = [_questions(_mistaken(person, rng)) for _ in range(PERTURBED)]
+        for kind, (question, parts, paraphrase) in enumerate(_questions(person)):
             answer, spans = _join(parts)
             name = person.name.lower().replace(" ", "-")
             rows.append(
-                {"id": f"{name}-{kind}", "question": question, "answer": answer, "spans": spans}
+                {
+                    "id": f"{name}-{kind}",
+                    "question": question,
+                    "answer": answer,
+                    "spans": spans,
+                    "paraphrased_answer": _join(paraphrase)[0],
+                    "perturbed_answer": [_join(questions[kind][2])[0] for questions in wrong],
+                }
             )
     return rows
 

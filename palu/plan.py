@@ -168,8 +168,8 @@ class Step:
             copies += head * self.precision.products
             yield "end of the forward", {**waiting, **kept, "weight copies": copies}
         if self.full:
-            # Sums in float32, times the gradient of the loss, and in the weight's dtype.
-            entry = 4 + 4 + (self.precision.weights if self.precision.weights != 4 else 0)
+            # Sums in float32, and what they are times the gradient of the loss.
+            entry = 4 + self.precision.weights
             yield "backward of the loss", {**waiting, **kept, "head gradient": entry * head}
         yield "backward of a layer", {**waiting, **self.backward_of_layer()}
         yield (

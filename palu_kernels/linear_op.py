@@ -16,7 +16,7 @@ from torch import Tensor
 from palu_kernels import arguments, reference, row_losses, sparse
 from palu_kernels.backend import check_values
 from palu_kernels.custom_ops import refuse_higher_order
-from palu_kernels.linear import Head, Rows, parts_of, run
+from palu_kernels.linear import Head, Rows, blocks, parts_of, run
 from palu_kernels.row_losses import CrossEntropy, SparseLocalEntropy
 
 
@@ -147,7 +147,9 @@ def linear_backward(
     want_hidden, want_weight, want_bias = want
     if row_weights is not None:
         by_row = grad * row_weights
-        grad_weight, grad_bias = grad_weight * grad, grad_bias * grad
+        if want_weight:
+            grad_weight = _scaled(grad_weight, grad, inputs[1].dtype)
+        grad_bias = grad_bias * grad
     else:
         by_row = grad
         if want_weight or want_bias:
@@ -163,6 +165,15 @@ def linear_backward(
         t.to(dtype) if wanted else t.new_empty(0, dtype=dtype)
         for t, dtype, wanted in zip(made, dtypes, want, strict=True)
     )
+
+
+def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(sums * factor).to(dtype)``, a piece at a time: as a whole it would be there in float32
+    once more, and it is the largest tensor of a step."""
+    out = torch.empty_like(sums, dtype=dtype)
+    for block in blocks(*sums.shape):
+        out[block] = sums[block] * factor
+    return out
 
 
 @linear_backward.register_fake

@@ -157,7 +157,8 @@ def check(problem, name, reduction, **options):
 def test_float32_by_both_backends(name, head):
     for reduction in ("mean", "sum", "none"):
         check(Problem(torch.float32, head), name, reduction, backend="torch", chunk_bytes=1)
-    rows = 70 if name == "reverse" else 9  # two chunks, or one: the interpreter is slow
+    # two chunks once, or one: the interpreter is slow
+    rows = 70 if (name, head) == ("reverse", "capped") else 9
     problem = Problem(torch.float32, head, rows=rows)
     check(problem, name, "mean", backend="triton", chunk_bytes=1)
 
@@ -168,7 +169,8 @@ def test_float32_by_both_backends(name, head):
 def test_other_dtypes(name, head, dtype):
     for reduction in ("mean", "none"):
         check(Problem(dtype, head), name, reduction, backend="torch", chunk_bytes=1)
-    if dtype != torch.float64:
+    turn = LOSSES.index(name) + list(HEADS).index(head)  # a head each for either half dtype
+    if dtype == (torch.bfloat16, torch.float16, None)[turn % 3]:
         check(Problem(dtype, head, rows=9), name, "mean", backend="triton")
 
 
@@ -299,9 +301,9 @@ def test_nothing_is_saved_without_gradients():
 
 def test_no_large_tensor_is_made_beside_the_buffers(monkeypatch):
     """Whatever the number of rows: one buffer, another one where there is a reference."""
-    monkeypatch.setattr(eager, "TILE_ENTRIES", 2 * 2000)
-    problem = Problem(torch.float32, "plain", rows=256, columns=2000, dim=4)
-    budget = 64 * 2000 * 4
+    monkeypatch.setattr(eager, "TILE_ENTRIES", 4 * 1000)
+    problem = Problem(torch.float32, "plain", rows=130, columns=1000, dim=4)
+    budget = 64 * 1000 * 4
     activities = [torch.profiler.ProfilerActivity.CPU]
     for name in ("reverse", "forward", "cross_entropy", "global", "entropy"):
         options = {"implementation": "dense"} if name in ("global", "entropy") else {}
@@ -310,6 +312,22 @@ def test_no_large_tensor_is_made_beside_the_buffers(monkeypatch):
         sizes = [event.self_cpu_memory_usage for event in run.events()]
         large = [size for size in sizes if size >= budget / 4]
         assert large == [budget] * (1 if name == "cross_entropy" else 2), name
+
+
+def test_the_heads_gradient_is_scaled_and_cast_in_pieces(monkeypatch):
+    """Beside its sums, which forward made, backward makes the gradient and no float32 copy."""
+    monkeypatch.setattr(loop, "HEAD_BLOCK_BYTES", 2**16)
+    problem = Problem(torch.bfloat16, "plain", rows=64, columns=4000, dim=128)
+    loss = problem.loss("cross_entropy", "mean") * 3
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as run:
+        loss.backward()
+    size = 4000 * 128 * 2
+    sizes = [event.self_cpu_memory_usage for event in run.events()]
+    assert [made for made in sizes if made >= size / 2] == [size]
+    _, right = problem.plain("cross_entropy", "mean", torch.float64)
+    off = problem.weight.grad.double() - 3 * right[1]
+    assert off.norm() < 2**-6 * (3 * right[1]).norm()
 
 
 def test_tied_head():
@@ -466,7 +484,9 @@ def test_opcheck(backend, monkeypatch):
     monkeypatch.setattr(
         linear_operators, "linear", lambda *a: (calls.append(a), linear_op.linear(*a))[1]
     )
-    for name, reduction in (("reverse", "mean"), ("cross_entropy", "none"), ("local", "sum")):
+    kinds = [("reverse", "mean"), ("cross_entropy", "none"), ("local", "sum")]
+    # what the fakes promise is the same for both: the interpreter has one of them
+    for name, reduction in kinds if backend == "torch" else kinds[1:2]:
         problem = Problem(torch.float32, "scaled", rows=5, columns=11, dim=3)
         problem.loss(name, reduction, backend=backend)
         problem.hidden.requires_grad_(False)
@@ -497,7 +517,7 @@ def test_deterministic_mode():
     try:
         found = []
         for _ in range(2):
-            problem = Problem(torch.float32, "capped")
+            problem = Problem(torch.float32, "capped", rows=9)
             loss = problem.loss("reverse", "mean", backend="triton")
             found.append((loss.detach(), *torch.autograd.grad(loss, problem.inputs)))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
