@@ -46,8 +46,8 @@ _PEOPLE = "--batch-size 8 --retain-batch-size 32 --epochs 30"
 PEOPLE = {
     "GradDiff": f"--method grad_diff --forget-weight 0.1 --learning-rate 3e-4 {_PEOPLE}",
     "NPO": f"--method npo --forget-weight 1 --learning-rate 1e-4 {_PEOPLE}",
-    "SimNPO": f"--method sim_npo --forget-weight 1 --learning-rate 1e-3 {_PEOPLE}",
-    "PALU entropy": f"{ENTROPY} --top-k 10 --forget-weight 0.1 --learning-rate 1e-3 {_PEOPLE}",
+    "SimNPO": f"--method sim_npo --forget-weight 5 --learning-rate 1e-3 {_PEOPLE}",
+    "PALU entropy": f"{ENTROPY} --top-k 10 --forget-weight 0.5 --learning-rate 1e-3 {_PEOPLE}",
     "PALU flatten, local mean": (
         f"{LOCAL} --top-k 10 --forget-weight 0.5 --learning-rate 1e-3 {_PEOPLE}"
     ),
@@ -58,7 +58,7 @@ PEOPLE = {
 _TOFU = "--batch-size 8 --epochs 6"
 TOFU = {
     "GradDiff": f"--method grad_diff --learning-rate 3e-5 {_TOFU}",
-    "NPO": f"--method npo --learning-rate 3e-5 {_TOFU}",
+    "NPO": f"--method npo --retain-weight 5 --learning-rate 1e-4 {_TOFU}",
     "PALU entropy": (f"{ENTROPY} --top-k 50 --forget-weight 5 --learning-rate 1e-4 {_TOFU}"),
     "PALU entropy, retain weight 5": (
         f"{ENTROPY} --top-k 50 --forget-weight 5 --retain-weight 5 --learning-rate 1e-4 {_TOFU}"
