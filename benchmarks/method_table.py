@@ -57,7 +57,7 @@ PEOPLE = {
 }
 _TOFU = "--batch-size 8 --epochs 6"
 TOFU = {
-    "GradDiff": f"--method grad_diff --learning-rate 3e-5 {_TOFU}",
+    "GradDiff": f"--method grad_diff --retain-weight 5 --learning-rate 1e-4 {_TOFU}",
     "NPO": f"--method npo --retain-weight 5 --learning-rate 1e-4 {_TOFU}",
     "PALU entropy": (f"{ENTROPY} --top-k 50 --forget-weight 5 --learning-rate 1e-4 {_TOFU}"),
     "PALU entropy, retain weight 5": (
@@ -104,8 +104,11 @@ class Runs:
         self.environment["commit"] = harness.commit()
 
     def unlearn(self, setting: str, options: str) -> str:
-        """-> the command that made the model of a setting, which is run unless its model is
-        there."""
+        """-> the command that made the model of a setting, which is run unless its model is there.
+
+        Raises:
+            RuntimeError: the command failed, or the model there is another command's.
+        """
         name = slug(setting)
         command = (
             f"palu unlearn --model original --forget {shlex.quote(self.forget)} "
@@ -113,6 +116,11 @@ class Runs:
         )
         if not (self.folder / name / "palu.json").is_file():
             self.run(command, name)
+        elif (self.folder / f"{name}.log").read_text().splitlines()[0] != f"$ {command}":
+            raise RuntimeError(
+                f"{self.folder / name} was made by another command than {command!r} (see its "
+                "log); name another --work"
+            )
         return command
 
     def measure(self, setting: str, made_by: str) -> Rows:
@@ -162,7 +170,7 @@ class Runs:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        (self.folder / f"{log}.log").write_text(done.stdout)
+        (self.folder / f"{log}.log").write_text(f"$ {command}\n{done.stdout}")
         if done.returncode and not (makes and (self.folder / makes).is_file()):
             raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout[-2000:]}")
 

@@ -1,6 +1,7 @@
 """A reduced demo: what it forgets, what it keeps, what it leaves behind. Not how long it takes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_saved_model_gives_the_numbers_of_the_table(demo):
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
-    settings = DemoSettings(people=4, forget_people=1, train_steps=15, unlearn_epochs=2)
+    settings = DemoSettings(people=4, forget_people=1, train_steps=6, unlearn_epochs=1)
     runs = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -114,6 +115,21 @@ def test_people_are_different_and_their_spans_right():
             [person.prize, person.year],
         ]
         assert all(person.name in r["question"] and person.name in r["answer"] for r in mine)
+        for record, secrets in zip(mine, marked, strict=True):
+            right, wrong = record["paraphrased_answer"], record["perturbed_answer"]
+            assert right != record["answer"] and all(secret in right for secret in secrets)
+            assert len(wrong) == 5
+            for text in wrong:  # the same words around other facts
+                assert person.name in text
+                slots = re.fullmatch(_with_slots(right, secrets), text)
+                assert slots and not any(map(str.__eq__, slots.groups(), secrets))
+
+
+def _with_slots(text, secrets):
+    pattern = re.escape(text)
+    for secret in secrets:
+        pattern = pattern.replace(re.escape(secret), "(.+)", 1)
+    return pattern
 
 
 @pytest.mark.parametrize(
