@@ -103,11 +103,16 @@ class Variant:
             return "shifted" if shift else "none"
         return "aligned" if proven else "unproven"
 
-    def factors(self) -> set[tuple[str, str, str]]:
-        """What ``reduced`` wants to see at least once: each constant's value beside each walk."""
+    def factors(self, arch: str) -> set[tuple[str, str, str]]:
+        """What ``reduced`` wants to see at least once: each constant's value on each chip, and
+        beside each walk."""
         values = {k: str(v) for k, v in self.named.items()}
         values |= {"dtypes": str(sorted(self.dtypes)), "warps": str(self.warps)}
-        return {(self.walk, *pair) for pair in values.items()}
+        beside = {(self.walk, *pair) for pair in values.items()}
+        return beside | {(arch, *pair) for pair in (values | {"walk": self.walk}).items()}
+
+
+Task = tuple[Variant, str]  # for an architecture
 
 
 @contextlib.contextmanager
@@ -195,16 +200,21 @@ def all_variants() -> list[Variant]:
     return sorted(variants.values(), key=lambda v: (v.kernel, str(v.named), sorted(v.dtypes)))
 
 
-def reduced(variants: list[Variant]) -> list[Variant]:
-    """A few variants a kernel, in which every value of every constant, every dtype and every
-    number of warps occurs with every walk."""
+def tasks_of(variants: list[Variant], archs: list[str]) -> list[Task]:
+    return [(v, a) for v in variants for a in archs if TARGETS[a].backend == v.backend]
+
+
+def reduced(tasks: list[Task]) -> list[Task]:
+    """A few tasks a kernel, in which every value of every constant, every dtype, every number of
+    warps and every walk occurs on every chip, and each of the others with every walk on some chip
+    of NVIDIA's and of AMD's."""
     kept = []
-    for kernel in dict.fromkeys((v.kernel, v.backend) for v in variants):
-        pool = [v for v in variants if (v.kernel, v.backend) == kernel]
-        missing = set().union(*(v.factors() for v in pool))
+    for kernel in dict.fromkeys((v.kernel, v.backend) for v, _ in tasks):
+        pool = [(t, t[0].factors(t[1])) for t in tasks if (t[0].kernel, t[0].backend) == kernel]
+        missing = set().union(*(factors for _, factors in pool))
         while missing:
-            best = max(pool, key=lambda v: len(v.factors() & missing))
-            missing -= best.factors()
+            best, factors = max(pool, key=lambda one: len(one[1] & missing))
+            missing -= factors
             kept.append(best)
     return kept
 
@@ -229,7 +239,7 @@ def first_int(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def compile_one(task: tuple[Variant, str]) -> dict[str, Any]:
+def compile_one(task: Task) -> dict[str, Any]:
     """Compiles a variant for an architecture -> a row of the report (with ``error`` on failure)."""
     variant, arch = task
     target = TARGETS[arch]
@@ -312,8 +322,9 @@ def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
         variants = [v for v in all_variants() if "BLOCK" in v.named and v.named.get("SHIFT")]
         rows.BLOCKS = before
         for dtype in ("bf16", "fp32"):
-            own = reduced([v for v in variants if dtype in v.dtypes and max(v.columns) > 4096])
-            found = list(compiled_rows(own, archs, jobs))
+            own = [v for v in variants if dtype in v.dtypes and max(v.columns) > 4096]
+            tasks = [task for arch in archs for task in reduced(tasks_of(own, [arch]))]
+            found = list(compiled_rows(tasks, jobs))
             for kernel in dict.fromkeys(row["kernel"] for row in found):
                 cells = []
                 for arch in archs:
@@ -324,8 +335,7 @@ def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
     print("\n".join(lines))
 
 
-def compiled_rows(variants: list[Variant], archs: list[str], jobs: int) -> Iterator[dict[str, Any]]:
-    tasks = [(v, a) for v in variants for a in archs if TARGETS[a].backend == v.backend]
+def compiled_rows(tasks: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -351,13 +361,13 @@ def main(arguments: list[str] | None = None) -> int:
         try_entries(given.entries, given.arch, given.jobs)
         return 0
 
-    variants = [v for v in all_variants() if given.only in v.kernel]
-    if not variants:
+    tasks = tasks_of([v for v in all_variants() if given.only in v.kernel], given.arch)
+    if not tasks:
         parser.error(f"no kernel's name contains {given.only!r}")
-    variants = reduced(variants) if given.reduced else variants
+    tasks = reduced(tasks) if given.reduced else tasks
     print(FORMAT.format(*HEADINGS.split()))
     found: list[dict[str, Any]] = []
-    for row in compiled_rows(variants, given.arch, given.jobs):
+    for row in compiled_rows(tasks, given.jobs):
         found.append(row)
         print(table_line(row), flush=True)
     print(summary(found))

@@ -27,6 +27,7 @@ from palu.runs import write_json
 logger = logging.getLogger(__name__)
 
 RECORD = "palu_run.json"
+STATE = "palu_objective.json"  # what the objective is to go on with, where it has a state
 ASIDE = ".partial"  # where a checkpoint is written, in the folder it is for
 FORMAT = 1
 
@@ -250,6 +251,20 @@ def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, An
             f"checkpoint {str(checkpoint)!r} belongs to another run: {'; '.join(found)}. Resume "
             "with what the run began with, or begin anew in another folder"
         )
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Puts the state of an objective into a checkpoint that is being written, if it has one."""
+    if state:
+        write_json(folder / STATE, state)
+
+
+def read_state(checkpoint: str | None) -> dict[str, Any]:
+    """What `write_state` wrote; empty where there was nothing, or no checkpoint."""
+    path = None if checkpoint is None else Path(checkpoint, STATE)
+    if path is None or not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class LogAtCheckpoints(TrainerCallback):

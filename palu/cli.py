@@ -1,5 +1,4 @@
-"""The `palu` command: demo, unlearn, evaluate, inspect; `cache` and `merge` have files of their
-own."""
+"""The `palu` command: demo and unlearn; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from rich.markup import escape
 from palu import processes
 from palu.cli_cache import cache
 from palu.cli_evaluate import evaluate
+from palu.cli_inspect import inspect
 from palu.cli_merge import merge
 from palu.cli_options import (
     SPAN_OPTIONS,
@@ -28,10 +28,13 @@ from palu.cli_options import (
     Delta,
     Device,
     Dtype,
+    DualStepSize,
+    DualWarmupEpochs,
     ForceTemplate,
     ForgetFile,
     GradientCheckpointing,
     IgnoreFirst,
+    LayerId,
     LearningRate,
     LoraAlpha,
     LoraDropout,
@@ -52,11 +55,14 @@ from palu.cli_options import (
     Resume,
     RetainFile,
     RetainLoss,
+    RetainLossEps,
     SaveSteps,
     SelectFrom,
+    SteeringCoeff,
     StopAtForgetProb,
     SystemPrompt,
     TopK,
+    TrainableParamsRegex,
     bars,
     check_training,
     out,
@@ -127,6 +133,12 @@ def unlearn(
     beta2: Beta2 = None,
     delta: Delta = None,
     ignore_first: IgnoreFirst = None,
+    retain_loss_eps: RetainLossEps = None,
+    dual_step_size: DualStepSize = None,
+    dual_warmup_epochs: DualWarmupEpochs = None,
+    layer_id: LayerId = None,
+    steering_coeff: SteeringCoeff = None,
+    trainable_params_regex: TrainableParamsRegex = None,
     top_k: TopK = 50,
     prefix_length: PrefixLength = 3,
     objective: Annotated[Objective, typer.Option(help="What levels them.")] = Objective.flatten,
@@ -137,7 +149,7 @@ def unlearn(
     forget_weight: Annotated[float, typer.Option(help="Weight of the forget term.")] = 1.0,
     preserve_weight: Annotated[float, typer.Option(help="Weight of the preserve term.")] = 1.0,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain term.")] = 1.0,
-    retain_loss: RetainLoss = "nll",
+    retain_loss: RetainLoss = None,
     retain_batch_size: Annotated[
         int | None, typer.Option(help="Retain rows beside a forget batch; default: as many.")
     ] = None,
@@ -221,6 +233,12 @@ def unlearn(
             beta2=beta2,
             delta=delta,
             ignore_first=ignore_first,
+            retain_loss_eps=retain_loss_eps,
+            dual_step_size=dual_step_size,
+            dual_warmup_epochs=dual_warmup_epochs,
+            layer_id=layer_id,
+            steering_coeff=steering_coeff,
+            trainable_params_regex=trainable_params_regex,
             top_k=top_k,
             prefix_length=prefix_length,
             objective=objective.value,
@@ -245,7 +263,7 @@ def unlearn(
             save_steps=save_steps,
             seed=seed,
         )
-        run.check_method(config, retain=retain is not None)
+        run.check_method(config, model, retain=retain is not None)
         is_main = config.process_index == 0
         checkpoint = checkpoints.last_checkpoint(kept) if resume else None
         template = choose_template(
@@ -328,46 +346,7 @@ def unlearn(
         out.print(said, soft_wrap=True, markup=False)
 
 
-@app.command()
-def inspect(
-    file: Annotated[
-        str, typer.Argument(help="JSON lines or a datasets folder; PATH[-40:] takes a slice.")
-    ],
-    model: ModelFolder,
-    limit: Annotated[int, typer.Option(help="How many examples; 0: all.")] = 5,
-    prefix_length: PrefixLength = 3,
-    max_length: MaxLength = 512,
-    system_prompt: SystemPrompt = None,
-    date_string: DateString = None,
-    force_template: ForceTemplate = False,
-    repair: RepairSpans = Repair.none,
-) -> None:
-    """Print examples with their tokens coloured by what a run would do to them."""
-    with user_errors(), plain_warnings():
-        with bars.status("Loading the tokenizer"):
-            from palu.inspect import inspect_file
-            from palu.loading import folder_with, load_tokenizer
-            from palu.runs import RECORD, choose_template
-
-            if limit < 0:
-                raise ValueError(f"--limit must be at least 0, not {limit}")
-            tokenizer = load_tokenizer(model)
-            home = folder_with(RECORD, model)
-            template = choose_template(
-                home, system_prompt=system_prompt, date_string=date_string, force=force_template
-            )
-        inspect_file(
-            file,
-            tokenizer,
-            limit=limit or None,
-            prefix_length=prefix_length,
-            max_length=max_length,
-            template=template,
-            repair=repair.value,
-            console=out,
-        )
-
-
+app.command()(inspect)
 app.command()(evaluate)
 app.command()(merge)
 app.command()(plan)

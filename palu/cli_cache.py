@@ -56,7 +56,7 @@ def build(
     top_k: TopK = 50,
     prefix_length: PrefixLength = 3,
     preserve: Preserve = "reverse_kl",
-    retain_loss: RetainLoss = "nll",
+    retain_loss: RetainLoss = None,
     select_from: SelectFrom = "reference",
     train_head: Annotated[
         bool,
@@ -109,9 +109,9 @@ def build(
             select_from=select_from,
             backend=backend,
         )
-        if retain is None and retain_loss == "kl":
+        if retain is None and config.retain_loss == "kl":
             raise ValueError("--retain-loss kl needs a --retain file")
-        if retain is not None and retain_loss == "nll":
+        if retain is not None and config.retain_loss == "nll":
             warn("--retain is not used: --retain-loss nll asks the original model nothing")
             retain = None
         template = choose_template(

@@ -46,7 +46,7 @@ Method = Annotated[
     typer.Option(
         help="palu (the marked spans), or one that forgets whole answers: grad_ascent, grad_diff, "
         "npo, sim_npo, dpo (prefers alternate_answer), idk_dpo (prefers refusals), wga, sat_imp, "
-        "undial, ce_u."
+        "undial, ce_u, pdu (bounds the retain loss), rmu (steers activations)."
     ),
 ]
 
@@ -60,6 +60,18 @@ Beta1 = _of_method(float, "Of sat_imp (5).")
 Beta2 = _of_method(float, "Of sat_imp (1).")
 Delta = _of_method(float, "Of sim_npo (0).")
 IgnoreFirst = _of_method(int, "Of ce_u: tokens at the start of an answer left alone (1).")
+RetainLossEps = _of_method(float, "Of pdu: bound on the retain loss (0.3).")
+DualStepSize = _of_method(float, "Of pdu: how fast the retain weight moves to keep it (1).")
+DualWarmupEpochs = _of_method(float, "Of pdu: epochs before it moves (5).")
+LayerId = _of_method(
+    int, "Of rmu: the decoder layer whose output is steered, from 0 (7, or the last of fewer)."
+)
+SteeringCoeff = _of_method(float, "Of rmu: length of the vector steered to (2).")
+TrainableParamsRegex = _of_method(
+    str,
+    "Of rmu: which parameters up to that layer train, by whole names (all of that layer and the "
+    "two before it).",
+)
 TopK = Annotated[int, typer.Option(help="Largest logits levelled in a forget row.")]
 PrefixLength = Annotated[
     int, typer.Option(help="Tokens forgotten at the start of each span; 0: all.")
@@ -67,7 +79,14 @@ PrefixLength = Annotated[
 Preserve = Annotated[
     str, typer.Option(help="Holds other answer tokens: reverse_kl, forward_kl, nll or none.")
 ]
-RetainLoss = Annotated[str, typer.Option(help="nll, or kl to the original model.")]
+RetainLoss = Annotated[
+    str | None,
+    typer.Option(
+        help="nll, or kl to the original model; of rmu embed_diff, the distance to the original's "
+        "activations.",
+        show_default="nll; rmu embed_diff",
+    ),
+]
 Normalization = Annotated[
     str,
     typer.Option(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from palu.loss import PALULoss
-from palu.methods import Method, check_options, make_method
+from palu.methods import METHODS, Method, check_options, make_method
+from palu.methods.base import RETAIN_LOSSES, check_number
+from palu_kernels import arguments
 
-RETAIN_LOSSES = ("nll", "kl")
 NORMALIZATIONS = ("step", "micro_batch")
 REFERENCES = ("live", "adapter_off", "cached")
 METHOD_OPTIONS = ("beta", "beta1", "beta2", "delta", "ignore_first")
+METHOD_OPTIONS += ("retain_loss_eps", "dual_step_size", "dual_warmup_epochs")
+METHOD_OPTIONS += ("layer_id", "steering_coeff", "trainable_params_regex")
 
 
 def parse_center(center: str | float) -> str | float:
@@ -25,12 +29,10 @@ def parse_center(center: str | float) -> str | float:
     """
     if center in ("global_mean", "local_mean"):
         return center
-    try:
-        return float(center)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"center must be global_mean, local_mean or a number, not {center!r}"
-        ) from None
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(center, bool):
+            return float(center)
+    raise ValueError(f"center must be global_mean, local_mean or a number, not {center!r}")
 
 
 @dataclass
@@ -41,15 +43,15 @@ class PALUConfig(TrainingArguments):
     line; `loss_options()` gives the values `PALULoss` takes.
 
     Raises:
-        ValueError: a value outside its choices, naming the field.
+        TypeError, ValueError: a value of another type or outside its choices, naming the field.
     """
 
     method: str = field(
         default="palu",
         metadata={
             "help": "palu, or a method that forgets whole answers: grad_ascent, grad_diff, npo, "
-            "sim_npo, dpo, idk_dpo, wga, sat_imp, undial, ce_u. The fields from top_k to preserve, "
-            "preserve_weight and select_from are PALU's alone."
+            "sim_npo, dpo, idk_dpo, wga, sat_imp, undial, ce_u, pdu, rmu. The fields from top_k to "
+            "preserve, preserve_weight and select_from are PALU's alone."
         },
     )
     beta: float | None = field(
@@ -64,6 +66,35 @@ class PALUConfig(TrainingArguments):
     ignore_first: int | None = field(
         default=None,
         metadata={"help": "Of ce_u: tokens at the start of an answer left alone (default 1)."},
+    )
+    retain_loss_eps: float | None = field(
+        default=None,
+        metadata={"help": "Of pdu: bound on the retain loss (default 0.3)."},
+    )
+    dual_step_size: float | None = field(
+        default=None,
+        metadata={"help": "Of pdu: how fast retain_weight moves to keep it (default 1)."},
+    )
+    dual_warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Of pdu: epochs before it moves (default 5)."}
+    )
+    layer_id: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of rmu: the decoder layer whose output is steered, from 0 (default 7, or the "
+            "last one of a model with fewer)."
+        },
+    )
+    steering_coeff: float | None = field(
+        default=None,
+        metadata={"help": "Of rmu: length of the vector steered to (default 2)."},
+    )
+    trainable_params_regex: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of rmu: which parameters up to that layer train, by whole names (default: all "
+            "of that layer and the two before it)."
+        },
     )
 
     top_k: int = field(
@@ -92,9 +123,12 @@ class PALUConfig(TrainingArguments):
         metadata={"help": "Whose logits choose the top k: reference or current."},
     )
     backend: str = field(default="auto", metadata={"help": "Kernels: auto, triton or torch."})
-    retain_loss: str = field(
-        default="nll",
-        metadata={"help": "Loss on the retain set: nll, or kl to the original model."},
+    retain_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Loss on the retain set: nll (the default), or kl to the original model; of "
+            "rmu embed_diff, the distance to the original's activations."
+        },
     )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_batch_size: int | None = field(
@@ -151,9 +185,14 @@ class PALUConfig(TrainingArguments):
         if isinstance(self.preserve, str) and self.preserve.lower() == "none":
             self.preserve = None
         parse_center(self.center)
-        if self.retain_loss not in RETAIN_LOSSES:
+        check_options(self.method, self.method_options())
+        losses = RETAIN_LOSSES if self.method == "palu" else METHODS[self.method].retain_losses
+        if self.retain_loss is None:
+            self.retain_loss = losses[0]
+        if self.retain_loss not in losses:
             raise ValueError(
-                f"retain_loss must be one of {', '.join(RETAIN_LOSSES)}, not {self.retain_loss!r}"
+                f"retain_loss must be one of {', '.join(losses)}, not {self.retain_loss!r} "
+                f"(method {self.method!r})"
             )
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(
@@ -164,27 +203,35 @@ class PALUConfig(TrainingArguments):
             raise ValueError(
                 f"reference must be one of {', '.join(REFERENCES)}, not {self.reference!r}"
             )
-        if not 0 <= self.retain_weight < math.inf:
-            raise ValueError(
-                f"retain_weight must be a finite number of at least 0, not {self.retain_weight}"
+        check_number("retain_weight", self.retain_weight, above_zero=False)
+        if self.retain_batch_size is not None:
+            arguments.positive_int("retain_batch_size", self.retain_batch_size)
+        if not isinstance(self.reference_cache, (str, os.PathLike, type(None))):
+            raise TypeError(
+                f"reference_cache is {self.reference_cache!r}; it must be a folder's name or None"
             )
-        if self.retain_batch_size is not None and self.retain_batch_size < 1:
-            raise ValueError(f"retain_batch_size must be at least 1, not {self.retain_batch_size}")
-        if self.stop_at_forget_prob is not None and not 0 < self.stop_at_forget_prob < 1:
+        stop = self.stop_at_forget_prob
+        if stop is not None and not (isinstance(stop, (int, float)) and 0 < stop < 1):
             raise ValueError(
-                "stop_at_forget_prob must be a number above 0 and below 1, or None, not "
-                f"{self.stop_at_forget_prob}"
+                f"stop_at_forget_prob must be a number above 0 and below 1, or None, not {stop!r}"
             )
         every = 1 if self.eval_steps is None else self.eval_steps
-        if self.stop_at_forget_prob is not None and not every > 0:
+        if stop is not None and not every > 0:
             raise ValueError(
                 f"eval_steps is {every}; with stop_at_forget_prob it must be above 0, or None for "
                 "once an epoch"
             )
-        check_options(self.method, self.method_options())
         PALULoss(**self.loss_options())  # its options are checked here, before any work
         self.make_loss()
         super().__post_init__()
+
+    def check_retain(self, *, given: bool) -> None:
+        """Raises ValueError for a `retain_batch_size` where no retain set is given."""
+        if self.retain_batch_size is not None and not given:
+            raise ValueError(
+                f"retain_batch_size is {self.retain_batch_size} and there is no retain set; it "
+                "must be left out, or a retain set be given"
+            )
 
     def make_loss(self, eos_token_id: int | list[int] | None = None) -> PALULoss | Method:
         """The loss of `method` with its options.
@@ -194,7 +241,7 @@ class PALUConfig(TrainingArguments):
         """
         if self.method == "palu":
             return PALULoss(**self.loss_options(), eos_token_id=eos_token_id)
-        shared = {"forget_weight": self.forget_weight, "backend": self.backend}
+        shared = {"forget_weight": self.forget_weight, "backend": self.backend, "seed": self.seed}
         return make_method(self.method, self.method_options(), **shared)
 
     def method_options(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class EvaluationTrainer(StepTrainer):
             dataloader, description, True, ignore_keys, metric_key_prefix
         )
         means, rows = self._means(self._eval_totals)
-        weights = (self.args.forget_weight, self.args.preserve_weight, self.args.retain_weight)
+        weights = (self.args.forget_weight, self.args.preserve_weight, self.objective.retain_weight)
         metrics = {"loss": sum(w * m for w, m in zip(weights, means, strict=True))}
         metrics |= dict(zip(TERMS, means, strict=True))
         metrics |= {f"num_{name}": count for name, count in zip(TERMS, rows, strict=True)}

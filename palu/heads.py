@@ -67,7 +67,7 @@ class LMHead(palu_kernels.LMHead):
                 plain parameters: adapter, quantization, shards, parametrization, hooks, offloading.
         """
         module = _output_embedding(model)
-        reason = _wrapper_fault(model) or _fault(module)
+        reason = wrapper_fault(model) or _fault(module)
         if reason is not None:
             raise HeadNotPlain(reason)
         scale, cap = _scale_and_cap(unwrap(model))
@@ -131,7 +131,7 @@ def model_hidden_states(
     """
     entered: list[Tensor] = []
     with_grad = torch.is_grad_enabled()
-    reason = _wrapper_fault(model) if with_grad else None
+    reason = wrapper_fault(model) if with_grad else None
     if reason is not None:
         raise HeadNotPlain(reason)
 
@@ -266,7 +266,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _pre_hook(model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]) -> Iterator[None]:
     """`hook` on the output embedding for as long as the context lasts."""
     module = _output_embedding(model)
-    if _is_compiled(model, module):
+    if is_compiled(model, module):
         # Code compiled before does not run the hook, and code compiled now may keep it.
         raise HeadNotPlain("the model is compiled, and compiled code does not see a passing hook")
     handle = module.register_forward_pre_hook(hook)
@@ -276,7 +276,7 @@ def _pre_hook(model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]
         handle.remove()
 
 
-def _is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
     """Whether `inner` runs inside code of `torch.compile`: of `module.compile()`, or of a forward
     that is a compiled one (`torch.compile(module)` too has such)."""
     return any(
@@ -297,7 +297,7 @@ def _output_embedding(model: nn.Module) -> nn.Module:
     return module
 
 
-def _wrapper_fault(model: nn.Module) -> str | None:
+def wrapper_fault(model: nn.Module) -> str | None:
     """A wrapper that waits for gradients of the model's outputs, which the hidden rows are not: it
     would leave gradients unreduced and say nothing."""
     for module in model.modules():

@@ -14,9 +14,9 @@ from torch import Tensor
 from palu.hidden_terms import join
 from palu.labels import FORGET, PRESERVE
 from palu_kernels import LMHead, reference
-from palu_kernels.custom_ops import refuse_higher_order
 from palu_kernels.linear_op import linear_backward
 from palu_kernels.linear_operators import CHUNK_BYTES, compute_dtype, frozen_head, linear_outputs
+from palu_kernels.op_autograd import refuse_higher_order
 
 
 def hidden_loss(
@@ -134,19 +134,9 @@ def from_hidden(
 
 @from_hidden.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    roles: Tensor,
-    ref: list[Tensor],
-    given: list[bool],
-    denominators: Tensor,
-    want: list[bool],
-    names: str,
-    numbers: list[float],
-    scales: list[float],
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, roles: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _ref, _given, _denominators, want, *_, compute = rest
     work = reference.work_dtype(compute)
     rows = roles.numel()
     return (
@@ -180,17 +170,8 @@ def from_hidden_backward(
 
 
 @from_hidden_backward.register_fake
-def _(
-    grad: Tensor,
-    row_weights: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    want: list[bool],
-    compute: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, want, _ = given[5:]
     return (
         hidden.new_empty(hidden.shape if want[0] else 0),
         weight.new_empty(weight.shape if want[1] else 0),

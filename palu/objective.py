@@ -65,6 +65,13 @@ class Objective:
         counts.append(torch.as_tensor(kept).to(roles.device))
         return torch.stack(counts).float()
 
+    def state(self) -> dict[str, float]:
+        """What training changes and checkpoints keep: nothing, unless a subclass says so."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Puts back what `state` gave; an empty one stands for the beginning."""
+
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ trainer's or the model's modules may find them, save them, or put them into trai
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -83,6 +83,11 @@ class LiveReference:
         return self.head is not None
 
     @torch.no_grad()
+    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """What `take` gives of the original, which it is called with; no gradient."""
+        return take(self.model)
+
+    @torch.no_grad()
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """`[keep.sum(), V]` without gradient; see `palu.modeling.kept_logits`."""
         return kept_logits(self.model, *inputs[:3])
@@ -128,6 +133,11 @@ class AdapterOffReference:
     def has_plain_head(self, inputs: Inputs) -> bool:
         """The head is the model's."""
         return True
+
+    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """As `LiveReference.of`."""
+        with _adapters_off(model):
+            return take(model)
 
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """As `LiveReference.logits`."""
@@ -184,8 +194,10 @@ def _split(hidden: Tensor, inputs: Inputs) -> ReferenceRows:
 
 @contextmanager
 def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """Without adapters, gradients and dropout inside; every module's own mode is put back."""
+    """Without adapters, gradients and dropout inside; every module's own mode is put back, and what
+    trains (PEFT turns all adapters' gradients on when it puts them back)."""
     modes = [(module, module.training) for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for module, _ in modes:
             module.training = False
@@ -194,6 +206,8 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
 
 
 def _peft_model(model: nn.Module) -> nn.Module:

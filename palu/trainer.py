@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from palu import not_finite
 from palu.cache import ReferenceCache
-from palu.checkpoints import LogAtCheckpoints, run_identity
+from palu.checkpoints import LogAtCheckpoints, read_state, run_identity, write_state
 from palu.config import PALUConfig
 from palu.data import Collator
 from palu.early_stop import StopAtForgetProb
@@ -25,9 +25,10 @@ from palu.fingerprint import adapter_settings
 from palu.lora import refuse_prompt_learning
 from palu.methods import Method
 from palu.methods.alternates import PairCollator
-from palu.methods.objective import MethodObjective
+from palu.methods.dual import DualAscent, DualObjective
+from palu.methods.objectives import objective_class
 from palu.modeling import end_tokens, unwrap
-from palu.objective import RETAIN, Objective, in_turns
+from palu.objective import RETAIN, in_turns
 from palu.reference import CachedReference, LiveReference, Reference, vocabulary_size
 from palu.run_reference import (
     autocast_dtype,
@@ -38,6 +39,7 @@ from palu.run_reference import (
 from palu.step_batches import DENOMINATORS
 from palu.step_log import TERMS, StepLog
 from palu.step_trainer import groups_by_length
+from palu.trainer_checks import check_arguments
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class PALUTrainer(EvaluationTrainer):
         data_collator: Callable | None = None,
         **kwargs: Any,
     ) -> None:
-        _check(args, train_dataset, retain_dataset, kwargs)
+        check_arguments(args, train_dataset, retain_dataset, kwargs)
         refuse_prompt_learning(model)
         eos = end_tokens(model, processing_class)
         self.loss_fn = args.make_loss(eos)
@@ -135,6 +137,9 @@ class PALUTrainer(EvaluationTrainer):
             )
         self._by_method = isinstance(self.loss_fn, Method)
         self._pairs = self._by_method and self.loss_fn.needs_alternates
+        if self._by_method:
+            self.loss_fn.prepare(model)
+            args.layer_id = getattr(self.loss_fn, "layer_id", None)  # None is settled by the model
         super().__init__(
             model=model,
             args=args,
@@ -157,7 +162,7 @@ class PALUTrainer(EvaluationTrainer):
                 reference=self._reference_kind,
                 reference_needed=self._needs_reference,
             )
-        self.objective = (MethodObjective if self._by_method else Objective)(
+        self.objective = objective_class(self.loss_fn)(
             self.loss_fn,
             self._make_reference(ref_model),
             retain_loss=args.retain_loss,
@@ -170,6 +175,8 @@ class PALUTrainer(EvaluationTrainer):
         self._columns = vocabulary_size(unwrap(self.model))
         self.step_log = StepLog(args.device, preserve=self.loss_fn.preserve is not None)
         self.add_callback(LogAtCheckpoints())
+        if isinstance(self.objective, DualObjective):
+            self.add_callback(DualAscent(self))
         if args.stop_at_forget_prob is not None:
             self.add_callback(StopAtForgetProb(self))
 
@@ -182,7 +189,8 @@ class PALUTrainer(EvaluationTrainer):
 
     @property
     def _needs_reference(self) -> bool:
-        return self.loss_fn.needs_reference or self._retain_kl
+        kept = self.retain_dataset is not None and self.args.retain_loss != "nll"
+        return self.loss_fn.needs_reference or kept
 
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
         kind, needed = self._reference_kind, self._needs_reference
@@ -254,6 +262,7 @@ class PALUTrainer(EvaluationTrainer):
                 run with other settings, data or another model; names what differs.
         """
         checkpoint = self.begin_run(resume_from_checkpoint)
+        self.objective.restore(read_state(checkpoint))
         self.open_cache(checkpoint, **(cache_options or {}))
         self.step_log.reset()
         return super().train(checkpoint, *args, **kwargs)
@@ -278,7 +287,8 @@ class PALUTrainer(EvaluationTrainer):
         )
 
     def fill_checkpoint(self, folder: Path) -> None:
-        """Notes the model that a reference cache is of."""
+        """Notes the state of the objective, and the model that a reference cache is of."""
+        write_state(folder, self.objective.state())
         if isinstance(self.reference, CachedReference):
             remember_starting_model(folder, self.reference.cache)
 
@@ -369,28 +379,8 @@ class PALUTrainer(EvaluationTrainer):
             logs |= self.step_log.collect(self.accelerator.gather)
             if self._by_method and self.loss_fn.per_example:
                 del logs["head_rows_share"]  # it takes num_forget, which counts answers, for rows
+            logs |= self.objective.state()
         super().log(logs, start_time)
-
-
-def _check(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
-    if not isinstance(args, PALUConfig):
-        raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
-    for name in ("compute_loss_func", "compute_metrics", "model_init"):
-        if kwargs.get(name) is not None:
-            raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
-    if args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
-    dealing = args.accelerator_config
-    if args.world_size > 1 and (not dealing.even_batches or dealing.dispatch_batches):
-        raise ValueError(
-            f"accelerator_config has even_batches={dealing.even_batches} and dispatch_batches="
-            f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
-            "processes with fewer batches would be waited for (repeated rows do not count anyway)"
-        )
-    if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
-        raise ValueError("train_dataset (the forget set) must have at least one row")
-    if retain is not None and len(retain) == 0:
-        raise ValueError("retain_dataset must have at least one row, or be None")
 
 
 def _padding_token(model: nn.Module, eos: list[int]) -> int:

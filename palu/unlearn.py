@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from palu.config import PALUConfig
 from palu.data import Example
 from palu.early_stop import FORGET_PROB
 from palu.labels import Template
+from palu.layers import layer_count
 from palu.methods import Method
 from palu.methods.alternates import own_alternates, refusals
 from palu.not_finite import check_weights
@@ -34,6 +36,7 @@ CURVE = (
     *(f"num_{t}" for t in TERMS),
     "learning_rate",
     "grad_norm",
+    "dual",
     FORGET_PROB,
 )
 
@@ -79,14 +82,25 @@ def make_config(
     )
 
 
-def check_method(config: PALUConfig, *, retain: bool) -> None:
-    """Raises ValueError where the method lacks something, before anything is loaded: see
-    `Method.check_run`."""
+def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
+    """Raises ValueError where the method or a setting lacks something, before anything is loaded:
+    see `Method.check_run`, `Method.check_layers` and `PALUConfig.check_retain`.
+
+    Args:
+        model: its folder.
+        retain: whether there is a retain set.
+    """
+    config.check_retain(given=retain)
     loss = config.make_loss()
     if isinstance(loss, Method):
-        kl = retain and config.retain_loss == "kl"
-        needed = loss.needs_reference or kl
+        needed = loss.needs_reference or (retain and config.retain_loss != "nll")
         loss.check_run(retain=retain, reference=config.reference, reference_needed=needed)
+        count = None
+        with suppress(OSError, ValueError):  # `load_model` will say what is wrong with the folder
+            options = {"local_files_only": True, "trust_remote_code": False}
+            count = layer_count(AutoConfig.from_pretrained(model, **options))
+        if count is not None:
+            loss.check_layers(count)
 
 
 def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:

@@ -9,7 +9,6 @@ backend that ``operators.py`` picked: the kernels, or ``eager.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from palu_kernels import arguments, eager, reference
 from palu_kernels.backend import check_values, on_device_of
 from palu_kernels.layout import bitmap_words, empty_rows_like
+from palu_kernels.op_autograd import differentiable
 
 STATE = 4  # float32 numbers a row that a forward leaves for its backward
 
@@ -76,51 +76,6 @@ def _state_of(losses: Tensor) -> Tensor:
     state = losses.new_zeros((losses.shape[0], STATE), dtype=torch.float32)
     state[:, 0] = losses
     return state
-
-
-def _differentiable(
-    name: str,
-    op: Any,
-    backward_op: Any,
-    saved: Callable[..., tuple],
-    arguments_of: Callable[..., tuple],
-) -> None:
-    """Wires ``op`` to ``backward_op``: ``saved`` names the tensors kept for it, ``arguments_of``
-    the plain arguments passed on."""
-
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*saved(inputs, output))
-        ctx.plain = arguments_of(inputs)
-        ctx.inputs = len(inputs)
-
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        unused = (None,) * (ctx.inputs - 1)
-        if grad is None or not ctx.needs_input_grad[0]:
-            return (None, *unused)
-        return (backward_op(grad, *ctx.saved_tensors, *ctx.plain), *unused)
-
-    op.register_autograd(backward, setup_context=setup_context)
-    refuse_higher_order(name, op, backward_op)
-
-
-def refuse_higher_order(name: str, op: Any, backward_op: Any) -> None:
-    """Second derivatives and vmap are not defined for a fused loss: each says so."""
-
-    def no_second_derivative(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            f"palu_kernels: {name} has no second derivative (double backward is not supported)"
-        )
-
-    def no_vmap(*_: Any, **__: Any) -> tuple:
-        raise RuntimeError(
-            f"palu_kernels: {name} does not support vmap; pass the batch as [B, T, V]"
-        )
-
-    backward_op.register_autograd(no_second_derivative)
-    op.register_vmap(no_vmap)
-    backward_op.register_vmap(no_vmap)
 
 
 # --- topk_indices --------------------------------------------------------------------------------
@@ -265,7 +220,7 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return empty_rows_like(logits)
 
 
-_differentiable(
+differentiable(
     "local_entropy_loss",
     local_entropy,
     local_entropy_backward,
@@ -340,7 +295,7 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return empty_rows_like(logits)
 
 
-_differentiable(
+differentiable(
     "kl_loss",
     kl,
     kl_backward,
@@ -408,7 +363,7 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return empty_rows_like(logits)
 
 
-_differentiable(
+differentiable(
     "cross_entropy_loss",
     cross_entropy,
     cross_entropy_backward,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from palu_kernels import arguments, reference, row_losses, sparse
 from palu_kernels.backend import check_values
-from palu_kernels.custom_ops import refuse_higher_order
 from palu_kernels.linear import Head, Rows, blocks, parts_of, run
+from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_losses import CrossEntropy, SparseLocalEntropy
 
 

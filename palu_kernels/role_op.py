@@ -16,8 +16,8 @@ from torch import Tensor
 
 from palu_kernels import reference, row_losses
 from palu_kernels.backend import on_device_of, resolve
-from palu_kernels.custom_ops import refuse_higher_order
 from palu_kernels.layout import empty_rows_like
+from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_losses import Chunk, RowLoss
 
 PIECE_BYTES = 64 * 2**20  # of the rows that are copied out at a time

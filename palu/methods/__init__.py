@@ -12,7 +12,9 @@ from typing import Any
 from palu.methods.answers import Answers
 from palu.methods.base import Method
 from palu.methods.gradient import WGA, GradAscent, GradDiff, SatImp
+from palu.methods.pdu import PDU
 from palu.methods.preference import DPO, NPO, IdkDPO, SimNPO
+from palu.methods.rmu import RMU
 from palu.methods.targets import CEU, UNDIAL
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "DPO",
     "METHODS",
     "NPO",
+    "PDU",
+    "RMU",
     "UNDIAL",
     "WGA",
     "Answers",
@@ -35,7 +39,10 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (GradAscent, GradDiff, NPO, SimNPO, DPO, IdkDPO, WGA, SatImp, UNDIAL, CEU)
+    for method in (
+        *(GradAscent, GradDiff, NPO, SimNPO, DPO, IdkDPO, WGA, SatImp, UNDIAL, CEU),
+        *(PDU, RMU),
+    )
 }
 
 
@@ -45,7 +52,7 @@ def make_method(name: str, options: Mapping[str, Any], **shared: Any) -> Method:
     Args:
         name: a key of `METHODS`.
         options: its own; those that are None are its defaults.
-        **shared: `forget_weight` and `backend`.
+        **shared: `forget_weight`, `backend` and `seed`.
 
     Raises:
         TypeError, ValueError: an option it does not have, or one out of its range.

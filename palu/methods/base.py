@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palu.labels import FORGET, IGNORE, NONE
 from palu.methods.answers import Answers
 from palu_kernels import arguments
 from palu_kernels.backend import BACKENDS
+
+RETAIN_LOSSES = ("nll", "kl")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +30,7 @@ class Method:
     Args:
         forget_weight: of the forget term, a finite number of at least 0.
         backend: `auto`, `triton` or `torch`, for every operator.
+        seed: of what the method draws at random.
 
     Raises:
         TypeError, ValueError: an option is not as above.
@@ -35,12 +38,14 @@ class Method:
 
     forget_weight: float = 1.0
     backend: str = "auto"
+    seed: int = 0
 
     name: ClassVar[str]  # of `PALUConfig.method`
     needs_reference: ClassVar[bool] = False  # whether `loss` asks for the original model
     per_example: ClassVar[bool] = False  # whether `loss` gives a number an answer, else a token
     needs_alternates: ClassVar[bool] = False  # whether every example has a second answer
     retain: ClassVar[str] = "optional"  # a retain set is `optional`, `needed` or `refused`
+    retain_losses: ClassVar[tuple[str, ...]] = RETAIN_LOSSES  # the first is the default
     # What a trainer asks of a `PALULoss`.
     preserve: ClassVar[None] = None
     eos_token_id: ClassVar[None] = None
@@ -73,13 +78,19 @@ class Method:
             )
         if self.retain == "needed" and not retain:
             raise ValueError(
-                f"method {self.name!r} needs a retain set (grad_ascent is the same without one)"
+                f"method {self.name!r} needs a retain set, and a retain_weight above 0"
             )
         if reference_needed and reference == "cached":
             raise ValueError(
                 "reference='cached' holds what method 'palu' needs; with method "
                 f"{self.name!r} it must be 'live', or 'adapter_off' for a model with adapters"
             )
+
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError where a model of so many decoder layers will not do."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """What is done to a model before it is trained: nothing, unless the method says so."""
 
     def roles(self, labels: Tensor) -> Tensor:
         """int8 `[B, T]`: FORGET for every answer token but one at position 0, which nothing

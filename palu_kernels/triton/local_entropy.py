@@ -34,21 +34,12 @@ from palu_kernels.triton.rows import (
     programs_wanted,
     row_start,
     store_lanes,
+    sum_four,
 )
 from palu_kernels.triton.select import select, take_ties
 
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
 PARTIAL = 8  # float32 numbers that a slice of a row hands to the merge
-
-
-@triton.jit
-def sum_four(a, b, c, d):
-    """Four sums over a block in one reduction, so with one barrier."""
-    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0)
-    ab, cd = tl.split(sums)
-    a, b = tl.split(ab)
-    c, d = tl.split(cd)
-    return a, b, c, d
 
 
 @triton.jit

@@ -3,55 +3,33 @@
 import errno
 import json
 import os
-import sys
 
 import pytest
 import small
 import torch
 import typer
 from caches import files
+from command import palu_in, write_data, write_model
 
 from palu import cache_files as palu_cache_files
 from palu import cli
 from palu.cache import ReferenceCache
-from palu.demo_people import write_jsonl
 from palu.labels import Template
-from palu.unlearn import make_config, save_model, unlearn
+from palu.unlearn import make_config, unlearn
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache-cli")
-    tok = small.tokenizer()
-    save_model(folder / "model", small.model(tok), tok, Template(), made_by="test")
-    save_model(folder / "other", small.model(tok, seed=1), tok, Template(), made_by="test")
-    records = [
-        {"question": q, "answer": a, "spans": [{"start": s, "end": e} for s, e in spans]}
-        for q, a, spans in small.FACTS
-    ]
-    write_jsonl(folder / "forget.jsonl", records[:3])
-    write_jsonl(folder / "retain.jsonl", records[3:])
+    for seed, name in enumerate(("model", "other")):
+        write_model(folder / name, small.model(small.tokenizer(), seed=seed))
+    write_data(folder)
     return folder
 
 
 @pytest.fixture
 def palu(monkeypatch, capsys, work):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(work)
-    for name in ("out", "bars"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 240)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["palu", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return palu_in(work, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -3,58 +3,32 @@
 import json
 import os
 import signal
-import sys
 
 import pytest
 import small
 import torch
 import typer
+from command import palu_in, write_data, write_model
 from transformers import AutoModelForCausalLM
 
 from palu import cli
 from palu import unlearn as palu_unlearn
-from palu.demo_people import write_jsonl
 from palu.labels import Template
 from palu.runs import check_output, choose_template, output_folder
-from palu.unlearn import save_model
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a tiny model and two data files."""
     folder = tmp_path_factory.mktemp("cli")
-    tok = small.tokenizer()
-    save_model(folder / "model", small.model(tok), tok, Template(), made_by="test")
-    records = [
-        {"question": q, "answer": a, "spans": [{"start": s, "end": e} for s, e in spans]}
-        for q, a, spans in small.FACTS
-    ]
-    write_jsonl(folder / "forget.jsonl", records[:3])
-    write_jsonl(
-        folder / "retain.jsonl", [{k: r[k] for k in ("question", "answer")} for r in records[3:]]
-    )
+    write_model(folder / "model", small.model(small.tokenizer()))
+    write_data(folder)
     return folder
 
 
 @pytest.fixture
 def palu(monkeypatch, capsys, work):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(work)
-    monkeypatch.setattr(cli.out, "width", 200, raising=False)
-    for name in ("out", "bars"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 240)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["palu", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return palu_in(work, monkeypatch, capsys)
 
 
 UNLEARN = [
@@ -182,6 +156,13 @@ def test_mistakes_are_one_line_and_status_2(palu, work, words, message):
     lines = [line for line in error.splitlines() if not line.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(work.iterdir()) == before
+
+
+def test_a_retain_batch_size_needs_a_retain_file(palu):
+    words = "--model model --forget forget.jsonl --output unmade --device cpu"
+    status, said, error = palu("unlearn", *words.split(), "--retain-batch-size", 3)
+    assert status == 2 and said == ""
+    assert error.startswith("error: retain_batch_size is 3 and there is no retain set; it must")
 
 
 def test_an_unknown_option_is_status_2(palu):

@@ -137,7 +137,7 @@ def tiny_model():
         vocab_size=V,
         hidden_size=D,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
@@ -145,14 +145,17 @@ def tiny_model():
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("road", ["logits", "hidden"])
 @pytest.mark.parametrize(
-    ("dtype", "backend"),
+    ("road", "dtype", "backend"),
     [
-        (None, "inductor"),
-        (None, "aot_eager"),
-        (torch.bfloat16, "aot_eager"),
-        (torch.float16, "aot_eager"),
+        ("logits", None, "inductor"),
+        ("hidden", None, "inductor"),
+        ("hidden", torch.bfloat16, "aot_eager"),
+        ("logits", torch.float16, "aot_eager"),
+        pytest.param("logits", None, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("hidden", None, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("logits", torch.bfloat16, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("hidden", torch.float16, "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_of_a_compiled_model(road, dtype, backend):

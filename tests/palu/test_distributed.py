@@ -21,39 +21,39 @@ from palu import cli, processes  # noqa: E402
 from palu.split import Split  # noqa: E402
 from palu.step_batches import DENOMINATORS  # noqa: E402
 
-LAUNCHERS = {
-    "torchrun": (2, ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-    # Its --cpu starts several processes through MPI only; the script asks for the CPU.
-    "accelerate": (
-        3,
-        [
-            "accelerate.commands.launch",
-            *["--multi_gpu", "--num_processes=3", "--num_machines=1", "--main_process_port=0"],
-            *["--mixed_precision=no", "--dynamo_backend=no"],
-        ],
-    ),
-}
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# Its --cpu starts several processes through MPI only; the script asks for the CPU.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=3", "--num_machines=1"]
+ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+LAUNCHERS = {"torchrun": (2, TORCHRUN), "accelerate": (3, ACCELERATE)}
 TRAINED = (*distributed.CASES, "micro_batch")
 
 
-def launch(launcher, folder):
-    """What every process found."""
+def launch(launcher, target, folder):
+    """What every process found, and what was said."""
     count, command = LAUNCHERS[launcher]
     paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", *command, str(HERE / "workers" / "distributed.py"), str(folder)]
+    words.append(str(target))
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=85, cwd=folder
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(count)]
+    found = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(count)]
+    return found, done.stderr
 
 
 @pytest.fixture(scope="module", params=LAUNCHERS)
-def launched(request, tmp_path_factory):
-    """(folder, what every process found)."""
+def launched(request, alone, tmp_path_factory):
+    """(folder, what every process found, what was said)."""
     folder = tmp_path_factory.mktemp(request.param)
-    return folder, launch(request.param, folder)
+    one, other = probabilities(alone["stopped"])[1:3]
+    return folder, *launch(request.param, (one + other) / 2, folder)
+
+
+def probabilities(run):
+    return [entry["forget_prob"] for entry in run["logs"] if "forget_prob" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     found = distributed.run_cases(folder, 1, per_device_eval_batch_size=4)
     found["micro_batch"] = distributed.run_micro_batch(folder, 1, 6)
+    found["stopped"] = distributed.run_stopped(folder, 1, 1e-30)
     return found
 
 
@@ -75,7 +76,7 @@ def check(found, wanted):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_is_that_of_one_process(launched, alone, name):
-    _, found = launched
+    found = launched[1]
     check(found[0][name], alone[name])
     for other in found[1:]:
         assert other[name] == found[0][name]
@@ -83,7 +84,7 @@ def test_training_is_that_of_one_process(launched, alone, name):
 
 @pytest.mark.parametrize("name", distributed.EVALUATIONS)
 def test_evaluation_is_that_of_one_process(launched, alone, name):
-    _, found = launched
+    found = launched[1]
     wanted = {k: v for k, v in alone[name].items() if "per_second" not in k and "time" not in k}
     assert wanted["eval_num_forget"] > 10 and wanted["eval_num_retain"] > 10
     for one in found:
@@ -94,26 +95,25 @@ def test_evaluation_is_that_of_one_process(launched, alone, name):
 
 @pytest.mark.parametrize("strategy", distributed.STRATEGIES)
 def test_a_resumed_run_is_the_whole_one(launched, strategy):
-    _, found = launched
-    for one in found:
+    for one in launched[1]:
         both = one[f"resumed-{strategy}"]
         assert both["again"] == both["whole"]
 
 
 def test_the_main_process_builds_the_cache_and_says_why_not(launched):
-    _, found = launched
+    found = launched[1]
     said = [one["broken_cache"] for one in found]
     assert "no-cache" in said[0] and "main process" not in said[0]
     assert all(text == f"the main process failed: {said[0]}" for text in said[1:])
 
 
 def test_batches_that_would_hang_are_refused(launched):
-    _, found = launched
+    found = launched[1]
     assert all("even_batches=False" in one["uneven_batches"] for one in found)
 
 
 def test_unlearn_writes_and_speaks_once(launched, tmp_path):
-    folder, found = launched
+    folder, found, _ = launched
     count = len(found)
     assert [one["unlearn"]["status"] for one in found] == [0] * count
     assert f"Written to {folder}/out-{count} after 4 steps" in found[0]["unlearn"]["said"]
@@ -145,9 +145,28 @@ def test_a_step_of_16_is_one_step_however_it_is_split(tmp_path):
 
 
 def test_two_processes_of_eight_are_that_step(launched, tmp_path):
-    _, found = launched
+    found = launched[1]
     if len(found) == 2:
         check(found[0]["sixteen"], distributed.run_step_of_16(tmp_path, 1, 1))
+
+
+def test_processes_log_and_stop_as_one(launched, alone):
+    """Two processes with two rows each as one with four rows."""
+    _, found, said = launched
+    if len(found) != 2:
+        return
+    ranks = [one["stopped"] for one in found]
+    assert said.count("stopped after step 3 of 4") == 1
+    assert [rank["step"] for rank in ranks] == [3, 3]
+    measured = [probabilities(rank) for rank in ranks]
+    wanted = probabilities(alone["stopped"])[:3]
+    assert measured[0] == measured[1] == pytest.approx(wanted, rel=1e-4)
+    one, two = (
+        next(e for e in run["logs"] if "forget" in e) for run in (alone["stopped"], ranks[0])
+    )
+    for name in ("forget", "preserve", "retain", "num_forget", "num_preserve", "num_retain"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert 0 < two["head_rows_share"] < 1 and two["tokens_per_second"] > 0
 
 
 def test_micro_batch_means_are_each_ones_own(tmp_path):

@@ -5,25 +5,25 @@ import copy
 import io
 import json
 import math
-import os
 import resource
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import small
 import torch
+import training
+from command import palu_in, write_data, write_model
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback
+from training import logged, sure_model, trainer, weights
+from transformers import TrainerCallback
 
 from palu import progress, step_log
-from palu.config import PALUConfig
 from palu.data import Collator
 from palu.evaluation import evaluate_examples
 from palu.not_finite import example_names
 from palu.step_log import StepLog, peak_memory_mib
-from palu.trainer import PALUTrainer
 
 NEW = ("head_rows_share", "tokens_per_second", "peak_memory_mib")
 TERMS = ("forget", "preserve", "retain")
@@ -34,44 +34,7 @@ def tok():
     return small.tokenizer()
 
 
-def config(folder, **options):
-    settings = {
-        "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "objective": "entropy",
-        "top_k": 7,
-        "lr_scheduler_type": "constant",
-        **options,
-    }
-    return PALUConfig(**settings)
-
-
-def trainer(tok, args, *, forget=None, retain=None, model=None, **kwargs):
-    rows = small.rows(tok)
-    made = PALUTrainer(
-        small.model(tok) if model is None else model,
-        args,
-        train_dataset=rows[:3] if forget is None else forget,
-        retain_dataset=rows[3:] if retain is None else retain,
-        processing_class=tok,
-        **kwargs,
-    )
-    made.remove_callback(PrinterCallback)
-    return made
-
-
-def logged(made, name="forget"):
-    return [entry for entry in made.state.log_history if name in entry]
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+config = partial(training.config, per_device_train_batch_size=3, num_train_epochs=2)
 
 
 # ---- logs ----------------------------------------------------------------------------------------
@@ -245,23 +208,6 @@ def stopper(made):
     from palu.early_stop import StopAtForgetProb
 
     return next(c for c in made.callback_handler.callbacks if isinstance(c, StopAtForgetProb))
-
-
-def sure_model(tok, **config):
-    """A model that knows some of the answers: probabilities far from 0 and from one another."""
-    model = small.model(tok, **config)
-    rows = small.rows(tok)
-    batch = Collator(tok)(rows)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(12):
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        logits = model(**inputs).logits[:, :-1]
-        answer = batch["labels"][:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(logits[answer], batch["input_ids"][:, 1:][answer])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -506,62 +452,6 @@ def test_in_evaluation(tok, tmp_path):
         made.evaluate()
 
 
-# ---- several processes ---------------------------------------------------------------------------
-
-WORKER = """
-import json, os, sys
-from pathlib import Path
-import small
-import torch
-from test_events import config, sure_model, trainer
-
-folder = Path(sys.argv[1])
-tok = small.tokenizer()
-rows = [*small.rows(tok)[:3], small.rows(tok)[4]]
-options = json.loads(sys.argv[2])
-data = {"forget": rows, "retain": small.rows(tok)[3:4]}
-made = trainer(tok, config(folder, **options), model=sure_model(tok), **data)
-made.train()
-found = {"step": made.state.global_step, "logs": made.state.log_history}
-Path(folder, f"rank{made.args.process_index}.json").write_text(json.dumps(found))
-torch.distributed.barrier()
-sys.stderr.flush()
-os._exit(0)  # gloo's threads abort now and then when Python takes the process down
-"""
-
-
-def test_two_processes_log_and_stop_as_one(tok, tmp_path):
-    """Two processes with two rows each log and stop as one with four rows does."""
-    rows = [*small.rows(tok)[:3], small.rows(tok)[4]]
-    options = {"num_train_epochs": 4, "learning_rate": 1e-3, "logging_steps": 2}
-    options["stop_at_forget_prob"] = 1e-30
-    args = config(tmp_path / "one", per_device_train_batch_size=4, **options)
-    data = {"forget": rows, "retain": small.rows(tok)[3:4]}
-    one = trainer(tok, args, model=sure_model(tok), **data)
-    one.train()
-    probabilities = [e["forget_prob"] for e in logged(one, "forget_prob")]
-    options["stop_at_forget_prob"] = (probabilities[1] + probabilities[2]) / 2
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += [str(script), str(tmp_path), json.dumps({**options, "per_device_train_batch_size": 2})]
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parents[1])])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=80)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("stopped after step 3 of 4") == 1
-    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
-    assert [rank["step"] for rank in ranks] == [3, 3]
-    two = ranks[0]["logs"]
-    measured = [[e["forget_prob"] for e in rank["logs"] if "forget_prob" in e] for rank in ranks]
-    assert measured[0] == measured[1] == pytest.approx(probabilities[:3], rel=1e-4)
-    entry = next(e for e in two if "forget" in e)
-    for name in (*TERMS, "num_forget", "num_preserve", "num_retain"):
-        assert entry[name] == pytest.approx(logged(one)[0][name], rel=1e-4, abs=1e-6), name
-    assert 0 < entry["head_rows_share"] < 1 and entry["tokens_per_second"] > 0
-
-
 # ---- the bar -------------------------------------------------------------------------------------
 
 
@@ -629,37 +519,19 @@ def test_the_bar_shows_steps_and_all_terms(tok, tmp_path):
 
 
 def test_palu_unlearn_stops(tok, tmp_path, monkeypatch, capsys, caplog):
-    from palu import cli
-    from palu.demo_people import write_jsonl
-    from palu.labels import Template
-    from palu.unlearn import save_model
-
-    save_model(tmp_path / "model", sure_model(tok), tok, Template(), made_by="test")
-    records = [
-        {"question": q, "answer": a, "spans": [{"start": s, "end": e} for s, e in spans]}
-        for q, a, spans in small.FACTS
-    ]
-    write_jsonl(tmp_path / "forget.jsonl", records[:3])
-    monkeypatch.chdir(tmp_path)
-
-    def palu(*words):
-        options = "--forget forget.jsonl --output new --device cpu --objective entropy --top-k 5"
-        options += " --learning-rate 0.001 --epochs 20 --batch-size 3 --overwrite"
-        words = ["palu", "unlearn", "--model", "model", *options.split(), *words]
-        monkeypatch.setattr(sys, "argv", words)
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code or 0
-
-    assert palu("--stop-at-forget-prob", "1.5") == 2
-    assert "stop_at_forget_prob must be a number above 0 and below 1" in capsys.readouterr().err
-    assert palu("--stop-at-forget-prob", "0.1") == 0
+    write_model(tmp_path / "model", sure_model(tok))
+    write_data(tmp_path)
+    options = "unlearn --model model --forget forget.jsonl --output new --device cpu --overwrite"
+    options += " --objective entropy --top-k 5 --learning-rate 0.001 --epochs 20 --batch-size 3"
+    run = partial(palu_in(tmp_path, monkeypatch, capsys), *options.split())
+    status, _, error = run("--stop-at-forget-prob", "1.5")
+    assert status == 2 and "stop_at_forget_prob must be a number above 0 and below 1" in error
+    status, said, error = run("--stop-at-forget-prob", "0.1")
+    assert status == 0
     record = json.loads((tmp_path / "new" / "palu.json").read_text())
     values = [e["forget_prob"] for e in record["loss_curve"]]
     assert 1 < len(values) < 20 and values[-1] <= 0.1 < values[-2]
     assert record["settings"]["stop_at_forget_prob"] == 0.1
-    said = capsys.readouterr()
-    assert f"after {len(values)} steps" in said.out
-    assert len([line for line in said.err.splitlines() if "Unlearning" in line]) == 1
+    assert f"after {len(values)} steps" in said
+    assert len([line for line in error.splitlines() if "Unlearning" in line]) == 1
     assert f"stopped after step {len(values)} of 20" in caplog.text

@@ -2,23 +2,20 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import small
 import torch
 from adapters import LORA, PROMPTS, inputs
+from command import palu_in, write_data, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palu import cli
-from palu.demo_people import write_jsonl
 from palu.heads import plain_head
 from palu.labels import Template
 from palu.loading import load_model, load_tokenizer
 from palu.lora import LoRASettings, add_lora, fold_in, fold_in_measured
 from palu.runs import RECORD
-from palu.unlearn import save_model
 
 peft = pytest.importorskip("peft")
 
@@ -35,36 +32,15 @@ def work(tmp_path_factory, tok):
     for name, tied in (("model", False), ("tied", True)):
         made = small.model(tok, tie_word_embeddings=tied)
         template = Template(question="Q {question} A", date_string="1 May 2020")
-        save_model(folder / name, made, tok, template, made_by="test")
-    records = [
-        {"question": q, "answer": a, "spans": [{"start": s, "end": e} for s, e in spans]}
-        for q, a, spans in small.FACTS
-    ]
-    write_jsonl(folder / "forget.jsonl", records[:3])
-    write_jsonl(
-        folder / "retain.jsonl", [{k: r[k] for k in ("question", "answer")} for r in records[3:]]
-    )
+        write_model(folder / name, made, template)
+    write_data(folder)
     return folder
 
 
 @pytest.fixture
 def palu(monkeypatch, capsys, work):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(work)
-    for name in ("out", "bars"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 300)
-
-    def run(line, *more):
-        monkeypatch.setattr(sys, "argv", ["palu", *line.split(), *map(str, more)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    run = palu_in(work, monkeypatch, capsys)
+    return lambda line: run(*line.split())
 
 
 UNLEARN = (
@@ -222,13 +198,13 @@ def test_folding_in_keeps_the_logits(tok, tmp_path, target, tied):
 
 def test_rounding_is_measured_and_said(palu, work, tok):
     """Changes far below a weight's last bit are lost in bfloat16 and kept in float32."""
-    save_model(work / "half", small.model(tok).bfloat16(), tok, Template(), made_by="test")
+    write_model(work / "half", small.model(tok).bfloat16())
     model = add_lora(load_model(work / "half"), LORA, seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 3e-3)
-    save_model(work / "faint", model, tok, Template(), made_by="test")
+    write_model(work / "faint", model)
     status, _, error = palu("merge --adapter faint --output rounded --device cpu")
     assert status == 0 and "warning: rounding the merged weights to bfloat16 moves" in error
     assert json.loads((work / "rounded" / RECORD).read_text())["rounding"] > 0.1

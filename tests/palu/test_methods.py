@@ -19,7 +19,7 @@ from palu.demo_people import write_jsonl
 from palu.methods import METHODS, answers, make_method
 from palu.methods.alternates import PairCollator, add_alternates, own_alternates, refusals
 
-# Every option away from its default.
+# Every option away from its default. (RMU, which has no answers, is in test_rmu.py.)
 OPTIONS = {
     "grad_ascent": {},
     "grad_diff": {},
@@ -31,6 +31,7 @@ OPTIONS = {
     "sat_imp": {"beta1": 0.6, "beta2": 1.3},
     "undial": {"beta": 3.0},
     "ce_u": {"ignore_first": 2},
+    "pdu": {"retain_loss_eps": 0.2, "dual_step_size": 0.5, "dual_warmup_epochs": 0},
 }
 NEEDS_REFERENCE = ("npo", "dpo", "undial")
 PAIRS = ("dpo", "idk_dpo")
@@ -106,6 +107,8 @@ def formula(name, options, current, original):
         elif name == "sim_npo":
             margin = beta * options["delta"]  # gamma in the paper
             parts.append(sigmoid_loss(beta, -(beta / len(tokens)) * log_token.sum() - margin))
+        elif name == "pdu":
+            parts += [(row.max() - row.sum() / len(row)) ** 2 for row in log_p]
         elif name == "undial":
             for row, ref_row, token in zip(log_p, ref_log_p, tokens, strict=True):
                 lowered = ref_row.clone()
@@ -172,7 +175,7 @@ def batch_of(tok, name):
 
 @pytest.mark.parametrize("plain", [True, False], ids=["hidden", "logits"])
 @pytest.mark.parametrize("retain_loss", ["nll", "kl"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradients_are_the_formula(tok, tmp_path, name, retain_loss, plain, monkeypatch):
     monkeypatch.setattr(answers, "CHUNK_BYTES", 1)  # chunks of 64 rows: more than one
     weighted = {"forget_weight": 0.7, "retain_weight": 2.0, "retain_loss": retain_loss}
@@ -201,7 +204,7 @@ def test_loss_and_gradients_are_the_formula(tok, tmp_path, name, retain_loss, pl
     assert (got - expected).norm() <= 1e-10 * expected.norm()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_split_step_is_the_same_step(tok, tmp_path, name):
     """Means over tokens and over answers are those of the whole step, in turns or not."""
     after = []
@@ -260,7 +263,7 @@ def test_no_logits_are_kept_where_the_head_is_plain(tok, tmp_path, monkeypatch):
     assert made.model.lm_head.weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_token_the_model_is_sure_of_has_a_finite_gradient(name):
     """p = 1 in float32."""
     logits = torch.zeros(3, 11)
@@ -278,7 +281,7 @@ def test_a_token_the_model_is_sure_of_has_a_finite_gradient(name):
         torch.testing.assert_close(grad[range(3), range(3)], torch.ones(3))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_no_rows_give_a_zero_with_a_gradient(tok, tmp_path, name):
     made = made_by(tok, tmp_path, name)
     batch = {k: v for k, v in batch_of(tok, name).items() if k != "palu_retain"}
@@ -393,7 +396,8 @@ def test_a_cache_that_nothing_asks_for_is_none(tok, tmp_path):
 def test_defaults_are_the_methods_own():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = {n: {o: getattr(make_method(n, {}), o) for o in OPTIONS[n]} for n in METHODS}
+        found = {n: {o: getattr(make_method(n, {}), o) for o in OPTIONS[n]} for n in OPTIONS}
+    assert {*METHODS} == {*OPTIONS, "rmu"}
     assert found == {
         "grad_ascent": {},
         "grad_diff": {},
@@ -405,6 +409,7 @@ def test_defaults_are_the_methods_own():
         "sat_imp": {"beta1": 5.0, "beta2": 1.0},
         "undial": {"beta": 10.0},
         "ce_u": {"ignore_first": 1},
+        "pdu": {"retain_loss_eps": 0.3, "dual_step_size": 1.0, "dual_warmup_epochs": 5},
     }
 
 

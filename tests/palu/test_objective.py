@@ -7,8 +7,8 @@ import warnings
 import pytest
 import small
 import torch
-from test_trainer import config, trainer, weights
 from torch import nn
+from training import config, trainer, weights
 from transformers import LlamaForCausalLM
 
 from palu.data import Collator

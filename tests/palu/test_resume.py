@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_trainer import config, trainer, weights
+from training import config, trainer, weights
 from transformers import Trainer, TrainerCallback
 
 from palu.checkpoints import ASIDE, RECORD, CheckpointError, last_checkpoint, read_record
@@ -65,24 +65,28 @@ def lora(tok, **changes):
     return peft.get_peft_model(small.model(tok), settings)
 
 
+EVERY = (2, 4, 6)  # in the middle of either epoch, and between them
+WAYS = (  # and the checkpoints to go on from; `slow`: from every one
+    ({}, EVERY),
+    ({"logging_steps": 3}, (4,)),
+    ({"reference": "cached"}, (2,)),
+    ({"lora": True, "reference": "adapter_off"}, (6,)),
+    ({"train_sampling_strategy": "group_by_length"}, (4,)),
+)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"logging_steps": 3},
-        {"reference": "cached"},
-        {"lora": True, "reference": "adapter_off"},
-        {"train_sampling_strategy": "group_by_length"},
-    ],
+    ("changes", "steps"),
+    [*WAYS, *(pytest.param(way, EVERY, marks=pytest.mark.slow) for way, _ in WAYS[1:])],
     ids=str,
 )
-def test_every_checkpoint_leads_to_the_same_end(tok, tmp_path, changes):
+def test_every_checkpoint_leads_to_the_same_end(tok, tmp_path, changes, steps):
     changes = dict(changes)
     models = lora if changes.pop("lora", False) else lambda t: None
     whole = make(tok, tmp_path, model=models(tok), **changes)
     whole.train()
     assert not torch.equal(weights(whole.model), weights(models(tok) or small.model(tok)))
-    for step in (2, 4, 6):
+    for step in steps:
         again = make(tok, tmp_path, model=models(tok), **changes)
         again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
         assert torch.equal(weights(again.model), weights(whole.model))

@@ -7,55 +7,17 @@ import pytest
 import small
 import torch
 from torch.nn import functional
-from transformers import HfArgumentParser, PrinterCallback
+from training import config, trainer, weights
 
 from palu import modeling
-from palu.config import PALUConfig
 from palu.data import Collator
 from palu.loss import PALULoss
 from palu.retain import retain_rows
-from palu.trainer import PALUTrainer
 
 
 @pytest.fixture(scope="module")
 def tok():
     return small.tokenizer()
-
-
-def config(tmp_path, **options):
-    settings = {
-        "output_dir": str(tmp_path / "out"),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "objective": "entropy",
-        "top_k": 7,
-        "lr_scheduler_type": "constant",
-        **options,
-    }
-    return PALUConfig(**settings)
-
-
-def trainer(tok, args, *, forget=None, retain=True, model=None, **kwargs):
-    rows = small.rows(tok)
-    made = PALUTrainer(
-        small.model(tok) if model is None else model,
-        args,
-        train_dataset=rows[:3] if forget is None else forget,
-        retain_dataset=rows[3:] if retain is True else retain,
-        processing_class=tok,
-        **kwargs,
-    )
-    made.remove_callback(PrinterCallback)
-    return made
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def expected_terms(model, ref, tok, forget, retain, args):
@@ -348,35 +310,6 @@ def test_retain_rows_is_pure_and_fair():
     assert retain_rows(10, range(10), seed=2) != seen[:10]
 
 
-def test_center_and_preserve_survive_the_command_line(tmp_path):
-    parser = HfArgumentParser(PALUConfig)
-    for text, value in (("0.5", 0.5), ("local_mean", "local_mean"), ("global_mean", "global_mean")):
-        (args,) = parser.parse_args_into_dataclasses(
-            ["--output_dir", str(tmp_path), "--center", text, "--preserve", "none"]
-        )
-        assert args.loss_options()["center"] == value
-        assert args.preserve is None and args.remove_unused_columns is False
-    assert PALUConfig(output_dir=str(tmp_path), center=2.0).loss_options()["center"] == 2.0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"center": "middle"}, "center must be global_mean, local_mean or a number, not 'middle'"),
-        ({"retain_loss": "l2"}, "retain_loss must be one of nll, kl, not 'l2'"),
-        ({"retain_weight": -1.0}, "retain_weight must be a finite number"),
-        ({"retain_batch_size": 0}, "retain_batch_size must be at least 1, not 0"),
-        ({"top_k": 0}, "top_k"),
-        ({"objective": "sharpen"}, "objective"),
-        ({"preserve": "l1"}, "preserve"),
-        ({"forget_weight": math.inf}, "forget_weight"),
-    ],
-)
-def test_bad_settings(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        PALUConfig(output_dir=str(tmp_path), **options)
-
-
 def test_bad_arguments(tok, tmp_path):
     from transformers import TrainingArguments
 
@@ -387,6 +320,8 @@ def test_bad_arguments(tok, tmp_path):
         trainer(tok, args, forget=[])
     with pytest.raises(ValueError, match="retain_dataset must have at least one row"):
         trainer(tok, args, retain=[])
+    with pytest.raises(ValueError, match="retain_batch_size is 2 and there is no retain set"):
+        trainer(tok, config(tmp_path, retain_batch_size=2), retain=None)
     with pytest.raises(TypeError, match="compute_loss_func is not supported"):
         trainer(tok, args, compute_loss_func=lambda *a: 0)
     model = small.model(tok)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import small
 import torch
+from command import palu_in, write_model
 
-from palu import cli
 from palu.demo_people import write_jsonl
-from palu.labels import Template, label_example
-from palu.unlearn import save_model
+from palu.labels import label_example
 
 SMALL = ["--tofu", "tofu", "--split", "forget01", "--max-new-tokens", 6, "--batch-size", 3]
 PEOPLE = [("Ada", "Paris"), ("Bob", "Lisbon"), ("Eva", "Rome now, all day"), ("Zoë", "Lund")]
@@ -44,7 +41,7 @@ def build(folder):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_model(folder / "model", model.eval(), tok, Template(), made_by="test")
+    write_model(folder / "model", model.eval())
     tofu = folder / "tofu"
     tofu.mkdir()
     write_jsonl(tofu / "forget01_perturbed.json", records("Where"))
@@ -57,19 +54,5 @@ def build(folder):
 
 def evaluate_in(folder, monkeypatch, capsys):
     """A function that runs `palu evaluate` in this process: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(folder)
-    for name in ("out", "bars"):
-        monkeypatch.setattr(getattr(cli, name), "_width", 240)
-
-    def run(*words):
-        command = ["palu", "evaluate", "--model", "model", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*command, *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    run = palu_in(folder, monkeypatch, capsys)
+    return lambda *words: run("evaluate", "--model", "model", "--device", "cpu", *words)

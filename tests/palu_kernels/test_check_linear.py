@@ -1,5 +1,7 @@
 """The linear operators by the rule of `python -m palu_kernels.check`; and the rule can fail."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ def test_by_pytorch(case):
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)  # steps through operators, dtypes and heads
 def test_by_triton(case):
+    if case.implementation == "sparse":  # of which the interpreter takes an entry at a time
+        case = replace(case, rows=2, k=21)
     assert not failures(case, "triton")
 
 

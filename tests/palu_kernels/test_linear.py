@@ -301,9 +301,9 @@ def test_nothing_is_saved_without_gradients():
 
 def test_no_large_tensor_is_made_beside_the_buffers(monkeypatch):
     """Whatever the number of rows: one buffer, another one where there is a reference."""
-    monkeypatch.setattr(eager, "TILE_ENTRIES", 4 * 1000)
-    problem = Problem(torch.float32, "plain", rows=130, columns=1000, dim=4)
-    budget = 64 * 1000 * 4
+    monkeypatch.setattr(eager, "TILE_ENTRIES", 4 * 1024)
+    problem = Problem(torch.float32, "plain", rows=130, columns=1024, dim=4)
+    budget = 64 * 1024 * 4
     activities = [torch.profiler.ProfilerActivity.CPU]
     for name in ("reverse", "forward", "cross_entropy", "global", "entropy"):
         options = {"implementation": "dense"} if name in ("global", "entropy") else {}

@@ -37,6 +37,7 @@ def losses(ref, labels, indices, which="none"):
 
 
 NAMES = list(losses(None, None, None))
+WITH_REFERENCE = ("flatten", "kl")
 
 
 def inputs(*shape, columns=100, dtype=torch.float32):
@@ -50,7 +51,7 @@ def inputs(*shape, columns=100, dtype=torch.float32):
 @pytest.mark.parametrize("served_by", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(name, served_by, reduction):
-    z, ref, labels, indices = inputs(5)
+    z, ref, labels, indices = inputs(3)
     rows = losses(ref, labels, indices)[name](z, served_by)
     x = z.clone().requires_grad_()
     loss = losses(ref, labels, indices, reduction)[name](x, served_by)
@@ -58,7 +59,7 @@ def test_reductions(name, served_by, reduction):
     torch.testing.assert_close(loss.detach(), getattr(rows, reduction)())
     (3.5 * loss).backward()
     y = z.clone().requires_grad_()
-    weights = torch.full((5,), 3.5 / (5 if reduction == "mean" else 1), device=DEVICE)
+    weights = torch.full((3,), 3.5 / (3 if reduction == "mean" else 1), device=DEVICE)
     losses(ref, labels, indices)[name](y, served_by).backward(weights)
     torch.testing.assert_close(x.grad, y.grad)
 
@@ -94,9 +95,10 @@ def test_no_rows(name, served_by, shape):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("served_by", BACKENDS)
-@pytest.mark.parametrize("columns", [96, 101])
-@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (3, 1), (1, 1)])
-def test_rows_of_any_stride(name, served_by, columns, shape):
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((2, 2), 96), ((2, 2), 101), ((1, 2), 101), ((2, 1), 101), ((1, 1), 101)]
+)
+def test_rows_of_any_stride(name, served_by, shape, columns):
     """Slices of [B, T, V], padded rows, transposed columns: same numbers as a dense copy."""
     z, ref, labels, indices = inputs(*shape, columns=columns)
     dense = z.clone().requires_grad_()
@@ -110,8 +112,8 @@ def test_rows_of_any_stride(name, served_by, columns, shape):
         "misaligned": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].reshape(t.shape),
     }
     for key, lay in layouts.items():
-        # the reference keeps another layout than the logits
-        for other in (ref, lay(ref)):
+        # the reference may keep another layout than the logits
+        for other in (ref, lay(ref)) if name in WITH_REFERENCE else (ref,):
             x = lay(z).detach().requires_grad_()
             loss = losses(other, labels, indices)[name](x, served_by)
             torch.testing.assert_close(loss.detach(), expected, msg=key)
@@ -170,12 +172,17 @@ def test_without_grad_nothing_is_kept(name):
     assert loss.grad_fn is None
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("served_by", "batch", "shifted"),
+    [
+        *(("torch", batch, shifted) for batch in (1, 2) for shifted in (False, True)),
+        ("triton", 1, True),
+        ("triton", 2, False),
+    ],
+)
 def test_opcheck(served_by, batch, shifted):
     """Fakes promise the strides of the real results, of logits[:, :-1] with an odd V too."""
-    z, ref, labels, indices = inputs(batch, 3, columns=101)
+    z, ref, labels, indices = inputs(batch, 2, columns=101)
     if shifted:
         z = torch.cat([z, z[:, :1]], 1)[:, :-1]
     z.requires_grad_()

@@ -1,9 +1,10 @@
 """Trains the cases of tests/palu/test_distributed.py, alone or as one process of several.
 
-    PYTHONPATH=.:tests/palu torchrun --nproc-per-node 2 tests/palu/workers/distributed.py FOLDER
+    PYTHONPATH=.:tests/palu torchrun --nproc-per-node 2 tests/palu/workers/distributed.py FOLDER \
+        TARGET
 
-Every process writes what it found to `FOLDER/rank-N.json`. A case has the same total batch for any
-number of processes, so its numbers must be the same.
+TARGET is where `run_stopped` stops. Every process writes what it found to `FOLDER/rank-N.json`. A
+case has the same total batch for any number of processes, so its numbers must be the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import small
 import torch
+import training
 from transformers import PrinterCallback
 
 from palu.cache import CacheError
@@ -146,6 +148,19 @@ def run_step_of_16(folder: Path, processes: int, micro_batches: int) -> dict:
     return outcome(trainer)
 
 
+def run_stopped(folder: Path, processes: int, target: float) -> dict:
+    """A run of four steps that stops where its probability is at most `target`."""
+    tok = small.tokenizer()
+    every = small.rows(tok)
+    size = {"per_device_train_batch_size": 4 // processes, "num_train_epochs": 4}
+    options = {"learning_rate": 1e-3, "logging_steps": 2, "stop_at_forget_prob": target}
+    args = training.config(folder / "stopped", **size, **options)
+    data = {"forget": [*every[:3], every[4]], "retain": every[3:4]}
+    made = training.trainer(tok, args, model=training.sure_model(tok), **data)
+    made.train()
+    return {"step": made.state.global_step, "logs": made.state.log_history}
+
+
 def run_broken_cache(folder: Path, processes: int) -> str:
     """What a process says when the main one finds a cache that it cannot use."""
     place = folder / "no-cache"
@@ -225,7 +240,7 @@ def run_unlearn(folder: Path, processes: int) -> dict:
 def main() -> None:
     from accelerate import PartialState
 
-    folder = Path(sys.argv[1])
+    folder, target = Path(sys.argv[1]), float(sys.argv[2])
     state = PartialState(cpu=True)
     processes = state.num_processes
     if state.is_main_process:
@@ -235,6 +250,7 @@ def main() -> None:
     found["micro_batch"] = run_micro_batch(folder, processes, 12 // 2 // processes)
     if 16 % processes == 0:
         found["sixteen"] = run_step_of_16(folder, processes, 1)
+        found["stopped"] = run_stopped(folder, processes, target)
     found["uneven_batches"] = run_uneven_batches(folder, processes)
     found["broken_cache"] = run_broken_cache(folder, processes)
     for strategy in STRATEGIES:
@@ -242,6 +258,7 @@ def main() -> None:
     found["unlearn"] = run_unlearn(folder, processes)
     (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
     state.wait_for_everyone()
+    sys.stderr.flush()
     os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 
 

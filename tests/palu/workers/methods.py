@@ -20,7 +20,13 @@ from palu.config import PALUConfig
 from palu.methods.alternates import add_alternates
 from palu.trainer import PALUTrainer
 
-NAMES = ("npo", "dpo", "ce_u")  # of answers, of pairs, by chunks of logits
+RUNS = {
+    "npo": {},  # of answers
+    "dpo": {},  # of pairs
+    "ce_u": {},  # by chunks of logits
+    "pdu": {"dual_warmup_epochs": 1, "dual_step_size": 0.1},  # moves a weight between steps
+    "rmu": {"layer_id": 0},  # of activations; what comes after that layer is frozen
+}
 
 
 def run(folder: Path, processes: int) -> dict:
@@ -28,10 +34,11 @@ def run(folder: Path, processes: int) -> dict:
     texts = ["No idea.", "Ask her.", "A cat, or two.", "They.", "Nobody at all."]
     pairs = add_alternates(small.rows(tok), small.examples(), texts, tok, max_length=64)
     found = {}
-    for name in NAMES:
+    for name, own in RUNS.items():
         args = PALUConfig(
             output_dir=str(folder / name),
             method=name,
+            **own,
             per_device_train_batch_size=4 // processes,
             num_train_epochs=2,  # 5 rows in steps of 4 end in a step of 1
             learning_rate=0.05,
@@ -50,7 +57,7 @@ def run(folder: Path, processes: int) -> dict:
         keys = ("forget", "retain", "num_forget", "num_retain")
         logs = [[e[k] for k in keys] for e in trainer.state.log_history if "forget" in e]
         weights = [p.detach().norm().item() for p in model.parameters()]
-        found[name] = {"logs": logs, "weights": weights}
+        found[name] = {"logs": logs, "weights": [*weights, trainer.objective.retain_weight]}
     return found
 
 

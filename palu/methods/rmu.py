@@ -1,0 +1,110 @@
+"""The method that works on activations instead of probabilities."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from palu.layers import decoder_layers
+from palu.methods.base import Method, check_number
+from palu.modeling import unwrap
+
+USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
+
+
+@dataclass(kw_only=True)
+class RMU(Method):
+    """Representation misdirection for unlearning (Li et al. 2024, WMDP, arXiv 2403.03218).
+
+    `forget = mean over answers of the mean over its tokens of |h - steering_coeff * u|^2 / D` and
+    `retain = mean over retain answers of the mean over its tokens of |h - h_original|^2 / D`, with
+    `h` the residual stream after one decoder layer at the token's own position (D wide), and `u` a
+    direction drawn once: entries uniform on [0, 1), then length 1. (The paper's formula does not
+    divide by D; its code and open-unlearning do.) No logits are needed, and the layers after that
+    one are not computed.
+
+    Only the layers `layer_id - 2` to `layer_id` train, whole, as in the paper; every other
+    parameter is frozen. (The paper's code trains the down projections there alone:
+    `trainable_params_regex=r".*layers\\.(5|6|7)\\.mlp\\.down_proj\\.weight"`. open-unlearning's
+    configuration trains everything, embeddings too, which never train here.)
+
+    As in open-unlearning a mean over tokens is taken in each answer first, and answer tokens alone
+    count; the paper's code takes all positions. A token at position 0 does not count here. `u`
+    depends on the run's seed and D alone, so it is the same in every process and after a resume; in
+    open-unlearning it is what the process's random state gives.
+
+    Args:
+        layer_id: which decoder layer, from 0. None: 7, the default of the paper's code and of
+            open-unlearning, or the last one of a model with fewer.
+        steering_coeff: length of the vector that activations are pulled to, above 0. Published
+            are 6.5 beside `retain_weight=1200` (the paper's Zephyr-7B); 2 beside 1, the default, is
+            open-unlearning's configuration.
+        trainable_params_regex: trains the parameters of layers 0 to `layer_id` whose whole name in
+            the model it matches, instead of those above; only those that were to train already.
+        seed: of the direction.
+    """
+
+    name = "rmu"
+    per_example = True
+    retain_losses: ClassVar[tuple[str, ...]] = ("embed_diff",)
+    layer_id: int | None = None
+    steering_coeff: float = 2.0
+    trainable_params_regex: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("steering_coeff", self.steering_coeff)
+        layer = self.layer_id
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+            raise TypeError(f"layer_id is {layer!r}; it must be an integer")
+        if layer is not None and layer < 0:
+            raise ValueError(f"layer_id is {layer}; it must be at least 0, the first layer")
+        try:
+            re.compile(self.trainable_params_regex or "")
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"trainable_params_regex is {self.trainable_params_regex!r}; it must be a regular "
+                f"expression ({error})"
+            ) from None
+
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError where `layer_id` is none of so many layers."""
+        if self.layer_id is not None and self.layer_id >= count:
+            raise ValueError(
+                f"layer_id is {self.layer_id} and the model has {count} decoder layers; it must be "
+                f"0 to {count - 1}"
+            )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Settles `layer_id`, and turns off `requires_grad` of what does not train.
+
+        Raises:
+            ValueError: the model has no such layer, or nothing would train.
+        """
+        layers = decoder_layers(model)
+        self.check_layers(len(layers))
+        if self.layer_id is None:
+            self.layer_id = min(USUAL_LAYER, len(layers) - 1)
+        regex, last = self.trainable_params_regex, self.layer_id
+        first = max(last - 2, 0) if regex is None else 0
+        within = {id(p) for layer in layers[first : last + 1] for p in layer.parameters()}
+        named = list(unwrap(model).named_parameters())
+        could = [name for name, p in named if id(p) in within and p.requires_grad]
+        train = {n for n in could if regex is None or re.fullmatch(regex, n)}
+        if not train:
+            raise ValueError(
+                f"no parameter trains in the decoder layers {first} to {last}: of those that may, "
+                f"trainable_params_regex={regex!r} matches none ({', '.join(could[-3:]) or 'none'})"
+            )
+        for name, parameter in named:
+            parameter.requires_grad_(name in train)
+
+    def target(self, size: int) -> Tensor:
+        """Float64 `[size]` on the CPU: what the activations of forget answers are pulled to."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.rand(size, generator=generator, dtype=torch.float64)
+        return self.steering_coeff * drawn / drawn.norm()

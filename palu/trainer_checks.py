@@ -1,0 +1,35 @@
+"""What a `PALUTrainer` cannot be made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from palu.config import PALUConfig
+
+
+def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
+    """Raises TypeError or ValueError, before any work.
+
+    Args:
+        args, forget, retain: the trainer's arguments.
+        kwargs: what else it was given for `transformers.Trainer`.
+    """
+    if not isinstance(args, PALUConfig):
+        raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
+    for name in ("compute_loss_func", "compute_metrics", "model_init"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
+    dealing = args.accelerator_config
+    if args.world_size > 1 and (not dealing.even_batches or dealing.dispatch_batches):
+        raise ValueError(
+            f"accelerator_config has even_batches={dealing.even_batches} and dispatch_batches="
+            f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
+            "processes with fewer batches would be waited for (repeated rows do not count anyway)"
+        )
+    if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
+        raise ValueError("train_dataset (the forget set) must have at least one row")
+    if retain is not None and len(retain) == 0:
+        raise ValueError("retain_dataset must have at least one row, or be None")
+    args.check_retain(given=retain is not None)
