@@ -32,10 +32,11 @@ class RMU(Method):
     `trainable_params_regex=r".*layers\\.(5|6|7)\\.mlp\\.down_proj\\.weight"`. open-unlearning's
     configuration trains everything, embeddings too, which never train here.)
 
-    As in open-unlearning a mean over tokens is taken in each answer first, and answer tokens alone
-    count; the paper's code takes all positions. A token at position 0 does not count here. `u`
-    depends on the run's seed and D alone, so it is the same in every process and after a resume; in
-    open-unlearning it is what the process's random state gives.
+    As is meant in open-unlearning, a mean over tokens is taken in each answer first (there the sums
+    `[B]` meet the counts `[B, 1]`, so that every sum is divided by every count), and answer tokens
+    alone count; the paper's code takes all positions. A token at position 0 does not count here.
+    `u` depends on the run's seed and D alone, so it is the same in every process and after a
+    resume; in open-unlearning it is what the process's random state gives.
 
     Args:
         layer_id: which decoder layer, from 0. None: 7, the default of the paper's code and of
