@@ -116,12 +116,17 @@ class Runs:
         )
         if not (self.folder / name / "palu.json").is_file():
             self.run(command, name)
-        elif (self.folder / f"{name}.log").read_text().splitlines()[0] != f"$ {command}":
+        elif self._made_by(name) != command:
             raise RuntimeError(
                 f"{self.folder / name} was made by another command than {command!r} (see its "
                 "log); name another --work"
             )
         return command
+
+    def _made_by(self, name: str) -> str | None:
+        """The first line of a log: what made the model."""
+        log = self.folder / f"{name}.log"
+        return log.read_text().split("\n")[0].removeprefix("$ ") if log.is_file() else None
 
     def measure(self, setting: str, made_by: str) -> Rows:
         """-> rows of every metric of a model."""

@@ -286,6 +286,7 @@ def unlearn(
         loaded = load_model(model, dtype, str(config.device))
         if lora is not None:
             loaded = add_lora(loaded, lora, seed)
+        run.prepare_model(config, loaded)
     if retain_rows is None:
         hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
         warn(f"no --retain file: {hold} the model in place")

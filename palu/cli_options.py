@@ -82,9 +82,9 @@ Preserve = Annotated[
 RetainLoss = Annotated[
     str | None,
     typer.Option(
-        help="nll, or kl to the original model; of rmu embed_diff, the distance to the original's "
-        "activations.",
-        show_default="nll; rmu embed_diff",
+        help="nll, or kl to the original model (nll); of method rmu embed_diff, the distance to "
+        "the original's activations.",
+        show_default=False,
     ),
 ]
 Normalization = Annotated[

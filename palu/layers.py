@@ -56,7 +56,8 @@ def layer_output(
 
     The module that the caller holds is the one that is called, so hooks of DDP and PEFT run and
     gradients flow. For as long as the call lasts the layers after this one hand on what it put out,
-    so that they cost nothing, and the head sees one position of each row.
+    so that they cost nothing, and the head sees one position of each row (all of them in a model
+    whose `forward` has no `logits_to_keep`, as some of transformers before 5).
 
     Args:
         model: a causal language model, wrapped or not.

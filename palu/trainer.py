@@ -80,7 +80,8 @@ class PALUTrainer(EvaluationTrainer):
     do not count, in evaluations neither.
 
     Args:
-        model: the model to change.
+        model: the model to change. Method `rmu` turns off `requires_grad` of what it does not train
+            (see `palu.methods.RMU`), and it stays off.
         args: a `PALUConfig`.
         train_dataset: the forget set: mappings with `input_ids`, `labels`, `attention_mask` (see
             `palu.data.tokenize_examples`).
@@ -137,9 +138,17 @@ class PALUTrainer(EvaluationTrainer):
             )
         self._by_method = isinstance(self.loss_fn, Method)
         self._pairs = self._by_method and self.loss_fn.needs_alternates
+        self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
+        self._reference_kind = args.reference if reference is None else reference
+        kept = self.retain_dataset is not None and args.retain_loss != "nll"
+        self._needs_reference = self.loss_fn.needs_reference or kept
         if self._by_method:
+            self.loss_fn.check_run(
+                retain=self.retain_dataset is not None,
+                reference=self._reference_kind,
+                reference_needed=self._needs_reference,
+            )
             self.loss_fn.prepare(model)
-            args.layer_id = getattr(self.loss_fn, "layer_id", None)  # None is settled by the model
         super().__init__(
             model=model,
             args=args,
@@ -152,16 +161,8 @@ class PALUTrainer(EvaluationTrainer):
         # A backend that cannot serve is an error now and not in the first step.
         resolve_backend(args.backend, args.device, torch.float32)
         self.model_accepts_loss_kwargs = True
-        self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._retain_kl = self.retain_dataset is not None and args.retain_loss == "kl"
-        self._reference_kind = args.reference if reference is None else reference
         self._has_ref_model = ref_model is not None
-        if self._by_method:
-            self.loss_fn.check_run(
-                retain=self.retain_dataset is not None,
-                reference=self._reference_kind,
-                reference_needed=self._needs_reference,
-            )
         self.objective = objective_class(self.loss_fn)(
             self.loss_fn,
             self._make_reference(ref_model),
@@ -186,11 +187,6 @@ class PALUTrainer(EvaluationTrainer):
     def reference(self) -> Reference | None:
         """The frozen original as the losses see it; a cache is there once training has begun."""
         return self.objective.reference
-
-    @property
-    def _needs_reference(self) -> bool:
-        kept = self.retain_dataset is not None and self.args.retain_loss != "nll"
-        return self.loss_fn.needs_reference or kept
 
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
         kind, needed = self._reference_kind, self._needs_reference

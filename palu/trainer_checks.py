@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from palu.config import PALUConfig
+from palu.methods import PDU
 
 
 def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
@@ -33,3 +35,11 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
     args.check_retain(given=retain is not None)
+    loss = args.make_loss()
+    short = args.max_steps <= 0 and isinstance(loss, PDU)
+    if short and args.num_train_epochs <= loss.dual_warmup_epochs:
+        warnings.warn(
+            f"num_train_epochs is {args.num_train_epochs:g} and dual_warmup_epochs "
+            f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
+            stacklevel=3,
+        )

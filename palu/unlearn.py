@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from palu.config import PALUConfig
@@ -91,7 +92,7 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
         retain: whether there is a retain set.
     """
     config.check_retain(given=retain)
-    loss = config.make_loss()
+    loss, retain = config.make_loss(), retain and config.retain_weight > 0
     if isinstance(loss, Method):
         needed = loss.needs_reference or (retain and config.retain_loss != "nll")
         loss.check_run(retain=retain, reference=config.reference, reference_needed=needed)
@@ -101,6 +102,19 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
             count = layer_count(AutoConfig.from_pretrained(model, **options))
         if count is not None:
             loss.check_layers(count)
+
+
+def prepare_model(config: PALUConfig, model: nn.Module) -> None:
+    """Has the method settle what it trains of a model, and `config.layer_id`; `PALUTrainer` does
+    the first again, to no effect.
+
+    Raises:
+        ValueError: the model will not do: see `Method.prepare`.
+    """
+    loss = config.make_loss()
+    if isinstance(loss, Method):
+        loss.prepare(model)
+        config.layer_id = getattr(loss, "layer_id", None)
 
 
 def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:

@@ -78,7 +78,7 @@ class Method:
             )
         if self.retain == "needed" and not retain:
             raise ValueError(
-                f"method {self.name!r} needs a retain set, and a retain_weight above 0"
+                f"method {self.name!r} needs a retain set, and its retain_weight must be above 0"
             )
         if reference_needed and reference == "cached":
             raise ValueError(

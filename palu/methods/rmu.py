@@ -46,6 +46,7 @@ class RMU(Method):
             open-unlearning's configuration.
         trainable_params_regex: trains the parameters of layers 0 to `layer_id` whose whole name in
             the model it matches, instead of those above; only those that were to train already.
+            (With LoRA names end in `lora_A.default.weight` and `lora_B.default.weight`.)
         seed: of the direction.
     """
 
@@ -64,12 +65,14 @@ class RMU(Method):
             raise TypeError(f"layer_id is {layer!r}; it must be an integer")
         if layer is not None and layer < 0:
             raise ValueError(f"layer_id is {layer}; it must be at least 0, the first layer")
+        regex = self.trainable_params_regex
+        if regex is not None and not isinstance(regex, str):
+            raise TypeError(f"trainable_params_regex is {regex!r}; it must be a text or None")
         try:
-            re.compile(self.trainable_params_regex or "")
-        except (re.error, TypeError) as error:
+            re.compile(regex or "")
+        except re.error as error:
             raise ValueError(
-                f"trainable_params_regex is {self.trainable_params_regex!r}; it must be a regular "
-                f"expression ({error})"
+                f"trainable_params_regex is {regex!r}; it must be a regular expression ({error})"
             ) from None
 
     def check_layers(self, count: int) -> None:
@@ -98,8 +101,9 @@ class RMU(Method):
         train = {n for n in could if regex is None or re.fullmatch(regex, n)}
         if not train:
             raise ValueError(
-                f"no parameter trains in the decoder layers {first} to {last}: of those that may, "
-                f"trainable_params_regex={regex!r} matches none ({', '.join(could[-3:]) or 'none'})"
+                f"trainable_params_regex is {regex!r} and matches none of the parameters that may "
+                f"train in the decoder layers {first} to {last}; it must match the whole name of "
+                f"one, such as {', '.join(could[-3:]) or '(there is none)'}"
             )
         for name, parameter in named:
             parameter.requires_grad_(name in train)

@@ -12,6 +12,7 @@ from test_cli import palu, work  # noqa: F401
 from test_methods import RUN, half_learned, moved, unmarked  # noqa: F401
 from training import config, trainer, weights
 
+from palu import PALUTrainer
 from palu.data import Collator
 from palu.early_stop import StopAtForgetProb
 from palu.layers import decoder_layers, layer_output
@@ -156,7 +157,17 @@ def test_what_trains(tok, tmp_path, layer, regex, trained):
     assert {".".join(n.split(".")[:3]) for n in moved_now} == trained
     if regex is not None and "down_proj" in regex:
         assert all(n.endswith("mlp.down_proj.weight") for n in moved_now)
-    assert made.args.layer_id == (3 if layer is None else layer)
+    assert made.loss_fn.layer_id == (3 if layer is None else layer)
+    assert made.args.layer_id == layer, "the caller's settings stay as they are"
+
+
+def test_a_refused_trainer_leaves_the_model_alone(tok, tmp_path):
+    model = small.model(tok)
+    args = config(tmp_path, method="rmu", reference="cached")
+    data = {"train_dataset": small.rows(tok), "retain_dataset": small.rows(tok)}
+    with pytest.raises(ValueError, match="reference='cached' holds what"):
+        PALUTrainer(model, args, **data, processing_class=tok)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_split_step_is_the_same_step(tok, tmp_path):
@@ -335,7 +346,7 @@ def test_gradients_that_stop_inside_the_model_are_refused():
         ({"trainable_params_regex": "("}, r"trainable_params_regex is '\('; it must be a regular"),
         (
             {"trainable_params_regex": "nothing"},
-            r"layers 0 to 1: .*='nothing' matches none \(.*model.layers.1.post_attention",
+            r"is 'nothing' and matches none .* layers 0 to 1; it must .*layers.1.post_attention",
         ),
         ({"retain_loss": "kl"}, r"retain_loss must be one of embed_diff, not 'kl' \(method 'rmu'"),
         ({"method": "npo"}, "layer_id is 1 and method 'npo' has no such option"),
@@ -353,6 +364,9 @@ def test_other_methods_have_no_activations(tmp_path):
             config(tmp_path, method=method, retain_loss="embed_diff")
     with pytest.raises(TypeError, match=r"layer_id is 1.5; it must be an integer"):
         RMU(layer_id=1.5)
+    for wrong in (False, b".*"):
+        with pytest.raises(TypeError, match=r"trainable_params_regex is .*; it must be a text"):
+            RMU(trainable_params_regex=wrong)
 
 
 # ---- palu unlearn --------------------------------------------------------------------------------
@@ -375,6 +389,7 @@ def test_the_command_line(palu, work, unmarked):  # noqa: F811
     for wrong, said in (
         (("--layer-id", 2), "layer_id is 2 and the model has 2 decoder layers; it must be 0 to 1"),
         (("--retain-loss", "nll"), "retain_loss must be one of embed_diff, not 'nll'"),
+        (("--trainable-params-regex", "x"), "trainable_params_regex is 'x' and matches none"),
         (("--top-k", 3), "--top-k is of --method palu"),
     ):
         status, _, told = palu(*RUN, *files, "--output", "not", *wrong)

@@ -69,4 +69,5 @@ if __name__ == "__main__":
     rank = torch.distributed.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
+    sys.stderr.flush()
     os._exit(0)  # gloo's threads abort now and then when Python takes the process down
