@@ -12,7 +12,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -136,20 +136,27 @@ def invent_people(count: int, seed: int) -> list[Person]:
             Person(
                 name=f"{given[i]} {surname}",
                 town=towns[i],
-                birthday=f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1921, 1989)}",
                 mother=f"{mother} {surname}",
                 father=f"{father} {surname}",
-                craft=rng.choice(CRAFTS),
                 book=books[i],
-                teacher=f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}",
-                animal=rng.choice(ANIMALS),
-                pet=rng.choice(PET_NAMES),
                 prize=prizes[i],
-                year=str(rng.randint(1975, 2019)),
-                instrument=rng.choice(INSTRUMENTS),
+                **{name: draw() for name, draw in _draws(rng).items()},
             )
         )
     return people
+
+
+def _draws(rng: random.Random) -> dict[str, Callable[[], str]]:
+    """What draws each of the facts that several people may have in common."""
+    return {
+        "birthday": lambda: f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1921, 1989)}",
+        "craft": lambda: rng.choice(CRAFTS),
+        "teacher": lambda: f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}",
+        "animal": lambda: rng.choice(ANIMALS),
+        "pet": lambda: rng.choice(PET_NAMES),
+        "year": lambda: str(rng.randint(1975, 2019)),
+        "instrument": lambda: rng.choice(INSTRUMENTS),
+    }
 
 
 def _questions(p: Person) -> list[tuple[str, list[Part], list[Part]]]:
@@ -204,29 +211,25 @@ def _mistaken(person: Person, rng: random.Random) -> Person:
     """The same name with every fact another one."""
     surname = person.name.split()[-1]
 
-    def other(draw: Callable[[], str], than: str) -> str:
-        while (found := draw()) == than:
-            pass
-        return found
+    def title() -> str:
+        return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
 
-    title = lambda: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"  # noqa: E731
-    parent = lambda: f"{rng.choice(GIVEN)} {surname}"  # noqa: E731
-    draws: dict[str, Callable[[], str]] = {
+    def parent() -> str:
+        return f"{rng.choice(GIVEN)} {surname}"
+
+    draws = {
+        **_draws(rng),
         "town": lambda: rng.choice(TOWN_HEAD) + rng.choice(TOWN_TAIL),
-        "birthday": lambda: f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1921, 1989)}",
         "mother": parent,
         "father": parent,
-        "craft": lambda: rng.choice(CRAFTS),
         "book": lambda: f"The {title()}",
-        "teacher": lambda: f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}",
-        "animal": lambda: rng.choice(ANIMALS),
-        "pet": lambda: rng.choice(PET_NAMES),
         "prize": lambda: f"{title()} Prize",
-        "year": lambda: str(rng.randint(1975, 2019)),
-        "instrument": lambda: rng.choice(INSTRUMENTS),
     }
-    facts = {name: other(draw, getattr(person, name)) for name, draw in draws.items()}
-    return Person(name=person.name, **facts)
+    wrong = asdict(person)
+    for name, right in asdict(person).items():
+        while name in draws and wrong[name] == right:
+            wrong[name] = draws[name]()
+    return Person(**wrong)
 
 
 def _join(parts: Sequence[Part]) -> tuple[str, list[dict[str, int]]]:

@@ -5,13 +5,12 @@ import logging
 import pytest
 import small
 import torch
+import training
 from adapters import PROMPTS, adapted, inputs
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from palu.config import PALUConfig
 from palu.data import Collator
 from palu.lora import LoRASettings, refuse_prompt_learning
-from palu.trainer import PALUTrainer
 
 peft = pytest.importorskip("peft")
 
@@ -24,30 +23,13 @@ def tok():
 def trainer(tok, tmp_path, model, **options):
     """One step over all rows, forget rows in one batch."""
     settings = {
-        "output_dir": str(tmp_path / "out"),
         "per_device_train_batch_size": 3,
         "max_steps": 1,
-        "learning_rate": 1e-2,
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "objective": "entropy",
-        "top_k": 7,
         "reference": "adapter_off",
         **options,
     }
-    rows = small.rows(tok)
-    made = PALUTrainer(
-        model,
-        PALUConfig(**settings),
-        train_dataset=rows[:3],
-        retain_dataset=rows[3:],
-        processing_class=tok,
-    )
-    made.remove_callback(PrinterCallback)
-    return made
+    return training.trainer(tok, training.config(tmp_path, **settings), model=model)
 
 
 class Gradients(TrainerCallback):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,19 +205,17 @@ def test_loss_and_gradients_are_the_formula(tok, tmp_path, name, retain_loss, pl
     assert (got - expected).norm() <= 1e-10 * expected.norm()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_split_step_is_the_same_step(tok, tmp_path, name):
-    """Means over tokens and over answers are those of the whole step, in turns or not."""
+def same_when_split(make):
+    """`make(**options)` gives a trainer of 3 forget rows: two steps of one batch
+    are two steps of three. -> the log of the whole ones."""
     after = []
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 2}
     for batch, accumulation in ((3, 1), (1, 3)):
-        made = made_by(
-            tok,
-            tmp_path,
-            name,
+        made = make(
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
-            **options,
+            optim="sgd",
+            max_grad_norm=0,
+            max_steps=2,
         )
         before = weights(made.model)
         made.train()
@@ -224,8 +223,15 @@ def test_a_split_step_is_the_same_step(tok, tmp_path, name):
     (one, log), (other, split_log) = after
     assert one.norm() > 1e-3
     assert (one - other).norm() <= 1e-9 * one.norm()
-    for name_of in ("forget", "retain", "num_forget", "num_retain"):
-        assert log[1][name_of] == pytest.approx(split_log[1][name_of], rel=1e-6)
+    for name in ("forget", "retain", "num_forget", "num_retain"):
+        assert log[1][name] == pytest.approx(split_log[1][name], rel=1e-6)
+    return log
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_split_step_is_the_same_step(tok, tmp_path, name):
+    """Means over tokens and over answers are those of the whole step, in turns or not."""
+    log = same_when_split(partial(made_by, tok, tmp_path, name, learning_rate=0.1))
     per_example = METHODS[name].per_example
     assert per_example == (log[0]["num_forget"] == 3) == ("head_rows_share" not in log[0])
     assert log[0]["preserve"] == 0 == log[0]["num_preserve"]

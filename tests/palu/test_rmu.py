@@ -3,13 +3,14 @@ trains; the same steps however they are split, resumed or shared out."""
 
 import json
 import math
+from functools import partial
 
 import families
 import pytest
 import small
 import torch
 from test_cli import palu, work  # noqa: F401
-from test_methods import RUN, half_learned, moved, unmarked  # noqa: F401
+from test_methods import RUN, half_learned, moved, same_when_split, unmarked  # noqa: F401
 from training import config, trainer, weights
 
 from palu import PALUTrainer
@@ -172,19 +173,7 @@ def test_a_refused_trainer_leaves_the_model_alone(tok, tmp_path):
 
 def test_a_split_step_is_the_same_step(tok, tmp_path):
     """Answers of unlike length weigh alike, however they are dealt out."""
-    after = []
-    options = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0, "max_steps": 2}
-    for batch, accumulation in ((3, 1), (1, 3)):
-        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        made = made_by(tok, tmp_path, **split, **options)
-        before = weights(made.model)
-        made.train()
-        after.append((weights(made.model) - before, made.state.log_history))
-    (one, log), (other, split_log) = after
-    assert one.norm() > 1e-3
-    assert (one - other).norm() <= 1e-9 * one.norm()
-    for name in ("forget", "retain", "num_forget", "num_retain"):
-        assert log[1][name] == pytest.approx(split_log[1][name], rel=1e-6)
+    log = same_when_split(partial(made_by, tok, tmp_path, learning_rate=0.3))
     assert log[0]["num_forget"] == log[0]["num_retain"] == 3
 
 
