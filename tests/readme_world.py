@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 RECORDS = [json.loads(line) for line in re.findall(r'^\{"(?:question|text)".*\}$', README, re.M)]
 
 
-def world(folder: Path, share: slice = slice(None)) -> dict:
-    """`share`: which of the two rows the loader has. Writes the data files into `folder`."""
+def world(folder: Path, rank: int = 0) -> dict:
+    """Writes the data files into `folder`. `rank` decides which of the two rows comes first in
+    `forget_steps`, whose micro-batches are of one row."""
     for name in ("forget", "retain"):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
     tokenizer = build_tokenizer([json.dumps(record) for record in RECORDS], vocab_size=300)
@@ -37,38 +39,41 @@ def world(folder: Path, share: slice = slice(None)) -> dict:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
+        initializer_range=0.3,  # or every distribution is flat from the start
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
     data = load_examples(folder / "forget.jsonl", require_spans=True)
     rows = tokenize_examples(data, tokenizer, max_length=64)
+    collate = Collator(tokenizer)
     return {
         "tokenizer": tokenizer,
         "model": model,
         "torch": torch,
         "rows": rows,
         "frozen_original": copy.deepcopy(model).eval(),
-        "forget_loader": [Collator(tokenizer)(rows[share])] * 2,
+        "forget_loader": [collate(rows)] * 2,
+        "forget_steps": [[collate([rows[rank]]), collate([rows[1 - rank]])]] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
 
 
-def run(number: int, names: dict) -> None:
+def run(number: int, names: dict, edit: Callable[[str], str] = str) -> None:
     """Example `number` of README, from 1, with `names`."""
-    exec(compile(PYTHON[number - 1], f"README.md, example {number}", "exec"), names)
+    exec(compile(edit(PYTHON[number - 1]), f"README.md, example {number}", "exec"), names)
 
 
 def prepare(number: int, names: dict) -> dict:
     """The names that an example before leaves behind, which has not trained."""
-    run(number, given := names | {"forget_loader": []})
+    run(number, given := names | {"forget_loader": [], "forget_steps": []})
     return names | {name: given[name] for name in given if name not in names}
 
 
 def main(place: Path, number: int) -> None:
     rank = int(os.environ["RANK"])
     (place / str(rank)).mkdir()
-    names = prepare(1, world(place / str(rank), slice(rank, rank + 1)))
+    names = prepare(1, world(place / str(rank), rank))
     run(number, names)
     save_file(names["model"].state_dict(), place / f"{rank}.safetensors")
     torch.distributed.barrier()

@@ -1,14 +1,20 @@
 """The examples in README run as they stand there."""
 
 import copy
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
 from safetensors.torch import load_file
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainingArguments
 
 from palu.data import Collator
@@ -76,7 +82,8 @@ def test_lora(world):
 
 
 def test_two_processes_are_one(world, tmp_path):
-    """The example for several devices, by `torchrun`, against the plain loop with both rows."""
+    """The example for several devices, by `torchrun`, two micro-batches a step in each, against the
+    plain loop: the rows of a step are its rows, twice."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -93,3 +100,160 @@ def test_two_processes_are_one(world, tmp_path):
         found = load_file(tmp_path / f"{rank}.safetensors")
         for name, right in world["model"].state_dict().items():
             torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6)
+
+
+# ---- gradients of each example's second step, against METHOD.md's formulas on all logits ---------
+
+
+class Stepped(Exception):
+    """The optimizer is about to step for the second time."""
+
+
+def second_gradient(work, names):
+    """Runs something until an optimizer is about to step again -> the gradients it would step with.
+    (At the first step the model is the original, and nothing holds it back.)"""
+    steps = []
+
+    def stop(optimizer, args, kwargs):
+        steps.append(optimizer)
+        if len(steps) == 2:
+            raise Stepped
+
+    hook = register_optimizer_step_pre_hook(stop)
+    try:
+        with pytest.raises(Stepped):
+            work()
+    finally:
+        hook.remove()
+    return gradients(names["model"])
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def eager(names, rows, *, autocast=False, forget_weight=1.0, retain=False):
+    """The loss of some rows, as METHOD.md writes it: prefixes of 3, k = 50, entropy, reverse KL."""
+    batch = Collator(names["tokenizer"])(rows)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole = names["model"](**inputs).logits
+        with torch.no_grad():
+            ref = names["frozen_original"](**inputs).logits.float()[:, :-1]
+    logits, labels = whole.float()[:, :-1], batch["labels"][:, 1:]
+    sensitive = (labels >= 0) & (labels != names["tokenizer"].eos_token_id)
+    rank = torch.zeros_like(labels)
+    for t in range(labels.shape[1]):
+        rank[:, t] = torch.where(sensitive[:, t], 1 + (rank[:, t - 1] if t else 0), 0)
+    forget, preserve = sensitive & (rank <= 3), labels == -200
+    top = ref[forget].sort(dim=-1, descending=True, stable=True).indices[:, :50]
+    log_q = logits[forget].gather(-1, top).log_softmax(-1)
+    levels = math.log(top.shape[1]) + (log_q.exp() * log_q).sum(-1)
+    log_p, log_ref = logits[preserve].log_softmax(-1), ref[preserve].log_softmax(-1)
+    held = (log_p.exp() * (log_p - log_ref)).sum(-1)
+    loss = forget_weight * levels.mean() + held.mean()
+    if retain:
+        answer = labels != -100
+        loss = loss + functional.cross_entropy(logits[answer], batch["input_ids"][:, 1:][answer])
+    return loss, whole
+
+
+def compare(found, names, loss, bf16=False):
+    loss.backward()
+    right = gradients(names["model"])
+    assert found.keys() == right.keys()
+    found, right = (torch.cat([g.flatten() for g in x.values()]) for x in (found, right))
+    assert found.norm() / right.norm() == pytest.approx(1, rel=1e-2 if bf16 else 1e-4)
+    assert (found - right).norm() / right.norm() < (3e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("number", [LOOP, HIDDEN])
+def test_gradient_of_a_loop(number, bf16, world):
+    def work():
+        # Without the cache of casts, since the weights change inside.
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            run(number, world)
+
+    found = second_gradient(work, world)
+    compare(found, world, eager(world, world["rows"], autocast=bf16)[0], bf16=bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_of_one_more_loss(accumulation, bf16, world, tmp_path):
+    """Trainer's step is the mean of its micro-batches' losses."""
+    names = prepare(LOOP, world)
+    run(ONE_MORE_LOSS, names)
+    args = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=2 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        max_grad_norm=0.0,
+        report_to="none",
+        bf16=bf16,
+        use_cpu=True,
+    )
+    data = {"train_dataset": names["rows"], "data_collator": Collator(names["tokenizer"])}
+    trainer = names["MyTrainer"](names["model"], args, **data)
+    found = second_gradient(trainer.train, names)
+    losses = []
+    for rows in [names["rows"]] if accumulation == 1 else [[row] for row in names["rows"]]:
+        loss, logits = eager(names, rows, autocast=bf16)
+        losses.append(loss + 0.01 * logits.float().logsumexp(-1).square().mean())
+    compare(found, names, sum(losses) / accumulation, bf16=bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("number", [TRAINER, LORA])
+def test_gradient_of_palu_trainer(number, accumulation, bf16, world):
+    """Means are over the rows of the step, however it is split."""
+    names = world
+    if number == LORA:
+        names = prepare(TRAINER, world)  # which trains the model
+        names["frozen_original"] = copy.deepcopy(names["model"])
+    options = f"per_device_train_batch_size={2 // accumulation}, max_grad_norm=0.0, use_cpu=True, "
+    options += f"bf16={bf16}, gradient_accumulation_steps={accumulation}, learning_rate=1e-2"
+
+    def edit(example):
+        edited, count = re.subn(r"learning_rate=[\de-]+", options, example)
+        assert count == 1
+        return edited
+
+    found = second_gradient(lambda: run(number, names, edit), names)
+    weight = 3.0 if number == TRAINER else 1.0
+    loss, _ = eager(names, names["rows"], autocast=bf16, forget_weight=weight, retain=True)
+    compare(found, names, loss, bf16=bf16)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_accelerate_divides(counted, world):
+    """Nothing to do for a batch's own means; counts of the step as README's sentence has them."""
+    (counted_loss,) = re.findall(r"`accelerator\.backward\((.+?)\)`\.", readme_world.README)
+    names = prepare(LOOP, world)
+    names["frozen_original"].lm_head.weight.data.mul_(1.2)
+    batches = [Collator(names["tokenizer"])([row]) for row in names["rows"]]
+    counts = {}
+    if counted:
+        roles = [names["loss_fn"].roles(batch["labels"]) for batch in batches]
+        counts["num_forget"] = sum((r == 1).sum() for r in roles)
+        counts["num_preserve"] = sum((r == 2).sum() for r in roles)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    try:
+        for batch in batches:
+            with accelerator.accumulate(names["model"]):
+                inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+                with torch.no_grad():
+                    ref_logits = names["frozen_original"](**inputs).logits
+                logits = names["model"](**inputs).logits
+                out = names["loss_fn"](logits, batch["labels"], ref_logits, **counts)
+                accelerator.backward(eval(counted_loss) if counted else out.loss)
+    finally:
+        GradientState._reset_state()
+    found = gradients(names["model"])
+    parts = [names["rows"]] if counted else [[row] for row in names["rows"]]
+    compare(found, names, sum(eager(names, rows)[0] for rows in parts) / len(parts))
