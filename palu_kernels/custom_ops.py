@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palu_kernels import arguments, eager, reference
 from palu_kernels.backend import check_values, on_device_of
-from palu_kernels.layout import bitmap_words, empty_rows_like
+from palu_kernels.layout import bitmap_words, empty_rows_like, gradient_rows_like
 from palu_kernels.op_autograd import differentiable
 
 STATE = 4  # float32 numbers a row that a forward leaves for its backward
@@ -201,9 +201,9 @@ def local_entropy_backward(
                 state,
                 chosen,
                 objective,
-                empty_rows_like(logits),
+                gradient_rows_like(logits),
             )
-    out = empty_rows_like(logits)
+    out = gradient_rows_like(logits)
     center = center_value if center_kind == "number" else center_kind
     s = chosen if indices is None else _flat(indices)
     # a row whose loss is NaN has a gradient of NaN, also where the NaN was the reference's
@@ -282,9 +282,9 @@ def kl_backward(
 
         with on_device_of(logits):
             return kernels.backward(
-                weights, logits, ref_logits, state, direction, empty_rows_like(logits)
+                weights, logits, ref_logits, state, direction, gradient_rows_like(logits)
             )
-    out = empty_rows_like(logits)
+    out = gradient_rows_like(logits)
     for part, (x, r, to) in _blocks(logits, ref_logits, out):
         eager.kl(x, r, direction, grad=to, weights=weights[part])
     return out
@@ -349,9 +349,9 @@ def cross_entropy_backward(
 
         with on_device_of(logits):
             return kernels.backward(
-                weights, logits, labels, state, ignore_index, empty_rows_like(logits)
+                weights, logits, labels, state, ignore_index, gradient_rows_like(logits)
             )
-    out = empty_rows_like(logits)
+    out = gradient_rows_like(logits)
     for part, (x, to) in _blocks(logits, out):
         target = labels.reshape(-1)[part]
         eager.cross_entropy(x, target, ignore_index, grad=to, weights=weights[part])

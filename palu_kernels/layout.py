@@ -12,6 +12,9 @@ from torch import Tensor
 
 LANES = 8  # 16 bytes of a 16-bit type; a multiple of the 4 entries that float32 needs
 ALIGNED = 16  # what Triton can prove of a stride: a multiple of 16
+# PyTorch's bfloat16 products on CPUs with AMX read every row of their left side up to the next
+# multiple of 32 entries, and take 0 times what they find for 0 (oneDNN issue 5717).
+READ = 32
 
 
 def adjacent(t: Tensor) -> bool:
@@ -52,6 +55,21 @@ def strides_like(t: Tensor) -> tuple[int, ...]:
 def empty_rows_like(t: Tensor) -> Tensor:
     """Uninitialised, of the shape and dtype of ``t``, with rows that start as those of ``t`` do."""
     return t.new_empty_strided(t.shape, strides_like(t))
+
+
+def gradient_rows_like(t: Tensor) -> Tensor:
+    """``empty_rows_like`` with zeros between the rows: a product with the gradient may read them
+    (``READ``)."""
+    out = empty_rows_like(t)
+    if not out.is_contiguous():
+        outer, inner = (0, out.stride(0)) if t.dim() == 2 else out.stride()[:2]
+        batches, rows, columns = out.shape if t.dim() == 3 else (1, *out.shape)
+        last = (rows - 1) * inner + columns  # of a batch: where its last row ends
+        between = out.as_strided((batches, rows - 1, inner - columns), (outer, inner, 1), columns)
+        between.zero_()
+        if batches > 1:
+            out.as_strided((batches - 1, outer - last), (outer, 1), last).zero_()
+    return out
 
 
 def bitmap_words(columns: int) -> int:

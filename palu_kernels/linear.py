@@ -21,7 +21,7 @@ from torch import Tensor
 
 from palu_kernels import reference, row_losses, sparse
 from palu_kernels.backend import on_device_of
-from palu_kernels.layout import ALIGNED
+from palu_kernels.layout import READ
 from palu_kernels.row_losses import Chunk, RowLoss, SparseLocalEntropy
 
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
@@ -102,8 +102,8 @@ def chunk_rows(rows: int, columns: int, element_size: int, chunk_bytes: int) -> 
 
 
 def padded(columns: int) -> int:
-    """Leading dimension of a buffer whose rows all start on 16 bytes."""
-    return -(-columns // ALIGNED) * ALIGNED
+    """Leading dimension of a buffer: its rows start on 16 bytes and end before zeros."""
+    return -(-columns // READ) * READ
 
 
 def blocks(columns: int, width: int) -> Iterator[slice]:
@@ -115,7 +115,18 @@ def blocks(columns: int, width: int) -> Iterator[slice]:
 
 
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    return like.new_empty((rows, padded(columns)))[:, :columns]
+    """``[rows, columns]``, uninitialised, with zeros after every row as far as a product reads."""
+    whole = like.new_empty((rows, padded(columns)))
+    whole[:, columns:] = 0
+    return whole[:, :columns]
+
+
+def apart(rows: Tensor) -> Tensor:
+    """``rows [R, D]``, or where a product reads on into the next row, whose NaN would then be the
+    row's too, a copy with zeros between."""
+    if rows.device.type != "cpu" or rows.shape[1] % READ == 0:
+        return rows
+    return buffer(rows, *rows.shape).copy_(rows)
 
 
 class Accumulator:

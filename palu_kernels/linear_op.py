@@ -15,7 +15,7 @@ from torch import Tensor
 
 from palu_kernels import arguments, reference, row_losses, sparse
 from palu_kernels.backend import check_values
-from palu_kernels.linear import Head, Rows, blocks, parts_of, run
+from palu_kernels.linear import Head, Rows, apart, blocks, parts_of, run
 from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_losses import CrossEntropy, SparseLocalEntropy
 
@@ -86,10 +86,10 @@ def _rows(
     if ref_weight is not None and ref_hidden is not None:
         ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
     return Rows(
-        cast(hidden),
+        apart(cast(hidden)),
         head,
         own_head,
-        cast(ref_hidden),
+        None if ref_hidden is None else apart(cast(ref_hidden)),
         ref_head,
         parts_of(decoded, counts, data),
         mean,
@@ -218,7 +218,8 @@ def _backward(ctx: Any, grad_total: Tensor | None, grad_rows: Tensor | None, *_:
     grad = grad_total if ctx.weighted else grad_rows
     grads: list[Tensor | None] = [None, None, None]
     if grad is not None:
-        made, row_weights, rest = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # once: a look unpacks them all, and checkpoint allows one
+        made, row_weights, rest = saved[:3], saved[3], saved[4:]
         own, frozen = list(rest[: ctx.own]), list(rest[ctx.own :])
         found = linear_backward(grad, *made, row_weights, own, frozen, *ctx.plain)
         grads = [g if want else None for g, want in zip(found, ctx.plain[1], strict=True)]

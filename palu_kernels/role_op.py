@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palu_kernels import reference, row_losses
 from palu_kernels.backend import on_device_of, resolve
-from palu_kernels.layout import empty_rows_like
+from palu_kernels.layout import empty_rows_like, gradient_rows_like
 from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_losses import Chunk, RowLoss
 
@@ -83,7 +83,7 @@ def by_role_backward(
     losses: str,
     served_by: str,
 ) -> Tensor:
-    out = empty_rows_like(logits).zero_()
+    out = gradient_rows_like(logits).zero_()
     with on_device_of(logits):
         for place, loss, rows in _pieces(logits, roles, losses):
             by_row = (grad * weights[place]).expand(len(rows[0])).contiguous()

@@ -128,8 +128,8 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = work_dtype(weight.dtype)
     parts = _parts_of_mean(weight.shape[0], bias, weight)
     total = weight.new_zeros(weight.shape[1], dtype=dtype)
-    step = max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
-    block = weight.new_empty((step, weight.shape[1]), dtype=dtype)
+    step = min(max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)), weight.shape[0])
+    block = weight.new_empty((0 if weight.dtype == dtype else step, weight.shape[1]), dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
         for piece, part in zip(weight.split(step), parts.split(step), strict=True):
             if piece.dtype != dtype:
@@ -292,8 +292,9 @@ class _Gather:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int) -> None:
         self.weight = weight
-        self.raw = weight.new_empty((rows, weight.shape[1]))
-        self.block = self.raw if weight.dtype == dtype else torch.empty_like(self.raw, dtype=dtype)
+        # zeros: a product may read beyond the rows of the last, shorter block (layout.READ)
+        self.raw = weight.new_zeros((rows, weight.shape[1]))
+        self.block = self.raw if weight.dtype == dtype else torch.zeros_like(self.raw, dtype=dtype)
 
     def __call__(self, indices: Tensor) -> Tensor:
         """``[G, k]`` -> ``[G, k, D]``, valid until the next call."""

@@ -189,7 +189,7 @@ def test_odd_shapes(name, rows, columns, dim):
 
 def test_chunks_are_whole_tiles_within_their_budget():
     size = 2 * loop.padded(101)
-    assert loop.padded(101) == 112 and loop.padded(128256) == 128256
+    assert loop.padded(101) == 128 and loop.padded(128256) == 128256
     assert loop.chunk_rows(50, 101, 2, 2**28) == 50
     assert loop.chunk_rows(1000, 101, 2, 2**28) == 1000
     for budget in (1, 64 * size, 130 * size, 300 * size, 511 * size):
