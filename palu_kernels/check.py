@@ -15,7 +15,8 @@ is the same). The rule:
 
 The floor is six roundings of float32: of the result, and of the inputs, by which the truth itself
 moves (rows of 1e4 whose deviations are of order 1 are a case where that is most of it; where the
-truth is 0 it is all). Where loss or gradient are not finite the kernel must agree on where.
+truth is 0 it is all). Where loss or gradient are not finite the kernel must agree on where. Fresh
+memory is filled with NaN while the operators run, so that what reads it shows.
 
 Exit status 1 when a comparison fails.
 """
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from palu_kernels import operators, reference
 from palu_kernels.backend import triton_runs_on
-from palu_kernels.check_linear import LinearCase, compare_linear, linear_cases
+from palu_kernels.check_linear import LinearCase, compare_linear, linear_cases, poisoned
 
 CAPS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 DTYPES = tuple(CAPS)
@@ -220,7 +221,8 @@ def compare(case: Case, device: torch.device, backend: str) -> list[Comparison]:
     rows = rows_of(case, device)
     logits = rows[0]
     if case.operator == "topk":
-        found = operators.topk_indices(logits, case.k, backend=backend)
+        with poisoned():
+            found = operators.topk_indices(logits, case.k, backend=backend)
         right = reference.topk_indices(logits.reshape(-1, case.columns).double(), case.k)
         wrong = (found.reshape(right.shape) != right).float().mean().item() if right.numel() else 0
         return [Comparison(case, "indices", wrong, 0.0, wrong, wrong == 0)]
@@ -236,7 +238,8 @@ def compare(case: Case, device: torch.device, backend: str) -> list[Comparison]:
     truth = loss_and_gradient(lambda z: truth_of(case, z, rows), exact, weights)
     moved = loss_and_gradient(lambda z: truth_of(case, z, rows), exact * noise, weights)
     plain = loss_and_gradient(lambda z: truth_of(case, z, rows), logits, weights)
-    ours = loss_and_gradient(lambda z: loss_of(case, z, rows, backend), logits, weights)
+    with poisoned():
+        ours = loss_and_gradient(lambda z: loss_of(case, z, rows, backend), logits, weights)
     # the interpreter cuts float32 to bfloat16 where compiled code rounds: one more unit there
     cuts = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     ulp = torch.finfo(case.dtype).eps

@@ -3,16 +3,20 @@
 The reference's logits are small integers, so that every dtype chooses the same S, ties included.
 What is compared is the loss of every row and the gradients of hidden rows, weight and bias, by the
 rule of ``check.py`` for norms (an entry of a product may cancel to nothing, so that its own size
-says little).
+says little). Spoiled cases have rows that are not finite among enough others to fill several tiles
+of a product: those must not be finite in the result either, and all others right.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from palu_kernels import linear_operators, reference
@@ -26,6 +30,7 @@ OPERATORS = (
     ("linear_flatten", "local_mean"),
     ("linear_entropy", ""),
 )
+NAN, INFINITE, REF_NAN = 1, 20, 34  # the rows of a spoiled case that are so
 HEADS = {"plain": (False, 1.0, None), "scaled": (True, -0.5, None), "capped": (True, 2.0, 5.0)}
 
 
@@ -42,11 +47,13 @@ class LinearCase:
     columns: int = 257
     width: int = 48
     k: int = 50
+    spoiled: bool = False  # whether some rows are not finite
 
     def __str__(self) -> str:
         name = " ".join(part for part in (self.operator, self.option) if part)
         dtype = str(self.dtype).removeprefix("torch.")
         kind = "" if self.implementation == "dense" else f" {self.implementation}"
+        kind += " spoiled rows" if self.spoiled else ""
         return f"{name} {dtype} V={self.columns} D={self.width} {self.head} head{kind}"
 
 
@@ -55,10 +62,32 @@ def linear_cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[LinearCase]:
     for operator, option in OPERATORS:
         for dtype in dtypes:
             for head in HEADS:
-                yield LinearCase(operator, option, dtype, head)
+                case = LinearCase(operator, option, dtype, head)
                 forget = operator in ("linear_flatten", "linear_entropy")
+                kinds = [case]
                 if forget and not (option == "global_mean" and head == "capped"):
-                    yield LinearCase(operator, option, dtype, head, "sparse")
+                    kinds.append(replace(case, implementation="sparse"))
+                for kind in kinds:
+                    yield kind
+                    if head == "plain":
+                        yield replace(kind, rows=40, k=9, spoiled=True)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, as it may at any time: what reads it shows."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    before = fill.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        # only to warn: a product of CUDA's is no error here
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            fill.fill_uninitialized_memory = True
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            fill.fill_uninitialized_memory = before
 
 
 def inputs_of(case: LinearCase, device: torch.device) -> dict[str, Tensor | None]:
@@ -78,6 +107,10 @@ def inputs_of(case: LinearCase, device: torch.device) -> dict[str, Tensor | None
         "ref_weight": (normal(case.columns, case.width) / 2).round().clamp(-1, 1),
         "ref_bias": normal(case.columns).round() if has_bias else None,
     }
+    if case.spoiled:
+        made["hidden"][NAN] = torch.nan
+        made["hidden"][INFINITE, 7] = torch.inf
+        made["ref_hidden"][REF_NAN] = torch.nan
     made = {k: None if t is None else t.to(device, case.dtype) for k, t in made.items()}
     labels = torch.randint(0, case.columns, (case.rows,), generator=generator)
     labels[0] = -100
@@ -113,11 +146,11 @@ def definition(case: LinearCase, made: dict[str, Tensor | None], dtype: torch.dt
     """Row losses by ``reference.py`` on logits in ``dtype``."""
     _, scale, softcap = HEADS[case.head]
     frozen = [None if made[k] is None else made[k].to(dtype) for k in FROZEN]
-    z = reference.head_logits(made["hidden"], made["weight"], made["bias"], scale, softcap)
+    z = head_logits(made["hidden"], made["weight"], made["bias"], scale, softcap)
     if case.operator == "linear_cross_entropy":
         return reference.cross_entropy_loss(z, made["labels"])
     if case.operator == "linear_kl":
-        r = reference.head_logits(*frozen, scale, softcap)
+        r = head_logits(*frozen, scale, softcap)
         return reference.kl_loss(z, r, direction=case.option)
     # before the cap, which only makes more ties
     exact = [None if made[k] is None else made[k].double() for k in FROZEN]
@@ -129,6 +162,17 @@ def definition(case: LinearCase, made: dict[str, Tensor | None], dtype: torch.dt
         objective=case.operator.removeprefix("linear_"),
         center=case.option or "global_mean",
     )
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """``reference.head_logits``, its products as a half-precision one rounds, but in float32:
+    PyTorch's own may be what is wrong here (``layout.READ``)."""
+    work = reference.work_dtype(hidden.dtype)
+    wide = (None if t is None else t.to(work) for t in (hidden, weight, bias))
+    logits = F.linear(*wide).to(hidden.dtype) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 FROZEN = ("ref_hidden", "ref_weight", "ref_bias")
@@ -164,10 +208,20 @@ def compare_linear(
     }
     truth = results(lambda m: definition(case, m, torch.float64), exact, weights)
     plain = results(lambda m: definition(case, m, case.dtype), made, weights)
-    found = results(lambda m: ours(case, m, backend), made, weights)
+    with poisoned():
+        found = results(lambda m: ours(case, m, backend), made, weights)
     cuts = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     extra = torch.finfo(case.dtype).eps if cuts and case.dtype == torch.bfloat16 else 0.0
     out = []
+    if case.spoiled:
+        lost = [NAN] if case.operator == "linear_cross_entropy" else [NAN, REF_NAN]
+        for what in ("loss", "d hidden"):
+            spared = found[what][lost].reshape(len(lost), -1).isfinite().all(-1).sum().item()
+            out.append((f"{what[-6:]} NaN", float(spared), 0.5))
+        # an infinite row may be all masked, or not; the head's gradient is lost with any row
+        kept = [row for row in range(case.rows) if row not in (*lost, INFINITE)]
+        truth = {what: truth[what][kept] for what in ("loss", "d hidden")}
+        plain, found = ({what: t[what][kept] for what in truth} for t in (plain, found))
     for what, right in truth.items():
         norm = right.norm().item() or 1.0
         allowed = 2 * (plain[what] - right).norm().item() / norm + floor + extra

@@ -277,9 +277,12 @@ def _sparse(
 ) -> None:
     head, loss = rows.own_head, part.loss
     own = slice(part.start, part.stop)
-    indices = part.data if loss.chooser == "indices" else _chosen(rows, part)
+    hidden, indices = rows.hidden[own], part.data
+    if loss.chooser == "reference":
+        indices, spoiled = _chosen(rows, part)
+        hidden = torch.where(spoiled[:, None], torch.nan, hidden)
     found = sparse.forward(
-        rows.hidden[own],
+        hidden,
         head.weight,
         head.bias,
         head.scale,
@@ -299,7 +302,7 @@ def _sparse(
         sparse.add_weight_gradient(
             sums.weight,
             sums.bias,
-            rows.hidden[own],
+            hidden,
             head.bias,
             indices,
             found.slopes,
@@ -309,15 +312,17 @@ def _sparse(
         )
 
 
-def _chosen(rows: Rows, part: Part) -> Tensor:
-    """S of a part's rows by the reference's logits, chunk by chunk."""
+def _chosen(rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
+    """S of a part's rows by the reference's logits, chunk by chunk; and which rows hold a NaN."""
     count, columns = part.stop - part.start, rows.ref_head.weight.shape[0]
     step = chunk_rows(count, columns, rows.hidden.element_size(), rows.chunk_bytes)
     chunk = buffer(rows.hidden, step, columns)
-    out = []
+    chosen, spoiled = [], []
     for start in range(part.start, part.stop, step):
         stop = min(start + step, part.stop)
         ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
         logits = rows.ref_head.logits(ref_rows, chunk[: stop - start])
-        out.append(row_losses.topk_indices(logits, part.loss.top_k, rows.served_by))
-    return torch.cat(out)
+        chosen.append(row_losses.topk_indices(logits, part.loss.top_k, rows.served_by))
+        # a NaN ranks first, so it is in S
+        spoiled.append(logits.gather(-1, chosen[-1].long()).isnan().any(-1))
+    return torch.cat(chosen), torch.cat(spoiled)

@@ -26,7 +26,7 @@ def test_by_pytorch(case):
 @pytest.mark.parametrize("case", CASES[::3], ids=str)  # steps through operators, dtypes and heads
 def test_by_triton(case):
     if case.implementation == "sparse":  # of which the interpreter takes an entry at a time
-        case = replace(case, rows=2, k=21)
+        case = replace(case, rows=36, k=3) if case.spoiled else replace(case, rows=2, k=21)
     assert not failures(case, "triton")
 
 

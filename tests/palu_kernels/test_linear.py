@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from palu_kernels import (
     LMHead,
@@ -612,3 +613,27 @@ def test_bad_integers():
 def test_bad_heads(arguments, error, words):
     with pytest.raises(error, match=words):
         LMHead(**{"weight": torch.randn(5, 3), **arguments})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_saved_tensors_are_unpacked_once(name, reduction):
+    """More is what `torch.utils.checkpoint` refuses (non-reentrant, its default)."""
+    problem = Problem(torch.float32, "scaled")
+    unpacked = []
+
+    def unpack(at):
+        unpacked.append(at)
+        return kept[at]
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t), len(kept) - 1)[1], unpack
+    ):
+        loss = problem.loss(name, reduction)
+    grads = torch.autograd.grad(loss.sum(), problem.inputs)
+    assert sorted(unpacked) == list(range(len(kept)))
+    again = torch.utils.checkpoint.checkpoint(
+        lambda *_: problem.loss(name, reduction), *problem.inputs, use_reentrant=False
+    )
+    assert all(map(torch.equal, grads, torch.autograd.grad(again.sum(), problem.inputs)))
