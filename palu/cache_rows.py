@@ -14,6 +14,7 @@ from palu.cache_files import CacheError
 from palu.heads import HeadNotPlain, LMHead, check_head, model_hidden_states
 from palu.labels import FORGET, IGNORE, PRESERVE
 from palu.loss import PALULoss
+from palu.model_inputs import is_default, more_inputs
 from palu.modeling import prediction_rows, unwrap
 from palu_kernels import topk_indices
 
@@ -49,7 +50,8 @@ def reference_head(model: nn.Module, batch: Mapping[str, Tensor]) -> LMHead:
     ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
     try:
         head = LMHead.from_model(model)
-        check_head(model, head, ids, None if mask is None else mask.to(device))
+        more = _to(device, more_inputs(batch))
+        check_head(model, head, ids, None if mask is None else mask.to(device), **more)
     except HeadNotPlain as refusal:
         raise CacheError(
             f"this model's reference cannot be cached, use reference='live': {refusal}"
@@ -91,8 +93,12 @@ def reference_rows(
             kept = prediction_rows(roles == PRESERVE)
     device = next(model.parameters()).device
     mask = batch.get("attention_mask")
+    refuse_unknown_inputs(batch)
     hidden = model_hidden_states(
-        model, batch["input_ids"].to(device), None if mask is None else mask.to(device)
+        model,
+        batch["input_ids"].to(device),
+        None if mask is None else mask.to(device),
+        **_to(device, more_inputs(batch)),
     )
 
     def rows(chosen: Tensor | None) -> tuple[list[int], Tensor | None]:
@@ -115,6 +121,27 @@ def reference_rows(
         None if to_index is None else _topk(head, to_index, loss),
         None if to_keep is None else to_keep.cpu(),
     )
+
+
+def refuse_unknown_inputs(batch: Mapping[str, Tensor]) -> None:
+    """A cache knows an example by its tokens and labels alone.
+
+    Raises:
+        CacheError: the model is told more of it than they tell.
+    """
+    odd = [n for n, value in more_inputs(batch).items() if not is_default(n, value, batch)]
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != batch["input_ids"].shape:
+        odd.append(f"attention_mask of shape {list(mask.shape)}")
+    if odd:
+        raise CacheError(
+            f"the collator gives the model {', '.join(odd)}, and a reference cache knows examples "
+            "by input_ids and labels alone: leave it out, or use reference='live'"
+        )
+
+
+def _to(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 @contextmanager

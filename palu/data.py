@@ -160,7 +160,8 @@ class Collator:
         pad_to_multiple_of: round the length up to a multiple of this.
 
     Calling it with a list of B dicts returns `input_ids`, `labels` (padded with -100) and
-    `attention_mask` (1 for real tokens), each int64 [B, T]. Other fields are left out.
+    `attention_mask` (1 for real tokens), each int64 [B, T]; `position_ids` and `token_type_ids`
+    too (padded with 0) where an example has them. Other fields are left out.
     """
 
     def __init__(
@@ -207,6 +208,14 @@ class Collator:
             "labels": labels,
             "attention_mask": real.to(torch.int64),
         }
+        for name in ("position_ids", "token_type_ids"):
+            if not any(name in feature for feature in features):
+                continue
+            batch[name] = torch.zeros(shape, dtype=torch.int64)
+            for row, (feature, length) in enumerate(zip(features, lengths, strict=True)):
+                default = range(length) if name == "position_ids" else [0] * length
+                values = feature.get(name, default)
+                batch[name][row, :length] = torch.as_tensor(values, dtype=torch.int64)
         if self.keep_ids:
             batch["example_id"] = [feature["example_id"] for feature in features]
         return batch

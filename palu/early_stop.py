@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from palu.heads import model_hidden_states
 from palu.labels import FORGET
+from palu.model_inputs import more_inputs
 from palu.modeling import kept_logits, prediction_rows
 from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
 
@@ -136,15 +137,16 @@ class StopAtForgetProb(TrainerCallback):
         ids, forget = batch["input_ids"].to(device), forget.to(device)
         mask = batch.get("attention_mask")
         mask = None if mask is None else mask.to(device)
+        more = {name: value.to(device) for name, value in more_inputs(batch).items()}
         keep, targets = prediction_rows(forget), ids[:, 1:][forget[:, 1:]]
         options = {"reduction": "none", "backend": trainer.args.backend}
         # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
         with trainer.compute_loss_context_manager():
             if trainer.objective.head is None:
-                logits = kept_logits(trainer.model, ids, mask, keep)
+                logits = kept_logits(trainer.model, ids, mask, keep, **more)
                 nll = cross_entropy_loss(logits, targets, **options)
             else:
-                hidden = model_hidden_states(trainer.model, ids, mask)[keep]
+                hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]
                 nll = linear_cross_entropy_loss(hidden, trainer.objective.head, targets, **options)
         parts = nll.double().cpu().split(forget.sum(1).tolist())
         return [math.exp(-part.mean().item()) for part in parts if len(part)]

@@ -65,6 +65,8 @@ def example_ids(batch: Mapping[str, Any]) -> Tensor:
         batch: `input_ids`, `labels` and `attention_mask`, `[B, T]` each, padded on any side.
     """
     keys = [key for key in ("input_ids", "labels", "attention_mask") if key in batch]
+    if "attention_mask" in batch and batch["attention_mask"].dim() != 2:
+        keys.remove("attention_mask")  # it does not say what is padding
     columns = [batch[key].cpu() for key in keys]
     rows = zip(*columns, strict=True)
     names = [example_id(dict(zip(keys, row, strict=True))) for row in rows]

@@ -9,7 +9,7 @@ both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -78,7 +78,10 @@ class LMHead(palu_kernels.LMHead):
 
 
 def plain_head(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
 ) -> LMHead | None:
     """The head of `model` if losses may be computed from hidden rows; else None, and one warning
     says why.
@@ -89,10 +92,12 @@ def plain_head(
         model: a causal language model, wrapped as it will be called.
         input_ids: int64 `[B, T]`, any batch for this model.
         attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward; those that begin with `[B, T]` are
+            tried out with the tokens.
     """
     try:
         head = LMHead.from_model(model)
-        check_head(model, head, input_ids, attention_mask)
+        check_head(model, head, input_ids, attention_mask, **model_inputs)
     except HeadNotPlain as refusal:
         logger.warning("losses are computed from logits, not from hidden rows: %s", refusal)
         return None
@@ -176,6 +181,7 @@ def check_head(
     head: palu_kernels.LMHead,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
+    **model_inputs: Any,
 ) -> None:
     """Compares the model's own logits with those of `head`, on a few tokens of the given batch.
 
@@ -191,7 +197,7 @@ def check_head(
         HeadNotPlain: they differ by more, the rows cannot be tested, or `model_hidden_states` does
             not work for this model.
     """
-    ids = _few_tokens(input_ids, attention_mask)
+    ids, more = _few_tokens(input_ids, attention_mask, model_inputs)
     uncapped = replace(head, softcap=None)
     expected: list[Tensor] = []
 
@@ -208,7 +214,7 @@ def check_head(
         return rows, *args[1:]
 
     with torch.no_grad(), _undisturbed(model, ids.device):
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
         model_hidden_states(model, **inputs)
         with _pre_hook(model, amplify):
             output = model(**inputs, use_cache=False)
@@ -238,12 +244,24 @@ def _compare(logits: Tensor, expected: Tensor, head: palu_kernels.LMHead) -> Non
         )
 
 
-def _few_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The same few real tokens twice, `[2, n]`."""
-    real = input_ids.flatten() if attention_mask is None else input_ids[attention_mask.bool()]
-    if len(real) == 0:
+def _few_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, model_inputs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same few real tokens twice, `[2, n]`, and what the model is told of them."""
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        real = attention_mask.bool()
+    if not real.any():
         raise HeadNotPlain("the batch has no token to test the output head on")
-    return real[:_CHECK_TOKENS].repeat(2, 1)
+
+    def few(values: Tensor) -> Tensor:
+        return torch.stack([values[real][:_CHECK_TOKENS]] * 2)
+
+    shape = input_ids.shape
+    more = {
+        n: few(v) for n, v in model_inputs.items() if isinstance(v, Tensor) and v.shape[:2] == shape
+    }
+    return few(input_ids), more
 
 
 @contextmanager

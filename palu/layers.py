@@ -50,7 +50,11 @@ def layer_count(config: Any) -> int | None:
 
 
 def layer_output(
-    model: nn.Module, layer_id: int, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    layer_id: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
 ) -> Tensor:
     """What one decoder layer puts out (the residual stream after it).
 
@@ -64,6 +68,7 @@ def layer_output(
         layer_id: from 0.
         input_ids: int64 `[B, T]`.
         attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward; no `labels`.
 
     Returns:
         `[B, T, D]`.
@@ -82,6 +87,7 @@ def layer_output(
     if reason is not None:
         raise _unseen(layer_id, reason)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs |= model_inputs
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = 1
     with _ending_at(layers, layer_id) as calls:

@@ -64,7 +64,11 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def kept_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    keep: Tensor,
+    **model_inputs: Any,
 ) -> Tensor:
     """Logits of the rows where `keep` is true, in row-major order.
 
@@ -79,6 +83,7 @@ def kept_logits(
         input_ids: int64 `[B, T]`.
         attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
         keep: bool `[B, T]` on the same device; row `(b, t)` predicts the token at `(b, t + 1)`.
+        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
 
     Returns:
         `[keep.sum(), V]` in the model's logits dtype, differentiable.
@@ -95,6 +100,7 @@ def kept_logits(
             f"not {tuple(keep.shape)}"
         )
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs |= model_inputs
     kind = type(unwrap(model))
     takes_mask = _TAKES_MASK.get(kind)
     if takes_mask is None and not _names_logits_to_keep(unwrap(model)):

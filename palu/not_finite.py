@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from palu.checkpoints import CheckpointError, read_record
 from palu.fingerprint import example_ids
+from palu.model_inputs import COLUMNS, more_inputs
 from palu.objective import RETAIN
 
 ADVICE = (
@@ -145,19 +146,22 @@ def _one_by_one(batch: Mapping[str, Any]) -> Iterator[tuple[str, dict, dict]]:
     for one in _rows(batch):
         yield "forget", one, one
     if batch.get(RETAIN) is not None:
-        nothing = {name: column[:0, :1] for name, column in _columns(batch).items()}
+        nothing = {name: column[:0] for name, column in _columns(batch).items()}
         for one in _rows(batch[RETAIN]):
             yield "retain", one, {**nothing, RETAIN: one}
 
 
 def _columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: batch[n] for n in ("input_ids", "labels", "attention_mask") if n in batch}
+    return {n: batch[n] for n in COLUMNS if n in batch} | more_inputs(batch)
 
 
 def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     columns = _columns(batch)
     for row in range(len(columns["input_ids"])):
-        yield {name: column[row : row + 1] for name, column in columns.items()}
+        yield {
+            name: column[row : row + 1] if len(column) == len(columns["input_ids"]) else column
+            for name, column in columns.items()
+        }
 
 
 def _name(index: int, row: Any) -> str:

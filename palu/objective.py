@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import palu_kernels
+from palu.cache_rows import refuse_unknown_inputs
 from palu.heads import model_hidden_states, plain_head
 from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu.labels import FORGET, IGNORE, NONE, PRESERVE
 from palu.loss import PALULoss
+from palu.model_inputs import COLUMNS, joined, more_inputs
 from palu.modeling import kept_logits, prediction_rows
 from palu.reference import CachedReference, Inputs, Reference, ReferenceRows
 from palu_kernels import cross_entropy_loss, kl_loss
@@ -85,7 +87,7 @@ class Objective:
         """
         inputs = self._inputs(batch)
         if not self._asked:
-            self._choose_road(model, inputs)
+            self._choose_road(model, inputs, batch)
         terms = self._from_hidden if self.head is not None else self._from_logits
         return terms(model, batch, inputs, denominators)
 
@@ -95,15 +97,25 @@ class Objective:
         predicted = roles == FORGET if self.loss.preserve is None else roles != NONE
         is_forget = roles[:, 1:][predicted[:, 1:]] == FORGET
         retain = batch.get(RETAIN) if with_retain else None
-        return Inputs(*_stack(batch, prediction_rows(predicted), retain), is_forget)
+        keep = prediction_rows(predicted)
+        if retain is not None:
+            kept = prediction_rows(retain["labels"] != IGNORE)
+            if len(keep):
+                batch, keep = joined(batch, retain), _padded_rows(keep, kept)
+            else:
+                batch, keep = retain, kept
+        mask = batch.get("attention_mask")
+        return Inputs(batch["input_ids"], mask, keep, is_forget, more_inputs(batch))
 
-    def _choose_road(self, model: nn.Module, inputs: Inputs) -> None:
+    def _choose_road(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> None:
         self._asked = True
-        self.head = plain_head(model, *inputs[:2])
+        self.head = plain_head(model, *inputs[:2], **inputs.more)
         if self.head is not None and self.reference is not None:
             with self.autocast():
                 if not self.reference.has_plain_head(inputs):
                     self.head = None
+        if isinstance(self.reference, CachedReference):
+            refuse_unknown_inputs(batch)
         if not _all_agree(self.head is not None, inputs.input_ids.device):
             self.head = None
         if self.head is None and isinstance(self.reference, CachedReference):
@@ -117,7 +129,7 @@ class Objective:
     def _from_hidden(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden = model_hidden_states(model, *inputs[:2])[inputs.keep]
+        hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
         own = len(inputs.is_forget)
         forget, preserve = hidden[:own][inputs.is_forget], hidden[:own][~inputs.is_forget]
         ref_forget = indices = ref_preserve = ref_retain = ref_head = None
@@ -163,7 +175,7 @@ class Objective:
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits = kept_logits(model, *inputs[:3])
+        logits = kept_logits(model, *inputs[:3], **inputs.more)
         ref = ref_retain = None
         own = len(inputs.is_forget)
         if self.reference is not None:
@@ -202,7 +214,8 @@ def in_turns(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A batch as two, the forget rows and the retain rows, whose losses add up to that of the
     batch: the second has a forget batch without rows."""
     own = {name: value for name, value in batch.items() if name != RETAIN}
-    none = {name: batch[name][:0, :1] for name in ("input_ids", "labels", "attention_mask")}
+    inputs = {name: own[name] for name in COLUMNS if name in own} | more_inputs(own)
+    none = {name: value[:0] for name, value in inputs.items()}
     return [own, {**own, **none, RETAIN: batch[RETAIN]}]
 
 
@@ -220,20 +233,7 @@ def answer_tokens(retain: Mapping[str, Tensor]) -> Tensor:
     return retain["input_ids"][:, 1:][retain["labels"][:, 1:] != IGNORE]
 
 
-def _stack(
-    batch: Mapping[str, Tensor], keep: Tensor, retain: Mapping[str, Tensor] | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Forget and retain rows as one batch: `input_ids`, `attention_mask`, `keep`, padded on the
-    right alike."""
-    if retain is None:
-        return batch["input_ids"], batch.get("attention_mask"), keep
-    keep_retain = prediction_rows(retain["labels"] != IGNORE)
-    length = max(keep.shape[1], keep_retain.shape[1])
-
-    def join(first: Tensor, second: Tensor) -> Tensor:
-        pads = [nn.functional.pad(x, (0, length - x.shape[1])) for x in (first, second)]
-        return torch.cat(pads)
-
-    # The padding's id does not matter: its mask is 0 and its rows are not kept.
-    ids = join(batch["input_ids"], retain["input_ids"])
-    return ids, join(batch["attention_mask"], retain["attention_mask"]), join(keep, keep_retain)
+def _padded_rows(first: Tensor, second: Tensor) -> Tensor:
+    """Bool `[B1, T1]` and `[B2, T2]`, one after the other, false where one is shorter."""
+    length = max(first.shape[1], second.shape[1])
+    return torch.cat([nn.functional.pad(x, (0, length - x.shape[1])) for x in (first, second)])

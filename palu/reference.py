@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
     attention_mask: Tensor | None  # [B, T]
     keep: Tensor  # bool [B, T]: rows of logits that are needed, forget batch first, then retain
     is_forget: Tensor  # bool [forget and preserve rows], which of the kept rows are which
+    more: Mapping[str, Tensor] = {}  # what else the model is called with
 
 
 class LiveReference:
@@ -79,7 +80,7 @@ class LiveReference:
 
     def has_plain_head(self, inputs: Inputs) -> bool:
         """Whether the reference's losses may be computed from its hidden rows."""
-        self.head = plain_head(self.model, inputs.input_ids, inputs.attention_mask)
+        self.head = plain_head(self.model, *inputs[:2], **inputs.more)
         return self.head is not None
 
     @torch.no_grad()
@@ -90,11 +91,11 @@ class LiveReference:
     @torch.no_grad()
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """`[keep.sum(), V]` without gradient; see `palu.modeling.kept_logits`."""
-        return kept_logits(self.model, *inputs[:3])
+        return kept_logits(self.model, *inputs[:3], **inputs.more)
 
     @torch.no_grad()
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        hidden = model_hidden_states(self.model, *inputs[:2])[inputs.keep]
+        hidden = model_hidden_states(self.model, *inputs[:2], **inputs.more)[inputs.keep]
         return _split(hidden, inputs)
 
 
@@ -142,12 +143,12 @@ class AdapterOffReference:
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """As `LiveReference.logits`."""
         with _adapters_off(model):
-            return kept_logits(model, *inputs[:3])
+            return kept_logits(model, *inputs[:3], **inputs.more)
 
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
         """As `LiveReference.rows`."""
         with _adapters_off(model):
-            hidden = model_hidden_states(model, *inputs[:2])[inputs.keep]
+            hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
         return _split(hidden, inputs)
 
 

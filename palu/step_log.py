@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palu.model_inputs import real_tokens
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -56,9 +58,9 @@ class StepLog:
         self.steps += 1
         for batch in batches:
             self._positions += batch["input_ids"].numel()
-            mask = batch.get("attention_mask")
-            real = batch["input_ids"].numel() if mask is None else mask.sum().to(self.device)
-            self._tokens += real
+            real = real_tokens(batch)
+            count = batch["input_ids"].numel() if real is None else real.sum().to(self.device)
+            self._tokens += count
 
     def add_terms(self, sums: Tensor, rows: Tensor) -> None:
         """One micro-batch, or the forget or retain half of one.

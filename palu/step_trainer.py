@@ -62,6 +62,8 @@ class StepTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Hugging Face's, and with it how its rows make up the steps."""
+        # An attempt at training begins: one that `auto_find_batch_size` gave up does not count.
+        self.step_log.reset()
         loader = super().get_train_dataloader()
         args = self.args
         self._pass = Pass(loader, args.gradient_accumulation_steps, not args.ignore_data_skip)

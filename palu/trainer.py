@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from palu import not_finite
 from palu.cache import ReferenceCache
 from palu.checkpoints import LogAtCheckpoints, read_state, run_identity, write_state
+from palu.collated import ExampleRows, try_out
 from palu.config import PALUConfig
 from palu.data import Collator
 from palu.early_stop import StopAtForgetProb
@@ -92,7 +93,9 @@ class PALUTrainer(EvaluationTrainer):
         eval_dataset: forget rows to evaluate on; `evaluate()` takes `train_dataset` when there is
             none.
         processing_class: the tokenizer; gives the padding and end tokens.
-        data_collator: default `palu.data.Collator`.
+        data_collator: default `palu.data.Collator`. Another one must keep the labels as they are;
+            it may pad on any side or pack (examples are taken apart again: `palu.collated`), and
+            give what else the model's forward takes.
         **kwargs: anything else `transformers.Trainer` takes.
 
     Raises:
@@ -136,6 +139,7 @@ class PALUTrainer(EvaluationTrainer):
             data_collator = Collator(
                 processing_class if processing_class is not None else _padding_token(model, eos)
             )
+        rows = ExampleRows(data_collator, model)
         self._by_method = isinstance(self.loss_fn, Method)
         self._pairs = self._by_method and self.loss_fn.needs_alternates
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
@@ -155,7 +159,7 @@ class PALUTrainer(EvaluationTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=PairCollator(data_collator) if self._pairs else data_collator,
+            data_collator=PairCollator(rows) if self._pairs else rows,
             **kwargs,
         )
         # A backend that cannot serve is an error now and not in the first step.
@@ -257,10 +261,12 @@ class PALUTrainer(EvaluationTrainer):
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
         """
+        evaluated = self.eval_dataset if self.args.eval_strategy != "no" else None
+        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        try_out(self.data_collator, [self.train_dataset, self.retain_dataset, *sets])
         checkpoint = self.begin_run(resume_from_checkpoint)
         self.objective.restore(read_state(checkpoint))
         self.open_cache(checkpoint, **(cache_options or {}))
-        self.step_log.reset()
         return super().train(checkpoint, *args, **kwargs)
 
     def identity(self, *, begun: bool) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from palu.data import Example, tokenize_examples
 from palu.labels import IGNORE
+from palu.model_inputs import joined
 
-COLUMNS = ("input_ids", "labels", "attention_mask")
 FIELD = "alternate_answer"  # of a record
 PREFIX = "alternate_"
 
@@ -120,34 +120,21 @@ class PairCollator:
 
 
 def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`, `labels`
-    and `attention_mask`. An example without an answer token has no second one either.
+    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`,
+    `labels`, `attention_mask` and more that the model is called with. An example without an answer
+    token has no second one either.
 
     Raises:
         ValueError: the batch has rows, and no second answers.
     """
-    first = {name: batch[name] for name in COLUMNS}
-    count = len(first["input_ids"])
-    if count == 0:  # a turn of retain rows
-        return first
+    if len(batch["input_ids"]) == 0:  # a turn of retain rows
+        return dict(batch)
     if PREFIX + "input_ids" not in batch:
         raise ValueError(
             f"the forget rows have no {PREFIX}input_ids and {PREFIX}labels; this method needs a "
             "second answer in each (palu.methods.alternates.add_alternates)"
         )
-    second = {name: batch[PREFIX + name] for name in COLUMNS}
-    answered = (first["labels"][:, 1:] != IGNORE).any(1, keepdim=True)
-    second["labels"] = torch.where(answered, second["labels"], IGNORE)
-    length = max(first["labels"].shape[1], second["labels"].shape[1])
-
-    def join(name: str) -> Tensor:
-        # The padding's id does not matter: its mask is 0 and its label IGNORE.
-        value = IGNORE if name == "labels" else 0
-        return torch.cat(
-            [
-                torch.nn.functional.pad(part[name], (0, length - part[name].shape[1]), value=value)
-                for part in (first, second)
-            ]
-        )
-
-    return {name: join(name) for name in COLUMNS}
+    others = {n.removeprefix(PREFIX): v for n, v in batch.items() if n.startswith(PREFIX)}
+    answered = (batch["labels"][:, 1:] != IGNORE).any(1, keepdim=True)
+    others["labels"] = torch.where(answered, others["labels"], IGNORE)
+    return joined(batch, others)

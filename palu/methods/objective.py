@@ -45,14 +45,14 @@ class MethodObjective(Objective):
     def _from_hidden(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden = model_hidden_states(model, *inputs[:2])[inputs.keep]
+        hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
         with self.autocast():
             return self._terms(model, batch, inputs, hidden, denominators)
 
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits = kept_logits(model, *inputs[:3])
+        logits = kept_logits(model, *inputs[:3], **inputs.more)
         return self._terms(model, batch, inputs, logits, denominators)
 
     def _terms(

@@ -54,7 +54,7 @@ class RMUObjective(Objective):
 
     def _activations(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """`[answer tokens, D]`, at least float32."""
-        output = layer_output(model, self.loss.layer_id, *inputs[:2])
+        output = layer_output(model, self.loss.layer_id, *inputs[:2], **inputs.more)
         # `keep` marks the rows before the tokens; here it is the tokens themselves that count.
         rows = output[:, 1:][inputs.keep[:, :-1]]
         return rows.to(work_dtype(rows.dtype))
