@@ -214,7 +214,7 @@ def test_more_inputs_reach_model_and_reference(tok, tmp_path, road, turns):
     made = trainer(tok, args, model=model, ref_model=ref, data_collator=with_more)
     batch = dict(with_more(rows[:3]), palu_retain=with_more(rows[3:]))
     if turns:
-        loss = made.training_step(made.model, batch)
+        loss = made.training_step(made.model, batch, 1)
     else:
         loss = made.compute_loss(made.model, batch)
         loss.backward()
@@ -262,9 +262,7 @@ def test_methods_see_them(tok, tmp_path, method):
         made.train()
         ends.append(logged(made)[0])
     assert ends[0]["forget"] != pytest.approx(ends[1]["forget"], rel=1e-3)
-    assert (
-        ends[0]["retain"] != pytest.approx(ends[1]["retain"], rel=1e-3)
-    )
+    assert ends[0]["retain"] != pytest.approx(ends[1]["retain"], rel=1e-3)
 
 
 def test_an_adapter_switched_off_sees_them(tok, tmp_path):

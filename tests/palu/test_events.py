@@ -165,6 +165,30 @@ def test_a_second_training_does_not_see_the_first_one(tok, tmp_path):
     assert len(runs[0]) == 1 and runs[0] == runs[1]
 
 
+def test_a_batch_that_did_not_fit_is_in_no_log(tok, tmp_path, monkeypatch):
+    """`auto_find_batch_size` begins again with a smaller one."""
+    logs = []
+    for size, largest in ((1, 9), (2, 1)):
+        args = config(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            auto_find_batch_size=True,
+            num_train_epochs=1,
+        )
+        made = trainer(tok, args, retain=None)
+        step = made.training_step
+
+        def small_device(model, inputs, *rest, step=step, largest=largest):
+            if len(inputs["input_ids"]) > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return step(model, inputs, *rest)
+
+        monkeypatch.setattr(made, "training_step", small_device)
+        made.train()
+        logs.append([{k: e[k] for k in (*TERMS, "num_forget", NEW[0])} for e in logged(made)])
+    assert len(logs[0]) == 3 and logs[0] == logs[1]
+
+
 def test_processes_are_summed_and_the_largest_memory_counts(clock):
     parts = []
     for terms, ids in (([4.0, 0.0, 1.0], (2, 5)), ([2.0, 3.0, 1.0], (3, 4))):
