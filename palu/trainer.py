@@ -261,9 +261,9 @@ class PALUTrainer(EvaluationTrainer):
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
         """
-        evaluated = self.eval_dataset if self.args.eval_strategy != "no" else None
-        sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        try_out(self.data_collator, [self.train_dataset, self.retain_dataset, *sets])
+        if self.args.eval_strategy != "no":  # the others meet the collator in the first step
+            sets = self.eval_dataset
+            try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])
         checkpoint = self.begin_run(resume_from_checkpoint)
         self.objective.restore(read_state(checkpoint))
         self.open_cache(checkpoint, **(cache_options or {}))
