@@ -354,7 +354,7 @@ def shuffling(features):
 @pytest.mark.parametrize(
     "collator, counts",
     [
-        (DataCollatorForLanguageModeling, "55 token ids and 0 times -200"),
+        (DataCollatorForLanguageModeling, "22 token ids and 0 times -200"),
         (truncating, r"\d+ token ids and \d+ times -200; it"),
         (shuffling, "others or in another order"),
     ],
@@ -375,7 +375,7 @@ def test_collators_that_change_labels(tok, tmp_path, collator, counts, where):
     sets = {where: wrong} if where != "train" else {}
     made = trainer(
         tok,
-        config(tmp_path, eval_strategy="epoch"),
+        config(tmp_path, eval_strategy="epoch" if where == "eval" else "no"),
         forget=rows,
         retain=sets.get("retain", rows),
         eval_dataset={"some": sets.get("eval", rows)},
@@ -383,10 +383,13 @@ def test_collators_that_change_labels(tok, tmp_path, collator, counts, where):
     )
     before, state = weights(made.model), torch.get_rng_state()
     name = name if where == "train" else "Choosing"
-    with pytest.raises(ValueError, match=f"data_collator {name} changes labels: 5 .*{counts}"):
+    with pytest.raises(
+        ValueError, match=rf"data_collator {name} changes labels: \d examples .*{counts}"
+    ):
         made.train()
-    assert torch.equal(before, weights(made.model)) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(before, weights(made.model))
     if where == "eval":
+        assert torch.equal(state, torch.get_rng_state())
         with pytest.raises(ValueError, match="changes labels"):
             made.evaluate()
 
