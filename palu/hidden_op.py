@@ -64,7 +64,8 @@ def hidden_loss(
         scales,
         compute,
     )
-    return total, sums
+    work = reference.work_dtype(hidden.dtype)
+    return total.to(work), sums.to(work)
 
 
 @torch.library.custom_op("palu::from_hidden", mutates_args=())
@@ -108,9 +109,9 @@ def from_hidden(
     if ref_weight is not None:
         ref_head = LMHead(ref_weight, ref_bias, scales[2], scales[3] or None)
     # The dtype of the products was decided where autocast could be seen: here it is on where
-    # something has another one.
-    products = (hidden, weight, ref_hidden, ref_weight)
-    cast = any(t is not None and t.dtype != compute for t in products)
+    # something is wider.
+    products = (t for t in (hidden, weight, ref_hidden, ref_weight) if t is not None)
+    cast = any(torch.promote_types(t.dtype, compute) != compute for t in products)
     with torch.autocast(hidden.device.type, dtype=compute if cast else None, enabled=cast):
         terms = loss.terms_by_role(
             hidden.detach(), head, roles, ref_hidden, ref_indices, denominators

@@ -15,7 +15,7 @@ from palu.labels import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead, arguments
 from palu_kernels.backend import BACKENDS, check_values
 from palu_kernels.head import check_hidden
-from palu_kernels.linear_operators import forget_loss
+from palu_kernels.linear_operators import forget_loss, no_transforms
 from palu_kernels.role_op import role_losses
 from palu_kernels.row_losses import KL, LikeliestNLL, LocalEntropy, RowLoss
 
@@ -121,7 +121,7 @@ class PALULoss(nn.Module):
         Args:
             logits: ``[B, T, V]`` of the current model, float32, bfloat16, float16 or float64.
             labels: int64 or int32 ``[B, T]``: -100 no loss, -200 preserve, a token id sensitive.
-            ref_logits: ``[B, T, V]`` of the frozen reference, no gradient.
+            ref_logits: ``[B, T, V]`` of the frozen reference, of any of these dtypes, no gradient.
             num_forget, num_preserve: denominators of the two means instead of this batch's row
                 counts, so that a step split into micro-batches or processes has one objective.
 
@@ -129,6 +129,7 @@ class PALULoss(nn.Module):
             TypeError, ValueError: an argument is not as above, or the reference is missing.
         """
         arguments.scores("logits", logits)
+        arguments.no_transforms("PALULoss", logits=logits, labels=labels, ref_logits=ref_logits)
         if logits.dim() != 3:
             raise ValueError(f"logits has shape {list(logits.shape)}; it must be [B, T, V]")
         arguments.integers("labels", labels, list(logits.shape[:2]), logits)
@@ -158,6 +159,10 @@ class PALULoss(nn.Module):
             TypeError, ValueError: an argument is not as above, or the reference is missing.
         """
         arguments.scores("logits", logits)
+        arguments.dense("row_roles", row_roles)
+        arguments.no_transforms(
+            "PALULoss", logits=logits, row_roles=row_roles, ref_logits=ref_logits
+        )
         if logits.dim() != 2 or list(row_roles.shape) != [logits.shape[0]]:
             raise ValueError(
                 f"logits has shape {list(logits.shape)} and row_roles {list(row_roles.shape)}; "
@@ -197,6 +202,10 @@ class PALULoss(nn.Module):
             TypeError, ValueError: an argument is not as above, or the reference is missing.
         """
         check_hidden("hidden", hidden, head)
+        if ref_hidden is not None:
+            check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
+        integers = {"labels": labels, "ref_indices": ref_indices}
+        no_transforms("PALULoss", hidden, head, ref_hidden, ref_head, **integers)
         if hidden.dim() != 3:
             raise ValueError(
                 f"hidden has shape {list(hidden.shape)}; it must be [B, T, {head.hidden_size}]"
@@ -215,7 +224,7 @@ class PALULoss(nn.Module):
             )
         roles = self._row_roles(labels)
         counts, denominators = self._counts(roles, hidden, num_forget, num_preserve)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or hidden.is_meta:  # where rows cannot be picked
             loss, sums = hidden_loss(
                 self, hidden, head, roles, ref_hidden, ref_head, ref_indices, denominators
             )
@@ -388,6 +397,8 @@ def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tenso
     if given is None:
         return rows.clamp(min=1)
     if isinstance(given, Tensor):
+        arguments.dense(name, given)
+        arguments.no_transforms("PALULoss", **{name: given})
         if given.numel() != 1:
             raise ValueError(f"{name} has shape {list(given.shape)}; it must be one number")
         given = given.reshape(())

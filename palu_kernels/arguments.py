@@ -30,9 +30,19 @@ def positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def floats(name: str, value: object) -> None:
+def dense(name: str, value: object) -> None:
+    """A tensor whose entries lie in memory by strides: not sparse, nested or packed otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    masked = isinstance(value, torch.masked.MaskedTensor)
+    if value.layout != torch.strided or value.is_nested or masked:
+        kind = "nested" if value.is_nested else f"of layout {value.layout}"
+        kind = "a MaskedTensor" if masked else kind
+        raise TypeError(f"{name} is {kind}; it must be a dense tensor (torch.strided)")
+
+
+def floats(name: str, value: object) -> None:
+    dense(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {value.dtype}; it must be float32, bfloat16, float16 or float64"
@@ -61,17 +71,12 @@ def matrix(name: str, value: object, shape: str) -> None:
 
 
 def reference(name: str, value: object, logits: Tensor) -> None:
-    """A frozen second row for every row of ``logits``: same shape, dtype and device, no
-    gradient."""
+    """A frozen second row for every row of ``logits``: same shape and device, no gradient."""
     scores(name, value)
     if value.shape != logits.shape:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; it must have the shape of logits, "
             f"{list(logits.shape)}"
-        )
-    if value.dtype != logits.dtype:
-        raise TypeError(
-            f"{name} has dtype {value.dtype}; it must have the dtype of logits, {logits.dtype}"
         )
     same_device(name, value, logits)
     if value.requires_grad:
@@ -91,8 +96,7 @@ def same_device(name: str, value: Tensor, rows: Tensor, rows_name: str = "logits
 def integers(
     name: str, value: object, shape: list[int], rows: Tensor, rows_name: str = "logits"
 ) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    dense(name, value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be int64 or int32")
     if list(value.shape) != shape:
@@ -112,7 +116,8 @@ def indices(
     name: str = "indices",
 ) -> None:
     """S as integers ``[..., min(top_k, columns)]`` beside rows ``[..., anything]``."""
-    if isinstance(value, Tensor) and value.dim() == rows.dim():
+    dense(name, value)
+    if value.dim() == rows.dim():
         given = value.shape[-1]
         if given != min(top_k, columns):
             raise ValueError(
@@ -146,15 +151,35 @@ def an_int(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be an int")
 
 
-def no_forward_mode(name: str, *inputs: Tensor | None) -> None:
-    """A custom op would drop a forward-mode tangent without a word."""
-    if forward_ad._current_level < 0:
+def no_transforms(name: str, **inputs: Tensor | None) -> None:
+    """A fused loss has a backward pass and nothing else: forward-mode tangents would be dropped
+    without a word, and torch.func's tensors have no entries that a kernel could read."""
+    if torch.compiler.is_compiling():
         return
-    for t in inputs:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+    for argument, t in inputs.items():
+        if not isinstance(t, Tensor):
+            continue
+        if torch._C._functorch.is_batchedtensor(t):
             raise RuntimeError(
-                f"palu_kernels: {name} does not support forward-mode differentiation"
+                f"palu_kernels: {name} does not support vmap ({argument} is batched by it); pass "
+                "the batch as [B, T, V] (or [B, T, D])"
             )
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise RuntimeError(
+                f"palu_kernels: {name} does not support torch.func's transforms, forward-mode "
+                f"differentiation among them ({argument} is in one: grad, vjp, jvp, jacrev, ...); "
+                "use torch.autograd.grad or backward()"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"palu_kernels: {name} does not support forward-mode differentiation ({argument} "
+                "has a tangent)"
+            )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"palu_kernels: {name} does not support torch.func's transforms and is called in one; "
+            "use torch.autograd.grad or backward()"
+        )
 
 
 def label_values(labels: Tensor, ignore_index: int, columns: int) -> None:

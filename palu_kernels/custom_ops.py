@@ -97,6 +97,12 @@ def _(scores: Tensor, k: int, served_by: str) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], min(k, scores.shape[-1])), dtype=torch.int32)
 
 
+@topk.register_vmap
+def _(info: Any, in_dims: tuple, scores: Tensor, k: int, served_by: str) -> tuple[Tensor, int]:
+    batches = scores.movedim(in_dims[0], 0)
+    return topk(_flat(batches), k, served_by).reshape(*batches.shape[:-1], -1), 0
+
+
 # --- local_entropy_loss --------------------------------------------------------------------------
 
 

@@ -38,8 +38,7 @@ class LMHead:
     def __post_init__(self) -> None:
         arguments.matrix("weight", self.weight, "[V, D]")
         if self.bias is not None:
-            if not isinstance(self.bias, Tensor):
-                raise TypeError(f"bias is a {type(self.bias).__name__}; it must be a torch.Tensor")
+            arguments.dense("bias", self.bias)
             if list(self.bias.shape) != [self.vocab_size]:
                 raise ValueError(
                     f"bias has shape {list(self.bias.shape)}; it must be [{self.vocab_size}] "

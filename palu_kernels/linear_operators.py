@@ -58,8 +58,10 @@ def linear_local_entropy_loss(
             autocast any).
         head: bias, logit scale and softcap are part of the loss; gradients reach its weight and
             bias if they require them.
-        ref_hidden: the frozen reference's rows, same shape and dtype; its logits choose S.
-        ref_head: the reference's frozen head; None takes ``head``, which must not train then.
+        ref_hidden: the frozen reference's rows, same shape; its logits choose S. Of another dtype
+            than ``hidden``, all products are in the wider one (under autocast in its own).
+        ref_head: the reference's frozen head, of any dtype; None takes ``head``, which must not
+            train then.
         top_k, indices, objective, center: as in ``local_entropy_loss``.
         reduction: ``mean`` over rows (0 without rows), ``sum`` or ``none``. With ``none`` and a
             head that trains, backward goes through the chunks once more.
@@ -280,6 +282,9 @@ def linear_losses(
         TypeError, ValueError: an argument is not as above.
     """
     check_hidden("hidden", hidden, head)
+    no_transforms("a linear loss", hidden, head, ref_hidden, ref_head)
+    for part in parts:
+        arguments.no_transforms("a linear loss", integers=part.data)
     arguments.positive_int("chunk_bytes", chunk_bytes)
     if ref_hidden is not None:
         check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
@@ -287,13 +292,13 @@ def linear_losses(
         frozen_head(head, ref_head)
     elif any(part.loss.needs_reference for part in parts):
         raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
-    arguments.no_forward_mode("a linear loss", hidden, head.weight, head.bias)
     grad = torch.is_grad_enabled()
     want = [grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
     total, losses, *_ = linear_outputs(
         hidden, head, parts, ref_hidden, ref_head, row_weights, want, chunk_bytes, backend
     )
-    return total, losses
+    work = reference.work_dtype(hidden.dtype)
+    return total.to(work), losses.to(work)
 
 
 def linear_outputs(
@@ -313,7 +318,7 @@ def linear_outputs(
     served_by = resolve(backend, hidden.device, compute)
     mean: tuple[Tensor | None, Tensor | None] = (None, None)
     if any(part.loss.needs_mean for part in parts) and not torch.compiler.is_compiling():
-        mean = head.mean_row()
+        mean = (None, None) if hidden.is_meta else head.mean_row()
     frozen = [ref_hidden, None, None, *mean]
     if ref_head is not None:
         frozen[1:3] = ref_head.weight, ref_head.bias
@@ -335,6 +340,23 @@ def linear_outputs(
         chunk_bytes,
         served_by,
     )
+
+
+def no_transforms(
+    name: str,
+    hidden: Tensor,
+    head: LMHead,
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    **more: Tensor | None,
+) -> None:
+    heads = {
+        f"{kind}.{part}": getattr(own, part)
+        for kind, own in (("head", head), ("ref_head", ref_head))
+        if own is not None
+        for part in ("weight", "bias")
+    }
+    arguments.no_transforms(name, hidden=hidden, ref_hidden=ref_hidden, **heads, **more)
 
 
 def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:
@@ -366,18 +388,18 @@ def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
 def compute_dtype(
     hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
 ) -> torch.dtype:
-    """The dtype of the products: autocast's, as for ``F.linear``, else that of all four."""
+    """The dtype of the products: autocast's, as for ``F.linear``, else the widest of all four."""
     if _autocasts(hidden):
         return _product_dtype(hidden)
-    named = {"head.weight": head.weight, "ref_hidden": ref_hidden}
-    named["ref_head.weight"] = None if ref_head is None else ref_head.weight
-    for name, t in named.items():
-        if t is not None and t.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name} has dtype {t.dtype}; it must have the dtype of hidden, {hidden.dtype} "
-                "(or run under torch.autocast)"
-            )
-    return hidden.dtype
+    if head.weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"head.weight has dtype {head.weight.dtype}; it must have the dtype of hidden, "
+            f"{hidden.dtype} (or run under torch.autocast)"
+        )
+    compute = hidden.dtype
+    for t in (ref_hidden, None if ref_head is None else ref_head.weight):
+        compute = compute if t is None else torch.promote_types(compute, t.dtype)
+    return compute
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -385,4 +407,6 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _autocasts(hidden: Tensor) -> bool:
-    return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    if hidden.is_meta or hidden.dtype == torch.float64:  # autocast knows no meta device
+        return False
+    return torch.is_autocast_enabled(hidden.device.type)

@@ -3,9 +3,10 @@ custom op each (``custom_ops.py``)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from palu_kernels import arguments, custom_ops
+from palu_kernels import arguments, custom_ops, reference
 from palu_kernels.backend import resolve
 
 
@@ -49,8 +50,8 @@ def local_entropy_loss(
     Args:
         logits: the current model's rows, ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16
             (or float64, PyTorch only), any row stride.
-        ref_logits: the frozen reference's rows, same shape and dtype; its k largest entries are S
-            (ties: lowest index first).
+        ref_logits: the frozen reference's rows, same shape; its k largest entries are S (ties:
+            lowest index first). Of another of these dtypes, the narrower rows are widened.
         top_k: k, at least 1; more than V means V.
         indices: S itself, int32 or int64 ``[..., min(k, V)]``, unique and in range along a row,
             any order. At most one of ``ref_logits`` and ``indices`` is given; with neither,
@@ -70,7 +71,9 @@ def local_entropy_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    arguments.no_forward_mode("local_entropy_loss", logits)
+    arguments.no_transforms(
+        "local_entropy_loss", logits=logits, ref_logits=ref_logits, indices=indices
+    )
     arguments.positive_int("top_k", top_k)
     arguments.choice("objective", objective, arguments.OBJECTIVES)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
@@ -81,10 +84,12 @@ def local_entropy_loss(
         arguments.reference("ref_logits", ref_logits, logits)
     if indices is not None:
         arguments.indices(indices, top_k, logits, logits.shape[-1])
-    served_by = _resolve(backend, logits)
-    return custom_ops.local_entropy(
-        logits, ref_logits, indices, top_k, objective, kind, number, reduction, served_by
+    z, ref_logits = _alike(logits, ref_logits)
+    served_by = _resolve(backend, z)
+    loss = custom_ops.local_entropy(
+        z, ref_logits, indices, top_k, objective, kind, number, reduction, served_by
     )[0]
+    return loss.to(reference.work_dtype(logits.dtype))
 
 
 def kl_loss(
@@ -101,7 +106,7 @@ def kl_loss(
     Args:
         logits: ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16 (or float64, PyTorch
             only), any row stride.
-        ref_logits: same shape and dtype, no gradient.
+        ref_logits: same shape, any of these dtypes (the narrower rows are widened), no gradient.
         direction: ``reverse`` is KL(p_current || p_reference), ``forward`` is KL(p_reference ||
             p_current).
         reduction: ``mean`` over rows (0 without rows), ``sum`` or ``none``.
@@ -116,11 +121,13 @@ def kl_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    arguments.no_forward_mode("kl_loss", logits)
+    arguments.no_transforms("kl_loss", logits=logits, ref_logits=ref_logits)
     arguments.choice("direction", direction, arguments.DIRECTIONS)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.reference("ref_logits", ref_logits, logits)
-    return custom_ops.kl(logits, ref_logits, direction, reduction, _resolve(backend, logits))[0]
+    z, ref_logits = _alike(logits, ref_logits)
+    loss = custom_ops.kl(z, ref_logits, direction, reduction, _resolve(backend, z))[0]
+    return loss.to(reference.work_dtype(logits.dtype))
 
 
 def cross_entropy_loss(
@@ -150,12 +157,21 @@ def cross_entropy_loss(
         TypeError, ValueError: an argument is not as above.
     """
     arguments.scores("logits", logits)
-    arguments.no_forward_mode("cross_entropy_loss", logits)
+    arguments.no_transforms("cross_entropy_loss", logits=logits, labels=labels)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.integers("labels", labels, list(logits.shape[:-1]), logits)
     arguments.an_int("ignore_index", ignore_index)
     served_by = _resolve(backend, logits)
     return custom_ops.cross_entropy(logits, labels, ignore_index, reduction, served_by)[0]
+
+
+def _alike(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the wider of their dtypes: that keeps S exact, and the gradient goes back into the
+    dtype of the logits."""
+    if ref_logits is None:
+        return logits, None
+    wide = torch.promote_types(logits.dtype, ref_logits.dtype)
+    return logits.to(wide), ref_logits.to(wide)
 
 
 def _resolve(name: str, logits: Tensor) -> str:

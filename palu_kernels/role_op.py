@@ -37,13 +37,13 @@ def role_losses(
 
     Args:
         logits: ``[..., V]``.
-        ref_logits: the frozen reference's, alike, where a loss needs it.
+        ref_logits: the frozen reference's, of any float dtype, where a loss needs it.
         roles: ``[...]`` integers: a row whose role is i has loss i - 1; other rows have none, and
             a gradient of 0.
         losses: without integers of their own (indices, labels).
         weights: ``[n]``, of the losses in the total.
     """
-    served_by = resolve(backend, logits.device, logits.dtype)
+    served_by = resolve(backend, logits.device, _wider(logits, ref_logits))
     encoded = "\n".join([row_losses.encode(loss) for loss in losses])
     return by_role(logits, ref_logits, roles, weights, encoded, served_by)
 
@@ -89,7 +89,7 @@ def by_role_backward(
             by_row = (grad * weights[place]).expand(len(rows[0])).contiguous()
             chunk = _chunk(loss, logits, ref_logits, rows, served_by, by_row)
             loss(chunk)
-            out[rows] = chunk.logits
+            out[rows] = chunk.logits.to(out.dtype)
     return out
 
 
@@ -117,8 +117,17 @@ def _chunk(
     served_by: str,
     weights: Tensor | None = None,
 ) -> Chunk:
-    ref = ref_logits[rows] if loss.needs_reference else None
-    return Chunk(logits[rows], None, ref, None, None, weights is not None, served_by, weights)
+    own, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
+    if ref is not None:
+        wide = _wider(own, ref)
+        own, ref = own.to(wide), ref.to(wide)
+    return Chunk(own, None, ref, None, None, weights is not None, served_by, weights)
+
+
+def _wider(logits: Tensor, ref_logits: Tensor | None) -> torch.dtype:
+    if ref_logits is None:
+        return logits.dtype
+    return torch.promote_types(logits.dtype, ref_logits.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
