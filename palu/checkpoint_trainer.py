@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,6 +23,8 @@ from palu.checkpoints import (
     read_record,
     remove_older,
 )
+from palu.errors import one_line, out_of_memory
+from palu.lora import check_adapter_names
 
 
 class CheckpointTrainer(Trainer):
@@ -65,6 +69,27 @@ class CheckpointTrainer(Trainer):
             check_same_run(checkpoint, self._identity)
         return checkpoint
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None):
+        with _whole_weights(resume_from_checkpoint):
+            check_adapter_names(self.model, Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with _whole_weights(self.state.best_model_checkpoint):
+            check_adapter_names(self.model, Path(self.state.best_model_checkpoint))
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that were not loaded would go on as they are: no matter for a warning."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        there = {id(p) for name, p in parameters.items() if name not in load_result.missing_keys}
+        # Tied ones are written once.
+        missing = [n for n in load_result.missing_keys if id(parameters.get(n)) not in there]
+        for said, names in (("lack", missing), ("hold besides", load_result.unexpected_keys)):
+            if names:
+                shown = ", ".join(list(names)[:3])
+                raise ValueError(f"its weights {said} {shown} ({len(names)} tensors in all)")
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
@@ -94,3 +119,16 @@ class CheckpointTrainer(Trainer):
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             remove_older(home, home / name, best, limit)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _whole_weights(checkpoint: str) -> Iterator[None]:
+    """The weights of a checkpoint are loaded as a whole, or it is a `CheckpointError`."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, ValueError, OSError) as error:
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} cannot be loaded: {one_line(error)}"
+        ) from error

@@ -20,6 +20,7 @@ from palu.cli_inspect import inspect
 from palu.cli_merge import merge
 from palu.cli_options import (
     SPAN_OPTIONS,
+    AllowMissing,
     Backend,
     Beta,
     Beta1,
@@ -173,6 +174,7 @@ def unlearn(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the batches.")] = 0,
+    allow_missing: AllowMissing = None,
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
@@ -283,7 +285,7 @@ def unlearn(
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
         if by_span and not any(label >= 0 for row in rows for label in row["labels"]):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
-        loaded = load_model(model, dtype, str(config.device))
+        loaded = load_model(model, dtype, str(config.device), allow_missing=allow_missing)
         if lora is not None:
             loaded = add_lora(loaded, lora, seed)
         run.prepare_model(config, loaded)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from palu.cli_options import (
+    AllowMissing,
     Backend,
     DateString,
     Device,
@@ -69,6 +70,7 @@ def build(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = None,
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
@@ -124,7 +126,7 @@ def build(
         retain_rows = None
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
-        loaded = load_model(model, dtype, device)
+        loaded = load_model(model, dtype, device, allow_missing=allow_missing)
         eos = end_tokens(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
     notes = {"model": str(model), "forget": forget, "retain": retain, **read}
@@ -176,6 +178,7 @@ def verify(
     ] = None,
     retain: RetainFile = None,
     device: Device = "auto",
+    allow_missing: AllowMissing = None,
 ) -> None:
     """Check every byte of a cache and, if they are given, the model, the data and the numbers.
 
@@ -209,7 +212,9 @@ def verify(
                 if file is not None:
                     spans = name == "dataset"
                     given[name] = read_rows(file, tokenizer, template, require_spans=spans, **read)
-            given["model"] = load_model(model, getattr(torch, found["dtype"]), device)
+            given["model"] = load_model(
+                model, getattr(torch, found["dtype"]), device, allow_missing=allow_missing
+            )
     again = forget is not None
     shown: Any = bar(bars, "Computing again") if again else bars.status("Reading every byte")
     with shown as report, user_errors(CacheError):

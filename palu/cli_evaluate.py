@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from palu.cli_options import (
+    AllowMissing,
     DateString,
     Device,
     Dtype,
@@ -69,6 +70,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Limit of a greedy answer; 0: none.")] = 200,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = None,
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
@@ -136,7 +138,7 @@ def evaluate(
         classifier = None
         if fluency_classifier is not None:
             classifier = FluencyClassifier(fluency_classifier, where)
-        loaded = load_model(model, dtype, device)
+        loaded = load_model(model, dtype, device, allow_missing=allow_missing)
         store = None
         if output is not None:
             settings = {
@@ -161,7 +163,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         processes=processes,
         bar=lambda title: bar(bars, title),
-        reference=reference_model and (lambda: load_model(reference_model, dtype, device)),
+        reference=reference_model
+        and (lambda: load_model(reference_model, dtype, device, allow_missing=allow_missing)),
         classifier=classifier,
     )
     # One process writes, and what it found is what all of them start from.

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from palu.cli_options import Device, Dtype, Overwrite, bars, out, plain_warnings, quiet, warn
+from palu.cli_options import (
+    AllowMissing,
+    Device,
+    Dtype,
+    Overwrite,
+    bars,
+    out,
+    plain_warnings,
+    quiet,
+    warn,
+)
 from palu.errors import user_errors
 
 # Rounding is measured on these tokens and said aloud from this share of the adapter's effect on.
@@ -25,6 +35,7 @@ def merge(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its base model: a model folder that needs no PEFT.
@@ -58,7 +69,7 @@ def merge(
         record["adapter_record"] = read_record(adapter)
     with user_errors(), plain_warnings(), bars.status("Adding the adapter to the weights"):
         tokenizer = load_tokenizer(adapter, base=base)
-        loaded = load_model(adapter, dtype, device, base=base)
+        loaded = load_model(adapter, dtype, device, base=base, allow_missing=allow_missing)
         ids = tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
         merged, rounding = fold_in_measured(loaded, ids)
     kind = str(merged.dtype).removeprefix("torch.")

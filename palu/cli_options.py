@@ -171,6 +171,14 @@ StopAtForgetProb = Annotated[
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton or torch.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+AllowMissing = Annotated[
+    str | None,
+    typer.Option(
+        help="A regular expression: tensors it matches may be missing in the weights, be too many "
+        "or of another shape. Missing ones are random.",
+        show_default=False,
+    ),
+]
 MaxLength = Annotated[int, typer.Option(help="Tokens an example; longer ones are cut.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System turn of the chat template.")]
 DateString = Annotated[str | None, typer.Option(help="Date given to the chat template.")]

@@ -11,6 +11,26 @@ class UserError(Exception):
     2."""
 
 
+def one_line(error: object, limit: int = 400) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    # The text of a KeyError is the key alone.
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
+    return said if len(said) <= limit else said[:limit] + "..."
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the machine or of its accelerator is used up."""
+    if isinstance(error, MemoryError):
+        return True
+    said = str(error)
+    # torch.OutOfMemoryError, without importing torch; the CPU has no class of its own.
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError)
+        and ("DefaultCPUAllocator" in said or "out of memory" in said)
+    )
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Inside, bad values and files are the user's: ValueError, TypeError and OSError, or only the

@@ -10,6 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from palu.folders import (
+    check_architecture,
+    check_loaded,
+    check_pattern,
+    check_weights_files,
+    reading,
+    warn_of_not_finite,
+)
 from palu.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
 
 if TYPE_CHECKING:
@@ -96,6 +104,7 @@ def load_model(
     device: str | None = None,
     *,
     base: str | Path | None = None,
+    allow_missing: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A causal language model from a local folder (safetensors only), in eval mode, on `device`.
 
@@ -103,22 +112,33 @@ def load_model(
         path: a model, or a PEFT adapter, which comes on its base model.
         dtype: of the model's weights; those of an adapter are float32 at least.
         base: the base model of an adapter; None: the one that the adapter names.
+        allow_missing: a regular expression; the weights whose names it matches need not be what
+            the config says. See `palu.folders.check_loaded`.
 
     Raises:
         FileNotFoundError: no such model folder.
-        ValueError: unknown dtype or device, the folder's weights cannot be read, or the adapter
-            cannot be used.
+        ValueError: unknown dtype or device, the folder's weights cannot be read or are not those
+            of its config, or the adapter cannot be used.
     """
     folder, where, kind = model_folder(path), resolve_device(device), resolve_dtype(dtype)
+    check_pattern(allow_missing)
     whole = folder
     if is_adapter(folder):
         whole = base_folder(folder) if base is None else model_folder(base)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            whole, dtype=kind, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    check_weights_files(whole)
+    with reading(f"could not load a model from {str(whole)!r}", whole):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            whole,
+            dtype=kind,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named with the others
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"could not load a model from {str(whole)!r}: {error}") from error
+    check_architecture(model)
+    check_loaded(model, loaded, whole, allow_missing)
+    warn_of_not_finite(model, whole)
     if whole is not folder:
         model = attach_adapter(model, folder)
     return model.to(where).eval()
@@ -133,7 +153,5 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
         ValueError: it holds no tokenizer that can be read.
     """
     folder = folder_with("tokenizer_config.json", model_folder(path), base)
-    try:
+    with reading(f"could not load a tokenizer from {str(folder)!r}", folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"could not load a tokenizer from {str(folder)!r}: {error}") from error

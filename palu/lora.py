@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
+
+from palu.folders import read_object, reading, tensor_names, warn_of_not_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -196,11 +197,8 @@ def base_folder(folder: Path) -> Path:
         ValueError: the file names no folder that is here.
     """
     path = folder / ADAPTER_CONFIG
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not name or not Path(name).is_dir():
+    name = read_object(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or not Path(name).is_dir():
         raise ValueError(
             f"the base model {name!r} that {path} names (base_model_name_or_path) is not a folder "
             "here: put the model there, write its place into that file, or merge (palu merge "
@@ -224,22 +222,39 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"adapter folder {str(folder)!r} has no {ADAPTER_WEIGHTS}")
-    try:
+    tensor_names(folder / ADAPTER_WEIGHTS)  # whole, and no pointer to it
+    with reading(f"{folder / ADAPTER_CONFIG} cannot be used"):
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be used: {error!r}") from error
     _check_kind(config)
-    with warnings.catch_warnings():
+    misfit = f"the adapter in {str(folder)!r} does not fit the model in {model.name_or_path!r}"
+    with warnings.catch_warnings(), reading(misfit):
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
         # Layers without weights in the file would stay as if nothing had been learned there.
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-        except (OSError, RuntimeError, TypeError, ValueError, UserWarning) as error:
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        # Once more, since that alone says what it did not use.
+        again = adapted.load_adapter(str(folder), adapted.active_adapter, torch_device="cpu")
+        if extra := again.unexpected_keys:
             raise ValueError(
-                f"the adapter in {str(folder)!r} does not fit the model in "
-                f"{model.name_or_path!r}: {error}"
-            ) from error
+                f"{len(extra)} of its tensors have no place there: {', '.join(extra[:3])}"
+            )
+    warn_of_not_finite(adapted, folder)
+    return adapted
+
+
+def check_adapter_names(model: nn.Module, checkpoint: Path) -> None:
+    """Raises ValueError where the adapter's file in a checkpoint lacks tensors of the model's
+    active adapter, or has others: `load_adapter`, which Trainer calls, says nothing of them."""
+    if not hasattr(model, "peft_config") or not (checkpoint / ADAPTER_WEIGHTS).is_file():
+        return
+    from peft import get_peft_model_state_dict
+
+    here = set(get_peft_model_state_dict(model, adapter_name=model.active_adapters[0]))
+    there = set(tensor_names(checkpoint / ADAPTER_WEIGHTS))
+    for said, names in (("lacks", here - there), ("has besides", there - here)):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{ADAPTER_WEIGHTS} {said} {shown} ({len(names)} tensors in all)")
 
 
 def fold_in(model: PeftModel) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palu.folders import read_object
 from palu.labels import Template
 
 RECORD = "palu.json"
@@ -62,13 +63,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(record).__name__}")
-    return record
+    return read_object(path)
 
 
 def choose_template(

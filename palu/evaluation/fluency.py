@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from palu.evaluation.batches import ALONE, Processes, in_batches
+from palu.folders import check_loaded, check_weights_files, reading
 from palu.loading import load_tokenizer, model_folder
 
 
@@ -41,22 +42,22 @@ class FluencyClassifier:
 
         model_folder(folder)
         self.tokenizer: Any = load_tokenizer(folder)
-        try:
+        check_weights_files(Path(folder))
+        failed = f"could not load a classifier from {str(folder)!r}"
+        with reading(failed, Path(folder)):
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"could not load a classifier from {str(folder)!r}: {error}"
-            ) from error
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(
                 f"{str(folder)!r} is no trained classifier: its weights lack {missing[0]!r}"
             )
+        check_loaded(self.model, loading, Path(folder))
         if not 0 <= class_id < self.model.config.num_labels:
             raise ValueError(
                 f"class_id must be 0 to {self.model.config.num_labels - 1}, the classes of "

@@ -1,0 +1,284 @@
+"""What a folder of a model must be before libraries read it, whether all of it was read, and what
+is said when they cannot."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from palu.errors import one_line, out_of_memory
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LFS = b"version https://git-lfs"
+_SHOWN = 3  # names of tensors in a message
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a user's.
+
+    Raises:
+        ValueError: it is not readable, or holds something else; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not readable JSON: it is nested too deeply") from None
+    except (ValueError, OSError) as error:
+        cause = _bad_file(path) or f"{path} is not readable JSON: {one_line(error)}"
+        raise ValueError(cause) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def reading(failed: str, *folders: Path) -> Iterator[None]:
+    """Around one call of a library that reads folders of the user's: whatever it raises becomes a
+    ValueError of one line.
+
+    Args:
+        failed: what could not be done.
+        folders: where a file may lie that is the cause.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic of tokenizers or safetensors is no Exception.
+        panic = type(error).__name__ == "PanicException"
+        if out_of_memory(error) or not (panic or isinstance(error, Exception)):
+            raise
+        found = (_bad_file(path) for folder in folders for path in sorted(folder.glob("*.json*")))
+        cause = next((said for said in found if said), None) or one_line(error)
+        raise ValueError(f"{failed}: {cause}") from error
+
+
+def _bad_file(path: Path) -> str | None:
+    """What is wrong with a JSON or a weights file for every reader; None where nothing is."""
+    if not path.is_file():
+        return f"{path} is no file" if path.exists() or path.is_symlink() else None
+    with path.open("rb") as file:
+        head = file.read(len(_LFS))
+    if head == _LFS:
+        return f"{path} is a Git LFS pointer and not the file itself: run git lfs pull there"
+    if not head:
+        return f"{path} is empty"
+    if path.suffix != ".json":
+        return None
+    try:
+        json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        return f"{path} is nested too deeply"
+    except ValueError as error:
+        return f"{path} is not readable JSON: {one_line(error)}"
+    return None
+
+
+def check_weights_files(folder: Path) -> None:
+    """The weights that transformers will read, before it does: safetensors in this folder alone.
+
+    A name in an index must be plain. (A file of that name may be a link: the cache of the hub is
+    made of links to its blobs, and who made the folder made them.)
+
+    Raises:
+        ValueError: a file is missing, is no safetensors file or not all of one, or is named that
+            lies elsewhere or is a pickle; two files hold one tensor.
+    """
+    config = read_object(folder / "config.json")
+    if "transformers_weights" in config:
+        raise ValueError(
+            f"{folder / 'config.json'} names other weights (transformers_weights "
+            f"{config['transformers_weights']!r}); weights must be in {WEIGHTS} or in the files of "
+            f"{INDEX}"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{str(folder)!r} holds the weights of a model and an adapter_config.json: move one of "
+            "them away, so that it is plain which is meant"
+        )
+    names = [WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder)
+    seen: dict[str, str] = {}
+    for name in names:
+        for key in tensor_names(folder / name):
+            if seen.setdefault(key, name) != name:
+                raise ValueError(f"{str(folder)!r} has {key!r} twice: in {seen[key]} and in {name}")
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
+        pickles = f" ({found[0]} is a pickle, which is not read)" if found else ""
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS} and no {INDEX}{pickles}")
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map from names of tensors to names of files")
+    names = []
+    for name in dict.fromkeys(map(str, files.values())):
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise ValueError(
+                f"{index} names {name!r}; it must be the plain name of a .safetensors file in that "
+                "folder"
+            )
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not in {str(folder)!r}")
+        names.append(name)
+    return sorted(names)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of a safetensors file.
+
+    Raises:
+        ValueError: it is none, or not all of one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        cause = _bad_file(path) or f"{path} is no whole safetensors file: {one_line(error)}"
+        raise ValueError(cause) from error
+
+
+def check_pattern(allow_missing: str | None) -> None:
+    """Raises ValueError for what is no regular expression."""
+    try:
+        re.compile(allow_missing or "")
+    except re.error as error:
+        raise ValueError(
+            f"--allow-missing {allow_missing!r} is no regular expression: {error}"
+        ) from None
+
+
+def check_loaded(
+    model: nn.Module, loaded: Mapping[str, Any], folder: Path, allow_missing: str | None = None
+) -> None:
+    """Whether the weights of a folder are those of the model: what is not in the file is random.
+
+    Args:
+        model: as it was loaded.
+        loaded: transformers' loading info (`output_loading_info=True`, with
+            `ignore_mismatched_sizes=True`).
+        allow_missing: a regular expression; tensors whose name it matches anywhere may be missing,
+            unexpected or of another shape. They are warned of.
+
+    Raises:
+        ValueError: others are; names the first of them and the likely cause.
+    """
+    shapes = {key: f"{key} ({list(a)} instead of {list(b)})" for key, a, b in _triples(loaded)}
+    buffers = {name for name, _ in model.named_buffers()}  # made anew: older files may hold them
+    kinds = {
+        "missing": {key: key for key in loaded["missing_keys"] if key not in shapes},
+        "of another shape": shapes,
+        "not the model's": {key: key for key in loaded["unexpected_keys"] if key not in buffers},
+    }
+    tied = _tied_apart(model)
+    wrong, allowed = [], []
+    for said, found in kinds.items():
+        for names, into in zip(_split(found, allow_missing), (wrong, allowed), strict=True):
+            if names:
+                shown = ", ".join(found[name] for name in names[:_SHOWN])
+                into.append(f"{said}: {shown}{_more(names)}")
+    for messages in (loaded.get("error_msgs") or (), tied):
+        wrong += [one_line(message) for message in messages]
+    if wrong:
+        cause = _likely_cause(kinds["missing"], kinds["not the model's"], shapes)
+        raise ValueError(
+            f"the weights in {str(folder)!r} are not those of its config: {'; '.join(wrong)}."
+            f"{cause} (--allow-missing REGEX takes the tensors it matches as they are)"
+        )
+    if allowed:
+        warnings.warn(
+            f"--allow-missing: in {str(folder)!r} {'; '.join(allowed)}. Missing tensors and those "
+            "of another shape hold random numbers",
+            stacklevel=2,
+        )
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Raises ValueError where the config names the class of another causal language model than its
+    model_type has: models of equal names compute different things."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = getattr(model.config, "architectures", None) or []
+    known = [name for name in named if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+    if known and type(model).__name__ not in named:
+        raise ValueError(
+            f"the config in {model.name_or_path!r} contradicts itself: model_type "
+            f"{model.config.model_type!r} is a {type(model).__name__}, architectures says "
+            f"{', '.join(map(repr, known))}"
+        )
+
+
+def warn_of_not_finite(model: nn.Module, folder: Path) -> None:
+    """Warns of parameters that hold NaN or an infinity: they may lie in rows that nothing reads."""
+    names = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.itemsize > 1:
+            largest = torch.linalg.vector_norm(parameter.detach(), math.inf).item()
+            names += [] if math.isfinite(largest) else [name]
+    if names:
+        warnings.warn(
+            f"the weights in {str(folder)!r} are not finite: "
+            f"{', '.join(names[:_SHOWN])}{_more(names)} "
+            f"{'hold' if len(names) > 1 else 'holds'} NaN or infinity",
+            stacklevel=2,
+        )
+
+
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
+def _triples(loaded: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(entry[0], entry[1], entry[2]) for entry in loaded.get("mismatched_keys") or ()]
+
+
+def _split(names: Collection[str], allow: str | None) -> tuple[list[str], list[str]]:
+    rest = sorted(name for name in names if allow is None or not re.search(allow, name))
+    return rest, sorted(set(names) - set(rest))
+
+
+def _tied_apart(model: nn.Module) -> list[str]:
+    """transformers leaves an output head apart whose weights the file has, whatever the config."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return []
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    one, other = getattr(head, "weight", None), getattr(embedding, "weight", None)
+    if one is None or other is None or one is other or one.shape != other.shape:
+        return []
+    if torch.equal(one, other):  # older versions leave equal ones apart too
+        model.tie_weights()
+        return []
+    return [
+        "tie_word_embeddings is true in the config, and the file has an output head that differs "
+        "from the embedding: set it to false in config.json"
+    ]
+
+
+def _likely_cause(missing: Collection[str], extra: Collection[str], shapes: Collection[str]) -> str:
+    for prefix in ("_orig_mod.", "module.", "base_model.model.", "model."):
+        cut = {key.removeprefix(prefix) for key in extra if key.startswith(prefix)}
+        if len(cut.intersection(missing)) * 2 > len(missing):
+            return f" The names in the file begin with {prefix!r}: save the model without it."
+    layers = re.compile(r"\.\d+\.")
+    if shapes:
+        return " A size in config.json is another one than that of the weights (vocab_size, ...)."
+    if missing and not extra:
+        if all(layers.search(key) for key in missing):
+            return " num_hidden_layers in config.json is too large, or a file is missing."
+        if set(missing) == {"lm_head.weight"}:
+            return " If its output head is its embedding, tie_word_embeddings must be true."
+        return " A file is missing, or the config is of another model."
+    if extra and not missing and all(layers.search(key) for key in extra):
+        return " num_hidden_layers in config.json is too small."
+    return " model_type in config.json may be another model's." if missing else ""
