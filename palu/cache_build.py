@@ -41,6 +41,11 @@ class Source:
         self.ids: list[int] = []
         self._lengths: list[int] = []
         first: dict[int, int] = {}
+        if not hasattr(dataset, "__len__"):
+            raise CacheError(
+                f"the {name} set is a {type(dataset).__name__} without a length: a stream cannot "
+                "be cached, use reference='live'"
+            )
         if len(dataset) == 0:
             raise CacheError(f"the {name} set must have at least one row")
         for number in range(len(dataset)):

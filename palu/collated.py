@@ -63,7 +63,16 @@ class ExampleRows:
                 else feature
                 for feature in features
             ]
-        batch = examples_in_rows(self._checked(self.collator(features)))
+        try:
+            batch = self.collator(features)
+        except (TypeError, ValueError) as error:
+            if not self._numbers_only:
+                raise  # the user's own words
+            raise ValueError(
+                f"{self._name} cannot take these examples; leave data_collator out, or take "
+                f"DataCollatorForSeq2Seq, which pads labels ({error})"
+            ) from error
+        batch = examples_in_rows(self._checked(batch))
         if wanted is not None:
             self._compare(wanted, batch)
         whose = f"{self._name} gives what {self._model_name} does not take:"

@@ -32,6 +32,15 @@ class EvaluationTrainer(StepTrainer):
         with self.step_log.paused():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Hugging Face's; `dataloader_drop_last` is for training alone."""
+        args = self.args
+        drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            args.dataloader_drop_last = drop_last
+
     def evaluation_loop(
         self,
         dataloader: Any,

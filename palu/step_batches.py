@@ -124,10 +124,21 @@ class StepBatches:
     def _with_retain(
         self, batch: Mapping[str, Any], own: range, origin: int, step: int
     ) -> dict[str, Any]:
-        kept = len(batch["input_ids"]) if self.split.rows is None else max(len(own), 1)
-        completed = _first_rows(batch, kept)
+        completed = _first_rows(batch, self._own_rows(len(batch["input_ids"]), own))
         completed[RETAIN] = None if self.retain is None else self.retain.batch(own, origin, step)
         return completed
+
+    def _own_rows(self, rows: int, own: range) -> int:
+        """How many rows of a batch are no repeats."""
+        if self.split.rows is None or self.split.processes == 1 or len(own) == self.split.batch:
+            return rows
+        if rows > self.split.batch:
+            raise ValueError(
+                f"a batch of {self.split.batch} rows of the data set holds {rows} examples, packed "
+                f"beforehand, and some of them are repeats: the {self.split.rows} rows must divide "
+                f"evenly into batches of {self.split.processes} processes, or hold one example each"
+            )
+        return max(len(own), 1)
 
 
 def _first_rows(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
     """
     if not isinstance(args, PALUConfig):
         raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
-    for name in ("compute_loss_func", "compute_metrics", "model_init"):
+    unused = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
+    for name in unused:
         if kwargs.get(name) is not None:
             raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
     if args.label_smoothing_factor:
@@ -32,6 +33,11 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
         )
     if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
         raise ValueError("train_dataset (the forget set) must have at least one row")
+    if retain is not None and not hasattr(retain, "__len__"):
+        raise TypeError(
+            f"retain_dataset is a {type(retain).__name__} without a length; its rows are taken by "
+            "their numbers, so it must have one (a list, or a data set that is no stream)"
+        )
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
     args.check_retain(given=retain is not None)

@@ -23,6 +23,8 @@ from palu.data import Collator
 from palu.loss import PALULoss
 from palu.methods.alternates import stacked
 from palu.model_inputs import joined, more_inputs
+from palu.split import Split
+from palu.step_batches import StepBatches
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,32 @@ def test_a_packed_data_set(tok, tmp_path):
     right = Collator(tok)([*rows, rows[0]])
     for name, value in right.items():
         assert torch.equal(batch[name] * right["attention_mask"], value * right["attention_mask"])
+
+
+def test_every_example_of_a_packed_data_set_counts(tok, tmp_path):
+    """Two rows of the data set, of which the second batch is short, are five examples."""
+    rows = small.rows(tok)
+    whole = [
+        {name: value[0].tolist() for name, value in packed(part).items()}
+        for part in (rows[:2], rows[2:4], rows[4:])
+    ]
+    counts = []
+    for name, data in (("a", rows), ("b", whole)):
+        made = trainer(tok, config(tmp_path / name), forget=data, retain=data)
+        made.train()
+        counts.append(sum(entry["num_forget"] for entry in logged(made)))
+        counts.append(made.evaluate()["eval_num_forget"])
+    assert counts[0] == counts[1] == counts[2] == counts[3] > 0
+
+
+def test_repeats_of_packed_rows_cannot_be_told(tok):
+    batches = StepBatches(Split(3, 2, 0, 2), None, "step")
+    batch = {"input_ids": torch.ones(5, 3), "labels": torch.ones(5, 3)}
+    assert len(batches.for_evaluation(batch, 0)["input_ids"]) == 5
+    batches = StepBatches(Split(3, 2, 1, 2), None, "step")
+    assert len(batches.for_evaluation({k: v[:2] for k, v in batch.items()}, 0)["labels"]) == 1
+    with pytest.raises(ValueError, match="3 rows must divide evenly into batches of 2 processes"):
+        batches.for_evaluation(batch, 0)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +422,14 @@ def test_collators_that_change_labels(tok, tmp_path, collator, counts, where):
             made.evaluate()
 
 
+def test_a_collator_of_transformers_that_fails_is_named(tok, tmp_path):
+    made = trainer(
+        tok, config(tmp_path), data_collator=DataCollatorForLanguageModeling(tok, mlm=False)
+    )
+    with pytest.raises(ValueError, match="data_collator DataCollatorForLanguageModeling cannot"):
+        made.train()
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collators_that_pad_labels(tok, tmp_path, side, monkeypatch):
     """DataCollatorForSeq2Seq as it is, with ids that are texts; and rounded up."""
@@ -437,3 +473,39 @@ def test_workers(tok, tmp_path):
     made = trainer(tok, args, data_collator=LAYOUTS["flattened"])
     made.train()
     assert logged(made)
+
+
+# ---- streams, and rows left out ------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_streams(tok, tmp_path):
+    rows = small.rows(tok)[:3]
+    args = config(
+        tmp_path, max_steps=1, per_device_train_batch_size=3, per_device_eval_batch_size=3
+    )
+    found = []
+    for data in (rows, Stream(rows)):
+        collator = DataCollatorWithFlattening()
+        found.append(trainer(tok, args, forget=data, data_collator=collator).evaluate())
+    names = [name for name in found[0] if name.endswith(("forget", "preserve", "retain", "loss"))]
+    assert [found[0][n] for n in names] == pytest.approx([found[1][n] for n in names])
+    with pytest.raises(TypeError, match="retain_dataset is a Stream without a length"):
+        trainer(tok, config(tmp_path), retain=Stream(rows))
+    made = trainer(tok, config(tmp_path, reference="cached", max_steps=1), forget=Stream(rows))
+    with pytest.raises(CacheError, match="the forget set is a Stream without a length"):
+        made.train()
+
+
+def test_evaluation_leaves_no_row_out(tok, tmp_path):
+    """`dataloader_drop_last` with a batch that the evaluation set does not fill."""
+    args = config(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    found = trainer(tok, args).evaluate()
+    assert found["eval_num_forget"] > 0 and args.dataloader_drop_last
