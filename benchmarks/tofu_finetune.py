@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
@@ -32,6 +31,7 @@ from palu.loading import load_model, load_tokenizer
 from palu.modeling import kept_logits, prediction_rows
 from palu.progress import bar
 from palu.runs import check_output, choose_template, output_folder
+from palu.terminal import bars, say
 from palu.unlearn import save_model
 from palu_kernels import cross_entropy_loss
 
@@ -143,7 +143,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.print(
         f"Written to {options.output}: {len(rows)} answers, mean loss of the last epoch "
         f"{curve[-1]:.4f}",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -176,13 +175,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Entry point: the exit status is 2 for a user's mistake, 1 for a diverged run."""
-    console = Console(stderr=True)
     options = parser().parse_args()
     logging.disable_progress_bar()
     try:
-        run(options, console)
+        run(options, bars)
     except (UserError, FloatingPointError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        say("error", "red", str(error))
         return 2 if isinstance(error, UserError) else 1
     return 0
 

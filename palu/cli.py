@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from palu import processes
 from palu.cli_cache import cache
@@ -73,12 +74,15 @@ from palu.cli_options import (
     warn,
 )
 from palu.cli_plan import plan
-from palu.errors import UserError, user_errors
+from palu.errors import UserError, one_line, out_of_memory, user_errors
+from palu.terminal import WarningLines, say
 
 # Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
 # while they wait make a machine that does anything else many times slower (`palu demo` beside one
 # busy process: over 10 minutes instead of one).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
     help="Make a language model forget chosen spans and keep the rest.",
@@ -296,7 +300,7 @@ def unlearn(
         found = f"Resuming from {checkpoint}"
         if checkpoint is None:
             found = f"Nothing to resume from in {kept}: starting from the beginning"
-        out.print(found, soft_wrap=True, markup=False)
+        out.print(found, soft_wrap=True)
     elif kept is not None and is_main:
         shutil.rmtree(kept, ignore_errors=True)
     data = {"forget": forget, "retain": retain, **read}
@@ -340,13 +344,12 @@ def unlearn(
     out.print(
         f"Written to {output} after {len(curve)} steps. Last terms: {last}",
         soft_wrap=True,
-        markup=False,
     )
     if place is not None:
         said = f"The reference cache {'was read from' if has_cache else 'is kept in'} {place}"
         if config.reference_cache is None:
             said = "No reference cache: these settings ask the original model nothing"
-        out.print(said, soft_wrap=True, markup=False)
+        out.print(said, soft_wrap=True)
 
 
 app.command()(inspect)
@@ -358,19 +361,52 @@ app.add_typer(cache, name="cache")
 
 def main() -> None:
     """Entry point: a user's mistake is one line and status 2, a diverged run one line and status
-    1."""
+    1, Ctrl-C one line and status 130."""
     # Forked workers after the tokenizer was used would make it print a warning of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A run that is told to stop leaves through its cleanup: no half-written folder stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     out.quiet = bars.quiet = processes.rank() > 0
+    lines = WarningLines()
+    logging.getLogger("palu").addHandler(lines)
     try:
-        app()
-    except (UserError, FloatingPointError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
+            status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except Exception as error:
+        status, said = _mistake(error)
+        if not status:
+            raise
         bars.quiet = False  # another process may not come to say anything
         who = f" in process {processes.rank()}" if processes.count() > 1 else ""
-        bars.print(f"[red]error{who}:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        say(f"error{who}", "red", said)
+    finally:
+        logging.getLogger("palu").removeHandler(lines)
+    if status == INTERRUPTED:
+        say("interrupted", "red", "stopped by Ctrl-C")
+    if status:
+        sys.exit(status)
+
+
+def _mistake(error: Exception) -> tuple[int, str]:
+    """The exit status of an error that is no bug, and what to say of it; 0 for a bug."""
+    if isinstance(error, UserError | FloatingPointError):
+        return 2 if isinstance(error, UserError) else 1, str(error)
+    if out_of_memory(error):
+        return 2, (
+            f"out of memory: {one_line(error, 200)}; lower --batch-size or --max-length, or take "
+            "--dtype bfloat16 or a smaller model (palu plan says what a step takes)"
+        )
+    if hasattr(error, "format_message"):  # typer's, of the command line
+        context = getattr(error, "ctx", None)
+        hint = "" if context is None else f" ({context.command_path} --help lists the options)"
+        return error.exit_code, one_line(error.format_message()) + hint
+    return 0, ""
 
 
 if __name__ == "__main__":

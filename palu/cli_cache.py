@@ -145,7 +145,7 @@ def build(
             notes={**notes, "template": template.to_dict()},
             report=report,
         )
-    out.print(f"Written to {output}: {_summary(made.info())}", soft_wrap=True, markup=False)
+    out.print(f"Written to {output}: {_summary(made.info())}", soft_wrap=True)
 
 
 @cache.command()
@@ -163,7 +163,7 @@ def info(path: CacheFolder) -> None:
     for name, value in [*((name, found[name]) for name in shown), *files.items()]:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
-        out.print(f"{name:26} {value}", soft_wrap=True, markup=False, highlight=False)
+        out.print(f"{name:26} {value}", soft_wrap=True, highlight=False)
 
 
 @cache.command()
@@ -227,7 +227,7 @@ def verify(
         said.append(f"hidden states computed again differ by {worst['hidden']:.2g} (relative)")
     if "indices" in worst:
         said.append(f"{worst['indices']:.2%} of the top-k indices are others")
-    out.print("; ".join(said), soft_wrap=True, markup=False, highlight=False)
+    out.print("; ".join(said), soft_wrap=True, highlight=False)
 
 
 def _summary(found: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from palu.cli_options import (
     AllowMissing,
@@ -183,12 +182,12 @@ def evaluate(
     if processes.rank == 0:
         if tofu is None:
             lines = [(model.name, name, result) for name, result in results.items()]
-            out.print(metrics_table(escape(str(model)), lines))
-        out.print(summary_table(escape(str(model)), summary(log)))
+            out.print(metrics_table(str(model), lines))
+        out.print(summary_table(str(model), summary(log)))
         for note in missing_inputs(log, sets, retrained, tofu=tofu is not None):
-            out.print(f"Not measured: {note}", soft_wrap=True, markup=False)
+            out.print(f"Not measured: {note}", soft_wrap=True)
         if store is not None:
-            out.print(f"Written to {store.folder}", soft_wrap=True, markup=False)
+            out.print(f"Written to {store.folder}", soft_wrap=True)
         if json is not None:
             content = {"model": str(model), "template": template.to_dict(), "versions": versions()}
             write_json(json, {**content, **results, "summary": summary(log)})

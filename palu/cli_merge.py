@@ -83,4 +83,4 @@ def merge(
         tokenizer.save_pretrained(folder)
         record |= {"dtype": kind, "rounding": rounding, "versions": versions()}
         write_json(folder / RECORD, record)
-    out.print(f"Written to {output}: {base} with {adapter}", soft_wrap=True, markup=False)
+    out.print(f"Written to {output}: {base} with {adapter}", soft_wrap=True)

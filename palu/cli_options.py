@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-out = Console()
-bars = Console(stderr=True)
+from palu.terminal import bars as bars
+from palu.terminal import out as out
+from palu.terminal import warn as warn
 
 
 class Objective(str, Enum):
@@ -244,10 +243,6 @@ def read_rows(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return add_alternates(rows, examples, texts, tokenizer, **options)
-
-
-def warn(text: str) -> None:
-    bars.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 @contextmanager

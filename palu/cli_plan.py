@@ -146,4 +146,4 @@ def _words(setup: Setup) -> tuple[str, str, str]:
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False)
+    out.print(text, highlight=False)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 from transformers import LlamaForCausalLM
 
 from palu.data import Collator, Example, load_examples, tokenize_examples
@@ -258,15 +258,20 @@ def _show(
         number = min(1, len(examples) - 1)
         example = examples[number]
         answers = {n: results[n][data]["examples"][number]["generated"] for n in MODELS[:2]}
-        text = f"[bold]{escape(example.question or '')}[/]\n"
-        text += f"before: {escape(answers['original'])}\nafter:  {escape(answers['unlearned'])}"
+        text = Text.assemble(
+            (example.question or "", "bold"),
+            f"\nbefore: {answers['original']}\nafter:  {answers['unlearned']}",
+        )
         console.print(Panel(text, title=f"{data} set", title_align="left", width=88))
     for check, held in metrics["checks"].items():
-        console.print(("[green]yes[/]  " if held else "[red]NO[/]   ") + check)
+        console.print(Text.assemble(("yes", "green") if held else ("NO ", "red"), "  ", check))
     console.print(
-        f"\nWritten to [bold]{escape(str(folder))}[/] in {metrics['seconds']:.0f} s: "
-        "original/, unlearned/, retrained/, forget.jsonl, retain.jsonl, metrics.json, "
-        "forgetting.png",
+        Text.assemble(
+            "\nWritten to ",
+            (str(folder), "bold"),
+            f" in {metrics['seconds']:.0f} s: original/, unlearned/, retrained/, forget.jsonl, "
+            "retain.jsonl, metrics.json, forgetting.png",
+        ),
         soft_wrap=True,
     )
     console.print(f"The same by hand:\n  {_command(folder, metrics)}", soft_wrap=True, markup=False)

@@ -42,5 +42,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     kinds = kinds or (ValueError, TypeError, OSError)
     try:
         yield
+    except BrokenPipeError:
+        raise  # who read what we print has seen enough
     except kinds as error:
         raise UserError(str(error)) from error

@@ -20,6 +20,8 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
+from palu.terminal import visible
+
 # Where the output is no terminal: at most a line each tenth of the work and each 20 seconds.
 LINES, LINE_SECONDS = 10, 20.0
 
@@ -46,13 +48,16 @@ def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., 
     On a terminal it is redrawn in place. In a file or a pipe it is the finished bar alone, after a
     few lines on the way where that is long.
     """
+    title, note = visible(title), visible(note)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeLeft(),
-        TextColumn("{task.fields[note]}", style="dim", table_column=Column(overflow="fold")),
+        TextColumn(
+            "{task.fields[note]}", style="dim", markup=False, table_column=Column(overflow="fold")
+        ),
     )
     # Steps may take minutes each: the pace is that of all of them.
     progress = Progress(*columns, console=console, speed_estimate_period=float("inf"))
@@ -63,7 +68,7 @@ def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., 
 
         def report(done: int, total: int, note: str = "") -> None:
             nonlocal last_line, lines
-            progress.update(number, completed=done, total=total, note=note)
+            progress.update(number, completed=done, total=total, note=visible(note))
             if console.is_terminal or done == 0 or done >= total:
                 return
             now = time.monotonic()

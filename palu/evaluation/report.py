@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from palu.evaluation.metrics import METRICS
 from palu.evaluation.sets import PARAPHRASED, PERTURBED
 from palu.evaluation.tofu import UTILITY
+from palu.terminal import visible
 
 TITLES = {
     "answer_probability": "answer\nprob.",
@@ -22,7 +24,11 @@ TITLES = {
 def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table:
     """A table with one line for each (model, data set, result of `evaluate_examples`); a rule where
     the set changes."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(
+        title=Text(visible(title), style="table.title"),
+        title_justify="left",
+        caption_justify="left",
+    )
     table.add_column("data")
     table.add_column("model")
     table.add_column("rows", justify="right")
@@ -32,16 +38,22 @@ def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table
         last = number + 1 == len(rows) or rows[number + 1][1] != data
         values = [result["mean"][name] for name in METRICS]
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(data, model, str(result["count"]), *shown, end_section=last)
+        table.add_row(
+            Text(visible(data)),
+            Text(visible(model)),
+            str(result["count"]),
+            *shown,
+            end_section=last,
+        )
     return table
 
 
 def summary_table(title: str, summary: Mapping[str, float]) -> Table:
     """A line for each metric of a log's summary."""
-    table = Table("metric", title=title, title_justify="left")
+    table = Table("metric", title=Text(visible(title), style="table.title"), title_justify="left")
     table.add_column("value", justify="right")
     for name, value in summary.items():
-        table.add_row(name, f"{value:.4g}")
+        table.add_row(Text(visible(name)), f"{value:.4g}")
     return table
 
 
