@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from palu.data import Collator, load_examples, split_slice, tokenize_examples
 from palu.errors import UserError, user_errors
+from palu.folders import named_from
 from palu.labels import IGNORE
 from palu.loading import load_model, load_tokenizer
 from palu.modeling import kept_logits, prediction_rows
@@ -134,7 +135,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             tokenizer,
             template,
             made_by="benchmarks.tofu_finetune",
-            base_model=str(options.model),
+            base_model=named_from(folder, options.model),
             data=options.data,
             max_length=options.max_length,
             settings=settings,

@@ -190,6 +190,7 @@ def unlearn(
     the answers of another."""
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.data import split_slice
+        from palu.folders import named_from
         from palu.lora import add_lora, lora_settings, reference_kind, refuse_adapter
         from palu.runs import cache_place, check_output, choose_template, output_folder
 
@@ -329,7 +330,7 @@ def unlearn(
                 template,
                 made_by="palu unlearn",
                 seed=seed,
-                base_model=str(model),
+                base_model=named_from(folder, model),
                 data=data,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=str(where),

@@ -44,6 +44,7 @@ def merge(
     much.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.folders import named_from
         from palu.loading import folder_with, load_model, load_tokenizer
         from palu.lora import ADAPTER_CONFIG, base_folder, fold_in_measured, is_adapter
         from palu.runs import (
@@ -65,7 +66,7 @@ def merge(
         check_output(output, overwrite=overwrite, inputs=(adapter, base))
         known = read_record(folder_with(RECORD, adapter, base)) or {}
         record = {"template": known["template"]} if "template" in known else {}
-        record |= {"made_by": "palu merge", "base_model": str(base), "adapter": str(adapter)}
+        record["made_by"] = "palu merge"
         record["adapter_record"] = read_record(adapter)
     with user_errors(), plain_warnings(), bars.status("Adding the adapter to the weights"):
         tokenizer = load_tokenizer(adapter, base=base)
@@ -81,6 +82,7 @@ def merge(
     with output_folder(output) as folder, bars.status("Writing the model"):
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        record |= {"base_model": named_from(folder, base), "adapter": named_from(folder, adapter)}
         record |= {"dtype": kind, "rounding": rounding, "versions": versions()}
         write_json(folder / RECORD, record)
     out.print(f"Written to {output}: {base} with {adapter}", soft_wrap=True)

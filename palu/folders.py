@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -39,6 +40,18 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def named_from(folder: Path, place: str | Path) -> str:
+    """A path as a file in `folder` is to name it: relative to it, so that it is found from any
+    directory and after both are moved together, and tells nothing of what lies above both."""
+    place = Path(place)
+    # Links above it are followed, as the system does with "..", and not the last one.
+    real = place.resolve() if place.name in ("", "..") else place.parent.resolve() / place.name
+    try:
+        return Path(os.path.relpath(real, folder.resolve())).as_posix()
+    except ValueError:  # another drive
+        return str(place)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from palu.folders import read_object, reading, tensor_names, warn_of_not_finite
+from palu.folders import named_from, read_object, reading, tensor_names, warn_of_not_finite
+from palu.runs import write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -103,7 +105,7 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftM
     """The model with a fresh LoRA adapter that changes nothing yet; nothing but it trains.
 
     The model is changed in place and part of what is returned. The adapter remembers the model's
-    folder with its whole path, so that it is found from any directory.
+    folder with its whole path; `name_base` makes it relative where the adapter is written.
 
     Args:
         seed: of the adapter's weights.
@@ -191,24 +193,46 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def base_folder(folder: Path) -> Path:
-    """The base model that an adapter names in its `adapter_config.json`.
+    """The base model that an adapter names in its `adapter_config.json`: a path from the adapter's
+    folder, or as it is.
 
     Raises:
         ValueError: the file names no folder that is here.
     """
     path = folder / ADAPTER_CONFIG
     name = read_object(path).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name or not Path(name).is_dir():
+    place = None
+    if isinstance(name, str) and name:
+        beside = Path(os.path.normpath(folder.resolve() / name))
+        here = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+        place = next((one for one in (here, Path(name)) if one.is_dir()), None)
+    if place is None:
         raise ValueError(
             f"the base model {name!r} that {path} names (base_model_name_or_path) is not a folder "
             "here: put the model there, write its place into that file, or merge (palu merge "
             f"--adapter {folder} --model BASE --output MERGED)"
         )
-    if is_adapter(Path(name)):
+    if is_adapter(place):
         raise ValueError(
             f"the base model {name!r} that {path} names is an adapter itself; merge that one first"
         )
-    return Path(name)
+    return place
+
+
+def name_base(folder: Path) -> None:
+    """Has an adapter that was just written name its base model from where it lies: see
+    `named_from`. Whole paths tell who made them and are lost when both are moved."""
+    config = read_object(folder / ADAPTER_CONFIG)
+    base = config["base_model_name_or_path"]
+    if not base or not Path(base).is_dir():
+        return
+    named = named_from(folder, base)
+    write_json(folder / ADAPTER_CONFIG, {**config, "base_model_name_or_path": named})
+    card = folder / "README.md"
+    if card.is_file():
+        lines = card.read_text(encoding="utf-8").split("\n")
+        lines = [one.replace(base, named) if "base_model" in one else one for one in lines]
+        card.write_text("\n".join(lines), encoding="utf-8")
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -20,6 +20,7 @@ from palu.data import Example
 from palu.early_stop import FORGET_PROB
 from palu.labels import Template
 from palu.layers import layer_count
+from palu.lora import name_base
 from palu.methods import Method
 from palu.methods.alternates import own_alternates, refusals
 from palu.not_finite import check_weights
@@ -207,5 +208,7 @@ def save_model(
     `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    if hasattr(model, "peft_config"):
+        name_base(folder)
     tokenizer.save_pretrained(folder)
     write_record(folder, template=template, **record)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import small
@@ -74,10 +75,10 @@ def test_unlearn_evaluate_merge(palu, work, monkeypatch):
     assert len(names) == 2 * 2 * 7 and all("lora_" in n and "lm_head" not in n for n in names)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
-    assert config["base_model_name_or_path"] == str(work / "model")
+    assert config["base_model_name_or_path"] == "../model"
     record = json.loads((folder / RECORD).read_text())
     assert record["lora"] == {"rank": 4, "alpha": 8, "dropout": 0.1, "target": "all-linear"}
-    assert record["settings"]["reference"] == "adapter_off" and record["base_model"] == "model"
+    assert record["settings"]["reference"] == "adapter_off" and record["base_model"] == "../model"
     assert record["template"]["question"] == "Q {question} A"
 
     status, said, _ = palu("merge --adapter adapter --output merged --device cpu")
@@ -91,7 +92,9 @@ def test_unlearn_evaluate_merge(palu, work, monkeypatch):
     # what a user of PEFT gets is what we get, and merging changes nothing but roundings
     given = inputs(small.tokenizer())
     whole = AutoModelForCausalLM.from_pretrained(work / "merged")
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+    monkeypatch.chdir(folder)  # PEFT reads the base's path from where it runs
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(".")
+    monkeypatch.chdir(work)
     ours = load_model(folder, device="cpu")
     torch.testing.assert_close(ours(**given).logits, theirs(**given).logits)
     torch.testing.assert_close(whole(**given).logits, theirs(**given).logits)
@@ -311,6 +314,35 @@ def test_adapters_that_cannot_be_read(palu, work, fault):
         assert status == 2 and said == "" and len(lines) == 1, error
         assert message in lines[0] and "Traceback" not in error
     assert sorted(work.iterdir()) == before
+
+
+def test_adapters_and_bases_are_found_from_anywhere_and_moved(palu, work, monkeypatch, tmp_path):
+    # with whole paths, as scripts give them
+    options = f"--model {work / 'model'} --output {work / 'absolute'} --overwrite --lora-rank 4"
+    status, _, error = palu(UNLEARN + options)
+    assert status == 0, error
+    assert palu(f"merge --adapter {work / 'absolute'} --output {work / 'w'} --device cpu")[0] == 0
+    for folder in ("absolute", "w"):  # nothing tells where they were made
+        for path in (work / folder).iterdir():
+            if path.suffix != ".safetensors":
+                assert str(work) not in path.read_text(), path
+    card = (work / "absolute" / "README.md").read_text()
+    assert "base_model: ../model" in card and "base_model:adapter:../model" in card
+    (tmp_path / "there").mkdir()
+    for name in ("model", "absolute"):
+        shutil.copytree(work / name, tmp_path / "there" / name)
+    monkeypatch.chdir("/")
+    given = inputs(small.tokenizer())
+    logits = load_model(work / "absolute")(**given).logits
+    model = load_model(tmp_path / "there" / "absolute")
+    assert torch.equal(model(**given).logits, logits)
+    assert Path(model.name_or_path).resolve() == tmp_path / "there" / "model"
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "absolute")
+    load_model(tmp_path / "link")
+    # as older versions wrote it
+    changed(tmp_path / "there" / "absolute", base_model_name_or_path=str(work / "model"))
+    model = load_model(tmp_path / "there" / "absolute")
+    assert Path(model.name_or_path).resolve() == work / "model"
 
 
 def test_merge_with_a_base_that_is_given(palu, work):
