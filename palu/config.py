@@ -123,6 +123,13 @@ class PALUConfig(TrainingArguments):
         metadata={"help": "Whose logits choose the top k: reference or current."},
     )
     backend: str = field(default="auto", metadata={"help": "Kernels: auto, triton or torch."})
+    base_is_original: bool = field(
+        default=False,
+        metadata={
+            "help": "With reference adapter_off: the model without its adapter is the original "
+            "though the adapter changes it from the start (a trained adapter goes on)."
+        },
+    )
     retain_loss: str | None = field(
         default=None,
         metadata={
@@ -202,6 +209,10 @@ class PALUConfig(TrainingArguments):
         if self.reference not in REFERENCES:
             raise ValueError(
                 f"reference must be one of {', '.join(REFERENCES)}, not {self.reference!r}"
+            )
+        if not isinstance(self.base_is_original, bool):
+            raise TypeError(
+                f"base_is_original must be True or False, not {self.base_is_original!r}"
             )
         check_number("retain_weight", self.retain_weight, above_zero=False)
         if self.retain_batch_size is not None:

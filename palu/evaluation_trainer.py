@@ -12,7 +12,7 @@ from palu.step_trainer import StepTrainer, length_of
 
 
 class EvaluationTrainer(StepTrainer):
-    """A subclass has `open_cache`, `_terms` and `_raise_if_not_finite`."""
+    """A subclass has `check_model`, `open_cache`, `_terms` and `_raise_if_not_finite`."""
 
     def evaluate(
         self,
@@ -26,6 +26,7 @@ class EvaluationTrainer(StepTrainer):
         Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
         the training rows are taken. Retain rows come in the same order at every evaluation.
         """
+        self.check_model()
         self.open_cache()
         if eval_dataset is None and self.eval_dataset is None:
             eval_dataset = self.train_dataset

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import palu_kernels
-from palu.modeling import unwrap
+from palu.modeling import undisturbed, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def check_head(
         expected.append(head.logits(rows))
         return rows, *args[1:]
 
-    with torch.no_grad(), _undisturbed(model, ids.device):
+    with torch.no_grad(), undisturbed(model):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
         model_hidden_states(model, **inputs)
         with _pre_hook(model, amplify):
@@ -262,22 +262,6 @@ def _few_tokens(
         n: few(v) for n, v in model_inputs.items() if isinstance(v, Tensor) and v.shape[:2] == shape
     }
     return few(input_ids), more
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Everything in evaluation mode inside; every module's own mode and the random state are put
-    back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 @contextmanager

@@ -117,9 +117,14 @@ class AdapterOffReference:
                 "reference='adapter_off' needs a PEFT model, whose adapters can be switched off; "
                 f"model is a {type(model).__name__}: use reference='live' or 'cached'"
             )
-        prefix = getattr(model.base_model, "prefix", None)
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise ValueError(
+                "reference='adapter_off' and an adapter is merged into the weights: call "
+                "model.unmerge_adapter() first, or use reference='live' or 'cached'"
+            )
+        ours_are = ("modules_to_save", "trainable_tokens_", getattr(model.base_model, "prefix", ""))
         for name, parameter in model.named_parameters():
-            ours = "modules_to_save" in name or (prefix is not None and prefix in name)
+            ours = any(own and own in name for own in ours_are)
             if parameter.requires_grad and not ours:
                 raise ValueError(
                     f"reference='adapter_off' and the parameter {name} trains, which belongs to no "

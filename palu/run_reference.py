@@ -80,8 +80,8 @@ def remember_starting_model(folder: Path, cache: ReferenceCache) -> None:
     (folder / STARTING_MODEL).write_text(content, encoding="utf-8")
 
 
-def autocast_dtype(args: Any) -> torch.dtype | None:
-    """What training arguments say the model runs in."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else None
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """What the accelerator runs the model in, by the training arguments' word or the launcher's."""
+    kind = accelerator.device.type
+    with accelerator.autocast():
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -28,9 +28,16 @@ from palu.methods import Method
 from palu.methods.alternates import PairCollator
 from palu.methods.dual import DualAscent, DualObjective
 from palu.methods.objectives import objective_class
+from palu.model_checks import check_adapter_off, check_causal, first_texts, is_whole, refuse_encoder
 from palu.modeling import end_tokens, unwrap
 from palu.objective import RETAIN, in_turns
-from palu.reference import CachedReference, LiveReference, Reference, vocabulary_size
+from palu.reference import (
+    AdapterOffReference,
+    CachedReference,
+    LiveReference,
+    Reference,
+    vocabulary_size,
+)
 from palu.run_reference import (
     autocast_dtype,
     make_reference,
@@ -125,6 +132,7 @@ class PALUTrainer(EvaluationTrainer):
     ) -> None:
         check_arguments(args, train_dataset, retain_dataset, kwargs)
         refuse_prompt_learning(model)
+        refuse_encoder(model)
         eos = end_tokens(model, processing_class)
         self.loss_fn = args.make_loss(eos)
         if args.n_gpu > 1:
@@ -174,6 +182,7 @@ class PALUTrainer(EvaluationTrainer):
             retain_weight=args.retain_weight,
             autocast=self.accelerator.autocast,
         )
+        self._model_checked = False
         self._retain_lengths = None
         if self.retain_dataset is not None and groups_by_length(args):
             self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
@@ -191,6 +200,26 @@ class PALUTrainer(EvaluationTrainer):
     def reference(self) -> Reference | None:
         """The frozen original as the losses see it; a cache is there once training has begun."""
         return self.objective.reference
+
+    def check_model(self, *, resumed: bool = False) -> None:
+        """Looks once, before training or evaluation, whether the model is causal and, with
+        `adapter_off`, whether it is the original when its adapter is off.
+
+        Args:
+            resumed: training goes on from a checkpoint, whose run has begun with this.
+
+        Raises:
+            ValueError: see `palu.model_checks`.
+        """
+        # Of sharded weights a process has a part, and data without places cannot be read twice.
+        if self._model_checked or not is_whole(self.model) or not _has_places(self.train_dataset):
+            return
+        texts = first_texts(self.train_dataset, self.data_collator)
+        check_causal(self.model, texts)
+        by_adapter = isinstance(self.reference, AdapterOffReference)
+        if by_adapter and not resumed and not self.args.base_is_original:
+            check_adapter_off(self.model, texts)
+        self._model_checked = True
 
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
         kind, needed = self._reference_kind, self._needs_reference
@@ -230,7 +259,7 @@ class PALUTrainer(EvaluationTrainer):
             retain_dataset=self.retain_dataset if self._retain_kl else None,
             tokenizer=self.processing_class,
             batch_size=self.args.per_device_train_batch_size,
-            autocast_dtype=autocast_dtype(self.args),
+            autocast_dtype=autocast_dtype(self.accelerator),
             **options,
         )
         self.objective.reference = CachedReference(
@@ -266,6 +295,7 @@ class PALUTrainer(EvaluationTrainer):
             try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])
         checkpoint = self.begin_run(resume_from_checkpoint)
         self.objective.restore(read_state(checkpoint))
+        self.check_model(resumed=checkpoint is not None)
         self.open_cache(checkpoint, **(cache_options or {}))
         return super().train(checkpoint, *args, **kwargs)
 
@@ -383,6 +413,10 @@ class PALUTrainer(EvaluationTrainer):
                 del logs["head_rows_share"]  # it takes num_forget, which counts answers, for rows
             logs |= self.objective.state()
         super().log(logs, start_time)
+
+
+def _has_places(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
 def _padding_token(model: nn.Module, eos: list[int]) -> int:

@@ -35,6 +35,7 @@ WRONG = {
     "preserve_weight": (*NUMBERS, None),
     "select_from": (*NO_CHOICE, None),
     "backend": (*NO_CHOICE, None),
+    "base_is_original": ("true", 1, None),
     "retain_loss": NO_CHOICE,
     "retain_weight": (*NUMBERS, None),
     "retain_batch_size": COUNTS,

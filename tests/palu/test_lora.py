@@ -27,6 +27,7 @@ def trainer(tok, tmp_path, model, **options):
         "max_steps": 1,
         "max_grad_norm": 0.0,
         "reference": "adapter_off",
+        "base_is_original": True,  # the adapters here do something from the start
         **options,
     }
     return training.trainer(tok, training.config(tmp_path, **settings), model=model)

@@ -232,6 +232,7 @@ def test_the_adapter_switched_off_is_the_original(tok, tmp_path, checkpointing):
             tmp_path,
             **OPTIONS,
             reference=reference,
+            base_is_original=True,
             max_steps=1,
             gradient_checkpointing=checkpointing,
         )
