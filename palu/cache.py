@@ -33,6 +33,7 @@ from palu.cache_rows import as_reference, head_may_train, reference_head
 from palu.data import Collator
 from palu.fingerprint import model_fingerprint
 from palu.loss import PALULoss
+from palu.model_checks import check_causal, first_texts
 from palu.runs import check_output, versions
 
 __all__ = [
@@ -145,6 +146,7 @@ class ReferenceCache:
             CacheWriteError: the disk is full, or another fault of the file system; names the file.
                 What was finished is kept for the next build.
             FloatingPointError: the model's hidden states are not finite.
+            ValueError: the model is not causal.
         """
         path = Path(path)
         check_options(loss, retain_dataset, autocast_dtype, batch_size, shard_bytes)
@@ -154,6 +156,7 @@ class ReferenceCache:
         if collator is None:
             collator = Collator(tokenizer if tokenizer is not None else 0)
         with as_reference(model, autocast_dtype):
+            check_causal(model, first_texts(dataset))
             head = reference_head(model, collator([dataset[0]]))
             if train_head is None:
                 train_head = head_may_train(model)

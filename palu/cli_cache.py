@@ -93,6 +93,7 @@ def build(
         from palu.cache import CacheError, CacheWriteError, ReferenceCache
         from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
         from palu.loss import PALULoss
+        from palu.model_checks import check_causal, first_texts
         from palu.modeling import end_tokens
         from palu.progress import bar
         from palu.unlearn import make_config
@@ -127,6 +128,7 @@ def build(
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
         loaded = load_model(model, dtype, device, allow_missing=allow_missing)
+        check_causal(loaded, first_texts(rows))
         eos = end_tokens(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
     notes = {"model": str(model), "forget": forget, "retain": retain, **read}

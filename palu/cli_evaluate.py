@@ -84,6 +84,7 @@ def evaluate(
         from palu.evaluation.logs import Log, LogError
         from palu.evaluation.report import metrics_table, missing_inputs, summary_table
         from palu.evaluation.runner import Evaluation, check_retrained
+        from palu.evaluation.sets import ANSWER
         from palu.evaluation.store import Store, data_digest, summary
         from palu.evaluation.tofu_data import read_sets, tofu_files
         from palu.fingerprint import model_fingerprint
@@ -94,6 +95,7 @@ def evaluate(
             model_folder,
             resolve_device,
         )
+        from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
         from palu.runs import RECORD, choose_template, versions, write_json
 
@@ -138,6 +140,7 @@ def evaluate(
         if fluency_classifier is not None:
             classifier = FluencyClassifier(fluency_classifier, where)
         loaded = load_model(model, dtype, device, allow_missing=allow_missing)
+        check_causal(loaded, first_texts([row for row, *_ in sets["forget"].rows[ANSWER][:2]]))
         store = None
         if output is not None:
             settings = {

@@ -1,12 +1,17 @@
 """Which models are taken: causal ones, and with `adapter_off` those that are the original when
 their adapter is off; and that a model which does not move has a preserve term of 0."""
 
+import json
+
 import pytest
 import small
 import torch
 import training
 import transformers
+from typer.testing import CliRunner
 
+from palu.cli import app
+from palu.errors import UserError
 from palu.model_checks import check_adapter_off, check_causal, first_texts
 
 peft = pytest.importorskip("peft")
@@ -200,6 +205,26 @@ def test_a_trainer_refuses_what_is_not_causal(tok, tmp_path):
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small_t5))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         training.trainer(tok, training.config(tmp_path), model=t5)
+
+
+def test_the_commands_refuse_it_in_one_line(tok, tmp_path):
+    model = tmp_path / "m"
+    bert = transformers.BertConfig(vocab_size=len(tok), **SMALL)
+    transformers.BertLMHeadModel(bert).save_pretrained(model)
+    tok.save_pretrained(model)
+    row = {"question": "Where is Ada?", "answer": "Ada is in Paris.", "spans": [[10, 15]]}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row) + "\n")
+    given = ["--model", str(model), "--forget", str(tmp_path / "f.jsonl")]
+    out = ["--output", str(tmp_path / "o")]
+    for command in (
+        ["evaluate", *given],
+        ["cache", "build", *given, *out],
+        ["unlearn", *given, *out],
+    ):
+        error = CliRunner().invoke(app, command).exception
+        assert isinstance(error, UserError), error
+        assert str(error).startswith("the model must be a causal language model"), error
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_few_wrong_places_are_no_proof(tok, texts, monkeypatch):
