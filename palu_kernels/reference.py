@@ -8,7 +8,9 @@ kernel; ``eager.py`` takes them for rows that are not finite.
 
 Sources: S, flatten, entropy and preserve are arXiv 2601.03190 and the code its authors released.
 A masked entry (-inf) takes no part in any mean, sum or count. A NaN in either row makes that
-row's loss and gradient NaN.
+row's loss and gradient NaN. A sum over nothing is 0, and so is its gradient: the local entropy of
+an S that is masked as a whole, a KL whose first distribution is. (Cross-entropy of a row that is
+masked as a whole is NaN, loss and gradient, as PyTorch's.)
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def log_softmax(x: Tensor) -> Tensor:
 def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, direction: str) -> Tensor:
     """d(sum of weights * rows)/d logits, ``[N, V]`` in the dtype of the logits.
 
-    Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j.
+    Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j (0 without a q).
     """
     z, r = (t.to(work_dtype(logits.dtype)) for t in (logits, ref_logits))
     log_p, log_q = log_softmax(z), log_softmax(r)
@@ -179,7 +181,7 @@ def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, directio
     if direction == "reverse":
         grad = log_p.exp() * (log_p - log_q - kl)
     else:
-        grad = log_p.exp() - log_q.exp()
+        grad = torch.where((r != NEG_INF).any(-1, keepdim=True), log_p.exp() - log_q.exp(), 0)
     grad = torch.where(z == NEG_INF, 0, grad)
     grad = torch.where(kl.isfinite(), grad, torch.nan)
     return (grad * weights[:, None]).to(logits.dtype)

@@ -12,9 +12,10 @@ import ast
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from palu_kernels import eager
+from palu_kernels import eager, reference
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,17 @@ class CrossEntropy(RowLoss):
 
 @dataclass(frozen=True)
 class LikeliestNLL(RowLoss):
-    """Negative log-likelihood of the token that the reference finds likeliest."""
+    """Negative log-likelihood of the token that the reference finds likeliest; 0 where all of its
+    row is masked, NaN where it holds a NaN."""
 
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        labels = topk_indices(chunk.ref_logits, 1, chunk.served_by)[:, 0]
+        found = topk_indices(chunk.ref_logits, 1, chunk.served_by)
+        largest = chunk.ref_logits.gather(-1, found.long())[:, 0]  # a NaN ranks first
+        labels = torch.where(largest == reference.NEG_INF, -100, found[:, 0])
+        first = chunk.logits[:, 0]
+        first.copy_(torch.where(largest.isnan(), torch.nan, first))
         return _cross_entropy(chunk, labels, ignore_index=-100)
 
 

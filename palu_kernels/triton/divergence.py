@@ -139,6 +139,8 @@ def merge(partial_ptr, loss_ptr, state_ptr, parts, REVERSE: tl.constexpr):
         tl.store(state + 2, top_b)
         tl.store(state + 3, mean)
     else:
+        # without a reference distribution there is no gradient: exp(z - 1e30) is 0
+        log_b = tl.where(sum_a == 0, 1e30, log_b)
         tl.store(state, top_b)
         tl.store(state + 1, log_b + spoiled)
         tl.store(state + 2, top_a)
