@@ -98,8 +98,14 @@ def local_entropy(
         off_s = torch.zeros_like(total)
         if objective == "flatten":
             # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c))
-            means = {"global_mean": total / z.shape[1], "local_mean": z_s.mean(-1, keepdim=True)}
-            deviation = z_s - means.get(center, center)
+            if center == "global_mean":  # in two numbers, as reference.mean_in_two
+                near = total / z.shape[1]
+                deviation = (z_s - near) - (z - near).mean(-1, keepdim=True)
+            elif center == "local_mean":
+                deviation = z_s - z_s.mean(-1, keepdim=True)
+                deviation -= deviation.mean(-1, keepdim=True)
+            else:
+                deviation = z_s - center
             found = deviation.square().mean(-1)
             on_s = deviation * (2 / z_s.shape[1])
             if center == "global_mean":

@@ -83,8 +83,8 @@ class LMHead:
         return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
 
     def mean_row(self) -> tuple[Tensor, Tensor]:
-        """Means of the weight's rows ``[D]`` and of the bias, in float32 (float64 for float64);
-        kept until one of them is written to."""
+        """Means of the weight's rows ``[D]`` and of the bias (``sparse.mean_row``), kept until one
+        of them is written to."""
         stamps = [
             (t.data_ptr(), None if t.is_inference() else t._version)
             for t in (self.weight, self.bias)

@@ -90,14 +90,22 @@ def deviations(z: Tensor, s: Tensor, center: str | float) -> tuple[Tensor, Tenso
     z_s = z.gather(-1, s)
     in_s = z_s != NEG_INF
     k = in_s.sum(-1).clamp(min=1)
-    if center == "global_mean":
-        live = z != NEG_INF
-        c = torch.where(live, z, 0).sum(-1) / live.sum(-1).clamp(min=1)
-    elif center == "local_mean":
-        c = torch.where(in_s, z_s, 0).sum(-1) / k
+    if center in ("global_mean", "local_mean"):
+        near, c = mean_in_two(z if center == "global_mean" else z_s)
+        deviation = (z_s - near) - c
     else:
-        c = torch.full_like(z[:, 0], float(center))
-    return torch.where(in_s, z_s - c[:, None], 0), k
+        deviation = z_s - float(center)
+    return torch.where(in_s, deviation, 0), k
+
+
+def mean_in_two(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of every row's entries that are not masked as a number near it, a constant, and what
+    is missing, ``[N, 1]`` each: entries far from 0 lie nearer to their mean than it can be told in
+    one number."""
+    live = z != NEG_INF
+    count = live.sum(-1, keepdim=True).clamp(min=1)
+    near = (torch.where(live, z, 0).sum(-1, keepdim=True) / count).detach()
+    return near, torch.where(live, z - near, 0).sum(-1, keepdim=True) / count
 
 
 def entropy(z: Tensor, s: Tensor) -> Tensor:

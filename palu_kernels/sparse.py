@@ -32,6 +32,7 @@ from palu_kernels.reference import NEG_INF, work_dtype
 logger = logging.getLogger("palu_kernels.sparse")
 
 IMPLEMENTATIONS = ("auto", "dense", "sparse")
+NEAR_ROWS = 256  # of the head, whose mean is taken for a number near the mean of all
 _logged: set[tuple] = set()
 
 
@@ -121,23 +122,28 @@ def choose(
 
 @torch.no_grad()
 def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean over the vocabulary of ``weight [V, D]`` and ``bias [V]``: ``[D]`` and 0-dim.
+    """The mean over the vocabulary of ``weight [V, D]`` and ``bias [V]``: ``[D]`` and 0-dim, in
+    float64 where the device has it: what rows have in common may be thousands of times what they
+    differ by, and cancels in the deviations.
 
     Taken piece by piece, without a copy of the weight. Entries that the bias masks are left out.
     """
     dtype = work_dtype(weight.dtype)
+    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else dtype
     parts = _parts_of_mean(weight.shape[0], bias, weight)
     total = weight.new_zeros(weight.shape[1], dtype=dtype)
     step = min(max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)), weight.shape[0])
-    block = weight.new_empty((0 if weight.dtype == dtype else step, weight.shape[1]), dtype=dtype)
+    block = weight.new_empty((step, weight.shape[1]), dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
+        near = weight[:NEAR_ROWS].to(dtype).mean(0)
         for piece, part in zip(weight.split(step), parts.split(step), strict=True):
-            if piece.dtype != dtype:
-                piece = block[: len(piece)].copy_(piece)
-            total.addmv_(piece.T, part)
+            total.addmv_(torch.sub(piece, near, out=block[: len(piece)]).T, part)
+        mean = near.to(wide) * (parts > 0).any() + total
         if bias is None:
-            return total, total.new_zeros(())
-        return total, torch.dot(torch.where(bias == NEG_INF, 0, bias).to(dtype), parts)
+            return mean, mean.new_zeros(())
+        live = bias != NEG_INF
+        count = live.sum().clamp(min=1)
+        return mean, torch.where(live, bias, 0).sum(dtype=wide) / count
 
 
 def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ def forward(
         else:
             rows = _by_torch(hidden, weight, bias, indices, global_mean, loss, want_hidden)
         if want_hidden and global_mean is not None:
-            rows.grad_hidden.addr_(rows.shares, mean[0])
+            rows.grad_hidden.addr_(rows.shares, mean[0].to(rows.shares.dtype))
     return rows
 
 
@@ -207,7 +213,8 @@ class _Loss(NamedTuple):
             z, slope = self.softcap * t, slope * (1 - t) * (1 + t)
         center = self.center_kind if self.center_kind == "local_mean" else self.center_value
         if global_mean is not None:
-            z, center = z - self.logit_scale * global_mean[:, None], 0.0
+            wide = x.to(global_mean.dtype) - global_mean[:, None]
+            z, center = (self.logit_scale * wide).to(x.dtype), 0.0
         # on S alone a row is one of k logits with all of them in its S
         everything = torch.arange(z.shape[1], device=z.device).expand_as(z)
         z, everything = reference.choose(z, None, z.shape[1], everything)

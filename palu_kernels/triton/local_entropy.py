@@ -37,9 +37,27 @@ from palu_kernels.triton.rows import (
     sum_four,
 )
 from palu_kernels.triton.select import select, take_ties
+from palu_kernels.triton.softcap import capped
 
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
+NEAR_LANES = 128  # of a slice, among which a number near its mean is looked for
 PARTIAL = 8  # float32 numbers that a slice of a row hands to the merge
+
+
+@triton.jit
+def near_mean(z_row, begin, near_lanes, first, end, cap):
+    """A number near the mean of the first lanes of a slice; 0 without any."""
+    lanes = begin + tl.arange(0, 128)
+    live = (lanes >= first) & (lanes < end) & (lanes < begin + near_lanes)
+    z = tl.load(z_row + lanes, mask=live, other=float("-inf")).to(tl.float32)
+    z, _slope = capped(z, live, cap)
+    top = tl.max(tl.where(live & is_live(z), z, float("-inf")), 0)
+    # a large negative number stands for a mask in some models: it says nothing of the mean
+    usual = live & (z > top - 100.0)
+    below = tl.sum(tl.where(usual, z - top, 0.0), 0)
+    mean = top + below / tl.maximum(tl.sum(usual.to(tl.float32), 0), 1.0)
+    # a whole number leaves 16-bit entries with few digits, whose sums stay nearly exact
+    return tl.where(tl.abs(top) < float("inf"), tl.floor(mean + 0.5), 0.0)
 
 
 @triton.jit
@@ -60,6 +78,7 @@ def statistics(
     slice_lanes,
     words,
     cap,
+    near_lanes,
     ENTROPY: tl.constexpr,
     MEMBERS: tl.constexpr,
     HALF: tl.constexpr,
@@ -70,7 +89,9 @@ def statistics(
     """What a slice of a row knows: live entries (NaN if the slice holds one), their sum, k, and
     for flatten the mean of z over S and the squared deviations from it (merged block by block as
     Chan, Golub and LeVeque do, since sums of squares cancel), for entropy the online softmax of
-    z over S: maximum, sum of exponentials, sum of exponentials times exponents.
+    z over S: maximum, sum of exponentials, sum of exponentials times exponents. Sums of flatten are
+    of z less the mean of the slice's first ``near_lanes`` entries: rows far from 0 lie nearer to
+    their mean than float32 can tell it.
 
     ``chosen`` receives what the gradient needs of S: the tie cut where z chooses, bits where the
     reference does, nothing where it is the bitmap itself."""
@@ -91,6 +112,9 @@ def statistics(
     searching = seen < need
     cut = tl.where(searching, end, -1)
 
+    near = 0.0
+    if not ENTROPY:
+        near = near_mean(z_row, part * slice_lanes, near_lanes, first, end, cap)
     live_count = 0.0
     total = 0.0
     count = 0.0
@@ -110,6 +134,8 @@ def statistics(
             member = takes_part & ((keys > threshold) | (tie & (lanes <= cut)))
         if MEMBERS == 1:
             store_bits(chosen_ptr + row.to(tl.int64) * words, member, begin, words, BLOCK)
+        if not ENTROPY:
+            z -= near
         here, sum_here, found, sum_found = sum_four(
             tl.where(nan & live, float("nan"), tl.where(takes_part, 1.0, 0.0)),
             tl.where(takes_part, z, 0.0),
@@ -148,6 +174,7 @@ def statistics(
     tl.store(out + 3, a)
     tl.store(out + 4, b)
     tl.store(out + 5, c)
+    tl.store(out + 6, near)
 
 
 @triton.jit
@@ -161,8 +188,10 @@ def merge(
     CENTER: tl.constexpr,
 ):
     """Slices of a row -> its loss, and four numbers from which its gradient follows entry by
-    entry: flatten (c, 2/k, share of the mean, NaN or 0), entropy (max, log sum, H, NaN or 0)."""
+    entry: flatten (c less a number near it, 2/k or NaN, share of the mean, that number), entropy
+    (max, log sum, H, NaN or 0)."""
     row = tl.program_id(0).to(tl.int64)
+    near = 0.0
     live = 0.0
     total = 0.0
     count = 0.0
@@ -171,8 +200,11 @@ def merge(
     c = 0.0
     for part in range(parts):
         slot = partial_ptr + (row * parts + part) * 8
-        live += tl.load(slot)
-        total += tl.load(slot + 1)
+        part_live, part_near = tl.load(slot), tl.load(slot + 6)
+        near = tl.where(live == 0, part_near, near)
+        further = part_near - near
+        live += part_live
+        total += tl.load(slot + 1) + part_live * further
         found = tl.load(slot + 2)
         part_a, part_b, part_c = tl.load(slot + 3), tl.load(slot + 4), tl.load(slot + 5)
         if found > 0:
@@ -185,7 +217,7 @@ def merge(
                 b = scale * b + part_scale * part_b
                 a = top
             else:
-                step = part_a - a
+                step = part_a + further - a
                 weight = found / (count + found)
                 b += part_b + step * step * count * weight
                 a += step * weight
@@ -210,9 +242,9 @@ def merge(
             center = a
         loss = b / k + tl.where(count > 0, (a - center) * (a - center), 0.0)
         tl.store(state, center)
-        tl.store(state + 1, 2.0 / k)
+        tl.store(state + 1, 2.0 / k + spoiled)
         tl.store(state + 2, tl.where(count > 0, offset, 0.0))
-    tl.store(state + 3, spoiled)
+    tl.store(state + 3, spoiled if ENTROPY else near)
     tl.store(loss_ptr + row, loss + spoiled)
 
 
@@ -253,7 +285,8 @@ def gradient(
         threshold = tl.load(threshold_ptr + row).to(tl.uint32, bitcast=True)
         cut = tl.load(cut_ptr + row) + first
     state = state_ptr + row.to(tl.int64) * 4
-    s0, s1, s2, spoiled = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+    s0, s1, s2, s3 = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+    spoiled = s3 if ENTROPY else s1 * 0.0
     weight = tl.load(weight_ptr + row)
     for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
         lanes, whole, z, cap_slope, keys, _nan, live = load_block(
@@ -267,7 +300,7 @@ def gradient(
             log_q = z - s0 - s1
             slope = tl.where(member, tl.exp(log_q) * (log_q + s2), 0.0)
         else:
-            slope = tl.where(member, (z - s0) * s1, 0.0) - s2
+            slope = tl.where(member, ((z - s3) - s0) * s1, 0.0) - s2
         slope = tl.where(is_live(z), slope * cap_slope * weight, 0.0) + spoiled
         store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
 
@@ -330,6 +363,7 @@ def forward(
         slice_lanes,
         words,
         softcap,
+        0 if center_kind == "number" else NEAR_LANES,
         ENTROPY=entropy,
         MEMBERS=members,
         SHIFT=layout.shift,
