@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -181,11 +182,12 @@ def test_gradient_of_a_loop(number, bf16, world):
     compare(found, world, eager(world, world["rows"], autocast=bf16)[0], bf16=bf16)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16, reference", product([False, True], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradient_of_one_more_loss(accumulation, bf16, world, tmp_path):
-    """Trainer's step is the mean of its micro-batches' losses."""
+def test_gradient_of_one_more_loss(accumulation, bf16, reference, world, tmp_path):
+    """Trainer's step is the mean of its micro-batches' losses; the original may be in bfloat16."""
     names = prepare(LOOP, world)
+    names["frozen_original"].to(getattr(torch, reference))
     run(ONE_MORE_LOSS, names)
     args = TrainingArguments(
         str(tmp_path / "out"),
