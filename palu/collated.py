@@ -25,10 +25,10 @@ class ExampleRows:
     """A collator whose batches have every example in a row of its own, padded on the right, with
     the labels of the data set and what the model takes.
 
-    Packed examples (`position_ids` that begin again, `cu_seq_lens_q`, `seq_idx`) are taken apart
-    and padded on the left is moved: so their numbers are those of padded ones whatever the model
-    makes of positions, a cache knows them by their ids, and no run of labels goes from one
-    example into the next.
+    Packed examples (`position_ids` that begin again, `cu_seq_lens_q`, `seq_idx`, an
+    `attention_mask` that numbers them) are taken apart, and what is padded on the left is moved: so
+    their numbers are those of padded ones whatever the model makes of positions, a cache knows them
+    by their ids, and no run of labels goes from one example into the next.
 
     Args:
         collator: the user's.
@@ -161,7 +161,8 @@ def examples_in_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     pieces = _pieces(begins, real, batch["labels"])
     lengths = torch.tensor([stop - start for _, start, stop in pieces])
     columns = torch.arange(int(lengths.max()))
-    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    mask = batch.get("attention_mask", batch["input_ids"])
+    batch["attention_mask"] = (torch.ones_like(mask) if real is None else real).to(mask.dtype)
     one_a_row = [row for row, _, _ in pieces] == list(range(len(begins)))
     return {
         name: _rows(name, value, pieces, columns, begins.shape, one_a_row)
@@ -227,6 +228,9 @@ def _begins(batch: Mapping[str, Any]) -> Tensor:
         begins[0, ends[:-1]] = True
         if ends[-1] < ids.shape[1]:
             begins[0, ends[-1]] = True  # what is left is padding
+    elif real is not None and bool((batch["attention_mask"] > 1).any()):
+        mask = batch["attention_mask"]  # the number of the example, as some packers have it
+        begins[:, 1:] = mask[:, 1:] != mask[:, :-1]
     elif isinstance(numbers, Tensor) and numbers.shape == ids.shape:
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     elif isinstance(positions, Tensor) and positions.shape == ids.shape:

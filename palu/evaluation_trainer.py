@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palu.objective import RETAIN, in_turns
 from palu.step_log import TERMS, row_means
 from palu.step_trainer import StepTrainer, length_of
 
@@ -76,12 +77,16 @@ class EvaluationTrainer(StepTrainer):
         self.check_labels(inputs)
         inputs = self._eval_step.for_evaluation(inputs, self._eval_batches)
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            terms = self._terms(model, inputs)
-        self._raise_if_not_finite(terms, inputs)
-        self._eval_totals += torch.stack([terms.means * terms.denominators, terms.rows])
+        loss = torch.zeros((), device=self.args.device)
+        # In turns as in training, so that neither has to have the other's shapes.
+        for part in [inputs] if inputs[RETAIN] is None else in_turns(inputs):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                terms = self._terms(model, part)
+            self._raise_if_not_finite(terms, part)
+            self._eval_totals += torch.stack([terms.means * terms.denominators, terms.rows])
+            loss = loss + terms.loss.detach()
         self._eval_batches += 1
-        return terms.loss.detach(), None, None
+        return loss, None, None
 
     def _means(self, totals: Tensor) -> tuple[list[float], list[float]]:
         if self.args.world_size > 1:

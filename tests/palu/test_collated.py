@@ -76,6 +76,14 @@ def packed(features):
     return batch | {"position_ids": torch.tensor([positions])}
 
 
+def numbered(features):
+    """The mask says which example a token is of."""
+    batch = packed(features)
+    numbers = [i for i, f in enumerate(features, 1) for _ in f["input_ids"]]
+    del batch["position_ids"]
+    return batch | {"attention_mask": torch.tensor([numbers])}
+
+
 def packed_and_padded(features):
     """Two packed rows, the shorter one padded, without a mask."""
     half = (len(features) + 1) // 2
@@ -100,6 +108,7 @@ LAYOUTS = {
     "left": left,
     "left_without_positions": left_without_positions,
     "packed": packed,
+    "numbered": numbered,
     "packed_and_padded": packed_and_padded,
     "flattened": DataCollatorWithFlattening(),
     "flash": DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True),
@@ -291,6 +300,27 @@ def test_methods_see_them(tok, tmp_path, method):
         ends.append(logged(made)[0])
     assert ends[0]["forget"] != pytest.approx(ends[1]["forget"], rel=1e-3)
     assert ends[0]["retain"] != pytest.approx(ends[1]["retain"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_pairs_of_tokens(tok, tmp_path, padded, kind):
+    """`[B, 1, T, T]`: who sees whom."""
+
+    def collate(features):
+        batch = Collator(tok)(features)
+        real = batch.pop("attention_mask").bool()
+        length = real.shape[1]
+        seen = real[:, None, None] & torch.ones(length, length, dtype=torch.bool).tril()
+        if kind == "float":
+            seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return batch | {"attention_mask": seen}
+
+    found, right = (
+        run(tok, tmp_path, small.model(tok), collate, retain_loss="kl"),
+        padded[small.model],
+    )
+    torch.testing.assert_close(found[0], right[0], rtol=1e-4, atol=1e-5)
+    assert found[2]["eval_loss"] == pytest.approx(right[2]["eval_loss"], rel=1e-4)
 
 
 def test_an_adapter_switched_off_sees_them(tok, tmp_path):
