@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ _FIRST = 8  # examples that a collator is tried out with
 # What says where the examples of a packed row begin, and nothing else that the losses need.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
+Labels = list[tuple[int, int]]  # those that are not IGNORE, each with its token
+
 
 class ExampleRows:
     """A collator whose batches have every example in a row of its own, padded on the right, with
@@ -33,14 +36,21 @@ class ExampleRows:
     Args:
         collator: the user's.
         model: in wrappers or not.
+        ordered: whether the examples have to come in the order they are given in.
 
     Raises:
         ValueError, TypeError: when it is called: the collator changes labels, gives what the model
             does not take, or no batch of tensors.
     """
 
-    def __init__(self, collator: Callable[[list], Mapping[str, Any]], model: nn.Module) -> None:
-        self.collator = collator
+    def __init__(
+        self,
+        collator: Callable[[list], Mapping[str, Any]],
+        model: nn.Module,
+        *,
+        ordered: bool = False,
+    ) -> None:
+        self.collator, self.ordered = collator, ordered
         self.names = input_names(model)
         self._model_name = type(unwrap(model)).__name__
         while isinstance(collator, functools.partial):
@@ -108,21 +118,25 @@ class ExampleRows:
             )
         return dict(batch)
 
-    def _compare(self, wanted: list[Tensor], batch: Mapping[str, Tensor]) -> None:
+    def _compare(self, wanted: list[Labels], batch: Mapping[str, Tensor]) -> None:
         # The first token of an example is never predicted, and collators that pack drop its label.
-        rows = [row[row != IGNORE] for row in batch["labels"][:, 1:]]
-        found, right = torch.cat(rows), torch.cat(wanted)
-        # (Rows that were packed beforehand are more examples than rows of the data set.)
-        apart = len(rows) == len(wanted) and [*map(len, rows)] != [*map(len, wanted)]
-        if torch.equal(found, right) and not apart:
-            return
-        counts = [
-            f"{int((x >= 0).sum())} token ids and {int((x == KEEP).sum())} times {KEEP}"
-            for x in (right, found)
+        found = [
+            _labelled(ids, labels)
+            for ids, labels in zip(batch["input_ids"][:, 1:], batch["labels"][:, 1:], strict=True)
         ]
-        where = "" if counts[0] != counts[1] else ", others or in another order"
+        examples = len(wanted)
+        if len(found) != examples:  # rows of the data set were packed beforehand
+            found, wanted = ([list(itertools.chain(*rows))] for rows in (found, wanted))
+        if found == wanted or (not self.ordered and sorted(found) == sorted(wanted)):
+            return
+        counts = []
+        for rows in (wanted, found):
+            labels = [label for row in rows for label, _ in row]
+            ids = sum(label >= 0 for label in labels)
+            counts.append(f"{ids} token ids and {labels.count(KEEP)} times {KEEP}")
+        where = "" if counts[0] != counts[1] else ", others, elsewhere or in another order"
         raise ValueError(
-            f"{self._name} changes labels: {len(wanted)} examples of the data set have {counts[0]} "
+            f"{self._name} changes labels: {examples} examples of the data set have {counts[0]} "
             f"(beside {IGNORE}), its batch {counts[1]}{where}; it must only pad or pack them: "
             "leave data_collator out, or take palu.data.Collator or DataCollatorForSeq2Seq"
         )
@@ -132,14 +146,16 @@ def try_out(collator: Callable[[list], Any], datasets: Iterable[Any]) -> None:
     """Calls a collator with the first examples of data sets that can be indexed: what is wrong with
     it is told before any work. The random state is as it was afterwards."""
     python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        for dataset in datasets:
-            if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-                rows = [dataset[i] for i in range(min(len(dataset), _FIRST))]
-                if rows:
-                    collator(rows)
-    random.setstate(python)
-    np.random.set_state(arrays)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for dataset in datasets:
+                if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+                    rows = [dataset[i] for i in range(min(len(dataset), _FIRST))]
+                    if rows:
+                        collator(rows)
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def examples_in_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,18 +258,25 @@ def _begins(batch: Mapping[str, Any]) -> Tensor:
     return (begins & real) | first
 
 
-def _labels_of(features: Sequence[Any]) -> list[Tensor] | None:
-    """Those that are not IGNORE, without the first of each example; None where there is one without
-    labels, which the collator makes."""
+def _labels_of(features: Sequence[Any]) -> list[Labels] | None:
+    """Of every example without its first token; None where there is one without labels, which the
+    collator makes."""
     found = []
     for feature in features:
-        if not isinstance(feature, Mapping) or not _are_numbers(feature.get("labels")):
+        if not isinstance(feature, Mapping):
             return None
-        names = ("labels", "attention_mask", "position_ids", "seq_idx")
+        names = ("input_ids", "labels", "attention_mask", "position_ids", "seq_idx")
         row = {n: torch.as_tensor(feature[n])[None] for n in names if _are_numbers(feature.get(n))}
-        begins = _begins({**row, "input_ids": row["labels"]})
-        found.append(row["labels"][(row["labels"] != IGNORE) & ~begins].long())
+        if not {"input_ids", "labels"} <= row.keys() or len({v.shape for v in row.values()}) > 1:
+            return None
+        later = ~_begins(row)
+        found.append(_labelled(row["input_ids"][later], row["labels"][later]))
     return found
+
+
+def _labelled(ids: Tensor, labels: Tensor) -> Labels:
+    chosen = labels != IGNORE
+    return list(zip(labels[chosen].tolist(), ids[chosen].tolist(), strict=True))
 
 
 def _are_numbers(values: Any) -> bool:

@@ -147,9 +147,11 @@ class PALUTrainer(EvaluationTrainer):
             data_collator = Collator(
                 processing_class if processing_class is not None else _padding_token(model, eos)
             )
-        rows = ExampleRows(data_collator, model)
         self._by_method = isinstance(self.loss_fn, Method)
         self._pairs = self._by_method and self.loss_fn.needs_alternates
+        # Second answers are collated apart; of several processes' rows the last may be repeats.
+        ordered = self._pairs or args.world_size > 1
+        rows = ExampleRows(data_collator, model, ordered=ordered)
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._reference_kind = args.reference if reference is None else reference
         kept = self.retain_dataset is not None and args.retain_loss != "nll"

@@ -405,8 +405,14 @@ def truncating(features):
     return {n: v[:, :10] for n, v in Collator(0)(features).items()}
 
 
-def shuffling(features):
-    return Collator(0)(features[::-1])
+def shifting(features):
+    """Every label at the token before it, as losses without a shift want them."""
+    batch = Collator(0)(features)
+    return batch | {"labels": nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+
+
+def from_the_longest(features):
+    return Collator(0)(sorted(features, key=lambda row: -len(row["input_ids"])))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +420,7 @@ def shuffling(features):
     [
         (DataCollatorForLanguageModeling, "22 token ids and 0 times -200"),
         (truncating, r"\d+ token ids and \d+ times -200; it"),
-        (shuffling, "others or in another order"),
+        (shifting, "others, elsewhere or in another order"),
     ],
 )
 @pytest.mark.parametrize("where", ["train", "retain", "eval"])
@@ -450,6 +456,21 @@ def test_collators_that_change_labels(tok, tmp_path, collator, counts, where):
         assert torch.equal(state, torch.get_rng_state())
         with pytest.raises(ValueError, match="changes labels"):
             made.evaluate()
+
+
+def test_the_order_of_the_rows_is_free(tok, tmp_path):
+    """As packers change it; not where second answers are collated apart."""
+    rows = small.rows(tok)
+    made = trainer(tok, config(tmp_path), data_collator=from_the_longest)
+    found, right = made.data_collator(rows), Collator(tok)(rows)
+    assert sorted(found["labels"].tolist()) == sorted(right["labels"].tolist())
+    made.train()
+    rows = [{**r, "alternate_input_ids": [1, 2, 3], "alternate_labels": [-100, 2, 3]} for r in rows]
+    pairs = trainer(
+        tok, config(tmp_path, method="dpo"), forget=rows, data_collator=from_the_longest
+    )
+    with pytest.raises(ValueError, match="from_the_longest changes labels"):
+        pairs.data_collator(rows)
 
 
 def test_a_collator_of_transformers_that_fails_is_named(tok, tmp_path):
