@@ -207,7 +207,13 @@ def unlearn(
         from palu import checkpoints
         from palu import unlearn as run
         from palu.cache import CacheError, CacheWriteError, cache_info
-        from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
+        from palu.loading import (
+            check_token_ids,
+            load_model,
+            load_tokenizer,
+            model_folder,
+            resolve_device,
+        )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
         from palu_kernels.backend import resolve as resolve_backend
@@ -292,6 +298,7 @@ def unlearn(
         if by_span and not any(label >= 0 for row in rows for label in row["labels"]):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
         loaded = load_model(model, dtype, str(config.device), allow_missing=allow_missing)
+        check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
         if lora is not None:
             loaded = add_lora(loaded, lora, seed)

@@ -91,7 +91,13 @@ def build(
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         check_output(output, overwrite=overwrite, inputs=(model, *files))
         from palu.cache import CacheError, CacheWriteError, ReferenceCache
-        from palu.loading import load_model, load_tokenizer, model_folder, resolve_device
+        from palu.loading import (
+            check_token_ids,
+            load_model,
+            load_tokenizer,
+            model_folder,
+            resolve_device,
+        )
         from palu.loss import PALULoss
         from palu.model_checks import check_causal, first_texts
         from palu.modeling import end_tokens
@@ -128,6 +134,7 @@ def build(
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
         loaded = load_model(model, dtype, device, allow_missing=allow_missing)
+        check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
         eos = end_tokens(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
@@ -194,7 +201,7 @@ def verify(
         from palu.cache import CacheError, cache_info
         from palu.cache_verify import verify_cache
         from palu.labels import Template
-        from palu.loading import load_model, load_tokenizer
+        from palu.loading import check_token_ids, load_model, load_tokenizer
         from palu.progress import bar
         from palu.runs import choose_template
 
@@ -217,6 +224,8 @@ def verify(
             given["model"] = load_model(
                 model, getattr(torch, found["dtype"]), device, allow_missing=allow_missing
             )
+            read_again = [*given.get("dataset", ()), *given.get("retain_dataset", ())]
+            check_token_ids(given["model"], tokenizer, read_again)
     again = forget is not None
     shown: Any = bar(bars, "Computing again") if again else bars.status("Reading every byte")
     with shown as report, user_errors(CacheError):

@@ -89,6 +89,7 @@ def evaluate(
         from palu.evaluation.tofu_data import read_sets, tofu_files
         from palu.fingerprint import model_fingerprint
         from palu.loading import (
+            check_token_ids,
             folder_with,
             load_model,
             load_tokenizer,
@@ -140,6 +141,8 @@ def evaluate(
         if fluency_classifier is not None:
             classifier = FluencyClassifier(fluency_classifier, where)
         loaded = load_model(model, dtype, device, allow_missing=allow_missing)
+        answers = [row for data in sets.values() for row in data.every_row()]
+        check_token_ids(loaded, tokenizer, answers)
         check_causal(loaded, first_texts([row for row, *_ in sets["forget"].rows[ANSWER][:2]]))
         store = None
         if output is not None:
@@ -157,6 +160,13 @@ def evaluate(
                 if path is not None:
                     settings[name] = str(path.resolve())
             store = Store(output, settings, overwrite=overwrite)
+
+    def load_reference() -> Any:
+        with user_errors():
+            other = load_model(reference_model, dtype, device, allow_missing=allow_missing)
+            check_token_ids(other, tokenizer, answers)
+            return other
+
     evaluation = Evaluation(
         loaded,
         tokenizer,
@@ -165,8 +175,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         processes=processes,
         bar=lambda title: bar(bars, title),
-        reference=reference_model
-        and (lambda: load_model(reference_model, dtype, device, allow_missing=allow_missing)),
+        reference=reference_model and load_reference,
         classifier=classifier,
     )
     # One process writes, and what it found is what all of them start from.

@@ -44,7 +44,7 @@ def merge(
     much.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.folders import named_from
+        from palu.folders import named_from, reading
         from palu.loading import folder_with, load_model, load_tokenizer
         from palu.lora import ADAPTER_CONFIG, base_folder, fold_in_measured, is_adapter
         from palu.runs import (
@@ -71,7 +71,10 @@ def merge(
     with user_errors(), plain_warnings(), bars.status("Adding the adapter to the weights"):
         tokenizer = load_tokenizer(adapter, base=base)
         loaded = load_model(adapter, dtype, device, base=base, allow_missing=allow_missing)
-        ids = tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
+        with reading(f"the tokenizer of {str(adapter)!r} cannot be used"):
+            ids = tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
+        # Tokens that the embedding has no row for are no matter here.
+        ids = ids.clamp(max=loaded.get_input_embeddings().num_embeddings - 1)
         merged, rounding = fold_in_measured(loaded, ids)
     kind = str(merged.dtype).removeprefix("torch.")
     if rounding > LOUD:

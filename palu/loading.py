@@ -3,13 +3,16 @@ on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from palu.data import Collator
 from palu.folders import (
     check_architecture,
     check_loaded,
@@ -137,6 +140,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # so that they are named with the others
         )
     check_architecture(model)
+    _check_special_ids(model, whole)
     check_loaded(model, loaded, whole, allow_missing)
     warn_of_not_finite(model, whole)
     if whole is not folder:
@@ -155,3 +159,41 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
     folder = folder_with("tokenizer_config.json", model_folder(path), base)
     with reading(f"could not load a tokenizer from {str(folder)!r}", folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def check_token_ids(
+    model: nn.Module, tokenizer: Tokenizer, rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Whether the embedding has a row for every token of the data and for the padding.
+
+    Args:
+        model: as `load_model` gives it.
+        tokenizer: the one that made the rows.
+        rows: with `input_ids`, lists of int, and perhaps `alternate_input_ids`.
+
+    Raises:
+        ValueError: it has too few; names a token that has none.
+    """
+    columns = ("input_ids", "alternate_input_ids")
+    used = {i for row in rows for name in columns for i in row.get(name) or ()}
+    count, pad = model.get_input_embeddings().num_embeddings, Collator(tokenizer).pad_id
+    if (largest := max(used | {pad})) >= count:
+        padding = "" if largest in used else ", which pads batches"
+        raise ValueError(
+            f"the tokenizer gives token {tokenizer.convert_ids_to_tokens(largest)!r} the id "
+            f"{largest}{padding}, and the embedding of the model has {count} rows: resize it "
+            "(model.resize_token_embeddings(len(tokenizer))) and train it first, or take the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def _check_special_ids(model: PreTrainedModel, folder: Path) -> None:
+    """transformers reads these without a look."""
+    for name in ("config", "generation_config"):
+        for kind in ("bos", "eos", "pad"):
+            value = getattr(getattr(model, name, None), f"{kind}_token_id", None)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and -(2**31) <= i < 2**31 for i in ids):
+                raise ValueError(
+                    f"{folder / name}.json has {kind}_token_id {value!r}; it must be an id"
+                )

@@ -81,6 +81,10 @@ class EvalSet:
                 )
         return cls(source, examples, rows)
 
+    def every_row(self) -> list[LabeledExample]:
+        """The rows of every field and example."""
+        return [row for lists in self.rows.values() for rows in lists for row in rows]
+
     def place(self, number: int, field: str) -> str:
         """What messages call field `field` of example `number`."""
         return _place(self.source, self.examples[number], field)

@@ -279,3 +279,38 @@ def test_a_tokenizer_that_cannot_be_read(copy, fault):
     with pytest.raises(ValueError) as caught:
         load_tokenizer(folder)(["some text"], max_length=8, truncation=True)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokens_that_the_embedding_has_no_row_for(copy, tok, monkeypatch, capsys, work):
+    for name, pad in (("words", None), ("padding", "<more>")):
+        other = small.tokenizer()
+        other.add_tokens(["Paris"] if pad is None else [])
+        if pad is not None:
+            other.add_special_tokens({"pad_token": pad})
+        write_model(work / name, small.model(tok))
+        other.save_pretrained(work / name)
+    palu = palu_in(work, monkeypatch, capsys)
+    commands = ("unlearn --output new", "evaluate --max-new-tokens 0", "cache build --output cache")
+    for command in commands:
+        for name, said in (("words", "'Paris' the id 330,"), ("padding", "330, which pads batch")):
+            words = f"{command} --model {name} --forget forget.jsonl --device cpu"
+            status, _, error = palu(*words.split())
+            assert status == 2 and said in error and "resize_token_embeddings" in error, error
+
+
+def test_a_reference_model_that_cannot_be_read_is_one_line(copy, monkeypatch, capsys, work):
+    shutil.copytree(work / "plain", work / "lacking")
+    without("layers.1.mlp.up")(work / "lacking")
+    palu = palu_in(work, monkeypatch, capsys)
+    words = "evaluate --model plain --forget forget.jsonl --holdout retain.jsonl --device cpu"
+    words += " --reference-model lacking --max-new-tokens 0"
+    status, _, error = palu(*words.split())
+    assert status == 2 and "error: the weights in 'lacking'" in error, error
+
+
+@pytest.mark.parametrize("value", ["2", 1.5, ["x"], 10**20])
+def test_special_tokens_that_are_no_ids(copy, value):
+    folder = copy("plain")
+    edit("generation_config.json", eos_token_id=value)(folder)
+    with pytest.raises(ValueError, match="generation_config"):
+        load_model(folder)
