@@ -24,6 +24,13 @@ from palu.early_stop import StopAtForgetProb
 from palu.evaluation_trainer import EvaluationTrainer
 from palu.fingerprint import adapter_settings
 from palu.lora import refuse_prompt_learning
+from palu.master_weights import (
+    MasterWeights,
+    StartingWeights,
+    refuse_optimizer,
+    trains_in_half,
+    warn_rounded_back,
+)
 from palu.methods import Method
 from palu.methods.alternates import PairCollator
 from palu.methods.dual import DualAscent, DualObjective
@@ -115,6 +122,8 @@ class PALUTrainer(EvaluationTrainer):
     # attribute read it; in older ones `model_accepts_loss_kwargs` with a `num_items_in_batch` says
     # the same.
     loss_is_scaled_for_ga = True
+    _masters: MasterWeights | None = None
+    _started: StartingWeights | None = None  # the weights before the first step
 
     def __init__(
         self,
@@ -299,7 +308,54 @@ class PALUTrainer(EvaluationTrainer):
         self.objective.restore(read_state(checkpoint))
         self.check_model(resumed=checkpoint is not None)
         self.open_cache(checkpoint, **(cache_options or {}))
-        return super().train(checkpoint, *args, **kwargs)
+        if self._started is None:
+            self._started = StartingWeights(self.model)
+        result = super().train(checkpoint, *args, **kwargs)
+        if half := trains_in_half(self.model):
+            warn_rounded_back(self.rounded_back(), self.model.get_parameter(half[0]).dtype)
+        return result
+
+    def rounded_back(self, dtype: torch.dtype | None = None) -> float:
+        """Of the weights that training changed, the share (0 to 1, of a sample) that rounding has
+        taken back to what they were, or would take back.
+
+        Args:
+            dtype: as which the weights are going to be saved; None: as they are.
+        """
+        if self._started is None:
+            return 0.0
+        masters = None if self._masters is None else self._masters.of
+        return self._started.rounded_back(self.model, dtype, masters)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Hugging Face's; weights of 16 bits that train get float32 masters (see
+        `palu.master_weights`).
+
+        Raises:
+            ValueError: there are such weights, and an optimizer or a loss scale that cannot be used
+                with masters.
+        """
+        if self._masters is not None or not trains_in_half(self.model):
+            return super().create_optimizer(*args, **kwargs)
+        if self.accelerator.distributed_type in _ONE_BACKWARD:
+            # DeepSpeed makes its own where its config has bf16 or fp16.
+            if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+                logger.warning(
+                    "weights of 16 bits train under %s, without float32 masters: small steps are "
+                    "rounded away; load the model with dtype float32 and set bf16=True",
+                    self.accelerator.distributed_type.value,
+                )
+            return super().create_optimizer(*args, **kwargs)
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "fp16 is True and weights of 16 bits train, such as "
+                f"{trains_in_half(self.model)[0]}: a loss scale needs float32 weights; load the "
+                "model with dtype float32"
+            )
+        optimizer = super().create_optimizer(*args, **kwargs)
+        refuse_optimizer(optimizer, self.args.optim)
+        self._masters = MasterWeights(optimizer, sum_in_float32=self.args.world_size == 1)
+        return optimizer
 
     def identity(self, *, begun: bool) -> dict[str, Any]:
         """What decides the numbers of this run; without the model when it has begun."""

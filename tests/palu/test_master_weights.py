@@ -1,0 +1,157 @@
+"""Weights of 16 bits that train: no step is lost to rounding."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import small
+import torch
+from training import config, trainer, weights
+
+from palu.checkpoints import CheckpointError
+from palu.master_weights import MasterWeights, StartingWeights
+
+# Far below half a spacing of bfloat16 at the size of the small model's weights.
+STEP = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return small.tokenizer()
+
+
+def run(tok, folder, dtype, *, model=None, optimizer=None, **options):
+    """Trains; the trainer, and the warnings it gave."""
+    model = small.model(tok).bfloat16().to(dtype) if model is None else model
+    settings = {"learning_rate": STEP, "num_train_epochs": 12, "warmup_steps": 0, **options}
+    kwargs = {}
+    if optimizer is not None:
+        kwargs["optimizers"] = (optimizer(model.parameters()), None)
+    made = trainer(tok, config(folder, **settings), model=model, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.train()
+    return made, [str(w.message) for w in caught if "rounding" in str(w.message)]
+
+
+def masters(made):
+    return torch.cat([made._masters.of[p].detach().flatten() for p in made.model.parameters()])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+def test_masters_go_where_float32_weights_go(tok, tmp_path, optim):
+    """SGD's and Adafactor's steps follow the gradient's size, AdamW's its sign."""
+    start = weights(small.model(tok).bfloat16()).float()
+    rate = {"sgd": 1e-2}.get(optim, STEP)
+    half, said = run(tok, tmp_path / "h", torch.bfloat16, optim=optim, learning_rate=rate)
+    full, silent = run(tok, tmp_path / "f", torch.float32, optim=optim, learning_rate=rate)
+    moved, wanted = masters(half) - start, weights(full.model) - start
+    assert (moved != 0).float().mean() > 0.95 * (wanted != 0).float().mean() > 0
+    assert torch.cosine_similarity(moved, wanted, 0) > 0.9
+    assert (moved.norm() / wanted.norm()).sub(1).abs() < 0.1
+    # The weights are the masters, rounded, and of the dtype that they came in.
+    assert torch.equal(weights(half.model), masters(half).bfloat16())
+    assert "of the weights that training changed" in said[0] and len(said) == 1
+    assert not silent and full._masters is None
+
+
+def test_steps_below_a_spacing_add_up(tok, tmp_path):
+    """Twelve steps of a quarter of a spacing move a weight by three; rounded each by each, by 0."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([parameter], lr=2**-9)
+    MasterWeights(optimizer, sum_in_float32=True)
+    for _ in range(12):
+        parameter.grad = None
+        parameter.float().sum().backward()
+        optimizer.step()
+    assert torch.equal(parameter, torch.full((3,), 1 - 12 * 2**-9, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have that dtype")
+def test_micro_batches_add_up_in_float32():
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    made = MasterWeights(optimizer, sum_in_float32=True)
+    for scale in (1.0, *[2**-10] * 8):
+        (parameter * scale).sum().backward()
+    optimizer.step()
+    assert torch.equal(made.of[parameter], torch.full((2,), -(2**-7)))
+
+
+def test_a_resumed_run_is_the_unbroken_one(tok, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 4}
+    whole, _ = run(tok, tmp_path, torch.bfloat16, **options)
+    made = trainer(
+        tok, config(tmp_path, learning_rate=STEP, warmup_steps=0, **options),
+        model=small.model(tok).bfloat16(),
+    )  # fmt: skip
+    made.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert torch.equal(masters(made), masters(whole))
+    assert torch.equal(weights(made.model), weights(whole.model))
+    assert made.rounded_back() == whole.rounded_back() > 0
+
+
+def test_a_state_without_masters_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    old = torch.optim.AdamW([parameter]).state_dict()
+    optimizer = torch.optim.AdamW([parameter])
+    MasterWeights(optimizer, sum_in_float32=False)
+    with pytest.raises(CheckpointError, match="no float32 master weights, and 1 parameters"):
+        optimizer.load_state_dict(old)
+
+
+def test_an_optimizer_of_the_users_with_state_from_the_start(tok, tmp_path):
+    made, _ = run(
+        tok, tmp_path, torch.bfloat16, optimizer=lambda p: torch.optim.Adagrad(p, lr=1e-5)
+    )
+    state = made._masters.of[next(made.model.parameters())]
+    inner = getattr(made.optimizer, "optimizer", made.optimizer)
+    assert inner.state[state]["sum"].dtype == torch.float32 and inner.state[state]["sum"].any()
+
+
+def test_only_what_trains_in_half_has_masters(tok, tmp_path):
+    model = small.model(tok).bfloat16()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.norm.float()
+    head = model.lm_head.weight
+    made, _ = run(tok, tmp_path, None, model=model, bf16=True, num_train_epochs=1)
+    of = made._masters.of
+    assert head in of and model.model.embed_tokens.weight not in of
+    assert model.model.norm.weight not in of and model.model.norm.weight.dtype == torch.float32
+
+
+class Free(torch.optim.SGD):
+    """Like schedule-free optimizers, which keep other weights for training."""
+
+    def train(self):
+        pass
+
+
+def test_what_cannot_have_masters_is_refused(tok, tmp_path):
+    with pytest.raises(ValueError, match=r"optimizer Free .* load the model with dtype float32"):
+        run(tok, tmp_path, torch.bfloat16, optimizer=lambda p: Free(p, lr=1e-3))
+    made = trainer(tok, config(tmp_path), model=small.model(tok).half())
+    made.accelerator.state._mixed_precision = "fp16"  # no CPU has it
+    try:
+        with pytest.raises(ValueError, match="a loss scale needs float32 weights"):
+            made.create_optimizer()
+    finally:
+        made.accelerator.state._mixed_precision = "no"
+    assert run(tok, tmp_path, torch.float32, optimizer=lambda p: Free(p, lr=1e-3))
+
+
+def test_the_share_that_rounding_takes_back(tok):
+    model = small.model(tok)
+    started = StartingWeights(model.bfloat16())
+    assert started.rounded_back(model) == 0.0
+    model.float()
+    after = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in after.parameters():
+            flat = parameter.view(-1)
+            flat[::2] *= 1 + 2**-12  # an eighth of a spacing or less
+            flat[1::2] *= 2
+    assert 0 < started.rounded_back(after, torch.bfloat16) <= 0.51
+    assert started.rounded_back(after) == 0.0  # float32 takes nothing back
