@@ -226,10 +226,11 @@ class PALUTrainer(EvaluationTrainer):
         if self._model_checked or not is_whole(self.model) or not _has_places(self.train_dataset):
             return
         texts = first_texts(self.train_dataset, self.data_collator)
-        check_causal(self.model, texts)
         by_adapter = isinstance(self.reference, AdapterOffReference)
-        if by_adapter and not resumed and not self.args.base_is_original:
-            check_adapter_off(self.model, texts)
+        with self.accelerator.autocast():  # norms may be float32 in a bfloat16 model
+            check_causal(self.model, texts)
+            if by_adapter and not resumed and not self.args.base_is_original:
+                check_adapter_off(self.model, texts)
         self._model_checked = True
 
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
