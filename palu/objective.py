@@ -19,6 +19,7 @@ from palu.loss import PALULoss
 from palu.model_inputs import COLUMNS, joined, more_inputs
 from palu.modeling import kept_logits, prediction_rows
 from palu.reference import CachedReference, Inputs, Reference, ReferenceRows
+from palu.router_loss import RouterLoss, wanted
 from palu_kernels import cross_entropy_loss, kl_loss
 from palu_kernels.row_losses import KL, CrossEntropy
 
@@ -57,6 +58,7 @@ class Objective:
         self.autocast = autocast
         self.head: palu_kernels.LMHead | None = None
         self._asked = False
+        self.router = RouterLoss()
 
     def count(self, batch: Mapping[str, Any]) -> Tensor:
         """Float32 `[3]`: rows of each term in a batch."""
@@ -89,7 +91,16 @@ class Objective:
         if not self._asked:
             self._choose_road(model, inputs, batch)
         terms = self._from_hidden if self.head is not None else self._from_logits
-        return terms(model, batch, inputs, denominators)
+        with self.router.watching(model) as outputs:
+            total, means = terms(model, batch, inputs, denominators)
+        retain = batch.get(RETAIN)
+        if retain is None or self.retain_kl or not wanted(model):
+            return total, means
+        own = len(inputs.input_ids) - len(retain["input_ids"])
+        extra = self.router.of(model, outputs, inputs.attention_mask, own)
+        extra = extra * (self.count(batch)[2] / denominators[2])
+        total = total + self.retain_weight * extra
+        return total, means + torch.stack([extra * 0, extra * 0, extra]).detach()
 
     def _inputs(self, batch: Mapping[str, Any], with_retain: bool = True) -> Inputs:
         roles = self.loss.roles(batch["labels"])

@@ -45,6 +45,7 @@ from palu.reference import (
     Reference,
     vocabulary_size,
 )
+from palu.router_loss import warn_if_left_out
 from palu.run_reference import (
     autocast_dtype,
     make_reference,
@@ -194,6 +195,11 @@ class PALUTrainer(EvaluationTrainer):
             autocast=self.accelerator.autocast,
         )
         self._model_checked = False
+        # The model's own loss has it beside the cross-entropy of what is to be learned.
+        place = None if self.retain_dataset is not None else "there is no retain term"
+        if place is None and args.retain_loss != "nll":
+            place = f"retain_loss is {args.retain_loss!r}, not 'nll'"
+        warn_if_left_out(self.model, place)
         self._retain_lengths = None
         if self.retain_dataset is not None and groups_by_length(args):
             self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
@@ -470,6 +476,9 @@ class PALUTrainer(EvaluationTrainer):
             logs |= self.step_log.collect(self.accelerator.gather)
             if self._by_method and self.loss_fn.per_example:
                 del logs["head_rows_share"]  # it takes num_forget, which counts answers, for rows
+            router_loss = self.objective.router.take_mean()
+            if router_loss is not None:
+                logs["router_loss"] = self.accelerator.gather(router_loss).mean().item()
             logs |= self.objective.state()
         super().log(logs, start_time)
 
