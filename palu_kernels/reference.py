@@ -105,6 +105,7 @@ def mean_in_two(z: Tensor) -> tuple[Tensor, Tensor]:
     live = z != NEG_INF
     count = live.sum(-1, keepdim=True).clamp(min=1)
     near = (torch.where(live, z, 0).sum(-1, keepdim=True) / count).detach()
+    near = torch.where(near.isfinite(), near, 0)  # +inf less itself would be NaN
     return near, torch.where(live, z - near, 0).sum(-1, keepdim=True) / count
 
 
