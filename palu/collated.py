@@ -98,7 +98,7 @@ class ExampleRows:
             value = batch.get(name)
             if not isinstance(value, Tensor) or value.dim() != 2:
                 found = (
-                    f"of shape {list(value.shape)}"
+                    f"a tensor of shape {list(value.shape)}"
                     if isinstance(value, Tensor)
                     else f"a {type(value).__name__}"
                 )

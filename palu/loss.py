@@ -124,6 +124,8 @@ class PALULoss(nn.Module):
             ref_logits: ``[B, T, V]`` of the frozen reference, of any of these dtypes, no gradient.
             num_forget, num_preserve: denominators of the two means instead of this batch's row
                 counts, so that a step split into micro-batches or processes has one objective.
+                (What divides the loss or its gradient again by micro-batches or processes,
+                as accelerate, Lightning and DDP do, has to be multiplied back.)
 
         Raises:
             TypeError, ValueError: an argument is not as above, or the reference is missing.
