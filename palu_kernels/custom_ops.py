@@ -100,7 +100,8 @@ def _(scores: Tensor, k: int, served_by: str) -> Tensor:
 @topk.register_vmap
 def _(info: Any, in_dims: tuple, scores: Tensor, k: int, served_by: str) -> tuple[Tensor, int]:
     batches = scores.movedim(in_dims[0], 0)
-    return topk(_flat(batches), k, served_by).reshape(*batches.shape[:-1], -1), 0
+    found = topk(batches.flatten(0, -2), k, served_by)
+    return found.reshape(*batches.shape[:-1], found.shape[-1]), 0
 
 
 # --- local_entropy_loss --------------------------------------------------------------------------

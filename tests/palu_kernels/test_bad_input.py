@@ -206,6 +206,7 @@ def test_topk_indices_in_transforms():
     right = topk_indices(batches.flatten(0, 2), 3).view(3, 2, 4, 3)
     assert torch.equal(torch.vmap(lambda t: topk_indices(t, 3))(batches), right)
     assert torch.equal(torch.vmap(lambda t: topk_indices(t, 3), 2, 2)(batches), right)
+    assert torch.vmap(lambda t: topk_indices(t, 3))(batches[0, :, :0]).shape == (2, 0, 3)
     chosen = torch.zeros_like(Z).scatter(-1, topk_indices(Z, 3).long(), 1.0)
 
     def top(z):
