@@ -209,6 +209,7 @@ def unlearn(
         from palu.cache import CacheError, CacheWriteError, cache_info
         from palu.loading import (
             check_token_ids,
+            freeze_other_towers,
             load_model,
             load_tokenizer,
             model_folder,
@@ -302,6 +303,7 @@ def unlearn(
         check_causal(loaded, first_texts(rows))
         if lora is not None:
             loaded = add_lora(loaded, lora, seed)
+        freeze_other_towers(loaded)
         run.prepare_model(config, loaded)
     if retain_rows is None:
         hold = "only the other words of the forget answers hold" if by_span else "nothing holds"

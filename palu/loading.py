@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from palu.data import Collator
 from palu.folders import (
@@ -18,10 +24,12 @@ from palu.folders import (
     check_loaded,
     check_pattern,
     check_weights_files,
+    read_object,
     reading,
     warn_of_not_finite,
 )
 from palu.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
+from palu.modeling import unwrap
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -130,7 +138,7 @@ def load_model(
         whole = base_folder(folder) if base is None else model_folder(base)
     check_weights_files(whole)
     with reading(f"could not load a model from {str(whole)!r}", whole):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = _auto_class(whole).from_pretrained(
             whole,
             dtype=kind,
             local_files_only=True,
@@ -146,6 +154,28 @@ def load_model(
     if whole is not folder:
         model = attach_adapter(model, folder)
     return model.to(where).eval()
+
+
+def _auto_class(folder: Path) -> type:
+    """The class that has all of the folder's towers: of a checkpoint with images the one of its
+    `architectures`, where AutoModelForCausalLM would take the language part alone."""
+    config = read_object(folder / "config.json")
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.get("model_type"))
+    named = config.get("architectures") or ()
+    return AutoModelForImageTextToText if whole in named else AutoModelForCausalLM
+
+
+def freeze_other_towers(model: PreTrainedModel | PeftModel) -> None:
+    """Turns off the gradients of what text does not reach: all outside the language model and its
+    output embedding, where the config has a text part of its own."""
+    inner = unwrap(model)
+    if inner.config.get_text_config(decoder=True) is inner.config:
+        return
+    parts = [inner.get_decoder(), inner.get_output_embeddings(), inner.get_input_embeddings()]
+    own = {p for part in parts if part is not None for p in part.parameters()}
+    for parameter in inner.parameters():
+        if parameter not in own:
+            parameter.requires_grad_(False)
 
 
 def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:

@@ -223,4 +223,6 @@ def _peft_model(model: nn.Module) -> nn.Module:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """Entries of a row of logits, as the model's config tells; None where it does not."""
-    return getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)

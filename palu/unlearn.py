@@ -159,7 +159,9 @@ def unlearn(
         CacheError, CacheWriteError: the reference cache cannot be used or built.
         CheckpointError: `resume` is not whole, or of a run with other settings, data or model.
     """
-    use_cache = model.config.use_cache
+    # Of a checkpoint with images the text part has it.
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+    use_cache = [(c, c.use_cache) for c in configs if hasattr(c, "use_cache")]
     with tempfile.TemporaryDirectory(prefix="palu-") as scratch:
         config.output_dir = scratch if checkpoints is None else str(checkpoints)
         trainer = PALUTrainer(
@@ -178,7 +180,8 @@ def unlearn(
             config.reference_cache = None
     check_weights(model, trainer.state.global_step)
     # The Trainer turns the cache off for training and would leave it so in the saved folder.
-    model.config.use_cache = use_cache
+    for config_, value in use_cache:
+        config_.use_cache = value
     model.eval()
     history = trainer.state.log_history
     measured = {e["step"]: {FORGET_PROB: e[FORGET_PROB]} for e in history if FORGET_PROB in e}
