@@ -5,6 +5,8 @@ none.
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from palu.errors import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -161,22 +163,20 @@ class Template:
         return before, after
 
     def _chat(self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str) -> str:
-        from jinja2.exceptions import TemplateError
-
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if self.system_prompt is not None:
             turns.insert(0, {"role": "system", "content": self.system_prompt})
         options = {} if self.date_string is None else {"date_string": self.date_string}
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, **options)
-        except TemplateError as error:
+        except Exception as error:  # of any kind: the template is a program of the user's
             what = (
                 "with a system prompt"
                 if self.system_prompt is not None
                 else "without a system prompt"
             )
             raise ValueError(
-                f"the chat template refuses a question and answer {what}: {error}"
+                f"the chat template refuses a question and answer {what}: {one_line(error)}"
             ) from error
 
 
