@@ -232,6 +232,31 @@ def check_architecture(model: nn.Module) -> None:
         )
 
 
+# What a file may hold that every model makes for itself.
+_MADE_ANEW = re.compile(r"inv_freq|masked_bias|attn\.bias|causal_mask|position_ids|_index$")
+
+
+def warn_of_left_out(model: nn.Module, folder: Path) -> None:
+    """Warns of tensors that transformers passes over in silence (heads that predict further tokens,
+    towers of a class that has none): what is saved from the model is without them."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    names = [WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder)
+    has = set(model.state_dict())
+    lost = sorted(
+        key
+        for name in names
+        for key in tensor_names(folder / name)
+        if key not in has and not _MADE_ANEW.search(key)
+        if any(re.search(pattern, key) for pattern in patterns)
+    )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} tensors of {str(folder)!r} are no part of {type(model).__name__} and "
+            f"will not be in what is saved from it: {', '.join(lost[:_SHOWN])}{_more(lost)}",
+            stacklevel=2,
+        )
+
+
 def warn_of_not_finite(model: nn.Module, folder: Path) -> None:
     """Warns of parameters that hold NaN or an infinity: they may lie in rows that nothing reads."""
     names = []

@@ -26,6 +26,7 @@ from palu.folders import (
     check_weights_files,
     read_object,
     reading,
+    warn_of_left_out,
     warn_of_not_finite,
 )
 from palu.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
@@ -150,6 +151,7 @@ def load_model(
     check_architecture(model)
     _check_special_ids(model, whole)
     check_loaded(model, loaded, whole, allow_missing)
+    warn_of_left_out(model, whole)
     warn_of_not_finite(model, whole)
     if whole is not folder:
         model = attach_adapter(model, folder)

@@ -1,16 +1,17 @@
 """Checkpoints with images: the language model is trained, and the other towers are kept."""
 
 import json
+import warnings
 
 import pytest
 import small
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from palu.cli import app
-from palu.loading import freeze_other_towers
+from palu.loading import freeze_other_towers, load_model
 from palu.reference import vocabulary_size
 
 TEXT = {
@@ -78,6 +79,21 @@ def test_other_towers_are_kept(tmp_path, kind):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("language_model" in name or "lm_head" in name for name in changed)
+
+
+def test_tensors_that_are_passed_over_are_named(tmp_path, monkeypatch):
+    model = small.model(small.tokenizer())
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"^mtp", "inv_freq"])
+    extra = {"mtp.norm.weight": torch.ones(3), "model.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | extra, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 tensors of .* LlamaForCausalLM .*: mtp.norm.weight$"):
+        load_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        load_model(tmp_path)
 
 
 def test_only_the_language_model_trains():
