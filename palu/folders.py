@@ -124,6 +124,14 @@ def check_weights_files(folder: Path) -> None:
         for key in tensor_names(folder / name):
             if seen.setdefault(key, name) != name:
                 raise ValueError(f"{str(folder)!r} has {key!r} twice: in {seen[key]} and in {name}")
+    text = config.get("text_config")
+    for settings in (config, text if isinstance(text, dict) else {}):
+        layers = settings.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > max(len(seen), 1000):  # made one by one
+            raise ValueError(
+                f"{folder / 'config.json'} has num_hidden_layers {layers}, and the weights are "
+                f"{len(seen)} tensors"
+            )
 
 
 def _shards(folder: Path) -> list[str]:

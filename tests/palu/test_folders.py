@@ -121,6 +121,7 @@ FAULTS = {
     "tied, said untied": ("tied", edit(CONFIG, tie_word_embeddings=False), "must be true"),
     "layer more": ("plain", edit(CONFIG, num_hidden_layers=3), "num_hidden_layers"),
     "layer less": ("plain", edit(CONFIG, num_hidden_layers=1), "is too small"),
+    "endless layers": ("plain", edit(CONFIG, num_hidden_layers=10**20), "the weights are 21 tens"),
     "vocabulary": ("plain", edit(CONFIG, vocab_size=999), "([330, 16] instead of [999, 16])"),
     "heads": ("plain", edit(CONFIG, num_key_value_heads=1), "k_proj.weight ([16, 16] instead"),
     "another type": ("plain", edit(CONFIG, model_type="mistral"), "contradicts itself"),
@@ -306,6 +307,15 @@ def test_a_reference_model_that_cannot_be_read_is_one_line(copy, monkeypatch, ca
     words += " --reference-model lacking --max-new-tokens 0"
     status, _, error = palu(*words.split())
     assert status == 2 and "error: the weights in 'lacking'" in error, error
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for m in messages %}", "{{ x[0] }}"])
+def test_a_chat_template_that_fails_is_one_line(template):
+    tok = small.tokenizer()
+    tok.chat_template = template
+    with pytest.raises(ValueError, match="the chat template refuses") as caught:
+        small.rows(tok)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["2", 1.5, ["x"], 10**20])
