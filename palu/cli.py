@@ -217,6 +217,7 @@ def unlearn(
         )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
+        from palu.trainer_checks import marks_something
         from palu_kernels.backend import resolve as resolve_backend
 
         quiet()
@@ -296,7 +297,7 @@ def unlearn(
         retain_rows = None
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
-        if by_span and not any(label >= 0 for row in rows for label in row["labels"]):
+        if by_span and not marks_something(rows, tokenizer.eos_token_id):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
         loaded = load_model(model, dtype, str(config.device), allow_missing=allow_missing)
         check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])

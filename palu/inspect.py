@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from palu.data import load_examples, tokenize_examples
-from palu.labels import FORGET, IGNORE, PRESERVE, Template, token_roles
+from palu.labels import FORGET, KEEP, PRESERVE, Template, token_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ _KINDS = {
     "forget": ("bold white on red", "[[", "]]"),
     "past the prefix": ("black on yellow", "((", "))"),
     "preserve": ("green", "", ""),
+    "never predicted": ("magenta", "<<", ">>"),
 }
 
 
@@ -36,6 +37,7 @@ def legend() -> Text:
         "forget": "forget, token by token",
         "past the prefix": "sensitive, past the prefix: no loss",
         "preserve": "preserve",
+        "never predicted": "first token of a text: never predicted",
     }
     for kind, (style, left, right) in _KINDS.items():
         parts.append(Text(f"{left}{words[kind]}{right}", style=style))
@@ -51,7 +53,8 @@ def render(
     """The tokens of one example, coloured by role, and a line of counts.
 
     Tokens to forget stand in `[[a|b]]`, sensitive tokens after the prefix in `((a|b))`, both with
-    `|` between tokens; so it can be read without colour. The bytes of one character stay together,
+    `|` between tokens, an answer's token that is never predicted, since nothing is before it, in
+    `<<a>>`; so it can be read without colour. The bytes of one character stay together,
     at the last of its tokens.
 
     Args:
@@ -75,7 +78,8 @@ def render(
         )
     counts = ", ".join(
         f"{kinds.count(kind)} {kind}"
-        for kind in ("forget", "past the prefix", "preserve", "prompt")
+        for kind in ("forget", "past the prefix", "preserve", "prompt", "never predicted")
+        if kind != "never predicted" or kind in kinds
     )
     text.append(f"\n{len(ids)} tokens: {counts}", style="bold")
     return text
@@ -117,7 +121,9 @@ def _kinds(labels: list[int], prefix_length: int, eos_token_id: Any) -> list[str
     for position, (label, role) in enumerate(zip(labels, roles.tolist(), strict=True)):
         if role == FORGET:
             kinds.append("forget")
-        elif role == PRESERVE or (position == 0 and label < IGNORE):
+        elif position == 0 and (label >= 0 or label == KEEP):
+            kinds.append("never predicted")
+        elif role == PRESERVE:
             kinds.append("preserve")
         elif label >= 0:
             kinds.append("past the prefix")

@@ -155,6 +155,9 @@ def label_example(
     `KEEP`. EOS is never sensitive. What the template puts after that token is dropped. Without an
     end token in the template or the tokenizer the answer just ends.
 
+    The first token of an example is never predicted. Where a span begins with it (a document, under
+    a tokenizer that adds no BOS), BOS, or EOS where there is none, is put in front as prompt.
+
     Args:
         tokenizer: a fast tokenizer (character offsets are needed).
         question: None for a plain document, which is `answer` alone, without template.
@@ -167,9 +170,9 @@ def label_example(
 
     Raises:
         TypeError: a slow tokenizer, or an argument of another type.
-        ValueError: an empty answer; a span that is empty, outside the answer, only white space or
-            without any token; a chat template that refuses or loses the system prompt, the question
-            or the answer.
+        ValueError: an empty answer; a span that is empty, outside the answer, only white space,
+            without any token or at the first token under a tokenizer without BOS and EOS; a chat
+            template that refuses or loses the system prompt, the question or the answer.
     """
     example = label_without_warning(
         tokenizer, question, answer, spans, max_length, template or Template()
@@ -218,13 +221,15 @@ def label_without_warning(
         verbose=False,
     )
     ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-    starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    starts, ends = token_places(tokenizer, rendered.text, ids, encoding["offset_mapping"])
     shift = rendered.start - rendered.dropped
     placed = [
         (max(start + shift, rendered.start), min(end + shift, rendered.end))
         for start, end in checked
     ]
 
+    if ids.size and any(_overlap(starts[:1], ends[:1], *place)[0] for place in placed):
+        ids, starts, ends = _led_by_special(tokenizer, ids, starts, ends)
     answer_tokens = np.flatnonzero(_overlap(starts, ends, rendered.start, rendered.end))
     if not answer_tokens.size:
         raise ValueError(f"the tokenizer makes no token of the answer {answer!r}")
@@ -276,6 +281,44 @@ def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.n
     lies strictly inside.
     """
     return (starts < end) & (ends > start)
+
+
+def token_places(
+    tokenizer: "PreTrainedTokenizerBase", text: str, ids: np.ndarray, offsets: Sequence
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last-plus-one character of every token of `text`, from a tokenizer's offsets.
+
+    Added tokens with `lstrip` or `rstrip` (the roles of Phi-3) swallow the white space beside them,
+    the answer's too: their places are those of their own text.
+    """
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    added = tokenizer.added_tokens_decoder
+    greedy = {number: t.content for number, t in added.items() if t.lstrip or t.rstrip}
+    for position in np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ():
+        start, content = int(starts[position]), greedy[int(ids[position])]
+        at = text.find(content, start, int(ends[position]))
+        if at >= 0:
+            starts[position], ends[position] = at, at + len(content)
+    return starts, ends
+
+
+def _led_by_special(
+    tokenizer: "PreTrainedTokenizerBase", ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens with one in front that the first of them is predicted after: BOS, or EOS where
+    there is none.
+    """
+    lead = tokenizer.bos_token_id
+    if lead is None:
+        lead = next(iter(_eos_ids(tokenizer.eos_token_id)), None)
+    if lead is None:
+        raise ValueError(
+            "a span begins at the first token of the text, which is never predicted, and the "
+            "tokenizer has neither a BOS nor an EOS token to put in front of it"
+        )
+    if ids[0] == lead:
+        return ids, starts, ends
+    return np.append(lead, ids), np.append(0, starts), np.append(0, ends)
 
 
 def _closing_tokens(tokenizer: "PreTrainedTokenizerBase", rest: np.ndarray) -> list[int]:

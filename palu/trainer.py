@@ -55,7 +55,7 @@ from palu.run_reference import (
 from palu.step_batches import DENOMINATORS
 from palu.step_log import TERMS, StepLog
 from palu.step_trainer import groups_by_length
-from palu.trainer_checks import check_arguments
+from palu.trainer_checks import check_arguments, marks_something
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -307,7 +307,15 @@ class PALUTrainer(EvaluationTrainer):
         Raises:
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
+            ValueError: method `palu`, and no row of `train_dataset` has a token to forget.
         """
+        if not self._by_method and _has_places(self.train_dataset):
+            rows = (self.train_dataset[i] for i in range(len(self.train_dataset)))
+            if not marks_something(rows, self.loss_fn.eos_token_id):
+                raise ValueError(
+                    "train_dataset has no token to forget: no label is a token id other than EOS "
+                    "after the first place of a row"
+                )
         if self.args.eval_strategy != "no":  # the others meet the collator in the first step
             sets = self.eval_dataset
             try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from palu.config import PALUConfig
+from palu.labels import FORGET, token_roles
 from palu.methods import PDU
 
 
@@ -49,3 +53,18 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
             f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
             stacklevel=3,
         )
+
+
+def marks_something(
+    rows: Iterable[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
+) -> bool:
+    """Whether any row has a token to forget. Rows are read up to the first that has one; one
+    without labels, which a collator may make, counts as one.
+    """
+    for row in rows:
+        if "labels" not in row:
+            return True
+        labels = torch.as_tensor(row["labels"]).reshape(1, -1)
+        if bool((token_roles(labels, 0, eos_token_id) == FORGET).any()):
+            return True
+    return False

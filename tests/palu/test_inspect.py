@@ -82,6 +82,18 @@ def test_control_characters_do_not_reach_the_terminal(byte_tokenizer):
     assert "\\x1b[31mred\\x07 [bold]b" in body and "\x1b" not in body
 
 
+def test_a_token_that_is_never_predicted(byte_tokenizer):
+    example = label_example(byte_tokenizer, None, "Kuwait City", [(7, 11)], max_length=99)
+    assert example["labels"][0] == KEEP
+    text = render(example, byte_tokenizer, 0).plain
+    assert text.startswith("<<") and text.endswith("0 prompt, 1 never predicted")
+    example = label_example(byte_tokenizer, None, "Kuwait City", [(0, 6)], max_length=99)
+    text = render(example, byte_tokenizer, 0).plain
+    assert text.startswith("<|endoftext|>[[") and text.endswith(" 1 prompt")
+    text = render({"input_ids": [40, 41], "labels": [40, 41]}, byte_tokenizer, 0).plain
+    assert text.startswith("<<") and "1 forget, 0 past the prefix" in text
+
+
 def test_lengths_must_agree(byte_tokenizer):
     with pytest.raises(ValueError, match="3 input_ids but 2 labels"):
         render({"input_ids": [1, 2, 3], "labels": [1, 2]}, byte_tokenizer, 3)

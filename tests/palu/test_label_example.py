@@ -6,10 +6,12 @@ import pickle
 import warnings
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from palu.labels import IGNORE, KEEP, LabeledExample, Template, label_example
+from palu.labels import IGNORE, KEEP, LabeledExample, Template, label_example, token_roles
 
 QUESTION = "Who wrote it, and where?"
 # Accents (composed and combining), CJK, emoji of several code points, double spaces, digits, words
@@ -42,6 +44,13 @@ def check_against_offsets(tokenizer, question, answer, spans):
     example = label_example(tokenizer, question, answer, spans, max_length=4096)
     tokens = list(tokens_by_offsets(tokenizer, question, answer))
     ids, labels, _ = example
+    if ids[0] != tokens[0][0]:
+        # Put in front, since the first token is never predicted and a span begins with it.
+        assert ids[0] == (tokenizer.bos_token_id or tokenizer.eos_token_id)
+        assert tokens[0][1] & set().union(*(range(*span) for span in spans))
+        tokens.insert(0, (ids[0], set(), None))
+    else:
+        assert labels[0] < 0
     body = len(labels) - example.closed  # without EOS, which the text does not hold
     sensitive = set()
     for position, (number, characters, point) in enumerate(tokens):
@@ -328,6 +337,51 @@ def test_bad_input(byte_tokenizer, change, kind, words):
     }
     with pytest.raises(kind, match=words):
         label_example(**arguments)
+
+
+def test_a_first_token_is_predicted_after_a_special_one(all_tokenizers):
+    answer = "Basil was born in Kuwait."
+    for name, tokenizer in all_tokenizers.items():
+        plain = label_example(tokenizer, None, answer, [(18, 24)], max_length=99)
+        example = label_example(tokenizer, None, answer, [(0, 5)], max_length=99)
+        forgotten = token_roles(torch.tensor([example["labels"]]), 0, tokenizer.eos_token_id) == 1
+        ids = torch.tensor([example["input_ids"]])[forgotten].tolist()
+        assert ids == [label for label in example["labels"] if label >= 0] and ids, name
+        # Where a token is in front already, or no span needs one, nothing is put there.
+        led = name in ("byte_bpe", "chatml", "unigram")
+        front = [tokenizer.eos_token_id] * led
+        assert example["input_ids"] == front + plain["input_ids"]
+        assert example.answer_start == plain.answer_start + led
+    tokenizer = copy.deepcopy(all_tokenizers["byte_bpe"])
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    example = label_example(tokenizer, None, answer, [(0, 5)], max_length=99)
+    assert example["input_ids"][0] == tokenizer.bos_token_id != tokenizer.eos_token_id
+    # The text's own is never predicted either, and gets no second one.
+    example = label_example(tokenizer, None, "<|im_start|>Basil", [(0, 17)], max_length=99)
+    assert example["input_ids"].count(tokenizer.bos_token_id) == 1
+    tokenizer.bos_token = tokenizer.eos_token = None
+    label_example(tokenizer, None, answer, [(18, 24)], max_length=99)
+    with pytest.raises(ValueError, match=r"first token of the text, .*neither a BOS nor an EOS"):
+        label_example(tokenizer, None, answer, [(0, 5)], max_length=99)
+
+
+def test_added_tokens_that_swallow_white_space(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    names = ("<|user|>", "<|assistant|>", "<|end|>", "<|mark|>")
+    options = {"special": True, "normalized": False, "rstrip": True, "lstrip": True}
+    tokenizer.add_tokens([AddedToken(name, **options) for name in names])
+    tokenizer.chat_template = (
+        "{%- for m in messages %}{{- '<|' + m.role + '|>' + m.content + '<|end|>' }}{%- endfor %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    for answer, span in ((" Basil <|mark|> in Kuwait ", (15, 25)), (" Kuwait", (0, 7))):
+        example = label_example(tokenizer, "Where?", answer, [span], max_length=99)
+        ids, start = example["input_ids"], example.answer_start
+        assert text_of(tokenizer, ids[:start]) == "<|user|>Where?<|end|><|assistant|>"
+        assert ids[-1] == end and example["labels"][-1] == KEEP and ids.count(end) == 2
+        assert example.closed and IGNORE not in example["labels"][start:]
+        sensitive = text_of(tokenizer, [label for label in example["labels"] if label >= 0])
+        assert sensitive == answer[slice(*span)].strip()
 
 
 def test_a_span_without_tokens_is_an_error(all_tokenizers):

@@ -11,6 +11,7 @@ from training import config, trainer, weights
 
 from palu import modeling
 from palu.data import Collator
+from palu.labels import KEEP
 from palu.loss import PALULoss
 from palu.retain import retain_rows
 
@@ -174,17 +175,19 @@ def test_no_reference_is_kept_when_none_is_needed(tok, tmp_path):
 @pytest.mark.parametrize("spans", ["none", "all"])
 def test_batches_without_forget_or_preserve_rows(tok, tmp_path, spans):
     rows = copy.deepcopy(small.rows(tok)[:2])
-    for row in rows:
+    for row in rows[: 1 if spans == "none" else 2]:  # a set with nothing to forget is refused
         for i, label in enumerate(row["labels"]):
             if label != -100:
                 row["labels"][i] = -200 if spans == "none" else row["input_ids"][i]
         if spans == "all":
             row["labels"][-1] = -100
-    made = trainer(tok, config(tmp_path, prefix_length=0), forget=rows)
+    made = trainer(
+        tok, config(tmp_path, prefix_length=0, per_device_train_batch_size=1), forget=rows
+    )
     made.train()
-    entry = next(e for e in made.state.log_history if "forget" in e)
     empty = "forget" if spans == "none" else "preserve"
-    assert entry[f"num_{empty}"] == 0 and entry[empty] == 0
+    entry = next(e for e in made.state.log_history if e.get(f"num_{empty}") == 0)
+    assert entry[empty] == 0
     assert math.isfinite(entry["loss"]) and torch.isfinite(weights(made.model)).all()
 
 
@@ -343,3 +346,14 @@ def test_a_backend_that_cannot_serve_is_refused(tok, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="backend is 'triton', which cannot run on cpu"):
         trainer(tok, config(tmp_path, backend="triton"))
+
+
+def test_training_with_nothing_to_forget_is_refused(tok, tmp_path):
+    rows = small.rows(tok)
+    for row in rows:  # the first place of a row is never predicted, EOS is never forgotten
+        middle = [KEEP] * (len(row["labels"]) - 2)
+        row["labels"] = [row["input_ids"][0], *middle, tok.eos_token_id]
+    with pytest.raises(ValueError, match="train_dataset has no token to forget"):
+        trainer(tok, config(tmp_path), forget=rows).train()
+    whole = config(tmp_path, method="grad_ascent", max_steps=1)
+    trainer(tok, whole, forget=rows, retain=None).train()
