@@ -71,7 +71,7 @@ def test_a_text_cut_within_a_character_is_shown(byte_tokenizer):
     example = label_example(byte_tokenizer, None, "a 東", [(2, 3)], max_length=99)
     cut = {key: value[:3] for key, value in example.items()}  # `a`, a space, one of three bytes
     body = render(cut, byte_tokenizer, 3).plain
-    assert body.startswith("a ") and "[[\ufffd]]" in body
+    assert body.startswith("<<a>> ") and "[[\ufffd]]" in body
 
 
 def test_control_characters_do_not_reach_the_terminal(byte_tokenizer):
