@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import palu_kernels
-from palu.modeling import undisturbed, unwrap
+from palu.modeling import image_marks, undisturbed, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def model_hidden_states(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
-                **model_inputs,
+                **{**image_marks(model, input_ids), **model_inputs},
             )
         except (HeadNotPlain, torch.OutOfMemoryError):
             raise

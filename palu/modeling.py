@@ -67,6 +67,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def image_marks(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+    """What Gemma 3 asks for in training: which tokens stand for images. None do."""
+    inner = unwrap(model)
+    if inner.training and getattr(getattr(inner, "config", None), "model_type", None) == "gemma3":
+        return {"token_type_ids": torch.zeros_like(input_ids)}
+    return {}
+
+
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """Every id that ends an answer, ascending: the tokenizer's end token and those that the model's
     generation settings and its config name.
@@ -119,7 +127,7 @@ def kept_logits(
             f"not {tuple(keep.shape)}"
         )
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    inputs |= model_inputs
+    inputs |= image_marks(model, input_ids) | model_inputs
     kind = type(unwrap(model))
     takes_mask = _TAKES_MASK.get(kind)
     if takes_mask is None and not _names_logits_to_keep(unwrap(model)):

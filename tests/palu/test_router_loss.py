@@ -34,7 +34,7 @@ MIXTURES = {
     "GptOss": {"num_local_experts": 4},
     "GraniteMoe": {"num_local_experts": 4, "logits_scaling": 2.0},
     "Jamba": {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2,
-              "attn_layer_offset": 1},
+              "use_mamba_kernels": False, "attn_layer_offset": 1},
 }  # fmt: skip
 
 
@@ -74,6 +74,8 @@ def gradients(model):
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_it_is_the_models_own(tok, tmp_path, name, hidden):
+    if name == "GraniteMoe" and transformers.__version__ < "5.1":
+        pytest.skip("its own loss fails there")
     model = mixture(tok, name).eval()
     rows = small.rows(tok)
     made = trainer(tok, tmp_path, model, hidden=hidden)
