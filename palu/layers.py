@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from palu.heads import is_compiled, wrapper_fault
-from palu.modeling import unwrap
+from palu.modeling import image_marks, unwrap
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -87,7 +87,7 @@ def layer_output(
     if reason is not None:
         raise _unseen(layer_id, reason)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    inputs |= model_inputs
+    inputs |= image_marks(model, input_ids) | model_inputs
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = 1
     with _ending_at(layers, layer_id) as calls:
