@@ -20,6 +20,7 @@ from palu.cli_evaluate import evaluate
 from palu.cli_inspect import inspect
 from palu.cli_merge import merge
 from palu.cli_options import (
+    BF16,
     SPAN_OPTIONS,
     AllowMissing,
     Backend,
@@ -176,6 +177,7 @@ def unlearn(
     save_steps: SaveSteps = None,
     resume: Resume = False,
     dtype: Dtype = "auto",
+    bf16: BF16 = False,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the batches.")] = 0,
     allow_missing: AllowMissing = None,
@@ -207,10 +209,12 @@ def unlearn(
         from palu import checkpoints
         from palu import unlearn as run
         from palu.cache import CacheError, CacheWriteError, cache_info
+        from palu.cache_rows import dtype_name
         from palu.loading import (
+            check_precision,
             check_token_ids,
             freeze_other_towers,
-            load_model,
+            load_to_train,
             load_tokenizer,
             model_folder,
             resolve_device,
@@ -221,6 +225,7 @@ def unlearn(
         from palu_kernels.backend import resolve as resolve_backend
 
         quiet()
+        check_precision(dtype, bf16)
         model_folder(model)
         where = processes.own_device(resolve_device(device))
         resolve_backend(backend, where, torch.float32)
@@ -277,6 +282,7 @@ def unlearn(
             gradient_accumulation_steps=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing,
             save_steps=save_steps,
+            bf16=bf16,
             seed=seed,
         )
         run.check_method(config, model, retain=retain is not None)
@@ -299,11 +305,14 @@ def unlearn(
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
         if by_span and not marks_something(rows, tokenizer.eos_token_id):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
-        loaded = load_model(model, dtype, str(config.device), allow_missing=allow_missing)
+        loaded, saved = load_to_train(
+            model, dtype, str(config.device), bf16=bf16, allow_missing=allow_missing
+        )
+        computed = torch.bfloat16 if bf16 else loaded.dtype
         check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
         if lora is not None:
-            loaded = add_lora(loaded, lora, seed)
+            loaded, saved = add_lora(loaded, lora, seed), None  # adapters stay float32
         freeze_other_towers(loaded)
         run.prepare_model(config, loaded)
     if retain_rows is None:
@@ -320,8 +329,8 @@ def unlearn(
     notes = {"model": str(model), **data, "template": template.to_dict()}
     with output_folder(output) if is_main else nullcontext() as folder:
         mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)
-        with mistakes, bar(bars, "Unlearning") as report:
-            curve = run.unlearn(
+        with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
+            outcome = run.unlearn(
                 loaded,
                 tokenizer,
                 rows,
@@ -331,7 +340,9 @@ def unlearn(
                 cache_options={"template": template, "notes": notes},
                 checkpoints=kept,
                 resume=checkpoint,
+                saved=saved,
             )
+            curve = outcome.curve
         if not is_main:
             return
         with bars.status("Writing the model"):
@@ -340,11 +351,15 @@ def unlearn(
                 loaded,
                 tokenizer,
                 template,
+                saved=saved,
                 made_by="palu unlearn",
                 seed=seed,
                 base_model=named_from(folder, model),
                 data=data,
-                dtype=str(loaded.dtype).removeprefix("torch."),
+                dtype=dtype_name(next(iter(saved.values())) if saved else loaded.dtype),
+                compute_dtype=dtype_name(computed),
+                master_weights=outcome.master_weights,
+                rounded_back=outcome.rounded_back,
                 device=str(where),
                 processes=processes.count(),
                 settings=run.settings_of(config),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from palu.cli_options import (
+    BF16,
     AllowMissing,
     Backend,
     DateString,
@@ -69,6 +70,7 @@ def build(
     batch_size: BatchSize = 8,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    bf16: BF16 = False,
     device: Device = "auto",
     allow_missing: AllowMissing = None,
     max_length: MaxLength = 512,
@@ -90,10 +92,13 @@ def build(
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         check_output(output, overwrite=overwrite, inputs=(model, *files))
+        import torch
+
         from palu.cache import CacheError, CacheWriteError, ReferenceCache
         from palu.loading import (
+            check_precision,
             check_token_ids,
-            load_model,
+            load_to_train,
             load_tokenizer,
             model_folder,
             resolve_device,
@@ -105,6 +110,7 @@ def build(
         from palu.unlearn import make_config
 
         quiet()
+        check_precision(dtype, bf16)
         model_folder(model)
         where = resolve_device(device)
         if batch_size < 1:
@@ -133,7 +139,7 @@ def build(
         retain_rows = None
         if retain is not None:
             retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
-        loaded = load_model(model, dtype, device, allow_missing=allow_missing)
+        loaded, _ = load_to_train(model, dtype, device, bf16=bf16, allow_missing=allow_missing)
         check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
         eos = end_tokens(loaded, tokenizer)
@@ -150,6 +156,7 @@ def build(
             template=template,
             batch_size=batch_size,
             train_head=train_head,
+            autocast_dtype=torch.bfloat16 if bf16 else None,
             overwrite=overwrite,
             notes={**notes, "template": template.to_dict()},
             report=report,

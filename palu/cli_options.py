@@ -169,6 +169,9 @@ StopAtForgetProb = Annotated[
 ]
 Backend = Annotated[str, typer.Option(help="Kernels: auto, triton or torch.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BF16 = Annotated[
+    bool, typer.Option("--bf16", help="Compute in bfloat16 (autocast) over float32 weights.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 AllowMissing = Annotated[
     str | None,
@@ -246,10 +249,14 @@ def read_rows(
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings about the user's data as one line each, without the place in our source."""
+def plain_warnings(often: str = "always") -> Iterator[None]:
+    """Warnings about the user's data as one line each, without the place in our source.
+
+    Args:
+        often: of `warnings.simplefilter`.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter(often, UserWarning)
         warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
         yield
 

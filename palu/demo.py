@@ -156,7 +156,7 @@ def run_demo(
     before = token_probabilities(model, row)
 
     with bar(bars, "Unlearning (PALU)") as report:
-        curve = unlearn(model, tokenizer, rows[0], rows[1], config, report)
+        curve = unlearn(model, tokenizer, rows[0], rows[1], config, report).curve
     save_model(
         folder / "unlearned",
         model,

@@ -229,3 +229,39 @@ def _check_special_ids(model: PreTrainedModel, folder: Path) -> None:
                 raise ValueError(
                     f"{folder / name}.json has {kind}_token_id {value!r}; it must be an id"
                 )
+
+
+def check_precision(dtype: str | None, bf16: bool) -> None:
+    """Raises ValueError for weights that a run cannot train well: see `load_to_train`."""
+    if dtype == "float16":
+        raise ValueError(
+            "--dtype float16 cannot train: small gradients vanish in it. Leave --dtype out: a "
+            "float16 model is trained in float32 and saved in float16"
+        )
+    if bf16 and dtype == "bfloat16":
+        raise ValueError(
+            "--bf16 computes in bfloat16 over float32 weights, and --dtype bfloat16 makes the "
+            "weights bfloat16; leave one of them out"
+        )
+
+
+def load_to_train(
+    path: str | Path, dtype: str | None, device: str, *, bf16: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """A model in the dtype that it is trained in, and the dtype to save each parameter in.
+
+    float16 weights become float32, and so do all with `bf16` (autocast over float32 weights).
+
+    Args:
+        bf16: whether the run has bfloat16 autocast.
+        **options: of `load_model`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model` and `check_precision`.
+    """
+    check_precision(dtype, bf16)
+    model = load_model(path, dtype, device, **options)
+    saved = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if bf16 or model.dtype == torch.float16:
+        model.float()
+    return model, saved

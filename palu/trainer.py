@@ -342,6 +342,11 @@ class PALUTrainer(EvaluationTrainer):
         masters = None if self._masters is None else self._masters.of
         return self._started.rounded_back(self.model, dtype, masters)
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether float32 masters are trained: see `palu.master_weights`."""
+        return self._masters is not None
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Hugging Face's; weights of 16 bits that train get float32 masters (see
         `palu.master_weights`).

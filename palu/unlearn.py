@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from palu.early_stop import FORGET_PROB
 from palu.labels import Template
 from palu.layers import layer_count
 from palu.lora import name_base
+from palu.master_weights import warn_rounded_back
 from palu.methods import Method
 from palu.methods.alternates import own_alternates, refusals
 from palu.not_finite import check_weights
@@ -49,6 +50,14 @@ _CHECKPOINTING = (
     if hasattr(PALUConfig, "activation_checkpointing")
     else "gradient_checkpointing"
 )
+
+
+class Outcome(NamedTuple):
+    """What a run leaves beside the model."""
+
+    curve: list[dict[str, float]]  # one dict a step with the names in `CURVE`
+    master_weights: bool  # whether float32 masters were trained (`palu.master_weights`)
+    rounded_back: float  # share of changed weights that saving rounds to what they were
 
 
 def make_config(
@@ -136,7 +145,8 @@ def unlearn(
     cache_options: Mapping[str, Any] | None = None,
     checkpoints: Path | None = None,
     resume: str | None = None,
-) -> list[dict[str, float]]:
+    saved: Mapping[str, torch.dtype] | None = None,
+) -> Outcome:
     """Trains `model` in place to forget the sensitive tokens (or the answers, see
     `PALUConfig.method`) of `forget_rows`.
 
@@ -149,9 +159,8 @@ def unlearn(
         cache_options: `template` and `notes` of `ReferenceCache.build`.
         checkpoints: where the Trainer saves what `config` has it save; None: a temporary folder.
         resume: the checkpoint to go on from.
-
-    Returns:
-        the loss curve: one dict a step with the names in `CURVE`.
+        saved: the dtypes of parameters in which `save_model` will write them (see
+            `palu.loading.load_to_train`); None: as they are.
 
     Raises:
         FloatingPointError: the loss is not finite (names the step, the term and the examples), or
@@ -179,6 +188,9 @@ def unlearn(
         if not isinstance(trainer.reference, CachedReference):
             config.reference_cache = None
     check_weights(model, trainer.state.global_step)
+    kinds = {saved[n] for n, p in model.named_parameters() if p.dtype != saved[n]} if saved else ()
+    for kind in kinds:  # one: a checkpoint's
+        warn_rounded_back(trainer.rounded_back(kind), kind)
     # The Trainer turns the cache off for training and would leave it so in the saved folder.
     for config_, value in use_cache:
         config_.use_cache = value
@@ -186,7 +198,8 @@ def unlearn(
     history = trainer.state.log_history
     measured = {e["step"]: {FORGET_PROB: e[FORGET_PROB]} for e in history if FORGET_PROB in e}
     steps = [entry | measured.get(entry["step"], {}) for entry in history if "forget" in entry]
-    return [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
+    curve = [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
+    return Outcome(curve, trainer.has_masters, trainer.rounded_back(next(iter(kinds), None)))
 
 
 def settings_of(config: PALUConfig) -> dict[str, Any]:
@@ -205,11 +218,19 @@ def settings_of(config: PALUConfig) -> dict[str, Any]:
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, tokenizer: Any, template: Template, **record: Any
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    template: Template,
+    *,
+    saved: Mapping[str, torch.dtype] | None = None,
+    **record: Any,
 ) -> None:
     """Writes a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
     `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name, parameter in model.named_parameters() if saved else ():
+        parameter.data = parameter.data.to(saved[name])
     model.save_pretrained(folder)
     if hasattr(model, "peft_config"):
         name_base(folder)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
 import small
 import torch
+from command import palu_in, write_data, write_model
+from safetensors.torch import load_file
 from training import config, trainer, weights
 
 from palu.checkpoints import CheckpointError
@@ -155,3 +158,74 @@ def test_the_share_that_rounding_takes_back(tok):
             flat[1::2] *= 2
     assert 0 < started.rounded_back(after, torch.bfloat16) <= 0.51
     assert started.rounded_back(after) == 0.0  # float32 takes nothing back
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, tok):
+    folder = tmp_path_factory.mktemp("dtypes")
+    for kind in ("float32", "bfloat16", "float16"):
+        write_model(folder / kind, small.model(tok).to(getattr(torch, kind)))
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def palu(monkeypatch, capsys, work):
+    run = palu_in(work, monkeypatch, capsys)
+    return lambda line: run(*line.split())
+
+
+UNLEARN = (
+    "unlearn --forget forget.jsonl --retain retain.jsonl --device cpu --epochs 2 --batch-size 2 "
+    "--learning-rate 0.0001 --objective entropy --top-k 5 --overwrite "
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "computed", "master"),
+    [
+        ("bfloat16", "", "bfloat16", True),
+        ("bfloat16", "--bf16 --reference cached", "bfloat16", False),
+        ("float16", "", "float32", False),
+        ("float32", "--bf16", "bfloat16", False),
+        ("bfloat16", "--dtype float32", "float32", False),
+    ],
+)
+def test_unlearn_saves_in_the_checkpoints_dtype(palu, work, model, options, computed, master):
+    status, _, said = palu(UNLEARN + f"--model {model} --output out {options}")
+    assert status == 0, said
+    record = json.loads((work / "out" / "palu.json").read_text())
+    saved = load_file(work / "out" / "model.safetensors")
+    kind = "float32" if "--dtype" in options else model
+    assert {str(t.dtype) for t in saved.values()} == {f"torch.{kind}"}
+    assert (
+        json.loads((work / "out" / "config.json").read_text())["dtype"] == kind == record["dtype"]
+    )
+    assert (record["compute_dtype"], record["master_weights"]) == (computed, master)
+    # Weights that are what they were: unchanged, or rounded back.
+    before = load_file(work / model / "model.safetensors")
+    same = sum((before[n].to(saved[n].dtype) == saved[n]).sum().item() for n in before)
+    share = same / sum(t.numel() for t in before.values())
+    assert record["rounded_back"] <= share
+    assert ("takes back" in said) == (record["rounded_back"] > 0.05) == (kind != "float32")
+
+
+def test_dtypes_that_train_badly_are_refused_before_any_work(palu):
+    for command in (UNLEARN, "cache build --forget forget.jsonl "):
+        status, _, said = palu(command + "--model no --output new --dtype float16")
+        assert status == 2 and "--dtype float16 cannot train" in said
+        status, _, said = palu(command + "--model no --output new --bf16 --dtype bfloat16")
+        assert status == 2 and "leave one of them out" in said
+
+
+def test_a_cache_built_with_bf16_serves_a_run_with_it(palu):
+    built = "cache build --forget forget.jsonl --model float32 --objective entropy --top-k 5 "
+    assert palu(built.replace("--objective entropy ", "") + "--bf16 --output cache")[0] == 0
+    cached = UNLEARN + "--model float32 --output out --reference cached --reference-cache cache "
+    status, said, error = palu(cached + "--bf16")
+    assert status == 0 and "was read from cache" in said, error
+    status, _, error = palu(cached)
+    assert status == 2 and "autocast is bfloat16 in the cache and none here" in error
