@@ -222,6 +222,7 @@ def test_every_setting_of_palu_has_an_option_with_its_default(tmp_path):
 
     inherited = {f.name for f in fields(TrainingArguments)}
     own = {f.name: f.default for f in fields(PALUConfig) if f.name not in inherited}
+    del own["base_is_original"]  # of adapters trained before, which the command does not take
     command = typer.main.get_command(cli.app).commands["unlearn"]
     options = {p.name: getattr(p.default, "value", p.default) for p in command.params}
     assert len(own) >= 12
