@@ -217,7 +217,7 @@ def test_no_cache_where_nothing_is_asked(palu, work):
     [
         ("--reference cached --reference-cache here --top-k 6", "top_k is 5 in the cache and 6 he"),
         ("--reference cached --reference-cache here --model other", "does not fit: model is"),
-        ("--reference cached --reference-cache here --dtype float16", "dtype is float32 in the"),
+        ("--reference cached --reference-cache here --dtype bfloat16", "dtype is float32 in the"),
         ("--reference cached --reference-cache here --forget forget.jsonl[:2]", "forget data is"),
         ("--reference cached --reference-cache here --retain-loss kl", "without a retain set"),
         ("--reference cached --reference-cache headless", "without a frozen copy of it (--no-tr"),
