@@ -27,6 +27,7 @@ from palu.cli_options import (
     Beta,
     Beta1,
     Beta2,
+    ChatTemplateKwargs,
     DateString,
     Delta,
     Device,
@@ -184,6 +185,7 @@ def unlearn(
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     force_template: ForceTemplate = False,
     repair: RepairSpans = Repair.none,
     overwrite: Overwrite = False,
@@ -289,7 +291,11 @@ def unlearn(
         is_main = config.process_index == 0
         checkpoint = checkpoints.last_checkpoint(kept) if resume else None
         template = choose_template(
-            model, system_prompt=system_prompt, date_string=date_string, force=force_template
+            model,
+            system_prompt=system_prompt,
+            date_string=date_string,
+            chat_template_kwargs=chat_template_kwargs,
+            force=force_template,
         )
         has_cache = place is not None and place.is_dir() and any(place.iterdir())
         if has_cache:

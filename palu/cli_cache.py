@@ -11,6 +11,7 @@ from palu.cli_options import (
     BF16,
     AllowMissing,
     Backend,
+    ChatTemplateKwargs,
     DateString,
     Device,
     Dtype,
@@ -76,6 +77,7 @@ def build(
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     force_template: ForceTemplate = False,
     repair: RepairSpans = Repair.none,
     overwrite: Overwrite = False,
@@ -130,7 +132,11 @@ def build(
             warn("--retain is not used: --retain-loss nll asks the original model nothing")
             retain = None
         template = choose_template(
-            model, system_prompt=system_prompt, date_string=date_string, force=force_template
+            model,
+            system_prompt=system_prompt,
+            date_string=date_string,
+            chat_template_kwargs=chat_template_kwargs,
+            force=force_template,
         )
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)

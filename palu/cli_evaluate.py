@@ -9,6 +9,7 @@ import typer
 
 from palu.cli_options import (
     AllowMissing,
+    ChatTemplateKwargs,
     DateString,
     Device,
     Dtype,
@@ -73,6 +74,7 @@ def evaluate(
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     force_template: ForceTemplate = False,
     repair: RepairSpans = Repair.none,
     json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
@@ -123,6 +125,7 @@ def evaluate(
             folder_with(RECORD, model),
             system_prompt=system_prompt,
             date_string=date_string,
+            chat_template_kwargs=chat_template_kwargs,
             force=force_template,
         )
         where = resolve_device(device)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from palu.cli_options import (
+    ChatTemplateKwargs,
     DateString,
     ForceTemplate,
     MaxLength,
@@ -32,6 +33,7 @@ def inspect(
     max_length: MaxLength = 512,
     system_prompt: SystemPrompt = None,
     date_string: DateString = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     force_template: ForceTemplate = False,
     repair: RepairSpans = Repair.none,
 ) -> None:
@@ -47,7 +49,11 @@ def inspect(
             tokenizer = load_tokenizer(model)
             home = folder_with(RECORD, model)
             template = choose_template(
-                home, system_prompt=system_prompt, date_string=date_string, force=force_template
+                home,
+                system_prompt=system_prompt,
+                date_string=date_string,
+                chat_template_kwargs=chat_template_kwargs,
+                force=force_template,
             )
         inspect_file(
             file,

@@ -184,6 +184,12 @@ AllowMissing = Annotated[
 MaxLength = Annotated[int, typer.Option(help="Tokens an example; longer ones are cut.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="System turn of the chat template.")]
 DateString = Annotated[str | None, typer.Option(help="Date given to the chat template.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        help="More variables of the chat template, a JSON object: '{\"enable_thinking\": false}'."
+    ),
+]
 ForceTemplate = Annotated[
     bool,
     typer.Option("--force-template", help="Take these template options even if palu.json differs."),

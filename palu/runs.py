@@ -71,6 +71,7 @@ def choose_template(
     *,
     system_prompt: str | None = None,
     date_string: str | None = None,
+    chat_template_kwargs: str | None = None,
     force: bool = False,
 ) -> Template:
     """The template to use with a model: the one in its `palu.json`, or one made from what the user
@@ -78,13 +79,22 @@ def choose_template(
 
     Args:
         folder: the model folder.
-        system_prompt, date_string: what the user asked for; None where nothing was said.
+        system_prompt, date_string, chat_template_kwargs: what the user asked for (the last a JSON
+            object, as text); None where nothing was said.
         force: take what was asked for even where it differs from `palu.json`.
 
     Raises:
         ValueError: what was asked for differs from `palu.json` and `force` is false.
+        TypeError, ValueError: `chat_template_kwargs` is no JSON object.
     """
-    asked = {"system_prompt": system_prompt, "date_string": date_string}
+    asked: dict[str, Any] = {"system_prompt": system_prompt, "date_string": date_string}
+    if chat_template_kwargs is not None:
+        try:
+            asked["chat_template_kwargs"] = json.loads(chat_template_kwargs)
+        except (ValueError, RecursionError):
+            asked["chat_template_kwargs"] = chat_template_kwargs  # the template says what is wrong
+        if asked["chat_template_kwargs"] is None:
+            asked["chat_template_kwargs"] = "null"
     asked = {name: value for name, value in asked.items() if value is not None}
     record = read_record(folder)
     if record is None or "template" not in record:

@@ -137,6 +137,7 @@ def test_inspect_marks_what_will_be_forgotten(palu):
         ("--device meta", "device 'meta' was asked for, but this machine has none"),
         ("--method npo --top-k 4", "--top-k is of --method palu and does nothing with --method"),
         ("--system-prompt hello", "--system-prompt 'hello' differs from None"),
+        ("--chat-template-kwargs {think:0}", "must be a JSON object of names and values, got"),
         ("--output model", "output folder 'model' is not empty"),
         ("--output model --overwrite", "--overwrite would delete 'model'"),
         ("--output forget.jsonl", "output 'forget.jsonl' is a file"),
@@ -239,6 +240,13 @@ def test_the_template_of_a_model_is_kept(tmp_path):
     (tmp_path / "palu.json").write_text(json.dumps({"template": known.to_dict()}))
     assert choose_template(tmp_path) == known
     assert choose_template(tmp_path, date_string="1 May 2020") == known
+    switched = choose_template(tmp_path, chat_template_kwargs='{"think": false}', force=True)
+    assert switched.chat_template_kwargs == {"think": False} and switched.question == known.question
+    with pytest.raises(ValueError, match=r"--chat-template-kwargs \{'think': False\} differs from"):
+        choose_template(tmp_path, chat_template_kwargs='{"think": false}')
+    for wrong in ("{think: false}", "[1]", "null", "3", '{"messages": []}'):
+        with pytest.raises((TypeError, ValueError), match=r"^chat_template_kwargs must"):
+            choose_template(tmp_path, chat_template_kwargs=wrong, force=True)
     (tmp_path / "palu.json").write_text("{")
     with pytest.raises(ValueError, match=r"palu\.json is not readable JSON"):
         choose_template(tmp_path)

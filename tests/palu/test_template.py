@@ -2,9 +2,14 @@
 
 import copy
 import json
+import math
+import threading
+from datetime import datetime
 
 import pytest
+from transformers.utils import chat_template_utils
 
+from palu import bounded
 from palu.labels import KEEP, Template, label_example
 
 QUESTION = "Who wrote it, and where?"
@@ -197,6 +202,10 @@ def test_template_settings():
     template = Template("Be brief.", None, "Q: {question} A:", False)
     assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
     assert Template.from_dict({}) == Template()
+    template = Template(chat_template_kwargs={"enable_thinking": False, "tools": [{"a": [1]}]})
+    assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
+    assert hash(template) is not None and "enable_thinking" in repr(template)
+    assert Template(chat_template_kwargs={}) == Template() and "kwargs" not in repr(Template())
     with pytest.raises(ValueError, match="no setting 'systemprompt'"):
         Template.from_dict({"systemprompt": "x"})
     for bad, kind, words in [
@@ -205,6 +214,125 @@ def test_template_settings():
         ({"system_prompt": 3}, TypeError, "system_prompt must be a str or None, got 3"),
         ({"date_string": 3}, TypeError, "date_string must be a str or None"),
         ({"chat": "yes"}, TypeError, "chat must be True, False or None, got 'yes'"),
+        ({"chat_template_kwargs": [1]}, TypeError, r"must be a JSON object .*, got \[1\]"),
+        ({"chat_template_kwargs": {1: 2}}, TypeError, r"must be a JSON object .*, got \{1: 2\}"),
+        ({"chat_template_kwargs": {"date_string": "x"}}, ValueError, "not have 'date_string'"),
+        ({"chat_template_kwargs": {"a": {1, 2}}}, ValueError, "must hold JSON values"),
+        ({"chat_template_kwargs": {"a": math.nan}}, ValueError, "must hold JSON values"),
     ]:
         with pytest.raises(kind, match=words):
             Template(**bad)
+
+
+DATED = "{%- set day = strftime_now('%d %b %Y') %}\n"
+DATED += "  {%- set at = strftime_now(format='%-d%%%H:%M:%S') %}"
+DATED += "{{- day + '|' + at + '|' + (strftime_now('%Y') | int + 1) | string }}" + simple_template()
+
+
+def test_the_day_of_a_template_is_the_date_string(chatml_tokenizer, monkeypatch):
+    class Later(datetime):
+        seconds = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.seconds += 1
+            return cls(2031, 1, 2, 3, 4, cls.seconds)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    tokenizer = with_template(chatml_tokenizer, DATED)
+    for date, day in [
+        ("10 Apr 2025", "10 Apr 2025|10%00:00:00|2026"),
+        (None, "10 Apr 2025|10%00:00:00|2026"),
+        ("2024-02-03", "03 Feb 2024|3%00:00:00|2025"),
+        ("February 3, 2024", "03 Feb 2024|3%00:00:00|2025"),
+    ]:
+        template = Template(date_string=date)
+        example = label_example(
+            tokenizer, QUESTION, "Basil", [(0, 5)], max_length=99, template=template
+        )
+        text = text_of(tokenizer, example["input_ids"])
+        assert text == f"{day}user {QUESTION}\nBasil<|im_end|>"
+    template = Template(date_string="some day")
+    with pytest.raises(ValueError, match="date_string 'some day' is none that can be read"):
+        template.prompt(tokenizer, QUESTION)
+    # Where the template does not ask for the day, a date is a text like another.
+    tokenizer = with_template(
+        chatml_tokenizer, "{{ date_string or strftime_now('%Y') }}" + simple_template()
+    )
+    assert template.prompt(tokenizer, QUESTION).startswith("some day")
+
+
+SWITCH = (
+    "{%- set ns = namespace(think=enable_thinking is not defined or enable_thinking) %}"
+    "{%- for m in messages if m.content == '/no_think' %}{%- set ns.think = false %}{%- endfor %}"
+    "{{- 'thinks ' if ns.think else 'answers ' }}"
+    + simple_template().replace(
+        "+ m.content + '\\n'", "+ m.content | replace('/no_think', '') + ' '"
+    )
+)
+
+
+def test_switches_of_a_template(chatml_tokenizer, byte_tokenizer):
+    tokenizer = with_template(chatml_tokenizer, SWITCH)
+    prompts = [
+        Template(**options).prompt(tokenizer, QUESTION)
+        for options in (
+            {},
+            {"system_prompt": "/no_think"},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            {"chat_template_kwargs": {"enable_thinking": True}},
+        )
+    ]
+    assert [prompt.split()[0] for prompt in prompts] == ["thinks", "answers", "answers", "thinks"]
+    misspelt = Template(chat_template_kwargs={"enable_thinkin": False, "enable_think": 1})
+    with pytest.raises(ValueError, match=r"'enable_thinkin', and .* no such variable"):
+        misspelt.prompt(with_template(tokenizer, CHAT), QUESTION)
+    with pytest.raises(ValueError, match="chat_template_kwargs needs a chat template"):
+        misspelt.prompt(byte_tokenizer, QUESTION)
+    # Left out whatever it says: no switch.
+    deaf = "{{ 'system ' if messages[0].role == 'system' }}{% for m in messages if m.role != "
+    deaf += "'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out or changes the system_prompt"):
+        Template("/no_think").prompt(with_template(tokenizer, deaf), QUESTION)
+
+
+CHAT = simple_template()
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ENDLESS, "more than 0.3 seconds"),
+        ("{% if 9 ** (9 ** 9) > 1 %}{% endif %}", "more than 0.3 seconds"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        ("{{ 'a' * 10 ** 15 }}", "MemoryError"),
+    ],
+)
+def test_templates_without_end_are_ended(chatml_tokenizer, monkeypatch, text, words):
+    monkeypatch.setattr("palu.template.bounded", lambda: bounded.bounded(0.3))
+    tokenizer = with_template(chatml_tokenizer, text + CHAT)
+    with pytest.raises(ValueError, match=f"the chat template refuses .*{words}"):
+        Template().prompt(tokenizer, QUESTION)
+    if text is ENDLESS:  # in a thread, which no signal reaches
+        said = []
+
+        def ask():
+            try:
+                Template().prompt(tokenizer, QUESTION)
+            except ValueError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert said and words in said[0]
+
+
+def test_what_takes_ever_more_memory_is_ended():
+    with pytest.raises(bounded.OutOfBounds, match="more than 16 MiB"), bounded.bounded(60, 16):
+        kept = [bytearray(1 << 22)]  # below: never at once what the machine has
+        while len(kept) < 64:
+            kept.append(bytearray(kept[-1]))
+            sum(range(300_000))

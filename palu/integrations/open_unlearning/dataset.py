@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from palu.data import load_examples
-from palu.labels import IGNORE, KEEP
+from palu.labels import IGNORE, KEEP, token_places
 from palu.records import Example
 from palu.template import Rendered, Template
 
@@ -115,6 +116,13 @@ class AnnotatedQA(Dataset):
         return {**item, "labels": torch.from_numpy(labels)}, lost
 
 
+class _OfToday(Template):
+    """The checkout lets templates write the day that it is; its tokens are those to be placed."""
+
+    def _day(self) -> datetime:
+        return datetime.now()
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     template_args: Mapping[str, Any],
@@ -123,7 +131,7 @@ def _render(
 ) -> Rendered:
     """The text that the checkout tokenises, and where the answer is in it."""
     if template_args["apply_chat_template"]:
-        template = Template(
+        template = _OfToday(
             system_prompt=template_args.get("system_prompt") or None,
             date_string=template_args.get("date_string"),
             chat=True,
@@ -163,5 +171,5 @@ def _place(
             f"the checkout's tokens are not those of the text {rendered.text!r}, so its spans "
             "cannot be placed"
         )
-    starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    starts, ends = token_places(tokenizer, rendered.text, own, encoding["offset_mapping"])
     return starts, ends, kept

@@ -1,0 +1,86 @@
+"""A bound on the time and memory of code that was not written by the user: chat templates."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SECONDS = 5.0
+MEBIBYTES = 1024
+_EVERY = 0.1  # seconds between looks
+
+
+class OutOfBounds(BaseException):
+    """No Exception: Jinja, which catches those while it folds constants, would go on."""
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, mebibytes: float = MEBIBYTES) -> Iterator[None]:
+    """Ends what runs inside by `OutOfBounds` after so much processor time or so much more memory.
+
+    In the main thread a timer looks on; it ends loops and products of large numbers, not one
+    operation that takes all memory at once. Elsewhere, or where another timer of the same kind
+    runs, the thread is traced, and only what is written in Python is ended, by time; where a
+    debugger traces it already, nothing is.
+    """
+    if threading.current_thread() is threading.main_thread() and not any(
+        signal.getitimer(signal.ITIMER_PROF)
+    ):
+        with _timed(seconds, mebibytes):
+            yield
+    elif sys.gettrace() is None:
+        with _traced(seconds):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _timed(seconds: float, mebibytes: float) -> Iterator[None]:
+    end, most = time.process_time() + seconds, _resident() + mebibytes * 2**20
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if time.process_time() > end:
+            raise OutOfBounds(f"it takes more than {seconds:g} seconds")
+        if _resident() > most:
+            raise OutOfBounds(f"it takes more than {mebibytes:g} MiB of memory")
+
+    before = signal.signal(signal.SIGPROF, look)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, _EVERY, _EVERY)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
+def _traced(seconds: float) -> Iterator[None]:
+    end = time.thread_time() + seconds
+
+    def look(frame: FrameType, event: str, arg: Any) -> Any:
+        if time.thread_time() > end:
+            raise OutOfBounds(f"it takes more than {seconds:g} seconds")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def _resident() -> int:
+    """The memory that the process takes now, in bytes; 0 where Linux is not there to say it."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
