@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu.fingerprint import byte_chunks
+from palu.fingerprint import byte_chunks, file_digest
 
 FORMAT = "palu reference cache"
 VERSION = 1
@@ -141,11 +141,7 @@ def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
             f"{str(path)!r} is damaged: it has {size} bytes and must have {record['bytes']}; "
             f"{_REPAIR}"
         )
-    digest = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != record["blake2b"]:
+    if file_digest(path) != record["blake2b"]:
         raise CacheDamaged(
             f"{str(path)!r} is damaged: its bytes do not fit the checksum {record['blake2b'][:12]} "
             f"in the manifest; {_REPAIR}"

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from palu.checkpoints import (
     ASIDE,
     CheckpointError,
+    check_digests,
     check_same_run,
     finish,
     last_checkpoint,
@@ -60,7 +61,7 @@ class CheckpointTrainer(Trainer):
                     f"output_dir {self.args.output_dir!r}"
                 )
         if checkpoint is not None:
-            read_record(checkpoint)  # before weights are hashed
+            check_digests(checkpoint, read_record(checkpoint))
         elif self.args.save_strategy == "no":
             self._identity = None
             return None

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from palu.fingerprint import example_bytes, model_fingerprint, tensor_fingerprint
+from palu.fingerprint import example_bytes, file_digest, model_fingerprint, tensor_fingerprint
 from palu.runs import write_json
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,14 @@ def finish(
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
-    sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in files}
-    record = {"format": FORMAT, "step": step, "resumable": resumable, "files": sizes}
+    names = {path.relative_to(aside).as_posix(): path for path in files}
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "resumable": resumable,
+        "files": {name: path.stat().st_size for name, path in names.items()},
+        "digests": {name: file_digest(path) for name, path in names.items()},
+    }
     write_json(aside / RECORD, {**record, "run": identity})
     _flush(aside / RECORD)
     old = place.with_name(f".{place.name}.old")
@@ -218,6 +224,28 @@ def read_record(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
                 f"instead of {size}"
             )
     return record
+
+
+def check_digests(checkpoint: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Reads all files of a checkpoint: a flipped bit would go on into the weights, unseen.
+
+    Args:
+        record: see `read_record`. A checkpoint of an older palu has no digests, and is taken as it
+            is, with a warning.
+
+    Raises:
+        CheckpointError: a file is not what was written; names it.
+    """
+    digests = record.get("digests")
+    if digests is None:
+        logger.warning("checkpoint %s has no digests: damage in it would not be seen", checkpoint)
+        return
+    for name in record["files"]:
+        if digests.get(name) != file_digest(Path(checkpoint, name)):
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} is damaged: the content of {name} is not what was "
+                "written; go on from an older checkpoint, or begin anew"
+            )
 
 
 def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:

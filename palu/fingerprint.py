@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,15 @@ def tensor_fingerprint(*tensors: Tensor | None) -> str:
         digest.update(_text(None if tensor is None else [str(tensor.dtype), list(tensor.shape)]))
         for chunk in byte_chunks(tensor) if tensor is not None else ():
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, hex, 256 bits."""
+    digest = hashlib.blake2b(digest_size=32)
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -164,6 +164,25 @@ def test_only_whole_checkpoints_are_trusted(tok, tmp_path, caplog):
         make(tok, tmp_path / "nowhere").train(resume_from_checkpoint=True)
 
 
+def test_a_flipped_bit_in_any_file_is_seen(tok, tmp_path, caplog):
+    make(tok, tmp_path).train()
+    folder = tmp_path / "out" / "checkpoint-4"
+    record = json.loads((folder / RECORD).read_text())
+    assert len(record["files"]) > 5
+    for name in record["files"]:
+        content = (folder / name).read_bytes()
+        middle = len(content) // 2
+        damaged = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"the content of {name} is not what was written"):
+            make(tok, tmp_path).train(resume_from_checkpoint=str(folder))
+        (folder / name).write_bytes(content)
+    # An older palu's has no digests.
+    (folder / RECORD).write_text(json.dumps({n: v for n, v in record.items() if n != "digests"}))
+    make(tok, tmp_path).train(resume_from_checkpoint=str(folder))
+    assert "has no digests" in caplog.text
+
+
 def test_another_run_is_refused(tok, tmp_path):
     make(tok, tmp_path).train()
     rows = small.rows(tok)
