@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from palu.files import new_file
 from palu.fingerprint import byte_chunks, file_digest
 
 FORMAT = "palu reference cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 
+# The last two: of a file that was being written when the build was killed.
+_NAMES = (
+    r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
+    r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
+)
 _REPAIR = "delete the cache's folder and build it anew"
 _DTYPES = {
     torch.float64: "F64",
@@ -45,6 +50,11 @@ class CacheDamaged(CacheError):
 
 class CacheWriteError(OSError):
     """A file of the cache could not be written: `errno`, `strerror` and `filename` say more."""
+
+
+def is_cache_file(name: str) -> bool:
+    """Whether a cache, or one that is being built, has a file of this name."""
+    return re.fullmatch(_NAMES, name) is not None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -149,32 +159,15 @@ def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last, where the system lets a folder be flushed."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
     digest, size = hashlib.blake2b(digest_size=32), 0
-    beside = path.with_name(path.name + ".partial")
     try:
-        with open(beside, "wb") as stream:
+        with new_file(path, "wb") as stream:
             for piece in pieces:
                 stream.write(piece)
                 digest.update(piece)
                 size += len(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise write_error(error, path) from error
     return {"file": path.name, "bytes": size, "blake2b": digest.hexdigest()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +15,13 @@ from palu.cache_files import (
     MANIFEST,
     CacheError,
     check_file,
+    is_cache_file,
     read_sealed,
-    sync_folder,
     write_error,
     write_sealed,
     write_tensors,
 )
+from palu.files import beside, new_aside, put, remove_abandoned, remove_aside, settle
 
 try:
     import fcntl
@@ -48,12 +48,18 @@ class PartialCache:
         self.folder, self.content = folder, dict(content)
         self._head: dict[str, Any] | None = None
         self._shards: list[dict[str, Any]] = []
+        for path in folder.iterdir():
+            if not is_cache_file(path.name) or (path.is_dir() and not path.is_symlink()):
+                raise CacheError(
+                    f"{str(path)!r} is in the way of the cache that is built in {str(folder)!r}, "
+                    "and palu did not write it; move it away"
+                )
         self._take_over()
         known = {PROGRESS, *(record["file"] for record in self._shards)}
         known |= {HEAD} if self._head else set()
         for path in folder.iterdir():
             if path.name not in known:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
 
     @property
     def batches_done(self) -> int:
@@ -79,24 +85,17 @@ class PartialCache:
     def finish(self, path: Path) -> None:
         """Puts the folder in its place; what was there goes away when it is."""
         path = path.resolve()
-        old = path.with_name(f".{path.name}.old")
         try:
             os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
-            sync_folder(self.folder)
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)  # of a build that was killed just here
-                os.replace(path, old)
+            settle(self.folder)
+            remove_abandoned(path)
+            aside = new_aside(path)
             try:
-                os.replace(self.folder, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
+                put(self.folder, path, aside)
+            finally:
+                remove_aside(aside)
         except OSError as error:
             raise write_error(error, path) from error
-        with suppress(OSError):  # it is in its place by now
-            sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _record(self) -> None:
         content = {**self.content, "head_file": self._head, "shards": self._shards}
@@ -135,7 +134,9 @@ def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCac
         CacheWriteError: the folder cannot be made.
     """
     path = path.resolve()
-    folder = path.with_name(f".{path.name}.partial")
+    folder = beside(path, "partial")
+    if folder.is_symlink():
+        raise CacheError(f"{str(folder)!r}, where the cache is to be built, is a link; remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY) if fcntl is not None else None

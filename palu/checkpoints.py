@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ def finish(
         os.replace(place, old)
     os.replace(aside, place)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_all(folder: Path) -> None:
+    """Removes the checkpoints that palu wrote, and the folder if nothing else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in _checkpoints(folder).values():
+        if (path / RECORD).is_file() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def remove_older(folder: Path, newest: Path, best: str | None, limit: int | None) -> None:

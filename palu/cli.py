@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -330,7 +329,7 @@ def unlearn(
             found = f"Nothing to resume from in {kept}: starting from the beginning"
         out.print(found, soft_wrap=True)
     elif kept is not None and is_main:
-        shutil.rmtree(kept, ignore_errors=True)
+        checkpoints.remove_all(kept)
     data = {"forget": forget, "retain": retain, **read}
     notes = {"model": str(model), **data, "template": template.to_dict()}
     with output_folder(output) if is_main else nullcontext() as folder:
@@ -373,7 +372,7 @@ def unlearn(
                 loss_curve=curve,
             )
     if kept is not None:
-        shutil.rmtree(kept, ignore_errors=True)
+        checkpoints.remove_all(kept)
     last = {name: round(curve[-1][name], 4) for name in ("forget", "preserve", "retain")}
     out.print(
         f"Written to {output} after {len(curve)} steps. Last terms: {last}",

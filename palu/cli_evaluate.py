@@ -184,6 +184,9 @@ def evaluate(
     # One process writes, and what it found is what all of them start from.
     log: dict[str, Any] = processes.gather({} if store is None else store.log)[0]
     writes = store is not None and processes.rank == 0
+    if writes:
+        with user_errors():
+            store.begin()
     with user_errors(LogError), plain_warnings():
         evaluation.run(
             log,

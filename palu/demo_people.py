@@ -9,11 +9,12 @@ from marked parts.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from palu.files import new_file
 
 
 def _words(text: str) -> list[str]:
@@ -267,9 +268,7 @@ def records(people: Sequence[Person]) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Writes one JSON object a line, beside the place and then renamed."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as file:
+    """Writes one JSON object a line; the file is whole or absent."""
+    with new_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(beside, path)

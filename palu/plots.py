@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from palu.files import new_file
 
 BEFORE, AFTER, SENSITIVE = "#8c8c8c", "#1f77b4", "#d62728"
 TERM_COLORS = {"forget": "#d62728", "preserve": "#2ca02c", "retain": "#1f77b4"}
@@ -46,9 +47,8 @@ def draw_forgetting(
     left, right = figure.subplots(1, 2, width_ratios=[4.4, width - 4.4])
     _draw_curves(left, curve)
     _draw_tokens(right, question, tokens)
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", metadata={"Software": None})
-    os.replace(beside, path)
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _draw_curves(axes, curve: Sequence[dict[str, float]]) -> None:

@@ -3,11 +3,10 @@ how it was made."""
 
 from __future__ import annotations
 
-import glob
+import errno
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -15,19 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palu.files import Changed, folder_for, locked, remove_abandoned, write_json
 from palu.folders import read_object
 from palu.labels import Template
 
 RECORD = "palu.json"
 _PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON beside the place and renames it there, so that no reader sees half a file."""
-    beside = path.with_name(path.name + ".partial")
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def versions() -> dict[str, str]:
@@ -127,27 +119,127 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
         inputs: files and folders of this run, which must not lie in what is replaced.
 
     Raises:
-        FileExistsError: it is a file, or holds something and `overwrite` is false.
+        FileExistsError: it is a file, or holds something and `overwrite` is false, or something
+            that palu did not write.
         ValueError: replacing it would take an input, the working directory or the home directory
-            away.
+            away, or it cannot be replaced.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    try:
+        real = folder.resolve()
+        there = os.path.lexists(real)
+    except RuntimeError as error:  # links in a circle
+        raise ValueError(f"output {str(folder)!r} cannot be followed: {error}") from None
+    if there and not real.is_dir():
         raise FileExistsError(f"output {str(folder)!r} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    for kept in (Path.cwd(), Path.home(), Path("/")):
+        if _lies_in(kept, real):
+            raise ValueError(
+                f"output {str(folder)!r}: replacing it would delete {str(kept)!r}; name another "
+                "folder (--overwrite would delete what lies in it)"
+            )
+    if os.path.ismount(real):
+        raise ValueError(
+            f"output {str(folder)!r} is where a file system is mounted and cannot be replaced; "
+            "name a folder in it"
+        )
+    if not there or not any(real.iterdir()):
         return folder
     if not overwrite:
         raise FileExistsError(
             f"output folder {str(folder)!r} is not empty; name another one or add --overwrite"
         )
-    real = folder.resolve()
-    for kept in (*inputs, Path.cwd(), Path.home()):
-        if Path(kept).resolve().is_relative_to(real):
+    for kept in inputs:
+        if _lies_in(Path(kept), real):
             raise ValueError(
                 f"--overwrite would delete {str(kept)!r}, which lies in {str(folder)!r}; "
                 "name another output folder"
             )
+    if foreign := _foreign(real):
+        raise FileExistsError(
+            f"--overwrite: output folder {str(folder)!r} holds {foreign!r}, which palu did not "
+            "write; move it away, or name another output folder"
+        )
     return folder
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is the folder, or is somewhere in it; by what the file system says, which may not
+    tell cases apart."""
+    places = {
+        p for one in (Path(os.path.abspath(path)), path.resolve()) for p in (one, *one.parents)
+    }
+    return folder in places or any(
+        folder.exists() and p.exists() and os.path.samefile(p, folder) for p in places
+    )
+
+
+def _foreign(folder: Path) -> str | None:
+    """Something in an output folder that palu did not write; None where there is nothing."""
+    from palu.cache_files import is_cache_file
+    from palu.evaluation.store import FILES as evaluation
+
+    names = sorted(path.name for path in folder.iterdir())
+    if all(map(is_cache_file, names)):
+        return None
+    try:
+        record = read_record(folder) or json.loads((folder / "metrics.json").read_text("utf-8"))
+        ours = "versions" in record or "made_by" in record
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        return names[0]
+    if (known := record.get("files")) is None:  # as palu wrote it before it kept a list
+        return None
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name not in known and path.name not in evaluation:
+            return name
+    return None
+
+
+def _state(path: Path) -> tuple | None:
+    """What tells whether a folder was changed or replaced since: None where it is absent or
+    empty."""
+    if not path.exists():
+        return None
+    names = sorted(entry.name for entry in path.iterdir())
+    found = path.stat()
+    return (found.st_dev, found.st_ino, *names) if names else None
+
+
+class Claim:
+    """An output that no other process writes: where it is, and what was there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.before = path, _state(path)
+
+    def check(self) -> None:
+        """Raises Changed where something else is there by now."""
+        if _state(self.path) != self.before:
+            why = "was changed or made while this run was going on, and is left as it is"
+            raise Changed(errno.EEXIST, why, str(self.path))
+
+
+@contextmanager
+def claim_output(
+    path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()
+) -> Iterator[Claim]:
+    """Checks an output folder as `check_output` does and keeps it from other runs until the block
+    ends; `output_folder` takes what this gives.
+
+    Raises:
+        FileExistsError, ValueError: as `check_output`; another process writes it.
+        OSError: nothing can be written beside it.
+    """
+    check_output(path, overwrite=overwrite, inputs=inputs)
+    real = Path(path).resolve()
+    with locked(real):
+        remove_abandoned(real)
+        check_output(path, overwrite=overwrite, inputs=inputs)  # it may have come meanwhile
+        yield Claim(real)
 
 
 def cache_place(reference: str, folder: Path | None, output: Path) -> Path | None:
@@ -183,40 +275,26 @@ def cache_place(reference: str, folder: Path | None, output: Path) -> Path | Non
     return place
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Folders that `output_folder` began for `path` in processes that are no more."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        number = left.name.rpartition("-")[2]
-        if number.isdigit() and left.is_dir() and not Path("/proc", number).exists():
-            shutil.rmtree(left, ignore_errors=True)
-
-
 @contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into, put in its place when the block ends without an
+def output_folder(output: Path | Claim) -> Iterator[Path]:
+    """A new folder beside `output` to write into, put in its place when the block ends without an
     error.
 
-    What was at `path` stays untouched until then; after an error the new folder is removed, and
-    what a killed run left behind is removed by the next one. Call `check_output` first.
+    What was there stays untouched until then; after an error the new folder is removed, and what a
+    killed run left behind is removed by the next one. The names of its files are added to its
+    `palu.json`, so that `check_output` knows what is palu's.
+
+    Args:
+        output: what `claim_output` gave; a path is claimed here, whatever it holds.
     """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        os.replace(path, old)
-    try:
-        os.replace(beside, path)
-    except OSError:
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if not isinstance(output, Claim):
+        real = Path(output).resolve()
+        with locked(real), output_folder(Claim(real)) as folder:
+            yield folder
+        return
+    with folder_for(output.path, output.check) as folder:
+        yield folder
+        record = read_record(folder) or {}
+        files = (path for path in folder.rglob("*") if not path.is_dir())
+        names = {path.relative_to(folder).as_posix() for path in files} | {RECORD}
+        write_json(folder / RECORD, {"versions": versions(), **record, "files": sorted(names)})

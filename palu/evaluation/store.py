@@ -15,6 +15,7 @@ from palu.evaluation.sets import EvalSet
 from palu.runs import versions, write_json
 
 EVAL, SUMMARY, RECORD = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json"
+FILES = {EVAL, SUMMARY, RECORD}
 
 
 class Store:
@@ -38,6 +39,7 @@ class Store:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
         self.folder, self.settings = folder, dict(settings)
+        self.overwrite = overwrite
         self.log: dict[str, Any] = {}
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {str(folder)!r} is a file; name a folder")
@@ -72,6 +74,14 @@ class Store:
     def place(self) -> str:
         """What messages call the log."""
         return str(self.folder / EVAL)
+
+    def begin(self) -> None:
+        """Removes the values of an evaluation that is measured anew, and then what they were
+        measured with: a run that is interrupted must not be resumed with them. Call it in one
+        process, when all have made theirs."""
+        if self.overwrite:
+            for name in (EVAL, SUMMARY, RECORD):
+                (self.folder / name).unlink(missing_ok=True)
 
     def save(self, log: Mapping[str, Any]) -> None:
         """Writes all three files, each whole or not at all."""

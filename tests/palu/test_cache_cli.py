@@ -11,7 +11,6 @@ import typer
 from caches import files
 from command import palu_in, write_data, write_model
 
-from palu import cache_files as palu_cache_files
 from palu import cli
 from palu.cache import ReferenceCache
 from palu.labels import Template
@@ -130,7 +129,7 @@ def test_damage_and_a_full_disk(palu_cache, work, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(palu_cache_files.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         status, _, error = palu_cache(*BUILD, "--output", "hurt", "--overwrite")
     assert status == 2 and "No space left on device" in error and "Traceback" not in error
     assert shard.exists()  # what was there stays until there is something to put in its place
@@ -267,7 +266,7 @@ def test_a_full_disk_in_unlearn_then_room(palu, work, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(palu_cache_files.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         status, _, error = palu(*CACHED, "--output", "room")
     assert status == 2 and "No space left on device" in error and "Traceback" not in error
     assert not (work / "room").exists() and not (work / "room-reference-cache").exists()

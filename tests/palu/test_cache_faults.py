@@ -102,7 +102,7 @@ def test_a_full_disk_then_room(build, tok, tmp_path, monkeypatch):
         real(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(palu.cache_files.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(CacheWriteError, match=r"No space left on device.*goes on") as caught:
             build(model)
     assert caught.value.errno == errno.ENOSPC and ".cache.partial" in caught.value.filename

@@ -257,15 +257,21 @@ def test_output_folders(tmp_path, monkeypatch):
     assert check_output(place, overwrite=False) == place
     with output_folder(place) as folder:
         (folder / "x").write_text("1")
+        (folder / "x").chmod(0o600)  # as safetensors does
         assert not place.exists()
+    assert (place / "x").stat().st_mode & 0o777 == place.stat().st_mode & 0o666
     assert (place / "x").read_text() == "1"
     with pytest.raises(FileExistsError, match="is not empty; name another one or add --overwrite"):
         check_output(place, overwrite=False)
     check_output(place, overwrite=True)
+    (place / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'note\.txt', which palu did not write"):
+        check_output(place, overwrite=True)
+    (place / "note.txt").unlink()
     with pytest.raises(RuntimeError), output_folder(place) as folder:
         (folder / "y").write_text("2")
         raise RuntimeError
-    assert [p.name for p in place.iterdir()] == ["x"]
+    assert sorted(p.name for p in place.iterdir()) == ["palu.json", "x"]
     assert [p.name for p in place.parent.iterdir()] == ["b"]
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match="--overwrite would delete"):

@@ -1,0 +1,250 @@
+"""The only place that renames: files and folders are written aside, under names that nobody can
+guess, and put in their place when they are whole and on the disk. Nothing else is touched."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs with one output are not told apart there
+    fcntl = None
+
+MARK = "palu-aside"  # in a folder that is aside: what it is for
+LOCK_TEXT = "palu: a run holds {}. Left by a killed run it does no harm and may be deleted.\n"
+_EXCLUSIVE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class InUse(ValueError):
+    """Another process writes the same output."""
+
+
+class Changed(OSError):
+    """What is at an output's place is not what was there when the run began."""
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name beside `path`, for every path the same; short where the name is long."""
+    name = path.name
+    if len(os.fsencode(name)) > 180:
+        name = f"{name[:30]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+    return path.with_name(f".{name}.{ending}")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write into, put at `path` when the block ends without an error. A link at `path` is
+    followed, so that the file it names is replaced.
+
+    Args:
+        mode: "w" (UTF-8, newlines as they are written) or "wb".
+
+    Raises:
+        OSError: `path` is there and no regular file, or the file system refused.
+    """
+    path = Path(os.path.realpath(path))
+    check_regular(path)
+    aside = beside(path, f"{secrets.token_hex(8)}.partial")
+    # The mode is the umask's, as that of any new file is; `tempfile` would make it 0600.
+    number = os.open(aside, os.O_WRONLY | _EXCLUSIVE, 0o666)
+    try:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(number, mode, **text) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(number)
+        check_regular(path)
+        os.replace(aside, path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def check_regular(path: Path) -> None:
+    """Raises FileExistsError where `path` is a folder, device, FIFO or socket, or a link to one."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileExistsError(
+                errno.EEXIST, "is no regular file and cannot be replaced", str(path)
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that is whole or absent.
+
+    Raises:
+        ValueError: a number is not finite.
+        OSError: see `new_file`.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    with new_file(path) as file:
+        file.write(text + "\n")
+
+
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def settle(folder: Path) -> list[Path]:
+    """Gives the files below `folder` the mode of new ones (safetensors writes 0600) and has all of
+    it on the disk.
+
+    Returns:
+        the files, sorted.
+    """
+    mode = folder.stat().st_mode & 0o666  # of a folder that was made under this umask
+    found = sorted(folder.rglob("*"))
+    files = [path for path in found if path.is_file() and not path.is_symlink()]
+    for path in files:
+        with suppress(PermissionError):  # a file system without modes
+            path.chmod(mode)
+        sync(path)
+    for path in [*(path for path in found if path.is_dir()), folder]:
+        sync(path)
+    return files
+
+
+def new_aside(path: Path) -> Path:
+    """A new folder beside `path` that holds nothing but a mark that it is palu's. Call it, and
+    `remove_abandoned`, with `path` locked or from the only process that writes it."""
+    aside = beside(path, f"partial-{secrets.token_hex(8)}")
+    aside.mkdir()
+    (aside / MARK).write_bytes(os.fsencode(path.name))
+    return aside
+
+
+def remove_abandoned(path: Path) -> None:
+    """Folders that `new_aside` made for `path` in runs that were killed. What a run was about to
+    replace goes back to its place."""
+    hidden = beside(path, "partial-").name
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        token = left.name.removeprefix(hidden)
+        if token == left.name or len(token) != 16 or left.is_symlink() or not left.is_dir():
+            continue
+        if not (left / MARK).is_file():
+            with suppress(OSError):
+                left.rmdir()  # killed before the mark was there
+            continue
+        if (left / "old").exists() and not path.exists():
+            os.replace(left / "old", path)
+        remove_aside(left)
+
+
+def remove_aside(aside: Path) -> None:
+    """Removes a folder of `new_aside`; the mark goes last, so that half of it is still known."""
+    for path in aside.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put(new: Path, path: Path, aside: Path) -> None:
+    """Renames a folder to `path`. What is there goes into `aside` first, and back after an error;
+    the caller removes `aside`.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    old = aside / "old"
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    with suppress(OSError):  # it is in its place by now
+        sync(path.parent)
+
+
+@contextmanager
+def folder_for(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A new folder to write into, put at `path` when the block ends without an error; what was
+    there stays until then.
+
+    Args:
+        check: called before the rename; an error of it leaves `path` as it is.
+    """
+    remove_abandoned(path)
+    aside = new_aside(path)
+    try:
+        new = aside / "new"
+        new.mkdir()
+        yield new
+        settle(new)
+        check()
+        put(new, path, aside)
+    finally:
+        remove_aside(aside)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an output for this process alone until the block ends, or the process, be it by a kill.
+
+    The lock is on a file beside it, which goes away at the end. File systems without locks have
+    none.
+
+    Raises:
+        InUse: another process holds it.
+        OSError: nothing can be written there.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place, text = beside(path, "palu-lock"), os.fsencode(LOCK_TEXT.format(path.name))
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        number = os.open(place, flags, 0o666)
+        try:
+            regular = stat.S_ISREG(os.fstat(number).st_mode)
+            if not regular or not text.startswith(os.read(number, len(text) + 1)):
+                raise FileExistsError(errno.EEXIST, "is in the place of palu's lock", str(place))
+            _hold(number, path)
+            # Its holder may have removed it since it was opened.
+            if place.exists() and os.path.samestat(os.fstat(number), place.stat()):
+                os.lseek(number, 0, os.SEEK_SET)
+                os.write(number, text)
+                break
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()
+        os.close(number)
+
+
+def _hold(number: int, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUse(
+            f"another palu process is writing {str(path)!r}: wait for it, or name another output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
