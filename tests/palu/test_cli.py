@@ -183,6 +183,7 @@ def test_a_diverged_run_leaves_the_old_folder(palu, work, monkeypatch):
     old = work / "kept"
     old.mkdir(exist_ok=True)
     (old / "old.txt").write_text("still here")
+    (old / "palu.json").write_text('{"made_by": "palu unlearn"}')
 
     def diverges(*args, **kwargs):
         raise FloatingPointError("the loss is not finite at step 1: forget = nan")
