@@ -91,6 +91,8 @@ def folder_beside(
         return None
     if place.exists() and not place.is_dir():
         raise ValueError(f"checkpoints go to {str(place)!r}, which is a file; move it away")
+    if place.is_symlink():
+        raise ValueError(f"checkpoints go to {str(place)!r}, which is a link; move it away")
     if not resume and not overwrite and place.is_dir() and _checkpoints(place):
         raise FileExistsError(
             f"{str(place)!r} holds checkpoints of an interrupted run: add --resume to go on from "

@@ -95,6 +95,7 @@ app = typer.Typer(
 
 @app.command()
 def demo(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("palu-demo"),
     seed: Annotated[int, typer.Option(help="Of the people, the weights and the batches.")] = 0,
     people: Annotated[int, typer.Option(help="How many people are invented.")] = 40,
@@ -104,10 +105,10 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """A model made on the spot learns about invented people, then forgets some of them."""
-    from palu.runs import check_output, output_folder
+    from palu.runs import claim_output, output_folder
 
     with user_errors():
-        check_output(output, overwrite=overwrite)
+        claim = context.with_resource(claim_output(output, overwrite=overwrite))
     with bars.status("Loading PyTorch and transformers"):
         from palu.demo import DemoSettings, run_demo
 
@@ -120,7 +121,7 @@ def demo(
             train_steps=train_steps,
             unlearn_epochs=unlearn_epochs,
         )
-    with output_folder(output) as folder:
+    with output_folder(claim) as folder:
         metrics = run_demo(folder, settings, console=out, bars=bars, shown_as=output)
     if not all(metrics["checks"].values()):
         raise typer.Exit(1)
@@ -195,10 +196,19 @@ def unlearn(
         from palu.data import split_slice
         from palu.folders import named_from
         from palu.lora import add_lora, lora_settings, reference_kind, refuse_adapter
-        from palu.runs import cache_place, check_output, choose_template, output_folder
+        from palu.runs import (
+            cache_place,
+            check_output,
+            choose_template,
+            claim_output,
+            output_folder,
+        )
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
-        check_output(output, overwrite=overwrite, inputs=(model, *files))
+        wanted = {"overwrite": overwrite, "inputs": (model, *files)}
+        check_output(output, **wanted)
+        if processes.rank() == 0:  # the others write nothing
+            claim = context.with_resource(claim_output(output, **wanted))
         refuse_adapter(model)
         lora = lora_settings(lora_rank, lora_alpha, lora_dropout, lora_target)
         asked = context.get_parameter_source("reference").name != "DEFAULT"
@@ -332,7 +342,7 @@ def unlearn(
         checkpoints.remove_all(kept)
     data = {"forget": forget, "retain": retain, **read}
     notes = {"model": str(model), **data, "template": template.to_dict()}
-    with output_folder(output) if is_main else nullcontext() as folder:
+    with output_folder(claim) if is_main else nullcontext() as folder:
         mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)
         with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
             outcome = run.unlearn(

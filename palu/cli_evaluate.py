@@ -100,7 +100,7 @@ def evaluate(
         )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
-        from palu.runs import RECORD, choose_template, versions, write_json
+        from palu.runs import RECORD, check_json, choose_template, versions, write_json
 
         quiet()
         for folder in (model, reference_model, fluency_classifier):
@@ -113,6 +113,8 @@ def evaluate(
             )
         if json is not None and not json.resolve().parent.is_dir():
             raise ValueError(f"--json: the folder {str(json.resolve().parent)!r} does not exist")
+        if json is not None:
+            check_json(json, inputs=(forget, retain, holdout, retain_log))
         files = _own_files(forget, retain, tofu, split)
         if tofu is not None:
             files = tofu_files(tofu, split)

@@ -25,6 +25,7 @@ PROBE, LOUD = "Question: Who wrote it, and when?\nAnswer: It was written in 1991
 
 
 def merge(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     model: Annotated[
@@ -49,7 +50,7 @@ def merge(
         from palu.lora import ADAPTER_CONFIG, base_folder, fold_in_measured, is_adapter
         from palu.runs import (
             RECORD,
-            check_output,
+            claim_output,
             output_folder,
             read_record,
             versions,
@@ -63,7 +64,9 @@ def merge(
                 f"{ADAPTER_CONFIG} and no model in it)"
             )
         base = base_folder(adapter) if model is None else model
-        check_output(output, overwrite=overwrite, inputs=(adapter, base))
+        claim = context.with_resource(
+            claim_output(output, overwrite=overwrite, inputs=(adapter, base))
+        )
         known = read_record(folder_with(RECORD, adapter, base)) or {}
         record = {"template": known["template"]} if "template" in known else {}
         record["made_by"] = "palu merge"
@@ -82,7 +85,7 @@ def merge(
             f"rounding the merged weights to {kind} moves logits by {rounding:.0%} of what the "
             "adapter does; --dtype float32 keeps it, and so does the adapter beside its base model"
         )
-    with output_folder(output) as folder, bars.status("Writing the model"):
+    with output_folder(claim) as folder, bars.status("Writing the model"):
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         record |= {"base_model": named_from(folder, base), "adapter": named_from(folder, adapter)}

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palu.files import Changed, folder_for, locked, remove_abandoned, write_json
+from palu.files import Changed, check_regular, folder_for, locked, remove_abandoned, write_json
 from palu.folders import read_object
 from palu.labels import Template
 
@@ -161,6 +161,29 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
             "write; move it away, or name another output folder"
         )
     return folder
+
+
+def check_json(path: Path, *, inputs: tuple[str | Path | None, ...] = ()) -> None:
+    """Decides whether `palu evaluate --json` may write a file, before any work is done.
+
+    Raises:
+        FileExistsError: it is an input, no regular file, or one that palu evaluate did not write.
+    """
+    if not os.path.lexists(path):
+        return
+    check_regular(path)
+    for kept in inputs:
+        if kept is not None and os.path.exists(kept) and os.path.samefile(kept, path):
+            raise FileExistsError(f"--json {str(path)!r} is an input of this run; name another")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size else {}
+        ours = not found or {"model", "template", "versions", "summary"} <= set(found)
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"--json: {str(path)!r} exists and palu evaluate did not write it; name another file"
+        )
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -1,0 +1,63 @@
+"""Only what palu wrote is replaced; outputs are held by one run."""
+
+import json
+import os
+
+import pytest
+
+from palu import checkpoints
+from palu.files import InUse, locked, new_file, write_json
+from palu.runs import check_json, claim_output, output_folder
+
+
+def test_a_new_file_is_whole_and_follows_no_planted_name(tmp_path):
+    place = tmp_path / "x.json"
+    (tmp_path / "x.json.partial").symlink_to(tmp_path / "precious")
+    write_json(place, {"a": 1})
+    assert json.loads(place.read_text()) == {"a": 1} and not (tmp_path / "precious").exists()
+    with pytest.raises(RuntimeError), new_file(place) as file:
+        file.write("half")
+        raise RuntimeError
+    assert json.loads(place.read_text()) == {"a": 1}
+    assert {p.name for p in tmp_path.iterdir()} == {"x.json", "x.json.partial"}
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "fifo", "device", "folder", "input"])
+def test_evaluate_json_replaces_only_its_own(tmp_path, kind):
+    place, ours = tmp_path / "x", {"model": "", "template": {}, "versions": {}, "summary": {}}
+    write_json(place, ours)
+    check_json(place)
+    os.link(place, tmp_path / "input")
+    if kind != "input":
+        place.unlink()
+    {
+        "text": lambda: place.write_text("mine"),
+        "json": lambda: place.write_text('{"model": 1}'),
+        "fifo": lambda: os.mkfifo(place),
+        "device": lambda: place.symlink_to("/dev/null"),
+        "folder": place.mkdir,
+        "input": lambda: None,
+    }[kind]()
+    with pytest.raises(FileExistsError):
+        check_json(place, inputs=(tmp_path / "input",))
+
+
+def test_one_run_holds_an_output(tmp_path):
+    place = tmp_path / "out"
+    with locked(place), pytest.raises(InUse, match="another palu process"), locked(place):
+        pass
+    assert not list(tmp_path.iterdir())
+    with claim_output(place, overwrite=False) as claim:
+        with pytest.raises(OSError, match="while this run"), output_folder(claim):
+            place.mkdir()
+            (place / "theirs").touch()
+        assert [p.name for p in place.iterdir()] == ["theirs"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_checkpoints_of_palu_are_removed(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2", "notes"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+    (tmp_path / "c" / "checkpoint-1" / checkpoints.RECORD).touch()
+    checkpoints.remove_all(tmp_path / "c")
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-2", "notes"}
