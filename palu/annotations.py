@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from palu.spans import Span
+from palu.spans import UTF8, UTF16, Span
 
 __all__ = ["Audit", "snap"]
 
@@ -24,6 +25,7 @@ class Audit:
     edge_space: int = 0
     snapped: int = 0
     merged: int = 0
+    units: Counter[str] = dataclasses.field(default_factory=Counter)  # spans by what offsets count
 
     def add(self, text: str, spans: Sequence[Span]) -> None:
         """Count the spans of one row, in the order they were given."""
@@ -50,6 +52,8 @@ class Audit:
             (self.edge_space, "spans begin or end with white space"),
             (self.snapped, "spans moved to word ends"),
             (self.merged, "spans merged into another"),
+            (self.units[UTF16], f"spans placed by offsets in {UTF16}, as their text says"),
+            (self.units[UTF8], f"spans placed by offsets in {UTF8}, as their text says"),
         ]
         return ", ".join(f"{count} {what}" for count, what in parts if count)
 

@@ -33,7 +33,9 @@ def load_examples(
     Records have `question` and `answer`, or `text` alone for a plain document, and `spans`:
     `[{"start": s, "end": e}]` (or `[[s, e]]`), character offsets into the answer. The released
     annotation format is read too: `target_words`, a JSON string of `[{"word": w, "start": s, "end":
-    e}]`. `palu evaluate` also reads `paraphrased_answer` (a text) and `perturbed_answer` (a list of
+    e}]`. Where a span says what it covers (`text` or `word`) it must be so; a row whose offsets
+    count UTF-16 code units or UTF-8 bytes is known by that, and its spans are placed by them.
+    `palu evaluate` also reads `paraphrased_answer` (a text) and `perturbed_answer` (a list of
     wrong texts), as TOFU has them. Fields that are not used stay in `Example.extra`.
 
     One warning a file tells how many spans or rows look wrong (they are accepted), and what was
@@ -69,7 +71,7 @@ def load_examples(
     for row in chosen:
         record, place = read(row)
         try:
-            example, spans = parse_record(record, row, require_spans=require_spans)
+            example, spans, unit = parse_record(record, row, require_spans=require_spans)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place}: {error}") from None
         if example.id in row_of_id:
@@ -80,6 +82,7 @@ def load_examples(
         row_of_id[example.id] = row
         if spans or require_spans:
             audit.add(example.answer, spans)
+            audit.units[unit] += len(spans)
         if repair == "snap":
             snapped, moved, merged = snap(example.answer, spans)
             audit.snapped, audit.merged = audit.snapped + moved, audit.merged + merged

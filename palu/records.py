@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palu.spans import Span, check_spans, check_text
+from palu.spans import CHARACTERS, UNITS, Span, check_spans, check_text, recount, shown
 
 __all__ = ["Example", "parse_record"]
 
@@ -29,8 +29,9 @@ class Example:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def parse_record(record: Any, row: int, *, require_spans: bool) -> tuple[Example, list[Span]]:
-    """The example in `record`, row `row` of its file, and its spans in the order they were given.
+def parse_record(record: Any, row: int, *, require_spans: bool) -> tuple[Example, list[Span], str]:
+    """The example in `record`, row `row` of its file, its spans in the order they were given, and
+    what their offsets count in the file: one of `palu.spans.UNITS`.
 
     Raises:
         TypeError, ValueError: what is wrong, with the name of the field. (The caller adds file and
@@ -56,9 +57,9 @@ def parse_record(record: Any, row: int, *, require_spans: bool) -> tuple[Example
             rest["text"] = fields["text"]
     if not answer.strip():
         raise ValueError(f"field {'answer' if question is not None else 'text'!r} is empty")
-    spans = _spans(fields, answer, require_spans)
+    spans, unit = _spans(fields, answer, require_spans)
     example = Example(_id(fields["id"], row), question, answer, tuple(sorted(spans)), rest)
-    return example, spans
+    return example, spans, unit
 
 
 _FIELDS = ("id", "question", "answer", "text", "spans", "target_words")
@@ -72,16 +73,16 @@ def _id(value: Any, row: int) -> str:
     if value is None:
         return str(row)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise TypeError(f"field 'id' must be a string or an integer, got {value!r}")
+        raise TypeError(f"field 'id' must be a string or an integer, got {shown(value)}")
     return str(value)
 
 
-def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> list[Span]:
+def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list[Span], str]:
     given = [name for name in ("spans", "target_words") if fields[name] is not None]
     if not given:
         if required:
             raise ValueError("field 'spans' is missing (or 'target_words', the released format)")
-        return []
+        return [], CHARACTERS
     if len(given) == 2:
         raise ValueError("fields 'spans' and 'target_words' are both given: which one holds?")
     name, value = given[0], fields[given[0]]
@@ -98,21 +99,49 @@ def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> list[Span]
         # `datasets` may store a list of objects as an object of lists.
         lengths = {len(part) for part in value.values()}
         if len(lengths) > 1:
-            raise ValueError(f"field {name!r} has lists of different lengths: {value!r}")
+            raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
         value = [
             dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
         ]
     try:
-        spans = check_spans(answer, value)
+        unit, placed = _placed(answer, value)
+        spans = check_spans(answer, placed)
     except (TypeError, ValueError) as error:
         raise ValueError(f"field {name!r}: {error}") from None
     for number, (span, (start, end)) in enumerate(zip(value, spans, strict=True)):
-        word = span.get("word") if isinstance(span, Mapping) else None
-        if word is not None and word != answer[start:end]:
-            raise ValueError(
-                f"field {name!r}: spans[{number}] says {word!r}, but [{start}, {end}) of the "
-                f"answer is {answer[start:end]!r}"
-            )
-        if word is None and name == "target_words":
-            raise ValueError(f"field {name!r}: spans[{number}] has no 'word': {span!r}")
-    return spans
+        for text in _said(span):
+            if not _stands(answer, start, end, text):
+                raise ValueError(
+                    f"field {name!r}: spans[{number}] says {shown(text)}, but [{start}, {end}) of "
+                    f"the answer is {shown(answer[start:end])}"
+                )
+        if name == "target_words" and span.get("word") is None:
+            raise ValueError(f"field {name!r}: spans[{number}] has no 'word': {shown(span)}")
+    return spans, unit
+
+
+def _said(span: Any) -> list[Any]:
+    """The text that a span says it covers."""
+    if not isinstance(span, Mapping):
+        return []
+    return [span[key] for key in ("word", "text") if span.get(key) is not None]
+
+
+def _stands(answer: str, start: int, end: int, text: Any) -> bool:
+    return isinstance(text, str) and len(text) == end - start and answer.startswith(text, start)
+
+
+def _placed(answer: str, value: Any) -> tuple[str, Any]:
+    """The unit in which every span of a row covers the text that it says, and the spans in
+    characters. Characters where there is none: then `value` as it is, for messages."""
+    if answer.isascii() or not isinstance(value, Sequence) or not any(map(_said, value)):
+        return CHARACTERS, value
+    for unit in UNITS:
+        try:
+            spans = recount(answer, value, unit)
+        except (TypeError, ValueError):
+            continue
+        pairs = zip(value, spans, strict=True)
+        if all(_stands(answer, *ends, text) for span, ends in pairs for text in _said(span)):
+            return unit, spans
+    return CHARACTERS, value

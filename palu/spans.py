@@ -3,29 +3,60 @@
 A span is a half-open range `(start, end)` of the characters of a text.
 """
 
+import itertools
 import operator
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Span", "check_spans", "check_text", "integer"]
+__all__ = [
+    "CHARACTERS",
+    "UNITS",
+    "Span",
+    "check_spans",
+    "check_text",
+    "integer",
+    "recount",
+    "shown",
+]
 
 Span = tuple[int, int]
+
+# What offsets of a file may count. JavaScript, Java and C# count UTF-16 code units, of which a
+# character such as an emoji has two; Go and Rust count bytes.
+CHARACTERS, UTF16, UTF8 = "characters", "UTF-16 code units", "UTF-8 bytes"
+UNITS = (CHARACTERS, UTF16, UTF8)
+
+_NOT_SPACE = re.compile(r"\S")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 10
+_SHORT.maxlevel = 4
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` for a message, cut where it is long or deep."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} of very many digits"
 
 
 def integer(name: str, value: Any) -> int:
     """`value` as an int. Booleans and floats are refused: they are mistakes, not numbers."""
     if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
 
 
 def check_text(name: str, value: Any) -> str:
     """`value` as it is: a string that can be written as UTF-8, which tokenizers need."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r}")
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -48,25 +79,46 @@ def check_spans(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]]) -
         start, end = _ends(name, span)
         if not 0 <= start < end <= len(text):
             raise ValueError(
-                f"{name} is [{start}, {end}), it must satisfy 0 <= start < end <= {len(text)}, "
-                "the length of the answer"
+                f"{name} is [{shown(start)}, {shown(end)}), it must satisfy "
+                f"0 <= start < end <= {len(text)}, the length of the answer"
             )
-        if text[start:end].isspace():
+        if not _NOT_SPACE.search(text, start, end):
             raise ValueError(
-                f"{name} is [{start}, {end}), which is only white space: {text[start:end]!r}"
+                f"{name} is [{start}, {end}), which is only white space: {shown(text[start:end])}"
             )
         checked.append((start, end))
     return checked
+
+
+def recount(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]], unit: str) -> list[Span]:
+    """The spans in characters of `text`, of spans that count in `unit`.
+
+    Raises:
+        TypeError: as `check_spans`.
+        ValueError: a span that ends outside `text` or within a character.
+    """
+    ends = [_ends(f"spans[{number}]", span) for number, span in enumerate(spans)]
+    if unit == CHARACTERS:
+        return ends
+    if unit == UTF16:
+        widths = (1 + (character > "\uffff") for character in text)
+    else:
+        widths = (len(character.encode()) for character in text)
+    places = {place: number for number, place in enumerate(itertools.accumulate(widths, initial=0))}
+    try:
+        return [(places[start], places[end]) for start, end in ends]
+    except KeyError as error:
+        raise ValueError(f"no character begins or ends at {error} in {unit}") from None
 
 
 def _ends(name: str, span: Any) -> Span:
     if isinstance(span, Mapping):
         missing = [key for key in ("start", "end") if key not in span]
         if missing:
-            raise ValueError(f"{name} has no {missing[0]!r}: {dict(span)!r}")
+            raise ValueError(f"{name} has no {missing[0]!r}: {shown(dict(span))}")
         start, end = span["start"], span["end"]
     elif isinstance(span, Sequence) and not isinstance(span, str | bytes) and len(span) == 2:
         start, end = span
     else:
-        raise TypeError(f"{name} must be {{'start': s, 'end': e}} or (s, e), got {span!r}")
+        raise TypeError(f"{name} must be {{'start': s, 'end': e}} or (s, e), got {shown(span)}")
     return integer(f"{name} start", start), integer(f"{name} end", end)

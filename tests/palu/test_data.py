@@ -125,6 +125,39 @@ def test_lines_of_any_kind(tmp_path):
     assert load(path) == examples, "a JSON list is read too"
 
 
+@pytest.mark.parametrize(
+    ("codec", "size", "unit"), [("utf-16-le", 2, "UTF-16 code units"), ("utf-8", 1, "UTF-8 bytes")]
+)
+def test_offsets_that_count_something_else_are_known_by_their_text(tmp_path, codec, size, unit):
+    answer = "Ada, é💩💩: Ada Brook of 東京 💩."
+
+    def span(covered, start, **said):
+        at = len(answer[:start].encode(codec)) // size
+        return {"start": at, "end": at + len(covered.encode(codec)) // size, **said}
+
+    ada = answer.rindex("Ada")
+    spans = [
+        span("Ada", 0, text="Ada"),
+        span("Ada Brook", ada, word="Ada Brook"),
+        span("東京 💩.", answer.index("東"), text="東京 💩."),  # ends beyond the characters
+        span("💩", 6),  # says nothing: as the others of its row
+    ]
+    path = write(
+        tmp_path / "a.jsonl", [{"text": answer, "spans": spans}, {**QA, "spans": [[0, 5]]}]
+    )
+    examples, warning = warning_of(path)
+    words = [answer[start:end] for start, end in examples[0].spans]
+    assert words == ["Ada", "💩", "Ada Brook", "東京 💩."]
+    assert "2 rows with 5 spans: " in warning
+    assert warning.endswith(f", 4 spans placed by offsets in {unit}, as their text says")
+    within = {"start": spans[1]["start"], "end": spans[1]["end"] + 1, "text": "Ada Brook"}
+    path = write(tmp_path / "b.jsonl", [{"text": answer, "spans": [spans[0], within]}])
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl:1 \(row 0\): field 'spans': spans\[1\] says 'Ada Brook'"
+    ):
+        load(path)
+
+
 @pytest.mark.parametrize("sequence", ["list of objects", "object of lists"])
 def test_folder_of_datasets(tmp_path, sequence):
     datasets = pytest.importorskip("datasets")
@@ -278,6 +311,21 @@ LINES = [json.dumps({**QA, "spans": [[0, 5]]})] * 2
         (
             {**QA, "spans": [{"start": 0, "end": 5, "word": "Mahfouz"}]},
             r"says 'Mahfouz', but \[0, 5\) of the answer is 'Basil'",
+        ),
+        (
+            {
+                **QA,
+                "spans": [
+                    {"start": 0, "end": 5, "text": "Basil"},
+                    {"start": 5, "end": 12, "text": "Mahfouz"},
+                ],
+            },
+            r"spans\[1\] says 'Mahfouz', but \[5, 12\) of the answer is ' Mahfou'",
+        ),
+        ({**QA, "spans": [{"start": 0, "end": 5, "text": 7}]}, r"says 7, but \[0, 5\)"),
+        (
+            {"text": "💩 Ada", "spans": [{"start": 0, "end": 3, "text": "Ada"}]},
+            r"says 'Ada', but \[0, 3\) of the answer is '💩 A'",
         ),
         (released("Basil", ("Basil", 0), target_words="[{"), "field 'target_words' is not JSON"),
         (released("Basil", target_words="{}"), "field 'target_words': spans must be a list"),
