@@ -244,14 +244,15 @@ def read_rows(
 
     examples = load_examples(path, require_spans=require_spans, repair=repair)
     options = {"max_length": max_length, "template": template}
-    rows = tokenize_examples(examples, tokenizer, **options)
+    rows = tokenize_examples(examples, tokenizer, source=path, **options)
     if second_answers is None:
         return rows
     try:
         texts = second_answers(examples)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return add_alternates(rows, examples, texts, tokenizer, **options)
+    source = f"{path}, second answers"
+    return add_alternates(rows, examples, texts, tokenizer, source=source, **options)
 
 
 @contextmanager

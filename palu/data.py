@@ -102,11 +102,13 @@ def tokenize_examples(
     *,
     max_length: int,
     template: Template | None = None,
+    source: str | None = None,
 ) -> list[dict[str, Any]]:
     """`label_example` for many: dicts of `input_ids`, `labels`, `attention_mask` (lists of int) and
     `example_id`.
 
-    Spans that lose tokens to `max_length` are counted and warned of once.
+    Examples, tokens and spans that are cut off at `max_length` are counted and warned of once.
+    `source` is what the warning calls the examples: their file.
 
     Raises:
         ValueError: no examples, or an example that cannot be labelled or of which no answer token
@@ -116,7 +118,8 @@ def tokenize_examples(
     if not examples:
         raise ValueError("examples must not be empty")
     rows, without_answer = [], []
-    lost_spans = rows_with_loss = 0
+    lost_spans = rows_with_loss = cut = lost_tokens = 0
+    at_least = ""
     for example in examples:
         try:
             labeled = label_without_warning(
@@ -132,6 +135,9 @@ def tokenize_examples(
             raise kind(f"example {example.id!r}: {error}") from error
         if labeled.answer_start == len(labeled["input_ids"]):
             without_answer.append(example.id)
+        cut += labeled.lost_tokens > 0
+        lost_tokens += labeled.lost_tokens
+        at_least = "at least " if labeled.too_long else at_least
         lost_spans += labeled.lost_spans
         rows_with_loss += labeled.lost_spans > 0
         rows.append({**labeled, "example_id": example.id})
@@ -142,13 +148,15 @@ def tokenize_examples(
             f"max_length={max_length} leaves no token of the answer in {len(without_answer)} of "
             f"{len(rows)} examples: {names}; raise max_length or shorten them"
         )
-    if lost_spans:
-        total = sum(len(example.spans) for example in examples)
-        warnings.warn(
-            f"{lost_spans} of {total} spans, in {rows_with_loss} of {len(rows)} examples, lost "
-            f"tokens to max_length={max_length}",
-            stacklevel=2,
-        )
+    if cut:
+        said = "" if source is None else f"{source}: "
+        said += f"{cut} of {len(rows)} examples are cut at max_length={max_length}: "
+        said += f"{at_least}{lost_tokens} tokens are left out"
+        if lost_spans:
+            total = sum(len(example.spans) for example in examples)
+            said += f"; {lost_spans} of {total} spans, in {rows_with_loss} of {len(rows)} "
+            said += f"examples, lost tokens to max_length={max_length}"
+        warnings.warn(said, stacklevel=2)
     return rows
 
 

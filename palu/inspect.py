@@ -105,7 +105,8 @@ def inspect_file(
     """
     console = console or Console()
     examples = load_examples(path, require_spans=False, repair=repair, limit=limit)
-    rows = tokenize_examples(examples, tokenizer, max_length=max_length, template=template)
+    options = {"max_length": max_length, "template": template}
+    rows = tokenize_examples(examples, tokenizer, source=os.fspath(path), **options)
     if eos_token_id is None:
         eos_token_id = tokenizer.eos_token_id
     console.print(legend())

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from palu.errors import one_line
 from palu.spans import check_spans, check_text, integer
-from palu.template import Template
+from palu.template import Rendered, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +110,9 @@ class LabeledExample(dict):
 
     Attributes:
         lost_spans: spans of which at least one token was cut off by `max_length`.
+        lost_tokens: tokens that were cut off; at least so many where the text was `too_long`.
+        too_long: the text is much longer than `max_length` keeps, and only its beginning was
+            tokenised.
         answer_start: index of the first answer token; the tokens before it are the exact prompt to
             generate from. The number of tokens when no answer token is left.
         closed: whether the last token is the token that ends the answer (EOS or the template's end
@@ -122,11 +126,15 @@ class LabeledExample(dict):
         attention_mask: list[int],
         *,
         lost_spans: int = 0,
+        lost_tokens: int = 0,
+        too_long: bool = False,
         answer_start: int | None = None,
         closed: bool = False,
     ):
         super().__init__(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
         self.lost_spans = lost_spans
+        self.lost_tokens = lost_tokens
+        self.too_long = too_long
         self.answer_start = len(input_ids) if answer_start is None else answer_start
         self.closed = closed
 
@@ -134,8 +142,7 @@ class LabeledExample(dict):
         return iter(self.values())
 
     def __reduce__(self):
-        state = {key: getattr(self, key) for key in ("lost_spans", "answer_start", "closed")}
-        return type(self), tuple(self.values()), state
+        return type(self), tuple(self.values()), vars(self)
 
 
 def label_example(
@@ -164,8 +171,8 @@ def label_example(
         answer: not empty.
         spans: `{"start": s, "end": e}` or `(s, e)`: character offsets into `answer`, end exclusive;
             any order, overlaps allowed.
-        max_length: at most so many tokens, 2 or more; the rest is cut off, and spans that lose a
-            token are counted in `lost_spans` and warned of.
+        max_length: at most so many tokens, 2 or more; the rest is cut off, counted in `lost_tokens`
+            and `lost_spans` and warned of.
         template: how question and answer are put together; `Template()` when None.
 
     Raises:
@@ -177,11 +184,14 @@ def label_example(
     example = label_without_warning(
         tokenizer, question, answer, spans, max_length, template or Template()
     )
-    if example.lost_spans:
-        warnings.warn(
-            f"{example.lost_spans} of {len(spans)} spans lost tokens to max_length={max_length}",
-            stacklevel=2,
-        )
+    if example.lost_tokens:
+        at_least = "at least " if example.too_long else ""
+        said = f"the example is cut at max_length={max_length}: {at_least}{example.lost_tokens} "
+        said += "tokens are left out"
+        if example.lost_spans:
+            said += f"; {example.lost_spans} of {len(spans)} spans lost tokens to "
+            said += f"max_length={max_length}"
+        warnings.warn(said, stacklevel=2)
     return example
 
 
@@ -212,16 +222,10 @@ def label_without_warning(
     checked = check_spans(answer, spans)
 
     rendered = template.render(tokenizer, question, answer)
-    encoding = tokenizer(
-        rendered.text,
-        add_special_tokens=rendered.add_special_tokens,
-        return_offsets_mapping=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-    starts, ends = token_places(tokenizer, rendered.text, ids, encoding["offset_mapping"])
+    tokens, too_long = _first_tokens(tokenizer, rendered, max_length)
+    ids, starts, ends = tokens
+    # What is after this character lies in no token that is kept.
+    seen = int(ends[:max_length].max()) if too_long else len(rendered.text)
     shift = rendered.start - rendered.dropped
     placed = [
         (max(start + shift, rendered.start), min(end + shift, rendered.end))
@@ -231,12 +235,18 @@ def label_without_warning(
     if ids.size and any(_overlap(starts[:1], ends[:1], *place)[0] for place in placed):
         ids, starts, ends = _led_by_special(tokenizer, ids, starts, ends)
     answer_tokens = np.flatnonzero(_overlap(starts, ends, rendered.start, rendered.end))
-    if not answer_tokens.size:
-        raise ValueError(f"the tokenizer makes no token of the answer {answer!r}")
-    first, after = int(answer_tokens[0]), int(answer_tokens[-1]) + 1
+    if answer_tokens.size:
+        first, after = int(answer_tokens[0]), int(answer_tokens[-1]) + 1
+    elif too_long:
+        first = after = len(ids)
+    else:
+        raise ValueError(f"the tokenizer makes no token of the answer {one_line(repr(answer))}")
     # A chat template says how a turn ends. In plain text only EOS ends an answer, whatever the
     # tokenizer adds by itself.
-    closing = _closing_tokens(tokenizer, ids[after:] if rendered.chat else ids[:0])
+    rest = ids[after:]
+    if rendered.chat and too_long:
+        rest = _encoded(tokenizer, rendered.text[rendered.end :], False)[0]
+    closing = _closing_tokens(tokenizer, rest if rendered.chat else ids[:0])
     end_token = closing[-1:]
     if end_token and ids[after - 1] == end_token[0]:
         closing = []  # the answer's own text ends with it
@@ -250,6 +260,9 @@ def label_without_warning(
     lost_spans = 0
     for number, (start, end) in enumerate(placed):
         covered = np.flatnonzero(_overlap(starts, ends, start, end))
+        if too_long and start >= seen:
+            lost_spans += 1
+            continue
         if not covered.size:
             text = rendered.text[start:end]
             raise ValueError(
@@ -269,6 +282,8 @@ def label_without_warning(
         labels,
         [1] * len(ids),
         lost_spans=lost_spans,
+        lost_tokens=max(0, full_length - max_length),
+        too_long=too_long,
         answer_start=min(first, len(ids)),
         closed=bool(end_token) and full_length <= max_length,
     )
@@ -281,6 +296,47 @@ def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.n
     lies strictly inside.
     """
     return (starts < end) & (ends > start)
+
+
+_Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, first characters, last-plus-one
+
+
+def _first_tokens(
+    tokenizer: "PreTrainedTokenizerBase", rendered: Rendered, max_length: int
+) -> tuple[_Tokens, bool]:
+    """The tokens of the text; of a long one those of its beginning, and True. The first
+    `max_length` are those of the whole text.
+
+    A tokenizer looks at what is near a token, so they are settled when there are twice as many and
+    the text cut at three places gives the same ones. Two of the cuts are neighbours: groups counted
+    from the end of a text (of digits, say) differ there.
+    """
+    size = max(16 * max_length, 4096)
+    # The answer goes on behind the cut, or begins there: so all that ends it does too.
+    while 4 * size < len(rendered.text) and 2 * size + 1 < rendered.end:
+        cuts = [
+            _encoded(tokenizer, rendered.text[:length], rendered.add_special_tokens)
+            for length in (2 * size, size, size + 1)
+        ]
+        kept = [[part[:max_length] for part in tokens] for tokens in cuts]
+        enough = all(len(tokens[0]) >= 2 * max_length for tokens in cuts)
+        if enough and all(np.array_equal(kept[0], other) for other in kept[1:]):
+            return cuts[0], True
+        size *= 4
+    return _encoded(tokenizer, rendered.text, rendered.add_special_tokens), False
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool) -> _Tokens:
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
+    ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+    return ids, *token_places(tokenizer, text, ids, encoding["offset_mapping"])
 
 
 def token_places(

@@ -31,12 +31,28 @@ def test_tokenize_examples_warns_once_of_lost_spans(byte_tokenizer):
     assert f"2 of 3 spans, in 1 of 3 examples, lost tokens to max_length={first + 1}" in str(
         caught[0].message
     )
+    lengths = [len(row["input_ids"]) for row in whole]
+    left = sum(max(0, length - first - 1) for length in lengths)
+    said = f"{sum(n > first + 1 for n in lengths)} of 3 examples are cut at max_length={first + 1}"
+    assert f"{said}: {left} tokens are left out" in str(caught[0].message)
     assert len(cut[0]["input_ids"]) == first + 1
     with pytest.raises(
         ValueError,
         match=f"max_length={first - 1} leaves no token of the answer in 1 of 3 examples: 'a';",
     ):
         tokenize_examples(EXAMPLES, byte_tokenizer, max_length=first - 1)
+
+
+def test_texts_without_spans_are_not_cut_in_silence(byte_tokenizer):
+    texts = [Example("a", None, "Kuwait " * 40), Example("b", "Who?", "Basil.")]
+    with pytest.warns(UserWarning) as caught:
+        tokenize_examples(texts, byte_tokenizer, max_length=40, source="kept.jsonl")
+    lost = len(byte_tokenizer(texts[0].answer)["input_ids"]) + 1 - 40
+    said = f"kept.jsonl: 1 of 2 examples are cut at max_length=40: {lost} tokens are left out"
+    assert [str(warning.message) for warning in caught] == [said] and lost > 0
+    texts[0] = Example("a", None, "Kuwait " * 9_000)
+    with pytest.warns(UserWarning, match=r"1 of 2 examples .*: at least \d\d+ tokens are left out"):
+        tokenize_examples(texts, byte_tokenizer, max_length=40)
 
 
 def test_tokenize_examples_names_the_example(byte_tokenizer, chatml_tokenizer):

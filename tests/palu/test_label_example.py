@@ -11,7 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from palu.labels import IGNORE, KEEP, LabeledExample, Template, label_example, token_roles
+from palu import labels
+from palu.labels import (
+    IGNORE,
+    KEEP,
+    LabeledExample,
+    Template,
+    label_example,
+    label_without_warning,
+    token_roles,
+)
 
 QUESTION = "Who wrote it, and where?"
 # Accents (composed and combining), CJK, emoji of several code points, double spaces, digits, words
@@ -290,11 +299,59 @@ def test_truncation_counts_lost_spans(byte_tokenizer):
         assert cut.closed == (length == len(whole["input_ids"]))
         assert cut.answer_start == min(whole.answer_start, length)
         assert cut.lost_spans == sum(length < end for end in ends), "one byte is a loss"
-        assert len(caught) == (cut.lost_spans > 0)
+        assert cut.lost_tokens == len(whole["input_ids"]) - length and not cut.too_long
+        assert len(caught) == (cut.lost_tokens > 0)
         if caught:
+            said = f"cut at max_length={length}: {cut.lost_tokens} tokens are left out"
+            assert said in str(caught[0].message)
+        if cut.lost_spans:
             assert f"{cut.lost_spans} of 3 spans lost tokens to max_length={length}" in str(
                 caught[0].message
             )
+
+
+LONG = {
+    "words": "Basil Mahfouz was born in Kuwait City, 05/11/1991, near L'Été. 東京😀\n",
+    "no white space": "KuwaitCity05/11/1991,東京😀",
+    "one letter": "a",
+    "digits": "1234567",
+    "spaces": "Kuwait" + " " * 20,
+    "marks": "e\u0301\u0301",
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypatch, kind):
+    piece = LONG[kind]
+    answer = "It is " + (piece * (40_000 // len(piece))).rstrip() + "<|eot_id|>"
+    spans = [(0, 40), (300, 360), (5_000, 25_000), (35_000, 35_100)]
+    sizes = []
+    encode = labels._encoded
+
+    def encoded(tokenizer, text, special):
+        sizes.append(len(text))
+        return encode(tokenizer, text, special)
+
+    monkeypatch.setattr(labels, "_encoded", encoded)
+    for question, length in ((None, 64), (QUESTION, 130), (answer, 64)):
+        example = label_without_warning(any_tokenizer, question, answer, spans, length, Template())
+        beginning = max(sizes)
+        sizes.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                labels,
+                "_first_tokens",
+                lambda tokenizer, r, n: (encode(tokenizer, r.text, r.add_special_tokens), False),
+            )
+            whole = label_without_warning(
+                any_tokenizer, question, answer, spans, length, Template()
+            )
+        assert (example, example.answer_start) == (whole, whole.answer_start)
+        assert (example.lost_spans, example.closed) == (whole.lost_spans, whole.closed)
+        if any_tokenizer.name_or_path == "wordpiece" and kind != "words":
+            continue  # long words are unknown, whole: they must be read
+        assert example.too_long and beginning < 20_000
+        assert 0 < example.lost_tokens <= whole.lost_tokens
 
 
 class SlowTokenizer:
