@@ -44,7 +44,7 @@ def test_tokenize_examples_warns_once_of_lost_spans(byte_tokenizer):
 
 
 def test_texts_without_spans_are_not_cut_in_silence(byte_tokenizer):
-    texts = [Example("a", None, "Kuwait " * 40), Example("b", "Who?", "Basil.")]
+    texts = [Example("a", None, "Kuwait" + " Kuwait" * 40), Example("b", "Who?", "Basil.")]
     with pytest.warns(UserWarning) as caught:
         tokenize_examples(texts, byte_tokenizer, max_length=40, source="kept.jsonl")
     lost = len(byte_tokenizer(texts[0].answer)["input_ids"]) + 1 - 40
