@@ -149,11 +149,18 @@ def remove_abandoned(path: Path) -> None:
         remove_aside(left)
 
 
+def new_of(aside: Path) -> Path:
+    """Where the folder is written whose aside this is: beside its place, so that relative paths in
+    it are right."""
+    start, _, token = aside.name.rpartition("partial-")
+    return aside.with_name(f"{start}new-{token}")
+
+
 def remove_aside(aside: Path) -> None:
-    """Removes a folder of `new_aside`; the mark goes last, so that half of it is still known."""
-    for path in aside.iterdir():
-        if path.name != MARK:
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes a folder of `new_aside` and what is at `new_of` it; the mark goes last, so that half
+    of it is still known."""
+    shutil.rmtree(new_of(aside), ignore_errors=True)
+    shutil.rmtree(aside / "old", ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -188,7 +195,7 @@ def folder_for(path: Path, check: Callable[[], None] = lambda: None) -> Iterator
     remove_abandoned(path)
     aside = new_aside(path)
     try:
-        new = aside / "new"
+        new = new_of(aside)
         new.mkdir()
         yield new
         settle(new)

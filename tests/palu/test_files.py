@@ -6,7 +6,15 @@ import os
 import pytest
 
 from palu import checkpoints
-from palu.files import InUse, locked, new_file, write_json
+from palu.files import (
+    InUse,
+    locked,
+    new_aside,
+    new_file,
+    new_of,
+    remove_abandoned,
+    write_json,
+)
 from palu.runs import check_json, claim_output, output_folder
 
 
@@ -61,3 +69,22 @@ def test_only_checkpoints_of_palu_are_removed(tmp_path):
     (tmp_path / "c" / "checkpoint-1" / checkpoints.RECORD).touch()
     checkpoints.remove_all(tmp_path / "c")
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-2", "notes"}
+
+
+def test_what_a_killed_run_left_goes_and_the_rest_stays(tmp_path):
+    place = tmp_path / "out"
+    foreign = tmp_path / ".out.partial-0123456789abcdef"
+    for folder in (foreign, tmp_path / ".out.partial-99999999", place):
+        folder.mkdir()
+        (folder / "precious").touch()
+    killed = new_aside(place)
+    new_of(killed).mkdir()
+    (new_of(killed) / "half").touch()
+    os.replace(place, killed / "old")  # between the two renames
+    with locked(place):
+        remove_abandoned(place)
+    assert (place / "precious").exists() and (foreign / "precious").exists()
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "made"):
+        raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 3
