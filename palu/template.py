@@ -141,6 +141,10 @@ class Template:
         dropped = _leading_space(answer) - _leading_space(kept)
         same = dropped >= 0 and kept.strip() == answer.strip() and answer[dropped:].startswith(kept)
         if not same or text != before + kept + after:
+            start = self._own_thoughts(text, before, answer.strip(), after)
+            if start is not None:
+                end = start + len(answer.strip())
+                return Rendered(text, start, end, _leading_space(answer), True, False)
             raise ValueError(
                 "the chat template changes the answer, so its spans cannot be placed: "
                 f"{_shown(answer)} became {_shown(kept)}"
@@ -200,6 +204,16 @@ class Template:
                 f"{_shown(before)}"
             )
         return before, after
+
+    @staticmethod
+    def _own_thoughts(text: str, before: str, answer: str, after: str) -> int | None:
+        """Where the answer begins in a text of which the chat template has left out the end of what
+        it writes before other answers: it brings its own (`<think>...</think>`, Qwen3). None where
+        that is not so.
+        """
+        start = len(text) - len(after) - len(answer)
+        there = start >= 0 and text[start:] == answer + after
+        return start if there and before.startswith(text[:start]) else None
 
     def _is_a_switch(
         self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, text: str

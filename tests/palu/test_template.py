@@ -114,6 +114,35 @@ def test_text_that_a_template_puts_before_the_answer_is_prompt(chatml_tokenizer)
         label_example(tokenizer, "t?", "a</think>b", [(0, 1)], max_length=99)
 
 
+QWEN3 = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- set content = m.content %}
+{%- set thoughts = '' %}{%- if '</think>' in content %}
+{%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
+{%- if m.role == 'assistant' %}{{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}{%- endif %}
+{{- content + '<|im_end|>\\n' }}{%- endfor %}
+"""
+
+
+def test_answers_with_thoughts_of_their_own(chatml_tokenizer):
+    tokenizer = with_template(chatml_tokenizer, QWEN3)
+    answer = " <think>\nIn Kuwait?\n</think>\n\nIn Kuwait."
+    spans = [(answer.index("Kuwait"), answer.index("Kuwait") + 6)]
+    example = label_example(tokenizer, QUESTION, answer, spans, max_length=99)
+    ids, start = example["input_ids"], example.answer_start
+    prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(tokenizer, ids[:start]) == prompt
+    assert text_of(tokenizer, ids[start:]) == answer.strip() + "<|im_end|>"
+    sensitive = [i for i, label in enumerate(example["labels"]) if label >= 0]
+    assert text_of(tokenizer, [ids[i] for i in sensitive]).strip() == "Kuwait"
+    assert "?" in text_of(tokenizer, ids[sensitive[-1] + 1 :])[:2]
+    example = label_example(tokenizer, QUESTION, "In Kuwait.", [(3, 9)], max_length=99)
+    before = text_of(tokenizer, example["input_ids"][: example.answer_start])
+    assert before == prompt + "<think>\n\n</think>\n\n"
+    with pytest.raises(ValueError, match="changes the answer"):
+        label_example(tokenizer, QUESTION, "<think>a</think>b", [], max_length=99)
+
+
 def simple_template(before="", after="", answer="m.content"):
     return (
         f"{{%- for m in messages %}}{{%- if m.role == 'assistant' %}}"
