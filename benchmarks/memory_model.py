@@ -39,7 +39,7 @@ from transformers import (
 from benchmarks import harness
 from benchmarks.ledger import Ledger
 from benchmarks.train_roads import Released, Settings
-from palu import PALUConfig, PALUTrainer
+from palu import PALUConfig, PALUTrainer, master_weights
 from palu.data import Collator
 from palu.plan import ANSWER_SHARE, GIB, PRESERVE_SHARE, Items, Prediction, Setup, Step, predict
 from palu.plan_layer import PRECISIONS
@@ -48,7 +48,15 @@ from palu_kernels import eager, linear
 
 ALLOWED = 0.1
 SETUP = ("trains", "way", "dtype", "checkpointing", "batch_size", "length")
-PARTS = ("weights", "optimizer state", "reference", "gradients", "layer inputs", "norms")
+PARTS = (
+    "weights",
+    "master weights",
+    "optimizer state",
+    "reference",
+    "gradients",
+    "layer inputs",
+    "norms",
+)
 PARTS += ("attention", "attention scores", "attention masks", "mlp", "linear inputs")
 PARTS += ("weight copies", "layer gradients", "head copies", "head gradient", "embedding gradient")
 PARTS += ("passing", "chunk buffers", "logits")
@@ -106,7 +114,9 @@ def predicted(sizes: ModelSizes, case: Case) -> Prediction:
 
 class ReleasedStep(Step):
     """The released code's way: all logits of both models, and one backward for both batches, that
-    of the retain rows first."""
+    of the retain rows first, and AdamW on the weights as they are."""
+
+    has_masters = False
 
     def moments(self) -> Iterator[tuple[str, Items]]:
         p, setup, sizes = self.precision, self.setup, self.sizes
@@ -151,6 +161,7 @@ def measure(config: Mapping[str, Any], case: Case) -> Ledger:
         warnings.catch_warnings(),
         mock.patch.object(eager, "TILE_ENTRIES", 1),
         mock.patch.object(linear, "HEAD_BLOCK_BYTES", 2**12),
+        mock.patch.object(master_weights, "SAMPLE", 1),
     ):
         warnings.simplefilter("ignore")
         steps = _released_steps if case.released else _trainer_steps

@@ -22,7 +22,7 @@ LENGTHS = (256, 1024, 4096)  # of the columns beside the length that is asked fo
 NOTE = (
     "Predicted from the config: the tensors of a step, checked within 10% on small models on a CPU "
     "and on no GPU. What a GPU needs besides (context, workspaces, fragments) must fit in the "
-    "--headroom. Autocast is for PALUTrainer, in Python (bf16=True)."
+    "--headroom. Weights of 16 bits that train have float32 masters."
 )
 
 
@@ -132,6 +132,7 @@ def _described(sizes: ModelSizes, setup: Setup) -> str:
     options = f"--batch-size {setup.batch_size} --max-length {setup.length}"
     options += f" --reference {setup.reference}"
     options += f" --lora-rank {setup.lora_rank}" if setup.lora_rank else ""
+    options += " --bf16" if setup.dtype == "autocast" else ""
     options += " --gradient-checkpointing" if setup.checkpointing else ""
     largest = sorted(found.items.items(), key=lambda item: -item[1])[:5]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)

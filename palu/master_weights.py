@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 # From this share on it is said aloud that rounding takes a part of what training changed back.
 LOUD = 0.05
 _STATE = "palu_master_weights"
-_SAMPLE = 2**16  # entries of a weight that are remembered: a share is exact within half a percent
+SAMPLE = 2**16  # entries of a weight that are remembered: a share is exact within half a percent
 
 
 def trains_in_half(model: nn.Module) -> list[str]:
@@ -159,7 +159,7 @@ def refuse_optimizer(optimizer: Any, optim: Any) -> None:
 def _sample(values: Tensor) -> Tensor:
     values = values.detach()
     values = getattr(values, "_local_tensor", values).reshape(-1)  # a shard's own part
-    return values[:: max(1, values.numel() // _SAMPLE)].cpu().clone()
+    return values[:: max(1, values.numel() // SAMPLE)].cpu().clone()
 
 
 def _widened(value: Any) -> Any:

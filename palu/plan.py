@@ -6,7 +6,7 @@ context, workspaces of libraries, what the allocator holds back) is in no predic
 
 A step is what `PALUTrainer` runs after its first, which makes the optimizer's state: forget rows,
 then as many retain rows, each with a forward and a backward of its own, and a fused AdamW with two
-numbers a weight, in the weight's dtype.
+float32 numbers a weight; float32 masters of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ REFERENCES = ("live", "adapter_off", "cached")
 # Of all positions, those that carry a loss, and of the forget rows those that are preserved: TOFU's
 # forget10 at `prefix_length` 3. They size the chunk buffers, which do not grow beyond CHUNK_BYTES.
 ANSWER_SHARE, PRESERVE_SHARE = 0.33, 0.27
+MASTER = 4  # bytes of an entry: see `palu.master_weights`
 GIB = 2**30
 MOST_ROWS = 2**20  # that `largest_batch` tries
 
@@ -115,6 +116,8 @@ def largest_batch(sizes: ModelSizes, setup: Setup, limit: float) -> int:
 class Step:
     """The moments of a step that can be its largest."""
 
+    has_masters = True
+
     def __init__(self, sizes: ModelSizes, setup: Setup) -> None:
         self.sizes, self.setup = sizes, setup
         self.precision = p = PRECISIONS[setup.dtype]
@@ -122,11 +125,15 @@ class Step:
         self.layer = Layer(sizes, p, setup.batch_size, setup.length, not self.full)
         adapters = sizes.lora_parameters(setup.lora_rank) * ADAPTERS
         weights = sizes.parameters * p.weights + adapters
-        self.gradients = weights if self.full else adapters
+        # Weights of 16 bits that train have float32 masters, and so are gradients and state.
+        masters = self.full and self.has_masters and p.weights < MASTER
+        trained = MASTER * sizes.parameters if masters else weights
+        self.gradients = trained if self.full else adapters
         # A cache is with the host; without a second model there is a copy of a head that trains.
         frozen_head = sizes.head_parameters * p.weights if self.full else 0
         self.base = {
             "weights": weights,
+            "master weights": trained if masters else 0,
             "optimizer state": 2 * self.gradients,
             "reference": weights if setup.reference == "live" else frozen_head,
         }

@@ -37,7 +37,7 @@ CASES |= {
     "adapter off": (LLAMA, False, {"lora_rank": 2, "reference": "adapter_off"}),
     "released, again": (LLAMA, True, {"checkpointing": True}),
     # Where one kind of tensor is a large part.
-    "long": (LLAMA | SHALLOW, False, {"batch_size": 2, "length": 256, **AGAIN}),
+    "long": (LLAMA | SHALLOW, False, {"batch_size": 2, "length": 256, "lora_rank": 2, **AGAIN}),
     "long, scores": (GEMMA | SHALLOW, False, {"batch_size": 1, "length": 128, **AGAIN}),
     "deep": (
         LLAMA | {"num_hidden_layers": 16, "vocab_size": 301, "intermediate_size": 48},
