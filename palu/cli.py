@@ -30,6 +30,7 @@ from palu.cli_options import (
     DateString,
     Delta,
     Device,
+    DropOverlap,
     Dtype,
     DualStepSize,
     DualWarmupEpochs,
@@ -134,6 +135,7 @@ def unlearn(
     forget: ForgetFile,
     output: Annotated[Path, typer.Option(help="Folder for the new model.")],
     retain: RetainFile = None,
+    drop_overlap: DropOverlap = False,
     method: Method = "palu",
     beta: Beta = None,
     beta1: Beta1 = None,
@@ -204,6 +206,8 @@ def unlearn(
             output_folder,
         )
 
+        if drop_overlap and retain is None:
+            raise ValueError("--drop-overlap leaves out retain rows: it needs a --retain file")
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         wanted = {"overwrite": overwrite, "inputs": (model, *files)}
         check_output(output, **wanted)
@@ -317,7 +321,10 @@ def unlearn(
         rows = read_rows(forget, tokenizer, template, **marked, **read)
         retain_rows = None
         if retain is not None:
-            retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
+            both = {"forget": forget, "drop_overlap": drop_overlap}
+            retain_rows = read_rows(
+                retain, tokenizer, template, require_spans=False, **both, **read
+            )
         if by_span and not marks_something(rows, tokenizer.eos_token_id):
             raise ValueError(f"{forget} marks nothing to forget: no span is left in any row")
         loaded, saved = load_to_train(
@@ -340,7 +347,7 @@ def unlearn(
         out.print(found, soft_wrap=True)
     elif kept is not None and is_main:
         checkpoints.remove_all(kept)
-    data = {"forget": forget, "retain": retain, **read}
+    data = {"forget": forget, "retain": retain, "drop_overlap": drop_overlap, **read}
     notes = {"model": str(model), **data, "template": template.to_dict()}
     with output_folder(claim) if is_main else nullcontext() as folder:
         mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)

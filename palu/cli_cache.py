@@ -14,6 +14,7 @@ from palu.cli_options import (
     ChatTemplateKwargs,
     DateString,
     Device,
+    DropOverlap,
     Dtype,
     ForceTemplate,
     ForgetFile,
@@ -56,6 +57,7 @@ def build(
     forget: ForgetFile,
     output: Annotated[Path, typer.Option(help="Folder for the cache.")],
     retain: RetainFile = None,
+    drop_overlap: DropOverlap = False,
     top_k: TopK = 50,
     prefix_length: PrefixLength = 3,
     preserve: Preserve = "reverse_kl",
@@ -144,13 +146,17 @@ def build(
         rows = read_rows(forget, tokenizer, template, require_spans=True, **read)
         retain_rows = None
         if retain is not None:
-            retain_rows = read_rows(retain, tokenizer, template, require_spans=False, **read)
+            both = {"forget": forget, "drop_overlap": drop_overlap}
+            retain_rows = read_rows(
+                retain, tokenizer, template, require_spans=False, **both, **read
+            )
         loaded, _ = load_to_train(model, dtype, device, bf16=bf16, allow_missing=allow_missing)
         check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
         eos = end_tokens(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
     notes = {"model": str(model), "forget": forget, "retain": retain, **read}
+    notes["drop_overlap"] = drop_overlap
     with bar(bars, "Building the cache") as report, user_errors(CacheError, CacheWriteError):
         made = ReferenceCache.build(
             loaded,
@@ -230,10 +236,18 @@ def verify(
                 template = Template.from_dict(notes["template"])
             read = {"repair": notes.get("repair", "none")}
             read["max_length"] = notes.get("max_length", 512)
-            for name, file in (("dataset", forget), ("retain_dataset", retain)):
-                if file is not None:
-                    spans = name == "dataset"
-                    given[name] = read_rows(file, tokenizer, template, require_spans=spans, **read)
+            dropped = notes.get("drop_overlap", False)
+            if forget is not None:
+                given["dataset"] = read_rows(
+                    forget, tokenizer, template, require_spans=True, **read
+                )
+            if retain is not None:
+                if dropped and forget is None:
+                    raise ValueError("the cache was built with --drop-overlap: add --forget FILE")
+                read |= {"forget": forget if dropped else None, "drop_overlap": dropped}
+                given["retain_dataset"] = read_rows(
+                    retain, tokenizer, template, require_spans=False, **read
+                )
             given["model"] = load_model(
                 model, getattr(torch, found["dtype"]), device, allow_missing=allow_missing
             )

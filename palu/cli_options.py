@@ -40,6 +40,10 @@ ForgetFile = Annotated[
     ),
 ]
 RetainFile = Annotated[str | None, typer.Option("--retain", help="What to keep, same formats.")]
+DropOverlap = Annotated[
+    bool,
+    typer.Option("--drop-overlap", help="Leave out retain rows that are forget rows too."),
+]
 Method = Annotated[
     str,
     typer.Option(
@@ -236,13 +240,26 @@ def read_rows(
     repair: str,
     max_length: int,
     second_answers: Callable[[list], list[str]] | None = None,
+    forget: str | None = None,
+    drop_overlap: bool = False,
 ) -> list[dict]:
     """The tokenised examples of a file; with the second answers that `second_answers` gives to its
-    examples, if any."""
+    examples, if any.
+
+    Args:
+        forget: of a retain file the forget file, in whose rows its own must not all be.
+        drop_overlap: leave those out that are.
+    """
     from palu.data import load_examples, tokenize_examples
     from palu.methods.alternates import add_alternates
+    from palu.overlap import without_overlap
 
     examples = load_examples(path, require_spans=require_spans, repair=repair)
+    if forget is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was read before, and its warnings were said
+            forgotten = load_examples(forget, require_spans=False)
+        examples = without_overlap(examples, forgotten, files=(path, forget), drop=drop_overlap)
     options = {"max_length": max_length, "template": template}
     rows = tokenize_examples(examples, tokenizer, source=path, **options)
     if second_answers is None:

@@ -38,6 +38,7 @@ from palu.methods.objectives import objective_class
 from palu.model_checks import check_adapter_off, check_causal, first_texts, is_whole, refuse_encoder
 from palu.modeling import end_tokens, unwrap
 from palu.objective import RETAIN, in_turns
+from palu.overlap import warn_of_overlap
 from palu.reference import (
     AdapterOffReference,
     CachedReference,
@@ -123,6 +124,7 @@ class PALUTrainer(EvaluationTrainer):
     # attribute read it; in older ones `model_accepts_loss_kwargs` with a `num_items_in_batch` says
     # the same.
     loss_is_scaled_for_ga = True
+    texts_compared = False  # whether the caller has looked for forget rows among the retain rows
     _masters: MasterWeights | None = None
     _started: StartingWeights | None = None  # the weights before the first step
 
@@ -307,7 +309,9 @@ class PALUTrainer(EvaluationTrainer):
         Raises:
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
-            ValueError: method `palu`, and no row of `train_dataset` has a token to forget.
+            ValueError: method `palu`, and no row of `train_dataset` has a token to forget; every
+                row of `retain_dataset` has the `input_ids` of a row of `train_dataset` (where some
+                have, a warning tells how many).
         """
         if not self._by_method and _has_places(self.train_dataset):
             rows = (self.train_dataset[i] for i in range(len(self.train_dataset)))
@@ -316,6 +320,9 @@ class PALUTrainer(EvaluationTrainer):
                     "train_dataset has no token to forget: no label is a token id other than EOS "
                     "after the first place of a row"
                 )
+        compared = self.texts_compared or not _has_places(self.train_dataset)
+        if self.retain_dataset is not None and not compared:
+            warn_of_overlap(self.retain_dataset, self.train_dataset)
         if self.args.eval_strategy != "no":  # the others meet the collator in the first step
             sets = self.eval_dataset
             try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])

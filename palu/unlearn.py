@@ -180,6 +180,7 @@ def unlearn(
             retain_dataset=retain_rows,
             processing_class=tokenizer,
         )
+        trainer.texts_compared = True  # by palu.cli_options.read_rows
         trainer.remove_callback(PrinterCallback)
         if report is not None:
             trainer.add_callback(TrainingBar(report))
