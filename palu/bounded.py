@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
@@ -30,9 +31,9 @@ def bounded(seconds: float = SECONDS, mebibytes: float = MEBIBYTES) -> Iterator[
     runs, the thread is traced, and only what is written in Python is ended, by time; where a
     debugger traces it already, nothing is.
     """
-    if threading.current_thread() is threading.main_thread() and not any(
-        signal.getitimer(signal.ITIMER_PROF)
-    ):
+    in_main = threading.current_thread() is threading.main_thread()
+    taken = any(signal.getitimer(signal.ITIMER_PROF)) or signal.getsignal(signal.SIGPROF) is None
+    if in_main and not taken:
         with _timed(seconds, mebibytes):
             yield
     elif sys.gettrace() is None:
@@ -57,8 +58,9 @@ def _timed(seconds: float, mebibytes: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, _EVERY, _EVERY)
         yield
     finally:
+        end = most = math.inf  # it has ended: nothing is raised while the rest is put back
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager

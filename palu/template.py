@@ -5,6 +5,7 @@ none.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,6 +146,8 @@ class Template:
             if start is not None:
                 end = start + len(answer.strip())
                 return Rendered(text, start, end, _leading_space(answer), True, False)
+            if same and text != self._chat(tokenizer, question, answer):
+                raise ValueError("the chat template writes another text each time")
             raise ValueError(
                 "the chat template changes the answer, so its spans cannot be placed: "
                 f"{_shown(answer)} became {_shown(kept)}"
@@ -256,7 +259,11 @@ def _rendered(
 ) -> str:
     try:
         source = tokenizer.get_chat_template(tools=variables.get("tools"))
-        unknown = [name for name in variables if name != "date_string" and name not in source]
+        unknown = [
+            name
+            for name in variables
+            if name != "date_string" and not re.search(rf"\b{re.escape(name)}\b", source)
+        ]
         if not unknown:
             clock = _clock(day) if "strftime_now" in source else ""
             with bounded():

@@ -117,8 +117,11 @@ def test_spans_cut_off_are_counted(checkout, byte_tokenizer, tmp_path):
     path = write(tmp_path, [RECORDS[2]])  # two spans
     whole = dataset(checkout, path, byte_tokenizer)[0]
     last = int((whole["labels"] >= 0).nonzero()[-1])
-    with pytest.warns(UserWarning, match=f"1 spans lost tokens to max_length={last}"):
+    with pytest.warns(UserWarning, match=f"1 spans lost tokens to max_length={last}") as caught:
         item = dataset(checkout, path, byte_tokenizer, max_length=last)[0]
+    left_out = len(whole["labels"]) - 1 - last
+    said = f"1 of 1 examples are cut at max_length={last}: {left_out} tokens are left out"
+    assert said in str(caught[0].message)
     # The EOS that the checkout puts in the place of the cut token is not sensitive.
     assert len(item["labels"]) == last + 1 and item["labels"][-1] == -200
     assert torch.equal(item["labels"][:last], whole["labels"][:last])

@@ -206,6 +206,7 @@ def test_where_a_template_ends_the_answer(chatml_tokenizer, after, expected):
             None,
             "changes the answer.*'Basil' became 'basil'",
         ),
+        ("{{ range(10 ** 5) | random }}" + simple_template(), None, "another text each time"),
         ("{{ 1 / 0 }}{% bad", None, "refuses a question and answer without a system prompt"),
     ],
 )
@@ -315,7 +316,7 @@ def test_switches_of_a_template(chatml_tokenizer, byte_tokenizer):
     assert [prompt.split()[0] for prompt in prompts] == ["thinks", "answers", "answers", "thinks"]
     misspelt = Template(chat_template_kwargs={"enable_thinkin": False, "enable_think": 1})
     with pytest.raises(ValueError, match=r"'enable_thinkin', and .* no such variable"):
-        misspelt.prompt(with_template(tokenizer, CHAT), QUESTION)
+        misspelt.prompt(tokenizer, QUESTION)
     with pytest.raises(ValueError, match="chat_template_kwargs needs a chat template"):
         misspelt.prompt(byte_tokenizer, QUESTION)
     # Left out whatever it says: no switch.

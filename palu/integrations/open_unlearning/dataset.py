@@ -59,19 +59,24 @@ class AnnotatedQA(Dataset):
                 "spans takes the character offsets of tokens"
             )
         self.items: list[dict[str, Any]] = []
-        lost = 0
+        lost = cut = left_out = 0
         for row, example in enumerate(load_examples(path, require_spans=True, repair=repair)):
             try:
-                item, lost_here = self._item(example, template_args, tokenizer, max_length)
+                item, lost_here, cut_here = self._item(
+                    example, template_args, tokenizer, max_length
+                )
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}, example {example.id!r}: {error}") from error
             self.items.append({**item, "index": row})
             lost += lost_here
-        if lost:
-            warnings.warn(
-                f"{os.fspath(path)}: {lost} spans lost tokens to max_length={max_length}",
-                stacklevel=2,
-            )
+            cut += cut_here > 0
+            left_out += cut_here
+        if cut:
+            said = f"{os.fspath(path)}: {cut} of {len(self.items)} examples are cut at max_length="
+            said += f"{max_length}: {left_out} tokens are left out"
+            if lost:
+                said += f"; {lost} spans lost tokens to max_length={max_length}"
+            warnings.warn(said, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -85,8 +90,8 @@ class AnnotatedQA(Dataset):
         template_args: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
-    ) -> tuple[dict[str, torch.Tensor], int]:
-        """An item without its index, and how many spans lost tokens."""
+    ) -> tuple[dict[str, torch.Tensor], int, int]:
+        """An item without its index, how many spans lost tokens, and how many tokens the answer."""
         if example.question is None:
             raise ValueError("field 'question' is missing; an annotated example must have one")
         item = self.preprocess(
@@ -113,7 +118,7 @@ class AnnotatedQA(Dataset):
             labels[:kept][covered[:kept]] = ids[:kept][covered[:kept]]
             lost += bool(covered[kept:].any())
         labels[(ids == tokenizer.eos_token_id) & (labels >= 0)] = KEEP
-        return {**item, "labels": torch.from_numpy(labels)}, lost
+        return {**item, "labels": torch.from_numpy(labels)}, lost, int(in_answer[kept:].sum())
 
 
 class _OfToday(Template):
