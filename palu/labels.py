@@ -8,7 +8,7 @@ left alone.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -222,7 +222,8 @@ def label_without_warning(
     checked = check_spans(answer, spans)
 
     rendered = template.render(tokenizer, question, answer)
-    tokens, too_long = _first_tokens(tokenizer, rendered, max_length)
+    added = tokenizer.added_tokens_decoder  # made anew each time, of some tokenizers thousands
+    tokens, too_long = _first_tokens(tokenizer, added, rendered, max_length)
     ids, starts, ends = tokens
     # What is after this character lies in no token that is kept.
     seen = int(ends[:max_length].max()) if too_long else len(rendered.text)
@@ -245,8 +246,8 @@ def label_without_warning(
     # tokenizer adds by itself.
     rest = ids[after:]
     if rendered.chat and too_long:
-        rest = _encoded(tokenizer, rendered.text[rendered.end :], False)[0]
-    closing = _closing_tokens(tokenizer, rest if rendered.chat else ids[:0])
+        rest = _encoded(tokenizer, added, rendered.text[rendered.end :], False)[0]
+    closing = _closing_tokens(tokenizer, added, rest if rendered.chat else ids[:0])
     end_token = closing[-1:]
     if end_token and ids[after - 1] == end_token[0]:
         closing = []  # the answer's own text ends with it
@@ -302,7 +303,10 @@ _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, first characters, la
 
 
 def _first_tokens(
-    tokenizer: "PreTrainedTokenizerBase", rendered: Rendered, max_length: int
+    tokenizer: "PreTrainedTokenizerBase",
+    added: Mapping[int, Any],
+    rendered: Rendered,
+    max_length: int,
 ) -> tuple[_Tokens, bool]:
     """The tokens of the text; of a long one those of its beginning, and True. The first
     `max_length` are those of the whole text.
@@ -315,7 +319,7 @@ def _first_tokens(
     # The answer goes on behind the cut, or begins there: so all that ends it does too.
     while 4 * size < len(rendered.text) and 2 * size + 1 < rendered.end:
         cuts = [
-            _encoded(tokenizer, rendered.text[:length], rendered.add_special_tokens)
+            _encoded(tokenizer, added, rendered.text[:length], rendered.add_special_tokens)
             for length in (2 * size, size, size + 1)
         ]
         kept = [[part[:max_length] for part in tokens] for tokens in cuts]
@@ -323,10 +327,15 @@ def _first_tokens(
         if enough and all(np.array_equal(kept[0], other) for other in kept[1:]):
             return cuts[0], True
         size *= 4
-    return _encoded(tokenizer, rendered.text, rendered.add_special_tokens), False
+    return _encoded(tokenizer, added, rendered.text, rendered.add_special_tokens), False
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool) -> _Tokens:
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    added: Mapping[int, Any],
+    text: str,
+    add_special_tokens: bool,
+) -> _Tokens:
     encoding = tokenizer(
         text,
         add_special_tokens=add_special_tokens,
@@ -336,19 +345,19 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens
         verbose=False,
     )
     ids = np.asarray(encoding["input_ids"], dtype=np.int64)
-    return ids, *token_places(tokenizer, text, ids, encoding["offset_mapping"])
+    return ids, *token_places(added, text, ids, encoding["offset_mapping"])
 
 
 def token_places(
-    tokenizer: "PreTrainedTokenizerBase", text: str, ids: np.ndarray, offsets: Sequence
+    added: Mapping[int, Any], text: str, ids: np.ndarray, offsets: Sequence
 ) -> tuple[np.ndarray, np.ndarray]:
     """First and last-plus-one character of every token of `text`, from a tokenizer's offsets.
 
     Added tokens with `lstrip` or `rstrip` (the roles of Phi-3) swallow the white space beside them,
-    the answer's too: their places are those of their own text.
+    the answer's too: their places are those of their own text. `added` is the tokenizer's
+    `added_tokens_decoder`.
     """
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    added = tokenizer.added_tokens_decoder
     greedy = {number: t.content for number, t in added.items() if t.lstrip or t.rstrip}
     for position in np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ():
         start, content = int(starts[position]), greedy[int(ids[position])]
@@ -377,14 +386,16 @@ def _led_by_special(
     return np.append(lead, ids), np.append(0, starts), np.append(0, ends)
 
 
-def _closing_tokens(tokenizer: "PreTrainedTokenizerBase", rest: np.ndarray) -> list[int]:
+def _closing_tokens(
+    tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
+) -> list[int]:
     """The tokens that end an answer, out of those that the template writes after it: up to the
     first special token, and on to EOS when that follows at once (some templates end a message and a
     turn). EOS when there is no special one.
     """
     eos_ids = _eos_ids(tokenizer.eos_token_id)
     special = {*tokenizer.all_special_ids, *eos_ids}
-    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {number for number, token in added.items() if token.special}
     is_special = np.isin(rest, list(special))
     if not is_special.any():
         return list(eos_ids)

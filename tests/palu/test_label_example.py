@@ -328,9 +328,12 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
     sizes = []
     encode = labels._encoded
 
-    def encoded(tokenizer, text, special):
+    def encoded(tokenizer, added, text, special):
         sizes.append(len(text))
-        return encode(tokenizer, text, special)
+        return encode(tokenizer, added, text, special)
+
+    def whole_text(tokenizer, added, rendered, max_length):
+        return encode(tokenizer, added, rendered.text, rendered.add_special_tokens), False
 
     monkeypatch.setattr(labels, "_encoded", encoded)
     for question, length in ((None, 64), (QUESTION, 130), (answer, 64)):
@@ -338,11 +341,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
         beginning = max(sizes)
         sizes.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(
-                labels,
-                "_first_tokens",
-                lambda tokenizer, r, n: (encode(tokenizer, r.text, r.add_special_tokens), False),
-            )
+            patch.setattr(labels, "_first_tokens", whole_text)
             whole = label_without_warning(
                 any_tokenizer, question, answer, spans, length, Template()
             )

@@ -176,5 +176,7 @@ def _place(
             f"the checkout's tokens are not those of the text {rendered.text!r}, so its spans "
             "cannot be placed"
         )
-    starts, ends = token_places(tokenizer, rendered.text, own, encoding["offset_mapping"])
+    starts, ends = token_places(
+        tokenizer.added_tokens_decoder, rendered.text, own, encoding["offset_mapping"]
+    )
     return starts, ends, kept
