@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -46,6 +45,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+from palu.files import check_json, write_json
 from palu_kernels import operators
 from palu_kernels.linear import buffer
 from palu_kernels.row_losses import KL, Chunk, CrossEntropy, LocalEntropy
@@ -365,6 +365,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not tasks:
         parser.error(f"no kernel's name contains {given.only!r}")
     tasks = reduced(tasks) if given.reduced else tasks
+    if given.json:
+        try:
+            check_json(given.json, {"kernels"}, "this report")
+        except OSError as error:
+            parser.error(f"--json: {error}")
     print(FORMAT.format(*HEADINGS.split()))
     found: list[dict[str, Any]] = []
     for row in compiled_rows(tasks, given.jobs):
@@ -372,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table_line(row), flush=True)
     print(summary(found))
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+        write_json(given.json, {"kernels": found})
     return int(any(map(is_bad, found)))
 
 

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from palu.files import new_file
+
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,15 +254,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         ValueError: a row has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", newline="", encoding="utf-8") as stream:
+    if path.is_file() and not path.read_bytes().startswith(",".join(columns[:2]).encode()):
+        raise ValueError(f"{path} exists and holds no rows of this kind; name another file")
+    with new_file(path) as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             if missing := [name for name in columns if name not in row]:
                 raise ValueError(f"a row for {path} has no {', '.join(missing)}")
             writer.writerow(row)
-    os.replace(beside, path)
 
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from benchmarks import report
+from palu.files import new_file
 
 Row = dict[str, Any]
 MARKS = "osD^vPX*<>"
@@ -53,10 +53,9 @@ def draw(rows: Sequence[Row], path: Path, axes: Sequence[str]) -> bool:
         figure.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=8)
     note = f"{rows[0]['dtype']}; medians and p20 to p80\n{report.place(rows[0])}"
     figure.supxlabel(note, fontsize=7)
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, format="png", dpi=110)
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
-    os.replace(beside, path)
     return True
 
 

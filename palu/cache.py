@@ -168,7 +168,7 @@ class ReferenceCache:
                 if train_head:
                     partial.store_head(head)
                 store_rows(partial, model, head, sources, loss, collator, report)
-                partial.finish(path)
+                partial.finish()
         return cls.open(path)
 
     @classmethod

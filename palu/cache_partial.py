@@ -22,6 +22,7 @@ from palu.cache_files import (
     write_tensors,
 )
 from palu.files import beside, new_aside, put, remove_abandoned, remove_aside, settle
+from palu.runs import Claim
 
 try:
     import fcntl
@@ -42,10 +43,11 @@ class PartialCache:
     Attributes:
         folder: where they are.
         content: the manifest without the files; files of another one are removed.
+        claim: the place of the cache, and what was there when the build began.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
-        self.folder, self.content = folder, dict(content)
+    def __init__(self, folder: Path, content: Mapping[str, Any], claim: Claim) -> None:
+        self.folder, self.content, self.claim = folder, dict(content), claim
         self._head: dict[str, Any] | None = None
         self._shards: list[dict[str, Any]] = []
         for path in folder.iterdir():
@@ -82,10 +84,11 @@ class PartialCache:
         self._shards.append({**record, **write_tensors(path, tensors)})
         self._record()
 
-    def finish(self, path: Path) -> None:
+    def finish(self) -> None:
         """Puts the folder in its place; what was there goes away when it is."""
-        path = path.resolve()
+        path = self.claim.path
         try:
+            self.claim.check()
             os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
             settle(self.folder)
             remove_abandoned(path)
@@ -146,7 +149,7 @@ def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCac
         if lock is not None:
             _lock(lock, folder)
         try:
-            partial = PartialCache(folder, content)
+            partial = PartialCache(folder, content, Claim(path))
         except OSError as error:
             raise write_error(error, folder) from error
         yield partial

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,16 @@ from palu.checkpoints import (
     ASIDE,
     CheckpointError,
     check_digests,
+    check_home,
     check_same_run,
     finish,
     last_checkpoint,
+    make_aside,
     read_record,
     remove_older,
 )
 from palu.errors import one_line, out_of_memory
+from palu.files import remove_aside
 from palu.lora import check_adapter_names
 
 
@@ -65,6 +67,8 @@ class CheckpointTrainer(Trainer):
         elif self.args.save_strategy == "no":
             self._identity = None
             return None
+        if self.args.save_strategy != "no":
+            check_home(Path(self.args.output_dir))
         self._identity = self.identity(begun=False)
         if checkpoint is not None:
             check_same_run(checkpoint, self._identity)
@@ -99,7 +103,7 @@ class CheckpointTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside = home / ASIDE
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            make_aside(aside)
         self.accelerator.wait_for_everyone()
         self._aside = aside
         try:
@@ -116,7 +120,7 @@ class CheckpointTrainer(Trainer):
             only_model = self.args.save_only_model
             step = self.state.global_step
             finish(aside / name, home / name, identity, step=step, resumable=not only_model)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_aside(aside)
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             remove_older(home, home / name, best, limit)
         self.accelerator.wait_for_everyone()

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from palu.files import MARK, put, remove_aside, settle, write_json
 from palu.fingerprint import example_bytes, file_digest, model_fingerprint, tensor_fingerprint
-from palu.runs import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,44 @@ def folder_beside(
         raise ValueError(f"checkpoints go to {str(place)!r}, which is a file; move it away")
     if place.is_symlink():
         raise ValueError(f"checkpoints go to {str(place)!r}, which is a link; move it away")
+    check_home(place)
     if not resume and not overwrite and place.is_dir() and _checkpoints(place):
         raise FileExistsError(
             f"{str(place)!r} holds checkpoints of an interrupted run: add --resume to go on from "
             "the last one, or --overwrite to give them up and begin anew"
         )
     return place
+
+
+def check_home(folder: Path) -> None:
+    """Whether checkpoints can go to a folder: what palu did not write is never replaced.
+
+    Raises:
+        CheckpointError: something is there under a name that they need.
+    """
+    foreign = [p for p in _checkpoints(folder).values() if not (p / RECORD).is_file()]
+    aside = folder / ASIDE
+    if os.path.lexists(aside) and not _is_aside(aside):
+        foreign.append(aside)
+    if foreign:
+        raise CheckpointError(
+            f"{str(foreign[0])!r} is in the way of checkpoints, and palu did not write it: move "
+            "it away, or name another output folder"
+        )
+
+
+def make_aside(aside: Path) -> None:
+    """A folder with our mark for a checkpoint to be written into; what a killed run left there is
+    removed. Raises CheckpointError where it is not ours."""
+    check_home(aside.parent)
+    remove_aside(aside)
+    aside.mkdir(parents=True)
+    (aside / MARK).touch(exist_ok=False)
+
+
+def _is_aside(folder: Path) -> bool:
+    ours = not folder.is_symlink() and folder.is_dir()
+    return ours and ((folder / MARK).is_file() or not any(folder.iterdir()))
 
 
 def run_identity(
@@ -140,15 +172,13 @@ def finish(
     """Writes the record into a folder that has everything else, and puts it in its place.
 
     Args:
-        aside: the folder as it was written.
+        aside: the folder as it was written, in one of `make_aside`.
         place: where it belongs; what is there is replaced.
         identity: see `run_identity`.
         step: optimizer steps done.
         resumable: whether more than the weights is there.
     """
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    for path in files:
-        _flush(path)
+    files = settle(aside)
     names = {path.relative_to(aside).as_posix(): path for path in files}
     record = {
         "format": FORMAT,
@@ -158,13 +188,7 @@ def finish(
         "digests": {name: file_digest(path) for name, path in names.items()},
     }
     write_json(aside / RECORD, {**record, "run": identity})
-    _flush(aside / RECORD)
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(aside, place)
-    shutil.rmtree(old, ignore_errors=True)
+    put(aside, place, aside.parent)
 
 
 def remove_all(folder: Path) -> None:
@@ -174,6 +198,8 @@ def remove_all(folder: Path) -> None:
     for path in _checkpoints(folder).values():
         if (path / RECORD).is_file() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+    if _is_aside(folder / ASIDE):
+        remove_aside(folder / ASIDE)
     with suppress(OSError):
         folder.rmdir()
 
@@ -185,7 +211,7 @@ def remove_older(folder: Path, newest: Path, best: str | None, limit: int | None
         return
     kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
     found = sorted(_checkpoints(folder).values(), key=lambda path: path.stat().st_mtime)
-    others = [path for path in found if path.resolve() not in kept]
+    others = [p for p in found if p.resolve() not in kept and (p / RECORD).is_file()]
     for path in others[: max(len(found) - max(limit, len(kept)), 0)]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -357,11 +383,3 @@ def _frozen(model: nn.Module) -> str:
         if not parameter.requires_grad:
             digest.update(f"{name} {tensor_fingerprint(parameter)}\n".encode())
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -53,6 +53,7 @@ BatchSize = Annotated[int, typer.Option(help="Rows a forward pass.")]
 
 @cache.command()
 def build(
+    context: typer.Context,
     model: ModelFolder,
     forget: ForgetFile,
     output: Annotated[Path, typer.Option(help="Folder for the cache.")],
@@ -92,10 +93,10 @@ def build(
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.data import split_slice
-        from palu.runs import check_output, choose_template
+        from palu.runs import choose_template, claim_output
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
-        check_output(output, overwrite=overwrite, inputs=(model, *files))
+        context.with_resource(claim_output(output, overwrite=overwrite, inputs=(model, *files)))
         import torch
 
         from palu.cache import CacheError, CacheWriteError, ReferenceCache

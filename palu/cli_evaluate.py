@@ -29,6 +29,7 @@ from palu.errors import user_errors
 
 
 def evaluate(
+    context: typer.Context,
     model: ModelFolder,
     forget: Annotated[
         str | None,
@@ -87,8 +88,9 @@ def evaluate(
         from palu.evaluation.report import metrics_table, missing_inputs, summary_table
         from palu.evaluation.runner import Evaluation, check_retrained
         from palu.evaluation.sets import ANSWER
-        from palu.evaluation.store import Store, data_digest, summary
+        from palu.evaluation.store import FILES, Store, data_digest, summary
         from palu.evaluation.tofu_data import read_sets, tofu_files
+        from palu.files import locked
         from palu.fingerprint import model_fingerprint
         from palu.loading import (
             check_token_ids,
@@ -114,7 +116,7 @@ def evaluate(
         if json is not None and not json.resolve().parent.is_dir():
             raise ValueError(f"--json: the folder {str(json.resolve().parent)!r} does not exist")
         if json is not None:
-            check_json(json, inputs=(forget, retain, holdout, retain_log))
+            check_json(json, inputs=(*_without_slices(forget, retain, holdout), retain_log))
         files = _own_files(forget, retain, tofu, split)
         if tofu is not None:
             files = tofu_files(tofu, split)
@@ -133,6 +135,14 @@ def evaluate(
         where = resolve_device(device)
     processes = Processes.launched(cpu=where.type == "cpu")
     bars.quiet = out.quiet = processes.rank > 0
+    if processes.rank == 0:  # the others write nothing
+        with user_errors():
+            written = [] if output is None else [output / name for name in sorted(FILES)]
+            if json is not None and json.resolve() in {path.resolve() for path in written}:
+                raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
+            for place in (json, output):
+                if place is not None:
+                    context.with_resource(locked(place))
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         tokenizer = load_tokenizer(model)
         sets = read_sets(
@@ -210,8 +220,16 @@ def evaluate(
             out.print(f"Written to {store.folder}", soft_wrap=True)
         if json is not None:
             content = {"model": str(model), "template": template.to_dict(), "versions": versions()}
+            check_json(json)
             write_json(json, {**content, **results, "summary": summary(log)})
     processes.leave()
+
+
+def _without_slices(*files: str | None) -> list[str]:
+    """The paths of data as a user names them, without their slices."""
+    from palu.data import split_slice
+
+    return [split_slice(file)[0] for file in files if file is not None]
 
 
 def _own_files(

@@ -50,6 +50,8 @@ class DemoSettings:
                 f"forget_people must be between 1 and {self.people - 1} (one fewer than people), "
                 f"not {self.forget_people}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to 2**32 - 1, not {self.seed}")
         for name in ("train_steps", "unlearn_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

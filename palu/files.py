@@ -74,11 +74,33 @@ def new_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
 
 def check_regular(path: Path) -> None:
     """Raises FileExistsError where `path` is a folder, device, FIFO or socket, or a link to one."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # a link to nowhere too
         if not stat.S_ISREG(path.stat().st_mode):
             raise FileExistsError(
                 errno.EEXIST, "is no regular file and cannot be replaced", str(path)
             )
+
+
+def check_json(path: Path, keys: set[str], writer: str) -> None:
+    """Whether a JSON file may be written: there is none, or an empty one, or one of ours.
+
+    Args:
+        keys: what an object of ours has.
+        writer: what messages call it.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
+    if not os.path.lexists(path):
+        return
+    check_regular(path)
+    ours = False
+    with suppress(ValueError, TypeError, RecursionError):
+        ours = path.stat().st_size == 0 or keys <= set(json.loads(path.read_text("utf-8")))
+    if not ours:
+        raise FileExistsError(
+            f"{str(path)!r} exists and {writer} did not write it; name another file"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -159,8 +181,11 @@ def new_of(aside: Path) -> Path:
 def remove_aside(aside: Path) -> None:
     """Removes a folder of `new_aside` and what is at `new_of` it; the mark goes last, so that half
     of it is still known."""
-    shutil.rmtree(new_of(aside), ignore_errors=True)
-    shutil.rmtree(aside / "old", ignore_errors=True)
+    if "partial-" in aside.name:
+        shutil.rmtree(new_of(aside), ignore_errors=True)
+    for path in aside.iterdir() if aside.is_dir() else ():
+        if path.name != MARK:
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palu.files import Changed, check_regular, folder_for, locked, remove_abandoned, write_json
+from palu import files
+from palu.files import Changed, folder_for, locked, remove_abandoned, write_json
 from palu.folders import read_object
 from palu.labels import Template
 
@@ -127,9 +128,9 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
     folder = Path(path)
     try:
         real = folder.resolve()
-        there = os.path.lexists(real)
-    except RuntimeError as error:  # links in a circle
-        raise ValueError(f"output {str(folder)!r} cannot be followed: {error}") from None
+        there = real.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise ValueError(f"output {str(folder)!r} cannot be used: {error}") from None
     if there and not real.is_dir():
         raise FileExistsError(f"output {str(folder)!r} is a file; name a folder")
     for kept in (Path.cwd(), Path.home(), Path("/")):
@@ -169,21 +170,11 @@ def check_json(path: Path, *, inputs: tuple[str | Path | None, ...] = ()) -> Non
     Raises:
         FileExistsError: it is an input, no regular file, or one that palu evaluate did not write.
     """
-    if not os.path.lexists(path):
-        return
-    check_regular(path)
     for kept in inputs:
-        if kept is not None and os.path.exists(kept) and os.path.samefile(kept, path):
+        there = kept is not None and os.path.exists(kept) and os.path.exists(path)
+        if there and os.path.samefile(kept, path):
             raise FileExistsError(f"--json {str(path)!r} is an input of this run; name another")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size else {}
-        ours = not found or {"model", "template", "versions", "summary"} <= set(found)
-    except (OSError, ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f"--json: {str(path)!r} exists and palu evaluate did not write it; name another file"
-        )
+    files.check_json(path, {"model", "template", "versions", "summary"}, "palu evaluate --json")
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -24,16 +24,17 @@ Exit status 1 when a comparison fails.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from palu import files  # of the standard library alone; a command may write as palu does
 from palu_kernels import operators, reference
 from palu_kernels.backend import triton_runs_on
 from palu_kernels.check_linear import LinearCase, compare_linear, linear_cases, poisoned
@@ -309,6 +310,12 @@ def main(argv: list[str] | None = None) -> int:
     if backend == "triton" and not triton_runs_on(device):
         parser.error(f"--backend triton cannot run on {device} (TRITON_INTERPRET=1 interprets)")
 
+    if options.json:
+        try:
+            files.check_json(Path(options.json), {"device", "backend", "results"}, "this check")
+        except OSError as error:
+            parser.error(f"--json: {error}")
+
     print(f"palu_kernels on {device}, backend {backend}, torch {torch.__version__}")
     print(f"{'operator':<64}{'what':<10}{'error':>10}{'allowed':>10}{'worst':>7}")
     results = []
@@ -347,14 +354,11 @@ def _compared(case: Case | LinearCase, device: torch.device, backend: str) -> It
 
 
 def write_json(path: str, results: list[Comparison], device: torch.device, backend: str) -> None:
-    """Every comparison with what it ran on; written beside its place and renamed."""
+    """Every comparison with what it ran on. Raises OSError."""
     rows = [asdict(r) | {"case": asdict(r.case) | {"dtype": str(r.case.dtype)}} for r in results]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     content = {"device": name, "backend": backend, "torch": torch.__version__, "results": rows}
-    aside = f"{path}.part"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(aside, path)
+    files.write_json(Path(path), content)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from palu.files import (
     remove_abandoned,
     write_json,
 )
-from palu.runs import check_json, claim_output, output_folder
+from palu.runs import check_json, check_output, claim_output, output_folder
 
 
 def test_a_new_file_is_whole_and_follows_no_planted_name(tmp_path):
@@ -88,3 +89,23 @@ def test_what_a_killed_run_left_goes_and_the_rest_stays(tmp_path):
     with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "made"):
         raise KeyboardInterrupt
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "~", "x" * 300, "loop"])
+def test_outputs_that_cannot_be_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="output"):
+        check_output(Path(name).expanduser(), overwrite=True)
+
+
+def test_checkpoints_of_others_are_in_the_way(tmp_path):
+    aside = tmp_path / checkpoints.ASIDE
+    (aside / "precious").mkdir(parents=True)
+    with pytest.raises(checkpoints.CheckpointError, match="palu did not write it"):
+        checkpoints.make_aside(aside)
+    (aside / "precious").rmdir()
+    checkpoints.make_aside(aside)
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(checkpoints.CheckpointError, match="checkpoint-1' is in the way"):
+        checkpoints.check_home(tmp_path)
