@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     print(done.stdout)
     if not file.exists():
         pytest.fail(f"{' '.join(command)}: status {done.returncode}\n{done.stderr}")
-    return done, json.loads(file.read_text())
+    return done, json.loads(file.read_text())["kernels"]
 
 
 @pytest.fixture
