@@ -1,10 +1,11 @@
 """What annotated spans tend to get wrong: counted, and repaired on request."""
 
+import bisect
 import dataclasses
 import functools
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from palu.spans import UTF8, UTF16, Span
 
@@ -33,9 +34,9 @@ class Audit:
         self.rows += 1
         self.spans += len(spans)
         self.inside_word += sum(_inside_word(text, end) for _, end in spans)
-        self.overlapping_pairs += sum(1 for _ in _overlapping(ordered))
+        self.overlapping_pairs += _overlapping_pairs(ordered)
         self.rows_without_target += not spans
-        self.unlabelled_repeat += sum(_repeats_unlabelled(text, span, ordered) for span in spans)
+        self.unlabelled_repeat += _unlabelled_repeats(text, ordered)
         self.unsorted_rows += list(spans) != ordered
         self.edge_space += sum(
             text[start].isspace() or text[end - 1].isspace() for start, end in spans
@@ -67,16 +68,17 @@ def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
     """
     moved, merged = 0, 0
     snapped: list[Span] = []
+    words, spaces = _Stretches(text, _is_letter), _Stretches(text, str.isspace)
     for span in sorted(spans):
         start, end = span
-        while text[start].isspace():
-            start += 1
-        while text[end - 1].isspace():
-            end -= 1
-        while _inside_word(text, start):
-            start -= 1
-        while _inside_word(text, end):
-            end += 1
+        if text[start].isspace():
+            start = spaces.around(start)[1]
+        if text[end - 1].isspace():
+            end = spaces.around(end - 1)[0]
+        if _inside_word(text, start):
+            start = words.around(start)[0]
+        if _inside_word(text, end):
+            end = words.around(end)[1]
         moved += (start, end) != span
         if snapped and start < snapped[-1][1]:
             # Moving a start to the front of its word cannot pass an earlier start: words do not
@@ -114,22 +116,65 @@ def _inside_word(text: str, place: int) -> bool:
     return 0 < place < len(text) and _is_letter(text[place - 1]) and _is_letter(text[place])
 
 
-def _overlapping(ordered: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
-    for number, (start, end) in enumerate(ordered):
-        for other in ordered[number + 1 :]:
-            if other[0] >= end:
-                break
-            yield (start, end), other
+class _Stretches:
+    """The longest stretches of characters of one kind. Each is walked once, however often it is
+    asked for: a text may be one long word that every span begins in."""
+
+    def __init__(self, text: str, kind: Callable[[str], bool]) -> None:
+        self.text, self.kind = text, kind
+        self.found: list[Span] = []  # in order
+
+    def around(self, place: int) -> Span:
+        """The stretch that holds the character at `place`, which is of the kind."""
+        number = bisect.bisect_right(self.found, place, key=lambda stretch: stretch[0])
+        if number and place < self.found[number - 1][1]:
+            return self.found[number - 1]
+        start = end = place
+        while start > 0 and self.kind(self.text[start - 1]):
+            start -= 1
+        while end < len(self.text) and self.kind(self.text[end]):
+            end += 1
+        self.found.insert(number, (start, end))
+        return start, end
 
 
-def _repeats_unlabelled(text: str, span: Span, spans: Sequence[Span]) -> bool:
-    """Whether the words of `span` stand elsewhere too, whole, where no span touches them."""
-    words = text[span[0] : span[1]]
-    start = text.find(words)
-    while start >= 0:
-        end = start + len(words)
-        whole = not (_inside_word(text, start) or _inside_word(text, end))
-        if whole and not any(start < other_end and other < end for other, other_end in spans):
-            return True
-        start = text.find(words, start + 1)
-    return False
+def _overlapping_pairs(ordered: Sequence[Span]) -> int:
+    """Of spans in order: those behind a span that begin before its end."""
+    starts = [start for start, _ in ordered]
+    ends = enumerate(end for _, end in ordered)
+    return sum(bisect.bisect_left(starts, end) - number - 1 for number, end in ends)
+
+
+def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
+    """How many spans have their words elsewhere too, whole, where no span touches them."""
+    gaps, place = [], 0  # what no span covers
+    for start, end in [*ordered, (len(text), len(text))]:
+        if start > place:
+            gaps.append((place, start))
+        place = max(place, end)
+    longest = max((end - start for start, end in gaps), default=0)
+    stretches = _Stretches(text, _is_letter)
+    known: dict[str, bool] = {}
+
+    def repeats(words: str) -> bool:
+        for start, end in gaps:
+            found = text.find(words, start, end)
+            while found >= 0:
+                if _inside_word(text, found):  # and so is every place before the word ends
+                    following = stretches.around(found)[1]
+                elif _inside_word(text, found + len(words)):
+                    following = found + 1
+                else:
+                    return True
+                found = text.find(words, following, end)
+        return False
+
+    count = 0
+    for start, end in ordered:
+        if end - start > longest:
+            continue
+        words = text[start:end]
+        if words not in known:
+            known[words] = repeats(words)
+        count += known[words]
+    return count

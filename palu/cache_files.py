@@ -116,7 +116,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise CacheDamaged(
             f"{str(path.parent)!r} is no reference cache: {str(path)!r} does not exist"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheDamaged(
             f"{str(path)!r} is damaged, not JSON any more ({error}); {_REPAIR}"
         ) from None

@@ -244,7 +244,7 @@ def read_record(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         run = {"settings", "data", "model", "reference"}
         if not {"step", "resumable"} <= set(record) or not run <= set(record["run"]):
             raise KeyError
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(
             f"checkpoint {str(folder)!r} has no {RECORD} that can be read: it was not written to "
             "its end, or not by PALUTrainer"

@@ -1,7 +1,6 @@
 """Data files become examples, examples become tokens, tokens become batches."""
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -11,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from palu.annotations import Audit, snap
+from palu.errors import one_line
+from palu.json_files import NotJSON, look, parse, read_text
 from palu.labels import IGNORE, Template, label_without_warning
 from palu.records import Example, parse_record
-from palu.spans import integer
+from palu.spans import integer, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +77,9 @@ def load_examples(
             raise ValueError(f"{place}: {error}") from None
         if example.id in row_of_id:
             raise ValueError(
-                f"{place}: field 'id' is {example.id!r}, which row {row_of_id[example.id]} has "
-                "already: ids must differ (rename or remove the field to use row numbers)"
+                f"{place}: field 'id' is {shown(example.id)}, which row "
+                f"{row_of_id[example.id]} has already: ids must differ (rename or "
+                "remove the field to use row numbers)"
             )
         row_of_id[example.id] = row
         if spans or require_spans:
@@ -251,27 +253,23 @@ def split_slice(path: str) -> tuple[str, slice]:
         ValueError: there is no such file, or the slice has another form.
     """
     if os.path.exists(path):
+        look(path, folder=True)
         return path, slice(None)
     file, rows = path, slice(None)
     if path.endswith("]") and "[" in path:
-        match = re.fullmatch(r"(.+)\[(-?\d+)?:(-?\d+)?\]", path)
+        match = re.fullmatch(r"(.+)\[(-?\d{1,18})?:(-?\d{1,18})?\]", path, flags=re.DOTALL)
         if not match:
-            raise ValueError(f"{path}: a slice of rows looks like [-40:], [:120] or [0:10]")
+            raise ValueError(
+                f"{one_line(path, 200)}: a slice of rows looks like [-40:], [:120] or [0:10]"
+            )
         file = match[1]
         rows = slice(*(None if end is None else int(end) for end in match.groups()[1:]))
-    if not os.path.exists(file):
-        raise ValueError(f"{file}: no such file or folder")
+    look(file, folder=True)
     return file, rows
 
 
 def _open_file(file: str) -> _Reader:
-    with open(file, "rb") as stream:
-        raw = stream.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}:{line}: not UTF-8 text: {error}") from None
+    text = read_text(file)
     if text.lstrip().startswith("["):
         records = _decode(text, file, 1)
         return len(records), lambda row: (records[row], f"{file}, row {row}")
@@ -287,14 +285,10 @@ def _open_file(file: str) -> _Reader:
 
 def _decode(text: str, file: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(
-            f"{file}:{line}: malformed JSON, {error.msg} at column {error.colno}"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"{file}:{first_line}: malformed JSON, nested too deeply") from None
+        return parse(text)
+    except NotJSON as error:
+        line = first_line + (error.line or 1) - 1
+        raise ValueError(f"{file}:{line}: malformed JSON, {error}") from None
 
 
 def _open_folder(folder: str) -> _Reader:
@@ -306,9 +300,9 @@ def _open_folder(folder: str) -> _Reader:
         ) from error
     try:
         table = datasets.load_from_disk(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what it raises for damaged files is of many kinds
         raise ValueError(
-            f"{folder}: not a folder that `datasets.load_from_disk` reads: {error}"
+            f"{folder}: not a folder that `datasets.load_from_disk` reads: {one_line(error)}"
         ) from error
     if not isinstance(table, datasets.Dataset):
         raise ValueError(
@@ -316,4 +310,11 @@ def _open_folder(folder: str) -> _Reader:
             + ", ".join(f"{folder}/{name}" for name in table)
         )
     table = table.with_format(None)
-    return len(table), lambda row: (table[row], f"{folder}, row {row}")
+
+    def read(row: int) -> tuple[Any, str]:
+        try:
+            return table[row], f"{folder}, row {row}"
+        except Exception as error:
+            raise ValueError(f"{folder}, row {row}: cannot be read: {one_line(error)}") from error
+
+    return len(table), read

@@ -12,6 +12,7 @@ import torch
 
 from palu.data import split_slice
 from palu.records import Example
+from palu.spans import shown
 
 
 def without_overlap(
@@ -45,7 +46,7 @@ def without_overlap(
         done += "" if drop else " (--drop-overlap leaves them out)"
         warnings.warn(
             f"{name}: {sum(both)} of {len(retain)} rows are among the rows to forget of {other}, "
-            f"such as row {first!r}: {done}",
+            f"such as row {shown(first)}: {done}",
             stacklevel=2,
         )
     return [e for e, twice in zip(retain, both, strict=True) if not (drop and twice)]

@@ -1,10 +1,10 @@
 """One record of a data file, checked field by field, becomes an `Example`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from palu.json_files import NotJSON, parse
 from palu.spans import CHARACTERS, UNITS, Span, check_spans, check_text, recount, shown
 
 __all__ = ["Example", "parse_record"]
@@ -74,7 +74,7 @@ def _id(value: Any, row: int) -> str:
         return str(row)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise TypeError(f"field 'id' must be a string or an integer, got {shown(value)}")
-    return str(value)
+    return check_text("field 'id'", str(value))
 
 
 def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list[Span], str]:
@@ -88,8 +88,8 @@ def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list
     name, value = given[0], fields[given[0]]
     if name == "target_words" and isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse(value)
+        except NotJSON as error:
             raise ValueError(f"field 'target_words' is not JSON: {error}") from None
     if (
         isinstance(value, Mapping)

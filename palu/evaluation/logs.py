@@ -7,13 +7,14 @@ attack holds two such parts, `forget` and `holdout`, and the AUC.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from palu.json_files import NotJSON, parse, read_text
+from palu.spans import shown
 
 Value = float | list[float]
 
@@ -38,11 +39,14 @@ class Log(NamedTuple):
         place = name if isinstance(log, Mapping) else os.fspath(log)
         if not isinstance(log, Mapping):
             try:
-                log = json.loads(Path(log).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise LogError(f"{place}: cannot be read: {error.strerror or error}") from None
-            except (ValueError, RecursionError) as error:
-                raise LogError(f"{place}: not readable JSON: {error}") from None
+                text = read_text(log)
+            except ValueError as error:
+                raise LogError(str(error)) from None
+            try:
+                log = parse(text)
+            except NotJSON as error:
+                line = "" if error.line is None else f":{error.line}"
+                raise LogError(f"{place}{line}: not readable JSON: {error}") from None
         if not isinstance(log, Mapping):
             raise LogError(f"{place}: a log must be an object, got {type(log).__name__}")
         return cls(log, place)
@@ -60,7 +64,8 @@ class Log(NamedTuple):
         if not isinstance(entry, Mapping):
             raise LogError(
                 f"{self.place}: metric {metric!r} must be an object with 'value_by_index', got "
-                f"{entry!r} (a summary holds aggregates only: give the TOFU_EVAL.json beside it)"
+                f"{shown(entry)} (a summary holds aggregates only: give the TOFU_EVAL.json beside "
+                "it)"
             )
         return entry
 
@@ -120,14 +125,23 @@ class Rows(NamedTuple):
 
     def _number(self, value: Any, index: str, field: str) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            wrong = f"must be a number, got {value!r}"
-        elif not math.isfinite(value):
-            wrong = f"is not finite: {value}"
+            wrong = f"must be a number, got {shown(value)}"
         else:
-            return float(value)
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if math.isfinite(number):
+                return number
+            wrong = f"is not finite: {shown(value)}"
         raise LogError(f"{self.place}, row {index!r}, field {field!r} {wrong}")
 
 
 def mean(value: Value) -> float:
     """The mean of a list; a number is its own."""
-    return math.fsum(value) / len(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    try:
+        return math.fsum(value) / len(value)
+    except OverflowError:
+        return math.fsum(part / len(value) for part in value)

@@ -49,7 +49,9 @@ class Store:
         self.log = dict(Log.read(folder / EVAL, EVAL).metrics)
         for metric, entry in self.log.items():
             try:
-                json.dumps(entry, allow_nan=False)
+                json.dumps(entry, allow_nan=False, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise LogError(f"{self.place}: metric {metric!r} is not valid Unicode") from None
             except ValueError:
                 raise LogError(
                     f"{self.place}: metric {metric!r} holds a number that is not finite; name "

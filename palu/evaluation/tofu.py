@@ -7,7 +7,6 @@ one and of the perturbed ones; `*_Q_A_ROUGE` the greedy answer and its ROUGE.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from palu.evaluation.definitions import (
     rouge,
     truth_ratio,
 )
-from palu.evaluation.logs import Log, LogError, Rows
+from palu.evaluation.logs import Log, LogError, Rows, mean
 from palu.evaluation.membership import auc, privleak
 
 __all__ = ["TRUTH_RATIOS", "UTILITY", "aggregate", "derived_entries", "summarize"]
@@ -167,7 +166,7 @@ def _mean(log: Log, retrained: Log | None, metric: str) -> float:
 
 
 def _mean_of(values: Mapping[str, float]) -> float:
-    return math.fsum(values.values()) / len(values)
+    return mean([*values.values()])
 
 
 def _rouge(log: Log, retrained: Log | None, metric: str) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from palu.data import Example, tokenize_examples
 from palu.labels import IGNORE
 from palu.model_inputs import joined
+from palu.spans import shown
 
 FIELD = "alternate_answer"  # of a record
 PREFIX = "alternate_"
@@ -51,8 +52,8 @@ def own_alternates(examples: Sequence[Example]) -> list[str]:
         text = example.extra.get(FIELD)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"example {example.id!r}: field {FIELD!r} is {text!r}; it must be the text to be "
-                "preferred to the answer (method idk_dpo takes refusals instead)"
+                f"example {example.id!r}: field {FIELD!r} is {shown(text)}; it must be the text to "
+                "be preferred to the answer (method idk_dpo takes refusals instead)"
             )
     return [example.extra[FIELD] for example in examples]
 

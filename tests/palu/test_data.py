@@ -1,16 +1,20 @@
 """Data files: what is read, refused and warned of, and the batches made of it."""
 
+import gzip
 import itertools
 import json
+import os
 import re
+import socket
 import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palu.annotations import snap
+from palu.annotations import Audit, snap
 from palu.data import Example, load_examples
+from palu.evaluation.tofu import summarize
 
 QA = {"question": "Who?", "answer": "Basil Mahfouz."}
 
@@ -327,6 +331,28 @@ LINES = [json.dumps({**QA, "spans": [[0, 5]]})] * 2
             {"text": "💩 Ada", "spans": [{"start": 0, "end": 3, "text": "Ada"}]},
             r"says 'Ada', but \[0, 3\) of the answer is '💩 A'",
         ),
+        (
+            {**QA, "spans": [[0, 10**20]]},
+            r"\[0, 100000000000000000000\), it must",
+        ),
+        ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 4000), r"\[0, 9+\.\.\.9+\), it must satisfy"),
+        ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 5000), "an integer has too many digits"),
+        ('{"text": "x", "spans": [[NaN, 1]]}', "start must be an integer, got nan"),
+        ('{"text": "x", "spans": [[0, 1e400]]}', "end must be an integer, got inf"),
+        ('{"text": NaN, "spans": []}', "field 'text' must be a string, got nan"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"text": "x", "a": %s}' % ("[" * 100_000), "nested too deeply"),
+        ('{"text": %s, "spans": []}' % ("[" * 900 + "]" * 900), "must be a string, got .{1,100}$"),
+        ({"text": ["x" * 10**6], "spans": []}, "must be a string, got .{1,300}$"),
+        (released("Basil", target_words="[" * 100_000), "is not JSON: nested too deeply"),
+        ('{"text": "x", "spans": [], "text": "y"}', "an object has the key 'text' twice"),
+        ('{"text": "x", "spans": [], "a": [{"b": 1, "b": 1}]}', "has the key 'b' twice"),
+        ('{"text": "x", "spans": [{"start": 0, "end": 1, "end": 1}]}', "has the key 'end' twice"),
+        (
+            released("Basil", target_words='[{"word": "B", "start": 0, "end": 1, "end": 1}]'),
+            "field 'target_words' is not JSON: an object has the key 'end' twice",
+        ),
+        ('{"text": "x", "spans": [], "id": "\\ud800"}', "field 'id' is not valid Unicode"),
         (released("Basil", ("Basil", 0), target_words="[{"), "field 'target_words' is not JSON"),
         (released("Basil", target_words="{}"), "field 'target_words': spans must be a list"),
         (
@@ -353,6 +379,78 @@ def test_what_is_wrong_is_named(tmp_path, line, words):
     assert str(path) in str(caught.value)
     assert re.search(r"a\.json:4\b", str(caught.value))
     assert len(load(f"{path}[:2]")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
+        ("{}".encode("utf-16-le"), "or UTF-16 text: save it as UTF-8"),
+        ("{}".encode("utf-16-be"), "or UTF-16 text: save it as UTF-8"),
+        ("{}".encode("utf-32"), "is UTF-32 text"),
+        (gzip.compress(b"{}"), "is compressed by gzip"),
+        (b"\x80\x04\x00\x01\x00\x00", ":1: holds NUL bytes; it is a binary file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b'["\xed\xa0\x80"]', ":1: not UTF-8 text"),
+    ],
+)
+def test_files_of_another_kind_are_known(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    for read in (load, summarize):
+        with pytest.raises(ValueError, match=rf"a\.jsonl.*{message}"):
+            read(path)
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(tmp_path / "sock"))
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in [
+        ("fifo", "is a pipe and not a regular file"),
+        ("link", "link: is a pipe"),
+        ("sock", "is a socket"),
+        ("/dev/zero", "^/dev/zero: is a device and not a regular file"),
+        ("loop", "loop: cannot be read: Too many levels"),
+        ("x" * 5000, "^.{1,300}: cannot be read: File name too long"),
+        ("a\0b", "is no name of a file"),
+    ]:
+        for read, end in ((load, ""), (load, "[:2]"), (summarize, "")):
+            with pytest.raises(ValueError, match=message):
+                read(f"{tmp_path / name}{end}")
+    with pytest.raises(ValueError, match=r"\.\.\.: a slice of rows looks like"):
+        load(f"{tmp_path}/none[:{'9' * 5000}]")
+
+
+def test_a_damaged_folder_of_datasets_is_one_line(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["x"] * 99}).save_to_disk(tmp_path / "table")
+    for name, content in [("state.json", "[]"), ("state.json", "[" * 100_000)]:
+        (tmp_path / "table" / name).write_text(content)
+        with pytest.raises(ValueError, match="table: not a folder that `datasets"):
+            load(tmp_path / "table")
+
+
+def test_repeated_words_and_long_words_are_walked_once():
+    # Minutes where each span walks the text again, or each pair of spans is looked at.
+    words, count = "word " * 20_000, 20_000
+    audit = Audit()
+    audit.add(words, [(5 * n, 5 * n + 4) for n in range(count)])
+    assert audit.summary() == ""
+    audit.add(words, [(0, 4)] * count)
+    assert audit.overlapping_pairs == count * (count - 1) // 2
+    assert audit.unlabelled_repeat == count
+    spans = [(10 * n, 10 * n + 5) for n in range(count)]
+    long = "a" * 10 * count + " a"
+    audit.add(long, spans)
+    assert audit.inside_word == count
+    assert snap(long, spans) == ([(0, 10 * count)], count, count - 1)
+    assert snap(" " * count + long, [(n, count + 1) for n in range(count)])[1:] == (
+        count,
+        count - 1,
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -51,7 +51,7 @@ def test_files_of_a_split(tmp_path):
         (["--tofu", "tofu", "--split", "../x"], "must be a name such as forget10, not '../x'"),
         ([*SMALL, "--reference-model", "model"], "add --holdout FILE"),
         ([*SMALL, "--holdout", "none.json"], "none.json: no such file"),
-        ([*SMALL, "--retain-log", "none.json"], "none.json: cannot be read"),
+        ([*SMALL, "--retain-log", "none.json"], "none.json: no such file"),
         ([*SMALL, "--output", "holdout.json"], "'holdout.json' is a file; name a folder"),
     ],
 )

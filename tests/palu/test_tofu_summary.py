@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from palu.evaluation.logs import Log
+from palu.evaluation.logs import Log, LogError
 from palu.evaluation.tofu import UTILITY, derived_entries, summarize
 
 TOFU = Path(os.environ.get("PALU_TOFU", Path(__file__).parents[3] / "shared/data/tofu"))
@@ -272,10 +272,38 @@ def test_what_the_retrained_log_lacks_is_named(metric):
 
 
 def test_files_that_are_no_logs(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.json: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"none\.json: no such file"):
         summarize(tmp_path / "none.json")
     path = tmp_path / "log.json"
     for text, message in (("{", "not readable JSON"), ("[1]", "must be an object, got list")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             summarize(path)
+
+
+PROB = '{"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": %s}}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, r"a\.json: not readable JSON: nested too deeply"),
+        ('{"a": 1, "a": 2}', "an object has the key 'a' twice"),
+        (PROB % '1, "prob": 2', "an object has the key 'prob' twice"),
+        (PROB % ("9" * 5000), "an integer has too many digits"),
+        (PROB % ("9" * 400), r"row '0', field 'prob' is not finite: 9{9,20}\.\.\.9{9,20}$"),
+        (PROB % "1e400", "field 'prob' is not finite: inf"),
+        (PROB % ("[" * 900 + "]" * 900), "field 'prob' must be a number, got .{1,100}$"),
+        ('{"forget_Q_A_Prob": %s}' % ("[" * 900 + "]" * 900), "must be an object .{1,100}summary"),
+    ],
+)
+def test_json_that_is_out_of_measure(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(LogError, match=message):
+        summarize(path)
+
+
+def test_a_mean_of_numbers_whose_sum_is_infinite():
+    rows = {str(n): {"prob": [1e308, 1e308]} for n in range(4)}
+    assert summarize({"forget_Q_A_Prob": {"value_by_index": rows}}) == {"forget_Q_A_Prob": 1e308}

@@ -1,0 +1,125 @@
+"""Reading files of JSON that users give, and saying what one is where it is no such file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from palu.errors import one_line
+
+# How files begin that are often given instead.
+_KINDS = (
+    (codecs.BOM_UTF32_LE, "UTF-32 text: save it as UTF-8"),
+    (codecs.BOM_UTF32_BE, "UTF-32 text: save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16 text: save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16 text: save it as UTF-8"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
+    (b"BZh", "compressed by bzip2: unpack it first"),
+    (b"\xfd7zXZ\x00", "compressed by xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first"),
+    (b"PK\x03\x04", "a zip archive: unpack it first"),
+    (b"PAR1", "a Parquet file: write it as JSON lines"),
+    (b"ARROW1", "an Arrow file: name the folder that `save_to_disk` wrote"),
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself: run git lfs pull"),
+)
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class NotJSON(ValueError):
+    """A text is no JSON that can be used.
+
+    Attributes:
+        line: where, from 1 on; None where that is not known.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raises ValueError where a path is not that of a regular file, without opening it: a pipe or a
+    device may have no end.
+
+    Args:
+        folder: whether it may be a folder.
+    """
+    shown = one_line(os.fspath(path) or repr(""), limit=200)
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{shown}: no such file{' or folder' * folder}") from None
+    except OSError as error:
+        raise ValueError(f"{shown}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the name
+        raise ValueError(f"{shown!r} is no name of a file: {error}") from None
+    if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
+        return
+    kind = next((name for test, name in _SPECIAL if test(mode)), "something else")
+    raise ValueError(f"{shown}: is {kind} and not a regular file")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a regular file of UTF-8, without a mark at its beginning.
+
+    Raises:
+        ValueError: it is none; names the file and what it looks like.
+    """
+    look(path)
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
+    for head, kind in _KINDS:
+        if raw.startswith(head):
+            raise ValueError(f"{os.fspath(path)}: is {kind}")
+    if b"\0" in raw:  # JSON spells it out
+        kind = "a binary file"
+        for codec in ("utf-16-le", "utf-16-be"):
+            if "\0" not in raw[:1024].decode(codec, errors="ignore"):
+                kind = "a binary file, or UTF-16 text: save it as UTF-8"
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise ValueError(f"{os.fspath(path)}:{line}: holds NUL bytes; it is {kind}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{os.fspath(path)}:{line}: not UTF-8 text: {error}") from None
+
+
+def parse(text: str) -> Any:
+    """The value that a JSON text says.
+
+    Raises:
+        NotJSON: it says none, nests too deeply, has an integer of thousands of digits, or an object
+            that has a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except NotJSON:
+        raise
+    except json.JSONDecodeError as error:
+        raise NotJSON(f"{error.msg} at column {error.colno}", error.lineno) from None
+    except RecursionError:
+        raise NotJSON("nested too deeply") from None
+    except ValueError:
+        raise NotJSON("an integer has too many digits") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise NotJSON(f"an object has the key {one_line(repr(twice), 100)} twice")
+    return found
