@@ -53,18 +53,12 @@ def without_overlap(
 
 
 def warn_of_overlap(retain: Any, forget: Any) -> None:
-    """As `without_overlap`, of tokenised rows: one warning where `input_ids` are in both.
+    """One warning where rows of both sets of tokenised rows have the same `input_ids`.
 
-    Raises:
-        ValueError: those of every retain row are in the forget set.
+    Rows that are all in both are no error here: someone who trains in Python may mean it.
     """
     forgotten = {_tokens(forget[number]) for number in range(len(forget))} - {None}
     both = [n for n in range(len(retain)) if _tokens(retain[n]) in forgotten]
-    if len(both) == len(retain):
-        raise ValueError(
-            "every row of retain_dataset has the input_ids of a row of train_dataset, so nothing "
-            "is left to keep"
-        )
     if both:
         warnings.warn(
             f"{len(both)} of {len(retain)} rows of retain_dataset have the input_ids of a row of "

@@ -309,9 +309,10 @@ class PALUTrainer(EvaluationTrainer):
         Raises:
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
-            ValueError: method `palu`, and no row of `train_dataset` has a token to forget; every
-                row of `retain_dataset` has the `input_ids` of a row of `train_dataset` (where some
-                have, a warning tells how many).
+            ValueError: method `palu`, and no row of `train_dataset` has a token to forget.
+
+        A warning tells how many rows of `retain_dataset` have the `input_ids` of a row of
+        `train_dataset`.
         """
         if not self._by_method and _has_places(self.train_dataset):
             rows = (self.train_dataset[i] for i in range(len(self.train_dataset)))
@@ -321,7 +322,7 @@ class PALUTrainer(EvaluationTrainer):
                     "after the first place of a row"
                 )
         compared = self.texts_compared or not _has_places(self.train_dataset)
-        if self.retain_dataset is not None and not compared:
+        if self.retain_dataset is not None and not compared and self.is_world_process_zero():
             warn_of_overlap(self.retain_dataset, self.train_dataset)
         if self.args.eval_strategy != "no":  # the others meet the collator in the first step
             sets = self.eval_dataset
