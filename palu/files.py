@@ -91,7 +91,9 @@ def check_json(path: Path, keys: set[str], writer: str) -> None:
     Raises:
         FileExistsError: something else is there.
     """
-    if not os.path.lexists(path):
+    try:
+        path.lstat()  # says so where the name is too long, which `lexists` does not
+    except FileNotFoundError:
         return
     check_regular(path)
     ours = False

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import small
+from command import palu_in, write_data, write_model
 
 from palu import checkpoints
 from palu.files import (
@@ -109,3 +111,72 @@ def test_checkpoints_of_others_are_in_the_way(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(checkpoints.CheckpointError, match="checkpoint-1' is in the way"):
         checkpoints.check_home(tmp_path)
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def palu(tmp_path, monkeypatch, capsys):
+    write_data(tmp_path)
+    write_model(tmp_path / "model", small.model(small.tokenizer()))
+    return palu_in(tmp_path, monkeypatch, capsys)
+
+
+UNLEARN = (
+    "unlearn --model model --forget forget.jsonl --retain retain.jsonl --epochs 1 --device cpu"
+)
+
+
+def test_unlearn_leaves_what_is_not_its_own(palu, tmp_path):
+    words = [*UNLEARN.split(), "--output", "out", "--save-steps", 1]
+    kept = tmp_path / "out-checkpoints"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    before = os.umask(0o027)
+    try:
+        status, _, said = palu(*words)
+    finally:
+        os.umask(before)
+    assert status == 0, said
+    assert [p.name for p in kept.iterdir()] == ["notes.txt"]
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert modes == {0o640}  # safetensors alone would write 0600
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    for more in (["--overwrite"], ["--overwrite", "--resume"]):
+        status, _, said = palu(*words, *more)
+        assert status == 2 and "holds 'thesis.txt', which palu did not write" in said
+    (tmp_path / "out" / "thesis.txt").unlink()
+    (kept / "checkpoint-1").mkdir()
+    status, _, said = palu(*words, "--resume", "--overwrite")
+    assert status == 2 and "is in the way of checkpoints" in said
+    assert (kept / "checkpoint-1").is_dir() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "demo", "cache build"])
+def test_a_second_run_with_one_output_is_refused(palu, tmp_path, command):
+    model = "" if command == "demo" else "--model model --forget forget.jsonl --device cpu"
+    with locked(tmp_path / "out"):
+        status, _, said = palu(*f"{command} {model} --output out".split())
+    assert status == 2 and "another palu process is writing" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_with_outputs_are_one_line(palu, tmp_path):
+    evaluate = "evaluate --model model --forget forget.jsonl --device cpu --json"
+    for line in (
+        f"{evaluate} forget.jsonl",
+        f"{evaluate} model",
+        f"{evaluate} model/palu.json",
+        f"{evaluate} model/model.safetensors",
+        f"{evaluate} /dev/null",
+        f"{evaluate} {'x' * 300}.json",
+        f"{evaluate} out/TOFU_EVAL.json --output out",
+        "demo --seed -1",
+        f"demo --output {'x' * 300}",
+        "demo --output model --overwrite --seed 1 --people 0",
+    ):
+        before = {p: p.stat().st_size for p in tmp_path.rglob("*")}
+        status, _, said = palu(*line.split())
+        assert status == 2 and "Traceback" not in said, (line, said)
+        assert before == {p: p.stat().st_size for p in tmp_path.rglob("*")}, line

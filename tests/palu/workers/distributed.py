@@ -213,12 +213,13 @@ def unlearn_words(folder: Path, processes: int) -> list[str]:
                 "answer": e.answer,
                 "spans": [{"start": s, "end": t} for s, t in e.spans],
             }
-            for e in forget_examples(14)
+            for e in forget_examples(18)
         ]
-        write_jsonl(folder / "forget.jsonl", records)
+        write_jsonl(folder / "forget.jsonl", records[:14])
+        write_jsonl(folder / "retain.jsonl", records[14:])
         save_model(folder / "model", small.model(tok, seed=3), tok, Template(), made_by="test")
     words = f"unlearn --model {folder}/model --forget {folder}/forget.jsonl --device cpu --epochs 2"
-    words += f" --retain {folder}/forget.jsonl[:4] --output {folder}/out-{processes}"
+    words += f" --retain {folder}/retain.jsonl --output {folder}/out-{processes}"
     words += f" --batch-size {TOTAL // processes} --learning-rate 1e-3 --objective entropy"
     return [*words.split(), "--reference", "cached", "--top-k", "7"]
 
