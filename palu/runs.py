@@ -190,15 +190,21 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 def _foreign(folder: Path) -> str | None:
     """Something in an output folder that palu did not write; None where there is nothing."""
-    from palu.cache_files import is_cache_file
+    from palu.cache_files import FORMAT, is_cache_file
     from palu.evaluation.store import FILES as evaluation
 
     names = sorted(path.name for path in folder.iterdir())
-    if all(map(is_cache_file, names)):
+    if all(map(is_cache_file, names)) and (
+        "head.safetensors" in names
+        or any(name.startswith("shard-") for name in names)
+        or any(FORMAT.encode() in (folder / name).read_bytes() for name in names)
+    ):
         return None
     try:
         record = read_record(folder) or json.loads((folder / "metrics.json").read_text("utf-8"))
-        ours = "versions" in record or "made_by" in record
+        # "checks" is of a demo's metrics.json
+        keys = {*record}  # "checks" is of a demo's metrics.json
+        ours = "made_by" in keys or ("versions" in keys and keys & {"template", "checks", "files"})
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:

@@ -44,6 +44,11 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {str(folder)!r} is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
+        if overwrite and (folder / EVAL).exists() and not (folder / RECORD).exists():
+            raise LogError(
+                f"--overwrite: {self.place} was not written by palu, and is left as it is; name "
+                "another --output"
+            )
         if overwrite or not (folder / EVAL).exists():
             return
         self.log = dict(Log.read(folder / EVAL, EVAL).metrics)

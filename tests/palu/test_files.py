@@ -9,6 +9,8 @@ import small
 from command import palu_in, write_data, write_model
 
 from palu import checkpoints
+from palu.evaluation.logs import LogError
+from palu.evaluation.store import Store
 from palu.files import (
     InUse,
     locked,
@@ -180,3 +182,19 @@ def test_mistakes_with_outputs_are_one_line(palu, tmp_path):
         status, _, said = palu(*line.split())
         assert status == 2 and "Traceback" not in said, (line, said)
         assert before == {p: p.stat().st_size for p in tmp_path.rglob("*")}, line
+
+
+def test_what_looks_like_palus_is_left(tmp_path):
+    for name, text in (("manifest.json", '{"name": "web app"}'), ("metrics.json", '{"f1": 1}')):
+        place = tmp_path / name.split(".")[0]
+        place.mkdir()
+        (place / name).write_text(text)
+        with pytest.raises(FileExistsError, match="palu did not write"):
+            check_output(place, overwrite=True)
+    (tmp_path / "TOFU_EVAL.json").write_text("{}")
+    with pytest.raises(LogError, match="was not written by palu"):
+        Store(tmp_path, {}, overwrite=True)
+    Store(tmp_path / "new", {}, overwrite=True).save({"a": {"agg_value": 1.0}})
+    again = Store(tmp_path / "new", {"model": "another"}, overwrite=True)
+    again.begin()  # a kill from here on leaves no number of the old model
+    assert not list((tmp_path / "new").iterdir())
