@@ -133,7 +133,7 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
         raise ValueError(f"output {str(folder)!r} cannot be used: {error}") from None
     if there and not real.is_dir():
         raise FileExistsError(f"output {str(folder)!r} is a file; name a folder")
-    for kept in (Path.cwd(), Path.home(), Path("/")):
+    for kept in (Path.cwd(), Path(os.path.expanduser("~")), Path("/")):
         if _lies_in(kept, real):
             raise ValueError(
                 f"output {str(folder)!r}: replacing it would delete {str(kept)!r}; name another "

@@ -12,6 +12,7 @@ from palu import checkpoints
 from palu.evaluation.logs import LogError
 from palu.evaluation.store import Store
 from palu.files import (
+    LOCK_TEXT,
     InUse,
     locked,
     new_aside,
@@ -198,3 +199,21 @@ def test_what_looks_like_palus_is_left(tmp_path):
     again = Store(tmp_path / "new", {"model": "another"}, overwrite=True)
     again.begin()  # a kill from here on leaves no number of the old model
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path):
+    lock = tmp_path / ".out.palu-lock"
+    lock.write_text(LOCK_TEXT.format("out"))
+    with locked(tmp_path / "out"):
+        assert lock.exists()
+    assert not lock.exists()
+    lock.write_text("mine")
+    with pytest.raises(FileExistsError, match="in the place of palu's lock"):
+        locked(tmp_path / "out").__enter__()
+    assert lock.read_text() == "mine"
+
+
+def test_an_output_needs_no_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 10**6)  # as containers run: a user without a name
+    check_output(tmp_path / "out", overwrite=False)
