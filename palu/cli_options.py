@@ -201,7 +201,7 @@ ForceTemplate = Annotated[
 RepairSpans = Annotated[
     Repair, typer.Option(help="snap: move span ends to word ends and merge overlaps.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that palu wrote.")]
 
 
 # Of `palu unlearn`: those that only the method of the marked spans has.
