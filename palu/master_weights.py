@@ -1,8 +1,10 @@
 """Half-precision weights that train keep float32 masters, so that no step is rounded away.
 
 A step of AdamW at 1e-5 is smaller than half the spacing of nearly all bfloat16 weights: taken on
-them it leaves most of them as they were. Here the optimizer steps on a float32 copy, and the weight
-is that copy, rounded.
+them it leaves most of them as they were. Here the optimizer steps on a float32 copy. A whole run at
+such a rate moves most weights by less than half a spacing too, which rounding to the nearest would
+hide from the forward pass and from the saved model. So the weight is the copy rounded up or down at
+random, by how near it is to either: right in the mean, and exact where nothing has changed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from palu.checkpoints import CheckpointError
 HALF = (torch.bfloat16, torch.float16)
 # From this share on it is said aloud that rounding takes a part of what training changed back.
 LOUD = 0.05
+_PIECE = 2**22  # entries that are rounded at a time
 _STATE = "palu_master_weights"
 SAMPLE = 2**16  # entries of a weight that are remembered: a share is exact within half a percent
 
@@ -38,13 +41,18 @@ class MasterWeights:
 
     Args:
         optimizer: as it was made, before its first step.
+        seed: of the rounding, the same in every process. It depends on the number of the step
+            beside, so that a resumed run rounds as the unbroken one.
         sum_in_float32: whether a parameter's gradient may be of another dtype than the parameter.
 
     Attributes:
         of: the master of each parameter.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, sum_in_float32: bool) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, sum_in_float32: bool, seed: int = 0
+    ) -> None:
+        self._seed, self._steps = seed, 0
         self.of: dict[nn.Parameter, nn.Parameter] = {}
         for group in optimizer.param_groups:
             group["params"] = [self._master(p, sum_in_float32) for p in group["params"]]
@@ -72,27 +80,57 @@ class MasterWeights:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        self._steps += 1
+        self._round()
+
+    def _round(self) -> None:
+        generators: dict[torch.device, torch.Generator] = {}
         for parameter, master in self.of.items():
             master.grad = None
-            parameter.copy_(master)
+            where = master.device
+            if where not in generators:
+                generators[where] = torch.Generator(where).manual_seed(self._seed + self._steps)
+            round_into(parameter, master, generators[where])
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, _STATE: [master.detach() for master in self.of.values()]}
+        masters = [master.detach() for master in self.of.values()]
+        return {**state, _STATE: {"steps": self._steps, "weights": masters}}
 
     @torch.no_grad()
     def _load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         state = dict(state)
-        saved = state.pop(_STATE, None)
+        found = state.pop(_STATE, None)
+        saved = None if found is None else found["weights"]
         if saved is None or len(saved) != len(self.of):
             raise CheckpointError(
                 f"the optimizer's state has {'no' if saved is None else len(saved)} float32 master "
                 f"weights, and {len(self.of)} parameters of 16 bits train: it was saved by a run "
                 "that rounded its steps, or of another model; begin anew"
             )
-        for (parameter, master), value in zip(self.of.items(), saved, strict=True):
+        for master, value in zip(self.of.values(), saved, strict=True):
             master.copy_(value)
-            parameter.copy_(master)
+        self._steps = found["steps"]
+        self._round()
         return state
+
+
+@torch.no_grad()
+def round_into(out: Tensor, values: Tensor, generator: torch.Generator) -> None:
+    """Writes float32 values into a tensor of another dtype: bfloat16 at random, up with the
+    probability of how near the upper neighbour is; others to the nearest."""
+    if out.dtype != torch.bfloat16 or values.dtype != torch.float32:
+        out.copy_(values)
+        return
+    given, taken = values.detach().reshape(-1), out.detach().view(-1)
+    for start in range(0, given.numel(), _PIECE):
+        piece = slice(start, start + _PIECE)
+        bits = given[piece].view(torch.int32)
+        noise = torch.randint(
+            0, 2**16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device
+        )
+        # Noise in the bits that bfloat16 has not carries into those that it has.
+        rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+        taken[piece].copy_(torch.where(given[piece].isfinite(), rounded, given[piece]))
 
 
 class StartingWeights:
@@ -107,33 +145,37 @@ class StartingWeights:
         dtype: torch.dtype | None = None,
         masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> float:
-        """Of the weights that training changed, the share that is what it was before once it is
-        rounded.
+        """Of the change that training made, the share (0 to 1) that rounding loses: one minus the
+        projection of the change that is left on the change that was made.
 
         Args:
             model: the same model, now.
-            dtype: what its weights are rounded to; None: their own.
+            dtype: what its weights are going to be rounded to; None: they are rounded already.
             masters: see `MasterWeights.of`.
         """
-        changed = undone = 0
+        made = left = 0.0
         for name, parameter in model.named_parameters():
             if name not in self._taken:
                 continue
             was = self._taken[name].float()
             now = _sample((masters or {}).get(parameter, parameter)).float()
-            moved = now != was
-            changed += int(moved.sum())
-            undone += int((moved & (now.to(dtype or parameter.dtype).float() == was)).sum())
-        return undone / changed if changed else 0.0
+            rounded = _sample(parameter)
+            if dtype is not None:
+                rounded = torch.empty_like(now, dtype=dtype)
+                round_into(rounded, now, torch.Generator().manual_seed(0))
+            change = (now - was).double()
+            made += float(change.square().sum())
+            left += float((change * (rounded.float() - was)).sum())
+        return min(max(1 - left / made, 0.0), 1.0) if made else 0.0
 
 
 def warn_rounded_back(share: float, dtype: torch.dtype) -> None:
     """One warning, from LOUD on."""
     if share > LOUD:
         warnings.warn(
-            f"rounding to {str(dtype).removeprefix('torch.')} takes back {share:.0%} of the "
-            "weights that training changed to what they were: their change is less than half a "
-            "spacing there. float32 weights keep it, and so does an adapter (LoRA)",
+            f"rounding to {str(dtype).removeprefix('torch.')} takes back {share:.0%} of the change "
+            "that training made: most weights moved by less than half a spacing. float32 weights "
+            "keep it, and so does an adapter (LoRA)",
             stacklevel=3,
         )
 

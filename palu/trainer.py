@@ -339,8 +339,8 @@ class PALUTrainer(EvaluationTrainer):
         return result
 
     def rounded_back(self, dtype: torch.dtype | None = None) -> float:
-        """Of the weights that training changed, the share (0 to 1, of a sample) that rounding has
-        taken back to what they were, or would take back.
+        """Of the change that training made, the share (0 to 1, of a sample of weights) that
+        rounding has taken back.
 
         Args:
             dtype: as which the weights are going to be saved; None: as they are.
@@ -382,7 +382,9 @@ class PALUTrainer(EvaluationTrainer):
             )
         optimizer = super().create_optimizer(*args, **kwargs)
         refuse_optimizer(optimizer, self.args.optim)
-        self._masters = MasterWeights(optimizer, sum_in_float32=self.args.world_size == 1)
+        self._masters = MasterWeights(
+            optimizer, sum_in_float32=self.args.world_size == 1, seed=self.args.seed
+        )
         return optimizer
 
     def identity(self, *, begun: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from palu.early_stop import FORGET_PROB
 from palu.labels import Template
 from palu.layers import layer_count
 from palu.lora import name_base
-from palu.master_weights import warn_rounded_back
+from palu.master_weights import round_into, warn_rounded_back
 from palu.methods import Method
 from palu.methods.alternates import own_alternates, refusals
 from palu.not_finite import check_weights
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
     curve: list[dict[str, float]]  # one dict a step with the names in `CURVE`
     master_weights: bool  # whether float32 masters were trained (`palu.master_weights`)
-    rounded_back: float  # share of changed weights that saving rounds to what they were
+    rounded_back: float  # share of the change that rounding takes back
 
 
 def make_config(
@@ -231,7 +231,11 @@ def save_model(
     `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, parameter in model.named_parameters() if saved else ():
-        parameter.data = parameter.data.to(saved[name])
+        if parameter.dtype != saved[name]:
+            rounded = torch.empty_like(parameter, dtype=saved[name])
+            generator = torch.Generator(parameter.device).manual_seed(0)
+            round_into(rounded, parameter.data, generator)
+            parameter.data = rounded
     model.save_pretrained(folder)
     if hasattr(model, "peft_config"):
         name_base(folder)
