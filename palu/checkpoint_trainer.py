@@ -28,6 +28,7 @@ from palu.checkpoints import (
 from palu.errors import one_line, out_of_memory
 from palu.files import remove_aside
 from palu.lora import check_adapter_names
+from palu.room import written
 
 
 class CheckpointTrainer(Trainer):
@@ -99,6 +100,12 @@ class CheckpointTrainer(Trainer):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        last = last_checkpoint(self.args.output_dir)
+        kept = f"{last} is kept" if last else "there is none before it"
+        with written(f"the checkpoint of step {self.state.global_step} ({kept})"):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         home = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside = home / ASIDE

@@ -178,6 +178,12 @@ def unlearn(
     gradient_accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
     gradient_checkpointing: GradientCheckpointing = False,
     save_steps: SaveSteps = None,
+    rescue: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the model if it cannot be written to --output.", show_default=False
+        ),
+    ] = None,
     resume: Resume = False,
     dtype: Dtype = "auto",
     bf16: BF16 = False,
@@ -211,6 +217,12 @@ def unlearn(
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         wanted = {"overwrite": overwrite, "inputs": (model, *files)}
         check_output(output, **wanted)
+        if rescue is not None:
+            check_output(rescue, overwrite=False)
+            if rescue.resolve().is_relative_to(output.resolve()):
+                raise ValueError(
+                    f"--rescue {str(rescue)!r} lies in --output {str(output)!r}; name another place"
+                )
         if processes.rank() == 0:  # the others write nothing
             claim = context.with_resource(claim_output(output, **wanted))
         refuse_adapter(model)
@@ -236,6 +248,7 @@ def unlearn(
         )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
+        from palu.room import check_room, checkpoint_bytes, failed_to_write, keep, model_bytes
         from palu.trainer_checks import marks_something
         from palu_kernels.backend import resolve as resolve_backend
 
@@ -337,6 +350,15 @@ def unlearn(
             loaded, saved = add_lora(loaded, lora, seed), None  # adapters stay float32
         freeze_other_towers(loaded)
         run.prepare_model(config, loaded)
+        size = model_bytes(loaded, saved)
+        needs = {"the model": (output, size)}
+        if config.save_strategy != "no":
+            one = checkpoint_bytes(loaded, adapter=lora is not None)
+            needs["checkpoints"] = (kept, one * (config.save_total_limit + 1))
+        if rescue is not None:
+            needs["the rescued model"] = (rescue, size)
+        if is_main:
+            check_room(needs)
     if retain_rows is None:
         hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
         warn(f"no --retain file: {hold} the model in place")
@@ -349,45 +371,62 @@ def unlearn(
         checkpoints.remove_all(kept)
     data = {"forget": forget, "retain": retain, "drop_overlap": drop_overlap, **read}
     notes = {"model": str(model), **data, "template": template.to_dict()}
-    with output_folder(claim) if is_main else nullcontext() as folder:
-        mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)
-        with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
-            outcome = run.unlearn(
-                loaded,
-                tokenizer,
-                rows,
-                retain_rows,
-                config,
-                report,
-                cache_options={"template": template, "notes": notes},
-                checkpoints=kept,
-                resume=checkpoint,
-                saved=saved,
-            )
-            curve = outcome.curve
-        if not is_main:
-            return
-        with bars.status("Writing the model"):
-            run.save_model(
-                folder,
-                loaded,
-                tokenizer,
-                template,
-                saved=saved,
-                made_by="palu unlearn",
-                seed=seed,
-                base_model=named_from(folder, model),
-                data=data,
-                dtype=dtype_name(next(iter(saved.values())) if saved else loaded.dtype),
-                compute_dtype=dtype_name(computed),
-                master_weights=outcome.master_weights,
-                rounded_back=outcome.rounded_back,
-                device=str(where),
-                processes=processes.count(),
-                settings=run.settings_of(config),
-                lora=None if lora is None else vars(lora),
-                loss_curve=curve,
-            )
+    outcome = None
+
+    def write(folder: Path) -> None:
+        run.save_model(
+            folder,
+            loaded,
+            tokenizer,
+            template,
+            saved=saved,
+            made_by="palu unlearn",
+            seed=seed,
+            base_model=named_from(folder, model),
+            data=data,
+            dtype=dtype_name(next(iter(saved.values())) if saved else loaded.dtype),
+            compute_dtype=dtype_name(computed),
+            master_weights=outcome.master_weights,
+            rounded_back=outcome.rounded_back,
+            device=str(where),
+            processes=processes.count(),
+            settings=run.settings_of(config),
+            lora=None if lora is None else vars(lora),
+            loss_curve=outcome.curve,
+        )
+
+    def write_whole(place: Path) -> None:
+        with output_folder(place) as folder:
+            write(folder)
+
+    try:
+        with output_folder(claim) if is_main else nullcontext() as folder:
+            mistakes = user_errors(CacheError, CacheWriteError, checkpoints.CheckpointError)
+            with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
+                outcome = run.unlearn(
+                    loaded,
+                    tokenizer,
+                    rows,
+                    retain_rows,
+                    config,
+                    report,
+                    cache_options={"template": template, "notes": notes},
+                    checkpoints=kept,
+                    resume=checkpoint,
+                    saved=saved,
+                )
+            if not is_main:
+                return
+            with bars.status("Writing the model"):
+                write(folder)
+    except Exception as error:
+        if outcome is None or not failed_to_write(error):
+            raise
+        whole = None if kept is None else checkpoints.last_checkpoint(kept)
+        raise keep(
+            error, output, write_whole, rescue=rescue, checkpoint=whole, size=size
+        ) from error
+    curve = outcome.curve
     if kept is not None:
         checkpoints.remove_all(kept)
     last = {name: round(curve[-1][name], 4) for name in ("forget", "preserve", "retain")}
@@ -411,7 +450,7 @@ app.add_typer(cache, name="cache")
 
 def main() -> None:
     """Entry point: a user's mistake is one line and status 2, a diverged run one line and status
-    1, Ctrl-C one line and status 130."""
+    1, what cannot be written one line and status 3, Ctrl-C one line and status 130."""
     # Forked workers after the tokenizer was used would make it print a warning of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A run that is told to stop leaves through its cleanup: no half-written folder stays behind.
@@ -447,6 +486,8 @@ def _mistake(error: Exception) -> tuple[int, str]:
     """The exit status of an error that is no bug, and what to say of it; 0 for a bug."""
     if isinstance(error, UserError | FloatingPointError):
         return 2 if isinstance(error, UserError) else 1, str(error)
+    if type(error).__name__ == "WriteError":  # of palu.room, which imports torch
+        return 3, str(error)
     if out_of_memory(error):
         return 2, (
             f"out of memory: {one_line(error, 200)}; lower --batch-size or --max-length, or take "

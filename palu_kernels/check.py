@@ -24,9 +24,12 @@ Exit status 1 when a comparison fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +37,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from palu import files  # of the standard library alone; a command may write as palu does
 from palu_kernels import operators, reference
 from palu_kernels.backend import triton_runs_on
 from palu_kernels.check_linear import LinearCase, compare_linear, linear_cases, poisoned
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.json:
         try:
-            files.check_json(Path(options.json), {"device", "backend", "results"}, "this check")
+            check_json(Path(options.json))
         except OSError as error:
             parser.error(f"--json: {error}")
 
@@ -358,7 +360,30 @@ def write_json(path: str, results: list[Comparison], device: torch.device, backe
     rows = [asdict(r) | {"case": asdict(r.case) | {"dtype": str(r.case.dtype)}} for r in results]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     content = {"device": name, "backend": backend, "torch": torch.__version__, "results": rows}
-    files.write_json(Path(path), content)
+    place = Path(path).resolve()
+    number, aside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:100]}.")
+    try:
+        with open(number, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(aside, 0o666 & ~umask)
+        os.replace(aside, place)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def check_json(path: Path) -> None:
+    """Raises FileExistsError where something is that this check did not write."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    keys: set[str] = set()
+    if path.is_file():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            keys = set(json.loads(path.read_text("utf-8")))
+    if not {"device", "backend", "results"} <= keys:
+        raise FileExistsError(f"{str(path)!r} exists and this check did not write it")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""A disk that is full or read-only: looked for before the first step, and survived at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from palu.errors import one_line
+from palu.master_weights import HALF
+
+MIB = 2**20
+_MARGIN = 16 * MIB  # tokenizer, configs, records
+
+
+class WriteError(Exception):
+    """What was computed cannot be written where it belongs; the message says where it is now. The
+    command line exits with status 3."""
+
+
+def failed_to_write(error: BaseException) -> bool:
+    """Whether an error is of a file system, by whichever library it comes."""
+    said = str(error)
+    return isinstance(error, OSError | SafetensorError) or (
+        isinstance(error, RuntimeError) and "PytorchStreamWriter" in said
+    )
+
+
+@contextmanager
+def written(what: str) -> Iterator[None]:
+    """A file system's errors inside are a `WriteError` that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WriteError) or not failed_to_write(error):
+            raise
+        raise WriteError(f"{what}: {one_line(error, 200)}") from error
+
+
+def model_bytes(model: nn.Module, saved: Mapping[str, torch.dtype] | None) -> int:
+    """What a model takes when it is written.
+
+    Args:
+        saved: the dtypes it is written in; None: what trains alone (an adapter).
+    """
+    total = _MARGIN
+    for name, parameter in model.named_parameters():
+        if saved is not None:
+            total += parameter.numel() * saved[name].itemsize
+        elif parameter.requires_grad:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def checkpoint_bytes(model: nn.Module, *, adapter: bool) -> int:
+    """What a checkpoint takes: the weights (of an adapter those that train), AdamW's two numbers a
+    weight that trains, and float32 masters of 16-bit ones."""
+    total = _MARGIN
+    for parameter in model.parameters():
+        if parameter.requires_grad or not adapter:
+            total += parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            total += parameter.numel() * (12 if parameter.dtype in HALF else 8)
+    return total
+
+
+def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
+    """Looks whether files can be written, by writing one, and whether there is room for them all.
+
+    Args:
+        needs: what is written, in words, its place, and its bytes.
+
+    Raises:
+        ValueError: a place cannot be written, or a file system has too little room. Ones that tell
+            no size are taken as they are.
+    """
+    shared: dict[int, list[tuple[str, Path, int]]] = {}
+    for what, (place, size) in needs.items():
+        folder = place.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"palu")
+                file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{what} goes to {str(place)!r}, and nothing can be written in {str(folder)!r}: "
+                f"{error.strerror or error}"
+            ) from None
+        shared.setdefault(os.stat(folder).st_dev, []).append((what, folder, size))
+    for written_there in shared.values():
+        usage = shutil.disk_usage(written_there[0][1])
+        need = sum(size for _, _, size in written_there)
+        if usage.total and usage.free < need:
+            names = " and ".join(what for what, _, _ in written_there)
+            raise ValueError(
+                f"{names} need {need / MIB:,.0f} MiB and {str(written_there[0][1])!r} has "
+                f"{usage.free / MIB:,.0f} MiB free; make room or name a place on another disk"
+            )
+
+
+def keep(
+    error: Exception,
+    output: Path,
+    write: Callable[[Path], None],
+    *,
+    rescue: Path | None,
+    checkpoint: str | None,
+    size: int,
+) -> WriteError:
+    """Keeps a trained model whose output could not be written.
+
+    Args:
+        error: why not.
+        write: writes the model to a place, as a whole.
+        rescue: where the user wants it in such a case.
+        checkpoint: a whole checkpoint of the run.
+        size: bytes of the model.
+
+    Returns:
+        the error to raise: what failed, and where the weights are now.
+    """
+    said = f"the model could not be written to {str(output)!r} ({one_line(error, 200)})"
+    places = [] if rescue is None else [rescue]
+    if rescue is None and checkpoint is None:
+        scratch = Path(tempfile.gettempdir())
+        if shutil.disk_usage(scratch).free > size:
+            places.append(Path(tempfile.mkdtemp(prefix="palu-rescue-", dir=scratch)) / output.name)
+    for place in places:
+        try:
+            write(place)
+        except Exception as second:
+            if not failed_to_write(second):
+                raise
+            said += f"; nor to {str(place)!r} ({one_line(second, 100)})"
+        else:
+            return WriteError(f"{said}: it is in {str(place)!r} now, whole; move it from there")
+    if checkpoint is not None:
+        return WriteError(
+            f"{said}: the checkpoint {checkpoint!r} is kept; make room and run the same command "
+            "with --resume"
+        )
+    return WriteError(f"{said}: the training is lost; --rescue DIR names a second place")
