@@ -248,7 +248,14 @@ def unlearn(
         )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
-        from palu.room import check_room, checkpoint_bytes, failed_to_write, keep, model_bytes
+        from palu.room import (
+            check_room,
+            checkpoint_bytes,
+            failed_to_write,
+            keep,
+            model_bytes,
+            small_files,
+        )
         from palu.trainer_checks import marks_something
         from palu_kernels.backend import resolve as resolve_backend
 
@@ -350,7 +357,7 @@ def unlearn(
             loaded, saved = add_lora(loaded, lora, seed), None  # adapters stay float32
         freeze_other_towers(loaded)
         run.prepare_model(config, loaded)
-        size = model_bytes(loaded, saved)
+        size = model_bytes(loaded, saved) + small_files(model)
         needs = {"the model": (output, size)}
         if config.save_strategy != "no":
             one = checkpoint_bytes(loaded, adapter=lora is not None)

@@ -244,11 +244,16 @@ def locked(path: Path) -> Iterator[None]:
         OSError: nothing can be written there.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     place, text = beside(path, "palu-lock"), os.fsencode(LOCK_TEXT.format(path.name))
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
-        number = os.open(place, flags, 0o666)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number = os.open(place, flags, 0o666)
+        except OSError as error:
+            raise OSError(
+                f"nothing can be written beside {str(path)!r}: {error.strerror or error}"
+            ) from error
         try:
             regular = stat.S_ISREG(os.fstat(number).st_mode)
             if not regular or not text.startswith(os.read(number, len(text) + 1)):

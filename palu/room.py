@@ -17,7 +17,8 @@ from palu.errors import one_line
 from palu.master_weights import HALF
 
 MIB = 2**20
-_MARGIN = 16 * MIB  # tokenizer, configs, records
+_MARGIN = MIB  # configs, records
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class WriteError(Exception):
@@ -42,6 +43,12 @@ def written(what: str) -> Iterator[None]:
         if isinstance(error, WriteError) or not failed_to_write(error):
             raise
         raise WriteError(f"{what}: {one_line(error, 200)}") from error
+
+
+def small_files(folder: Path) -> int:
+    """Bytes of a model folder's own files that are no weights: a tokenizer's, above all."""
+    files = (path for path in folder.iterdir() if path.is_file())
+    return sum(path.stat().st_size for path in files if path.suffix not in _WEIGHTS)
 
 
 def model_bytes(model: nn.Module, saved: Mapping[str, torch.dtype] | None) -> int:
@@ -100,10 +107,10 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
         usage = shutil.disk_usage(written_there[0][1])
         need = sum(size for _, _, size in written_there)
         if usage.total and usage.free < need:
-            names = " and ".join(what for what, _, _ in written_there)
+            names, place = " and ".join(what for what, _, _ in written_there), written_there[0][1]
             raise ValueError(
-                f"{names} need {need / MIB:,.0f} MiB and {str(written_there[0][1])!r} has "
-                f"{usage.free / MIB:,.0f} MiB free; make room or name a place on another disk"
+                f"room for {names}: {need / MIB:,.1f} MiB are needed and {str(place)!r} has "
+                f"{usage.free / MIB:,.1f} MiB free; make room or name a place on another disk"
             )
 
 

@@ -98,8 +98,8 @@ def test_room_is_looked_for_before_the_first_step(palu, work, monkeypatch):
         patch.setattr("palu.unlearn.unlearn", None)  # never reached
         patch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 0, 2**20))
         status, _, said = palu(UNLEARN + "--save-steps 1 --rescue second")
-    assert status == 2 and "the model and checkpoints and the rescued model need" in said
-    assert "1 MiB free" in said and not (work / "out").exists()
+    assert status == 2 and "room for the model and checkpoints and the rescued model: " in said
+    assert "1.0 MiB free" in said and not (work / "out").exists()
     status, _, said = palu(UNLEARN + "--rescue out/second")
     assert status == 2 and "lies in --output 'out'" in said
 
@@ -122,6 +122,8 @@ def test_sizes_are_those_of_the_files(work):
     on_disk = (work / "model" / "model.safetensors").stat().st_size
     kinds = {name: torch.float32 for name, _ in model.named_parameters()}
     assert 0 <= room.model_bytes(model, kinds) - on_disk <= room._MARGIN
+    others = sum(p.stat().st_size for p in (work / "model").iterdir()) - on_disk
+    assert room.small_files(work / "model") == others > 0
     numbers = sum(p.numel() for p in model.parameters())
     half = room.checkpoint_bytes(model.bfloat16(), adapter=False) - room._MARGIN
     assert half == numbers * (2 + 4 + 8)
