@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -489,12 +490,19 @@ def main() -> None:
         sys.exit(status)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
 def _mistake(error: Exception) -> tuple[int, str]:
     """The exit status of an error that is no bug, and what to say of it; 0 for a bug."""
     if isinstance(error, UserError | FloatingPointError):
         return 2 if isinstance(error, UserError) else 1, str(error)
     if type(error).__name__ == "WriteError":  # of palu.room, which imports torch
         return 3, str(error)
+    said = str(error)
+    full = isinstance(error, OSError) and error.errno in _FULL
+    if full or (type(error).__name__ == "SafetensorError" and "os error" in said):
+        return 3, f"writing failed: {one_line(error)}"
     if out_of_memory(error):
         return 2, (
             f"out of memory: {one_line(error, 200)}; lower --batch-size or --max-length, or take "

@@ -127,3 +127,16 @@ def test_sizes_are_those_of_the_files(work):
     numbers = sum(p.numel() for p in model.parameters())
     half = room.checkpoint_bytes(model.bfloat16(), adapter=False) - room._MARGIN
     assert half == numbers * (2 + 4 + 8)
+
+
+@pytest.mark.parametrize(
+    "error", [FULL, SafetensorError("Error while serializing: I/O error: x (os error 28)")]
+)
+def test_other_commands_say_so_in_one_line(palu, work, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("palu.files.sync", fails)
+    line = "evaluate --model model --forget forget.jsonl --device cpu --max-new-tokens 1 "
+    status, _, said = palu(line + "--json out.json")
+    assert status == 3 and "writing failed: " in said and "Traceback" not in said
