@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,48 @@ def test_what_looks_like_palus_is_left(tmp_path):
     again = Store(tmp_path / "new", {"model": "another"}, overwrite=True)
     again.begin()  # a kill from here on leaves no number of the old model
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_numbers_of_an_evaluation_are_of_the_model_its_settings_name(tmp_path, error, monkeypatch):
+    """Stopped at any change of the folder, an evaluation that is measured anew leaves nothing of
+    the old model to go on with."""
+
+    def measure(number, fail_at=None):
+        done = 0
+
+        def counted(act):
+            def call(*args, **kwargs):
+                nonlocal done
+                done += 1
+                if done == fail_at:
+                    raise error
+                return act(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr("palu.files.os.replace", counted(os.replace))
+            patch.setattr(Path, "unlink", counted(Path.unlink))
+            store = Store(tmp_path, {"model": f"model {number}"}, overwrite=True)
+            store.begin()
+            for name in ("a", "b"):  # a log grows metric by metric
+                store.log[name] = {"agg_value": float(number)}
+                store.save(store.log)
+        return done
+
+    steps = measure(0)
+    assert steps >= 9  # three files go, three are written twice
+    for step in range(1, steps + 1):
+        measure(1)
+        with suppress(KeyboardInterrupt, OSError):
+            measure(2, step)
+        for number in (1, 2):
+            try:
+                found = Store(tmp_path, {"model": f"model {number}"}, overwrite=False).log
+            except LogError:
+                continue
+            assert {entry["agg_value"] for entry in found.values()} <= {float(number)}, step
 
 
 def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path):
