@@ -363,7 +363,9 @@ def forward(
         slice_lanes,
         words,
         softcap,
-        0 if center_kind == "number" else NEAR_LANES,
+        # S alone counts for its own mean, which is merged block by block: numbers that stand for
+        # a mask may fill the first lanes, and would take the digits of S with them.
+        NEAR_LANES if center_kind == "global_mean" else 0,
         ENTROPY=entropy,
         MEMBERS=members,
         SHIFT=layout.shift,
