@@ -72,7 +72,10 @@ def test_masks_in_all_of_the_first_lanes_spoil_no_digit_of_s(mask, backend):
 def test_on_hidden_rows_no_worse_than_the_logits_are(where, road, backend):
     """A logit of 1e4 is known to 5e-4: the loss of plain PyTorch is off by as much."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(3, 64, generator=generator) + 1, torch.randn(V, 64) / 8
+    hidden, weight = (
+        torch.randn(3, 64, generator=generator) + 1,
+        torch.randn(V, 64, generator=generator) / 8,
+    )
     bias = torch.randn(V, generator=generator)
     if where == "bias":
         bias += 1e4
@@ -96,4 +99,4 @@ def test_on_hidden_rows_no_worse_than_the_logits_are(where, road, backend):
     truth = results(plain, torch.float64)
     allowed = [error(a, b) for a, b in zip(results(plain, torch.float32), truth, strict=True)]
     for found, right, bound in zip(results(ours, torch.float32), truth, allowed, strict=True):
-        assert error(found, right) < 2 * bound
+        assert error(found, right) < max(2 * bound, 1e4 * 2**-23)  # how far apart such numbers are
