@@ -202,10 +202,9 @@ def _foreign(folder: Path) -> str | None:
         return None
     try:
         record = read_record(folder) or json.loads((folder / "metrics.json").read_text("utf-8"))
-        # "checks" is of a demo's metrics.json
         keys = {*record}  # "checks" is of a demo's metrics.json
         ours = "made_by" in keys or ("versions" in keys and keys & {"template", "checks", "files"})
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:
         return names[0]

@@ -70,6 +70,11 @@ class Store:
             )
             return
         before = Log.read(folder / RECORD, RECORD).entry("settings")
+        if "model" in settings and "model" not in before:
+            raise LogError(
+                f"{folder / RECORD} does not say of which model {EVAL} is; name another --output "
+                "or add --overwrite"
+            )
         for name, value in before.items():
             if self.settings.setdefault(name, value) != value:
                 raise LogError(
@@ -86,7 +91,8 @@ class Store:
         """Removes the values of an evaluation that is measured anew, and then what they were
         measured with: a run that is interrupted must not be resumed with them. Call it in one
         process, when all have made theirs."""
-        if self.overwrite:
+        stopped = (self.folder / RECORD).exists() and not (self.folder / EVAL).exists()
+        if self.overwrite or stopped:
             for name in (EVAL, SUMMARY, RECORD):
                 (self.folder / name).unlink(missing_ok=True)
 

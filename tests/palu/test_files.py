@@ -242,6 +242,13 @@ def test_numbers_of_an_evaluation_are_of_the_model_its_settings_name(tmp_path, e
             except LogError:
                 continue
             assert {entry["agg_value"] for entry in found.values()} <= {float(number)}, step
+        if not (tmp_path / "TOFU_EVAL.json").exists():
+            Store(tmp_path, {"model": "model 3"}, overwrite=False).begin()
+            assert not list(tmp_path.iterdir())  # nor a summary for a reader's eyes
+    Store(tmp_path, {"model": "model 1"}, overwrite=True).save({"a": {"agg_value": 1.0}})
+    (tmp_path / "palu_evaluate.json").write_text('{"settings": {"modem": "model 1"}}')
+    with pytest.raises(LogError, match="does not say of which model"):
+        Store(tmp_path, {"model": "model 2"}, overwrite=False)
 
 
 def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path):
