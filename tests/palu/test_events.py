@@ -400,6 +400,7 @@ def spoiled(tok, tmp_path, numbers, rows=None, **kwargs):
 def test_the_message_names_step_term_examples_and_checkpoint(tok, tmp_path):
     stale = tmp_path / "out" / "checkpoint-1000"
     stale.mkdir(parents=True)
+    (stale / "palu_run.json").write_text("{}")  # palu's, of another run; a foreign one is refused
     message = spoiled(tok, tmp_path, [1])
     assert (
         "not finite at step 3: forget = nan, preserve = nan, in the examples forget 1." in message
