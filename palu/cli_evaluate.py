@@ -91,7 +91,7 @@ def evaluate(
         from palu.evaluation.store import FILES, Store, data_digest, summary
         from palu.evaluation.tofu_data import read_sets, tofu_files
         from palu.files import locked
-        from palu.fingerprint import model_fingerprint
+        from palu.fingerprint import folder_digest, model_fingerprint, tokenizer_fingerprint
         from palu.loading import (
             check_token_ids,
             folder_with,
@@ -163,6 +163,7 @@ def evaluate(
         if output is not None:
             settings = {
                 "model": model_fingerprint(loaded),
+                "tokenizer": tokenizer_fingerprint(tokenizer),
                 "template": template.to_dict(),
                 "max_length": max_length,
                 "max_new_tokens": max_new_tokens,
@@ -174,6 +175,7 @@ def evaluate(
             ):
                 if path is not None:
                     settings[name] = str(path.resolve())
+                    settings[f"{name}_files"] = folder_digest(path)  # it may be replaced there
             store = Store(output, settings, overwrite=overwrite)
 
     def load_reference() -> Any:

@@ -131,6 +131,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """Of the files directly in a folder, their names and bytes, hex, 256 bits."""
+    digest = hashlib.blake2b(digest_size=32, person=b"palu.folder")
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Of how a tokenizer turns text into tokens, its special tokens and its chat template. The
     padding and truncation that a call leaves behind in a fast tokenizer do not count."""

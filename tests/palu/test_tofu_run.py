@@ -205,6 +205,12 @@ def test_other_settings_are_not_mixed(palu, work, log):
     assert status == 2 and "was measured with max_new_tokens = 6, this run has 5" in error
     status, _, error = palu(*words, "--max-new-tokens", 6, "--dtype", "bfloat16")
     assert status == 2 and "was measured with model = " in error
+    # Other weights in the place of the reference model.
+    with (work / "model" / "README.md").open("x") as file:
+        file.write("new")
+    status, _, error = palu(*ALL, "--output", "whole", "--reference-model", "model")
+    (work / "model" / "README.md").unlink()
+    assert status == 2 and "was measured with reference_model_files = " in error
     assert load(work / "whole") == log
 
 
