@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
+import os
 import signal
 import sys
 import threading
@@ -32,8 +32,7 @@ def bounded(seconds: float = SECONDS, mebibytes: float = MEBIBYTES) -> Iterator[
     debugger traces it already, nothing is.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    taken = any(signal.getitimer(signal.ITIMER_PROF)) or signal.getsignal(signal.SIGPROF) is None
-    if in_main and not taken:
+    if in_main and _timer_is_free():
         with _timed(seconds, mebibytes):
             yield
     elif sys.gettrace() is None:
@@ -41,6 +40,13 @@ def bounded(seconds: float = SECONDS, mebibytes: float = MEBIBYTES) -> Iterator[
             yield
     else:
         yield
+
+
+def _timer_is_free() -> bool:
+    if not hasattr(signal, "setitimer"):  # Windows
+        return False
+    taken = any(signal.getitimer(signal.ITIMER_PROF))
+    return not taken and signal.getsignal(signal.SIGPROF) is not None
 
 
 @contextmanager
@@ -83,6 +89,6 @@ def _resident() -> int:
     """The memory that the process takes now, in bytes; 0 where Linux is not there to say it."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

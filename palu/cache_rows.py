@@ -50,7 +50,7 @@ def reference_head(model: nn.Module, batch: Mapping[str, Tensor]) -> LMHead:
     ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
     try:
         head = LMHead.from_model(model)
-        more = _to(device, more_inputs(batch))
+        more = more_inputs(batch, device)
         check_head(model, head, ids, None if mask is None else mask.to(device), **more)
     except HeadNotPlain as refusal:
         raise CacheError(
@@ -98,7 +98,7 @@ def reference_rows(
         model,
         batch["input_ids"].to(device),
         None if mask is None else mask.to(device),
-        **_to(device, more_inputs(batch)),
+        **more_inputs(batch, device),
     )
 
     def rows(chosen: Tensor | None) -> tuple[list[int], Tensor | None]:
@@ -138,10 +138,6 @@ def refuse_unknown_inputs(batch: Mapping[str, Tensor]) -> None:
             f"the collator gives the model {', '.join(odd)}, and a reference cache knows examples "
             "by input_ids and labels alone: leave it out, or use reference='live'"
         )
-
-
-def _to(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in inputs.items()}
 
 
 @contextmanager

@@ -25,10 +25,9 @@ from palu.checkpoints import (
     read_record,
     remove_older,
 )
-from palu.errors import one_line, out_of_memory
+from palu.errors import WriteError, failed_to_write, one_line, out_of_memory
 from palu.files import remove_aside
 from palu.lora import check_adapter_names
-from palu.room import written
 
 
 class CheckpointTrainer(Trainer):
@@ -100,10 +99,16 @@ class CheckpointTrainer(Trainer):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        last = last_checkpoint(self.args.output_dir)
-        kept = f"{last} is kept" if last else "there is none before it"
-        with written(f"the checkpoint of step {self.state.global_step} ({kept})"):
+        try:
             self._write_checkpoint(model, trial)
+        except Exception as error:
+            if not failed_to_write(error):
+                raise
+            last = last_checkpoint(self.args.output_dir)
+            kept = f"{last} is kept" if last else "there is none before it"
+            raise WriteError(
+                f"the checkpoint of step {self.state.global_step} ({kept}): {one_line(error, 200)}"
+            ) from error
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         home = Path(self._get_output_dir(trial))

@@ -77,7 +77,14 @@ from palu.cli_options import (
     warn,
 )
 from palu.cli_plan import plan
-from palu.errors import UserError, one_line, out_of_memory, user_errors
+from palu.errors import (
+    UserError,
+    WriteError,
+    failed_to_write,
+    one_line,
+    out_of_memory,
+    user_errors,
+)
 from palu.terminal import WarningLines, say
 
 # Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
@@ -249,14 +256,7 @@ def unlearn(
         )
         from palu.model_checks import check_causal, first_texts
         from palu.progress import bar
-        from palu.room import (
-            check_room,
-            checkpoint_bytes,
-            failed_to_write,
-            keep,
-            model_bytes,
-            small_files,
-        )
+        from palu.room import check_room, checkpoint_bytes, keep, model_bytes, small_files
         from palu.trainer_checks import marks_something
         from palu_kernels.backend import resolve as resolve_backend
 
@@ -363,10 +363,10 @@ def unlearn(
         if config.save_strategy != "no":
             one = checkpoint_bytes(loaded, adapter=lora is not None)
             needs["checkpoints"] = (kept, one * (config.save_total_limit + 1))
-        if rescue is not None:
-            needs["the rescued model"] = (rescue, size)
         if is_main:
             check_room(needs)
+            if rescue is not None:  # instead of the other, not beside it
+                check_room({"the rescued model": (rescue, size)})
     if retain_rows is None:
         hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
         warn(f"no --retain file: {hold} the model in place")
@@ -490,18 +490,18 @@ def main() -> None:
         sys.exit(status)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# Not every system has all of them.
+_FULL = {getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG")} - {0}
 
 
 def _mistake(error: Exception) -> tuple[int, str]:
     """The exit status of an error that is no bug, and what to say of it; 0 for a bug."""
     if isinstance(error, UserError | FloatingPointError):
         return 2 if isinstance(error, UserError) else 1, str(error)
-    if type(error).__name__ == "WriteError":  # of palu.room, which imports torch
+    if isinstance(error, WriteError):
         return 3, str(error)
-    said = str(error)
-    full = isinstance(error, OSError) and error.errno in _FULL
-    if full or (type(error).__name__ == "SafetensorError" and "os error" in said):
+    # Another OSError may be a bug of ours.
+    if failed_to_write(error) and not (isinstance(error, OSError) and error.errno not in _FULL):
         return 3, f"writing failed: {one_line(error)}"
     if out_of_memory(error):
         return 2, (

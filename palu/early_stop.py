@@ -137,7 +137,7 @@ class StopAtForgetProb(TrainerCallback):
         ids, forget = batch["input_ids"].to(device), forget.to(device)
         mask = batch.get("attention_mask")
         mask = None if mask is None else mask.to(device)
-        more = {name: value.to(device) for name, value in more_inputs(batch).items()}
+        more = more_inputs(batch, device)
         keep, targets = prediction_rows(forget), ids[:, 1:][forget[:, 1:]]
         options = {"reduction": "none", "backend": trainer.args.backend}
         # `trainer.model` is inside DDP, whose forward makes processes wait for one another.

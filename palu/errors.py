@@ -31,6 +31,21 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+class WriteError(Exception):
+    """What was computed cannot be written where it belongs; the message says where it is now. The
+    command line exits with status 3."""
+
+
+def failed_to_write(error: BaseException) -> bool:
+    """Whether an error is of a file system, by whichever library it comes."""
+    said, kind = str(error), type(error).__name__  # without importing torch or safetensors
+    return (
+        isinstance(error, OSError)
+        or (kind == "SafetensorError" and ("I/O error" in said or "os error" in said))
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in said)
+    )
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Inside, bad values and files are the user's: ValueError, TypeError and OSError, or only the

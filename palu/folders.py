@@ -248,6 +248,8 @@ def warn_of_left_out(model: nn.Module, folder: Path) -> None:
     """Warns of tensors that transformers passes over in silence (heads that predict further tokens,
     towers of a class that has none): what is saved from the model is without them."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if not patterns:
+        return
     names = [WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder)
     has = set(model.state_dict())
     lost = sorted(

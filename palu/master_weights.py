@@ -121,6 +121,11 @@ def round_into(out: Tensor, values: Tensor, generator: torch.Generator) -> None:
     if out.dtype != torch.bfloat16 or values.dtype != torch.float32:
         out.copy_(values)
         return
+    if not out.is_contiguous():
+        whole = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        round_into(whole, values, generator)
+        out.copy_(whole)
+        return
     given, taken = values.detach().reshape(-1), out.detach().view(-1)
     for start in range(0, given.numel(), _PIECE):
         piece = slice(start, start + _PIECE)
@@ -154,6 +159,7 @@ class StartingWeights:
             masters: see `MasterWeights.of`.
         """
         made = left = 0.0
+        generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if name not in self._taken:
                 continue
@@ -162,7 +168,7 @@ class StartingWeights:
             rounded = _sample(parameter)
             if dtype is not None:
                 rounded = torch.empty_like(now, dtype=dtype)
-                round_into(rounded, now, torch.Generator().manual_seed(0))
+                round_into(rounded, now, generator)
             change = (now - was).double()
             made += float(change.square().sum())
             left += float((change * (rounded.float() - was)).sum())
@@ -200,7 +206,7 @@ def refuse_optimizer(optimizer: Any, optim: Any) -> None:
 
 def _sample(values: Tensor) -> Tensor:
     values = values.detach()
-    values = getattr(values, "_local_tensor", values).reshape(-1)  # a shard's own part
+    values = (values.to_local() if hasattr(values, "to_local") else values).reshape(-1)
     return values[:: max(1, values.numel() // SAMPLE)].cpu().clone()
 
 

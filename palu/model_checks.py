@@ -4,13 +4,12 @@ original once its adapter is off. Both are seen from its logits on a few tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from palu.modeling import undisturbed, unwrap
+from palu.modeling import adapters_off, peft_model, undisturbed, unwrap
 
 _ROWS, _TOKENS = 2, 64  # how much of the data is looked at
 
@@ -114,14 +113,14 @@ def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
         ValueError: it is not, by more than roundings (an adapter whose initialisation takes it out
             of the base weights, or that was trained before).
     """
-    peft_model = next(module for module in model.modules() if hasattr(module, "disable_adapter"))
+    whole = peft_model(model)
     worst = tolerance = 0.0
     with torch.no_grad(), undisturbed(model):
-        on = [_logits(peft_model, text) for text in texts]
-        with _off(peft_model):
+        on = [_logits(whole, text) for text in texts]
+        with adapters_off(whole):
             for text, logits in zip(texts, on, strict=True):
                 if logits is not None:
-                    worst = max(worst, _distance(_logits(peft_model, text), logits))
+                    worst = max(worst, _distance(_logits(whole, text), logits))
                     tolerance = 8 * _eps(model, logits)
     if worst > max(tolerance, 1e-4) or worst != worst:
         raise ValueError(
@@ -132,18 +131,6 @@ def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
             "ref_model; or merge the adapter and start a fresh one. If the base without the "
             "adapter is the original you want, say base_is_original=True in PALUConfig"
         )
-
-
-@contextmanager
-def _off(peft_model: nn.Module) -> Iterator[None]:
-    """PEFT turns the gradients of all adapters on when it puts them back."""
-    trains = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-    try:
-        with peft_model.disable_adapter():
-            yield
-    finally:
-        for parameter, train in trains:
-            parameter.requires_grad_(train)
 
 
 # ---- logits --------------------------------------------------------------------------------------

@@ -47,11 +47,11 @@ def input_names(model: nn.Module) -> frozenset[str] | None:
     return frozenset(names)
 
 
-def more_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def more_inputs(batch: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Tensor]:
     """The tensors of a batch that the model is called with beside `input_ids` and
-    `attention_mask`."""
+    `attention_mask`, on a device or where they are."""
     return {
-        name: value
+        name: value.to(device)
         for name, value in batch.items()
         if isinstance(value, Tensor)
         and name not in COLUMNS

@@ -67,6 +67,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Without adapters, gradients and dropout inside; every module's own mode is put back, and what
+    trains (PEFT turns all adapters' gradients on when it puts them back)."""
+    modes = [(module, module.training) for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), peft_model(model).disable_adapter():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
+
+
+def peft_model(model: nn.Module) -> nn.Module:
+    """The `PeftModel` inside the trainer's wrappers."""
+    return next(module for module in model.modules() if hasattr(module, "disable_adapter"))
+
+
 def image_marks(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     """What Gemma 3 asks for in training: which tokens stand for images. None do."""
     inner = unwrap(model)

@@ -100,7 +100,7 @@ class Objective:
         extra = self.router.of(model, outputs, inputs.attention_mask, own)
         extra = extra * (self.count(batch)[2] / denominators[2])
         total = total + self.retain_weight * extra
-        return total, means + torch.stack([extra * 0, extra * 0, extra]).detach()
+        return total, means + nn.functional.pad(extra.detach()[None], (2, 0))
 
     def _inputs(self, batch: Mapping[str, Any], with_retain: bool = True) -> Inputs:
         roles = self.loss.roles(batch["labels"])

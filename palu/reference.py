@@ -9,8 +9,7 @@ trainer's or the model's modules may find them, save them, or put them into trai
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import palu_kernels
 from palu.cache import ReferenceCache
 from palu.fingerprint import example_ids
 from palu.heads import model_hidden_states, plain_head
-from palu.modeling import kept_logits
+from palu.modeling import adapters_off, kept_logits
 
 
 class ReferenceRows(NamedTuple):
@@ -142,17 +141,17 @@ class AdapterOffReference:
 
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
         """As `LiveReference.of`."""
-        with _adapters_off(model):
+        with adapters_off(model):
             return take(model)
 
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """As `LiveReference.logits`."""
-        with _adapters_off(model):
+        with adapters_off(model):
             return kept_logits(model, *inputs[:3], **inputs.more)
 
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
         """As `LiveReference.rows`."""
-        with _adapters_off(model):
+        with adapters_off(model):
             hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
         return _split(hidden, inputs)
 
@@ -196,29 +195,6 @@ Reference = LiveReference | AdapterOffReference | CachedReference
 def _split(hidden: Tensor, inputs: Inputs) -> ReferenceRows:
     own, retain = hidden.split([len(inputs.is_forget), hidden.shape[0] - len(inputs.is_forget)])
     return ReferenceRows(own[inputs.is_forget], None, own[~inputs.is_forget], retain)
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """Without adapters, gradients and dropout inside; every module's own mode is put back, and what
-    trains (PEFT turns all adapters' gradients on when it puts them back)."""
-    modes = [(module, module.training) for module in model.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), _peft_model(model).disable_adapter():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, train in trains:
-            parameter.requires_grad_(train)
-
-
-def _peft_model(model: nn.Module) -> nn.Module:
-    """The `PeftModel` inside the trainer's wrappers."""
-    return next(module for module in model.modules() if hasattr(module, "disable_adapter"))
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

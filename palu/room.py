@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from palu.errors import one_line
+from palu.errors import WriteError, failed_to_write, one_line
 from palu.master_weights import HALF
 
 MIB = 2**20
 _MARGIN = MIB  # configs, records
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-class WriteError(Exception):
-    """What was computed cannot be written where it belongs; the message says where it is now. The
-    command line exits with status 3."""
-
-
-def failed_to_write(error: BaseException) -> bool:
-    """Whether an error is of a file system, by whichever library it comes."""
-    said = str(error)
-    return isinstance(error, OSError | SafetensorError) or (
-        isinstance(error, RuntimeError) and "PytorchStreamWriter" in said
-    )
-
-
-@contextmanager
-def written(what: str) -> Iterator[None]:
-    """A file system's errors inside are a `WriteError` that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, WriteError) or not failed_to_write(error):
-            raise
-        raise WriteError(f"{what}: {one_line(error, 200)}") from error
 
 
 def small_files(folder: Path) -> int:
@@ -137,17 +112,15 @@ def keep(
     """
     said = f"the model could not be written to {str(output)!r} ({one_line(error, 200)})"
     places = [] if rescue is None else [rescue]
-    if rescue is None and checkpoint is None:
-        scratch = Path(tempfile.gettempdir())
-        if shutil.disk_usage(scratch).free > size:
-            places.append(Path(tempfile.mkdtemp(prefix="palu-rescue-", dir=scratch)) / output.name)
+    places += [] if checkpoint is not None else [None]  # None: the system's temporary folder
     for place in places:
         try:
+            place = _scratch(size) / output.name if place is None else place
             write(place)
         except Exception as second:
             if not failed_to_write(second):
                 raise
-            said += f"; nor to {str(place)!r} ({one_line(second, 100)})"
+            said += f"; nor to {str(place or 'the temporary folder')!r} ({one_line(second, 100)})"
         else:
             return WriteError(f"{said}: it is in {str(place)!r} now, whole; move it from there")
     if checkpoint is not None:
@@ -156,3 +129,12 @@ def keep(
             "with --resume"
         )
     return WriteError(f"{said}: the training is lost; --rescue DIR names a second place")
+
+
+def _scratch(size: int) -> Path:
+    """A new folder in the system's temporary one. Raises OSError where there is no room."""
+    place = tempfile.gettempdir()
+    usage = shutil.disk_usage(place)
+    if usage.total and usage.free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+    return Path(tempfile.mkdtemp(prefix="palu-rescue-"))

@@ -190,8 +190,10 @@ def unlearn(
             config.reference_cache = None
     check_weights(model, trainer.state.global_step)
     kinds = {saved[n] for n, p in model.named_parameters() if p.dtype != saved[n]} if saved else ()
-    for kind in kinds:  # one: a checkpoint's
-        warn_rounded_back(trainer.rounded_back(kind), kind)
+    kind = next(iter(kinds), None)  # one: a checkpoint's
+    share = trainer.rounded_back(kind)
+    if kind is not None:
+        warn_rounded_back(share, kind)
     # The Trainer turns the cache off for training and would leave it so in the saved folder.
     for config_, value in use_cache:
         config_.use_cache = value
@@ -200,7 +202,7 @@ def unlearn(
     measured = {e["step"]: {FORGET_PROB: e[FORGET_PROB]} for e in history if FORGET_PROB in e}
     steps = [entry | measured.get(entry["step"], {}) for entry in history if "forget" in entry]
     curve = [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
-    return Outcome(curve, trainer.has_masters, trainer.rounded_back(next(iter(kinds), None)))
+    return Outcome(curve, trainer.has_masters, share)
 
 
 def settings_of(config: PALUConfig) -> dict[str, Any]:
@@ -230,10 +232,10 @@ def save_model(
     """Writes a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
     `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator(model.device).manual_seed(0)
     for name, parameter in model.named_parameters() if saved else ():
         if parameter.dtype != saved[name]:
             rounded = torch.empty_like(parameter, dtype=saved[name])
-            generator = torch.Generator(parameter.device).manual_seed(0)
             round_into(rounded, parameter.data, generator)
             parameter.data = rounded
     model.save_pretrained(folder)

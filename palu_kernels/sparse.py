@@ -135,7 +135,9 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     step = min(max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)), weight.shape[0])
     block = weight.new_empty((step, weight.shape[1]), dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        near = weight[:NEAR_ROWS].to(dtype).mean(0)
+        live = parts[:NEAR_ROWS] > 0
+        first = torch.where(live[:, None], weight[:NEAR_ROWS].to(dtype), 0)
+        near = first.sum(0) / live.sum().clamp(min=1)
         for piece, part in zip(weight.split(step), parts.split(step), strict=True):
             total.addmv_(torch.sub(piece, near, out=block[: len(piece)]).T, part)
         mean = near.to(wide) * (parts > 0).any() + total

@@ -163,6 +163,10 @@ def test_rounding_is_right_in_the_mean():
     out = torch.empty(1000, dtype=torch.bfloat16)
     round_into(out, torch.full((1000,), -value), torch.Generator())
     assert set(out.tolist()) == {-1.0, -1 - 2**-7}
+    out = torch.empty(3, 2, dtype=torch.bfloat16).T  # as a weight may lie
+    wanted = torch.arange(6.0).view(2, 3)
+    round_into(out, wanted, torch.Generator())
+    assert torch.equal(out.float(), wanted)
 
 
 def test_the_share_that_rounding_takes_back(tok):
@@ -231,7 +235,9 @@ def test_unlearn_saves_in_the_checkpoints_dtype(palu, work, model, options, comp
     before = load_file(work / model / "model.safetensors")
     assert any((before[n] != saved[n]).any() for n in before)
     assert ("takes back" in said) == (record["rounded_back"] > 0.05)
-    assert record["rounded_back"] < 0.3 and (record["rounded_back"] == 0.0) >= (kind == "float32")
+    assert record["rounded_back"] < 0.3
+    if kind == "float32":
+        assert record["rounded_back"] == 0.0
 
 
 def test_dtypes_that_train_badly_are_refused_before_any_work(palu):

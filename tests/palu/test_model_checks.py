@@ -259,6 +259,6 @@ def test_without_learning_preserve_is_zero(tok, tmp_path, monkeypatch, reference
     made.train()
     AcceleratorState._reset_state(reset_partial_state=True)
     for entry in training.logged(made):
-        # A cache is made of batches of its own, which round otherwise.
-        zero = 0 if reference != "cached" else 1e-6 if precision == "float32" else 1e-4
+        # Roundings: a cache is made of batches of its own, and threads share out products anew.
+        zero = 1e-6 if precision == "float32" else 1e-4
         assert abs(entry["preserve"]) <= zero and abs(entry["retain"]) <= zero

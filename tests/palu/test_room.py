@@ -77,10 +77,18 @@ def test_without_a_rescue_the_temporary_folder_or_the_checkpoint_is_it(
     status, _, said = palu(UNLEARN)
     assert status == 3 and str(scratch) in said
     assert len(list(scratch.glob("palu-rescue-*/out/model.safetensors"))) == 1
+    status, _, said = palu(UNLEARN + "--rescue second")  # full as well
+    assert status == 3 and "nor to 'second'" in said and str(scratch) in said
     full(name=".out")  # the output, not its checkpoints
     status, _, said = palu(UNLEARN + "--save-steps 1")
     assert status == 3 and "checkpoint-" in said and "--resume" in said
-    assert len(list(scratch.glob("palu-rescue-*"))) == 1
+    assert len(list(scratch.glob("palu-rescue-*"))) == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40, 2**40))
+    with monkeypatch.context() as patch:  # nowhere at all: said, and no traceback
+        patch.setattr(room, "_scratch", lambda size: (_ for _ in ()).throw(FULL))
+        full(name=".out")
+        status, _, said = palu(UNLEARN)
+    assert status == 3 and "the training is lost; --rescue DIR" in said
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(palu, work, monkeypatch):
@@ -98,7 +106,7 @@ def test_room_is_looked_for_before_the_first_step(palu, work, monkeypatch):
         patch.setattr("palu.unlearn.unlearn", None)  # never reached
         patch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 0, 2**20))
         status, _, said = palu(UNLEARN + "--save-steps 1 --rescue second")
-    assert status == 2 and "room for the model and checkpoints and the rescued model: " in said
+    assert status == 2 and "room for the model and checkpoints: " in said
     assert "1.0 MiB free" in said and not (work / "out").exists()
     status, _, said = palu(UNLEARN + "--rescue out/second")
     assert status == 2 and "lies in --output 'out'" in said

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 import threading
 from datetime import datetime
 
@@ -358,6 +359,16 @@ def test_templates_without_end_are_ended(chatml_tokenizer, monkeypatch, text, wo
         thread.start()
         thread.join(60)
         assert said and words in said[0]
+
+
+def test_templates_are_bounded_where_there_are_no_timers(chatml_tokenizer, monkeypatch):
+    monkeypatch.delattr("signal.setitimer")  # as on Windows
+    monkeypatch.setattr("palu.template.bounded", lambda: bounded.bounded(0.3))
+    tokenizer = with_template(chatml_tokenizer, ENDLESS + CHAT)
+    tracing = sys.gettrace()
+    with pytest.raises(ValueError, match=r"more than 0\.3 seconds"):
+        Template().prompt(tokenizer, QUESTION)
+    assert sys.gettrace() is tracing
 
 
 def test_what_takes_ever_more_memory_is_ended():

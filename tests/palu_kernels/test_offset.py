@@ -4,7 +4,13 @@ is lost (softmax is shifted by its maximum already)."""
 import pytest
 import torch
 
-from palu_kernels import LMHead, linear_local_entropy_loss, local_entropy_loss, reference
+from palu_kernels import (
+    LMHead,
+    linear_local_entropy_loss,
+    local_entropy_loss,
+    reference,
+    sparse,
+)
 
 V, K = 3001, 50
 
@@ -100,3 +106,12 @@ def test_on_hidden_rows_no_worse_than_the_logits_are(where, road, backend):
     allowed = [error(a, b) for a, b in zip(results(plain, torch.float32), truth, strict=True)]
     for found, right, bound in zip(results(ours, torch.float32), truth, allowed, strict=True):
         assert error(found, right) < max(2 * bound, 1e4 * 2**-23)  # how far apart such numbers are
+
+
+def test_masked_rows_of_a_head_have_no_part_in_the_mean_of_its_rows():
+    """Nor in the number near it: they may be as large as they like."""
+    weight = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+    bias = torch.zeros(600)
+    weight[:300], bias[:300] = 1e6, float("-inf")
+    mean, _ = sparse.mean_row(weight, bias)
+    assert error(mean, weight[300:].double().mean(0)) < 5e-7
