@@ -45,11 +45,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from palu.files import check_json, write_json
-from palu_kernels import operators
-from palu_kernels.linear import buffer
-from palu_kernels.row_losses import KL, Chunk, CrossEntropy, LocalEntropy
-from palu_kernels.triton import gathered, rows
+from palu.storage.files import check_json, write_json
+from palu_kernels import functional as operators
+from palu_kernels.linear.chunked import buffer
+from palu_kernels.row_loss import KL, Chunk, CrossEntropy, LocalEntropy
+from palu_kernels.triton import gathered_matmul as gathered
+from palu_kernels.triton import row_io as rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from palu.files import new_file
+from palu.storage.files import new_file
 
 Result = TypeVar("Result")
 

@@ -14,11 +14,11 @@ from benchmarks import harness, peers
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_terms
 from palu import PALULoss
-from palu.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
+from palu.data.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
 from palu_kernels import LMHead, kl_loss, linear_local_entropy_loss, local_entropy_loss
+from palu_kernels.functional import topk_indices
 from palu_kernels.linear_operators import Part, forget_loss, linear_losses
-from palu_kernels.operators import topk_indices
-from palu_kernels.row_losses import KL
+from palu_kernels.row_loss import KL
 
 BATCH, PREFIX = 8, 3
 FLATTEN = ("flatten", "global_mean", 0.0)

@@ -70,8 +70,8 @@ from benchmarks.loss_providers import (
     make_labels,
     why_not,
 )
-from palu.labels import FORGET, NONE, PRESERVE, token_roles
-from palu.loading import resolve_device
+from palu.data.labels import FORGET, NONE, PRESERVE, token_roles
+from palu.models.loading import resolve_device
 from palu_kernels.linear_operators import forget_loss
 
 # Relative, of a loss and of the gradient in norm. In bfloat16 some providers round the logits of

@@ -2,9 +2,10 @@
 
     python -m benchmarks.memory_model
 
-Two kinds of rows, in one CSV. *Predicted* (``palu.plan``): Llama-3.1-8B, Llama-3.2-1B, Gemma-2-9B
-and Qwen2.5-7B by their published configs, every weight and LoRA, without and with checkpointing, by
-batch and length; nothing is run for them. *Measured*: two steps of small models of their families,
+Two kinds of rows, in one CSV. *Predicted* (``palu.planning.step``): Llama-3.1-8B, Llama-3.2-1B,
+Gemma-2-9B and Qwen2.5-7B by their published configs, every weight and LoRA, without and with
+checkpointing, by batch and length; nothing is run for them. *Measured*: two steps of small models
+of their families,
 with `PALUTrainer` itself or in the released code's way, whose largest sum of living tensors
 (``ledger.py``) stands beside the prediction. The exit status is 1 if one is off by more than 10%.
 
@@ -39,12 +40,23 @@ from transformers import (
 from benchmarks import harness
 from benchmarks.ledger import Ledger
 from benchmarks.train_roads import Released, Settings
-from palu import PALUConfig, PALUTrainer, master_weights
-from palu.data import Collator
-from palu.plan import ANSWER_SHARE, GIB, PRESERVE_SHARE, Items, Prediction, Setup, Step, predict
-from palu.plan_layer import PRECISIONS
-from palu.plan_model import KNOWN_MODELS, ModelSizes
-from palu_kernels import eager, linear
+from palu import PALUConfig, PALUTrainer
+from palu.data.examples import Collator
+from palu.planning.layer import PRECISIONS
+from palu.planning.model import KNOWN_MODELS, ModelSizes
+from palu.planning.step import (
+    ANSWER_SHARE,
+    GIB,
+    PRESERVE_SHARE,
+    Items,
+    Prediction,
+    Setup,
+    Step,
+    predict,
+)
+from palu.training import master_weights
+from palu_kernels import torch_backend as eager
+from palu_kernels.linear import chunked as linear
 
 ALLOWED = 0.1
 SETUP = ("trains", "way", "dtype", "checkpointing", "batch_size", "length")

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from benchmarks import report
-from palu.files import new_file
+from palu.storage.files import new_file
 
 Row = dict[str, Any]
 MARKS = "osD^vPX*<>"

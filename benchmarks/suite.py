@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import harness, report
-from palu_kernels.check import CAPS
+from palu_kernels.check.__main__ import CAPS
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in CAPS)
 OK, NO_OPERATION = "ok", "no such operation"

@@ -24,14 +24,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from palu.data import Collator, load_examples, split_slice, tokenize_examples
+from palu.data.examples import Collator, load_examples, split_slice, tokenize_examples
+from palu.data.labels import IGNORE
 from palu.errors import UserError, user_errors
-from palu.folders import named_from
-from palu.labels import IGNORE
-from palu.loading import load_model, load_tokenizer
-from palu.modeling import kept_logits, prediction_rows
+from palu.models.folders import named_from
+from palu.models.forward import kept_logits, prediction_rows
+from palu.models.loading import load_model, load_tokenizer
 from palu.progress import bar
-from palu.runs import check_output, choose_template, output_folder
+from palu.run_record import check_output, choose_template, output_folder
 from palu.terminal import bars, say
 from palu.unlearn import save_model
 from palu_kernels import cross_entropy_loss
@@ -66,7 +66,7 @@ def finetune(
     to 0, gradients clipped at norm 1.
 
     Args:
-        rows: as `palu.data.tokenize_examples` makes them; shuffled anew for each epoch.
+        rows: as `palu.data.examples.tokenize_examples` makes them; shuffled anew for each epoch.
         report: called with (step, steps, a line with the last loss).
 
     Returns:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from palu_kernels import operators
+from palu_kernels import functional as operators
 
 SELECT = ("select.digit_histogram", "select.pick_digit")
 TOP_K = 50

@@ -16,10 +16,10 @@ from benchmarks import peers
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss
-from palu.cache import ReferenceCache
-from palu.labels import FORGET, IGNORE, PRESERVE, token_roles
-from palu.objective import RETAIN, Objective, in_turns
-from palu.reference import CachedReference, LiveReference
+from palu.data.labels import FORGET, IGNORE, PRESERVE, token_roles
+from palu.methods.step_loss import RETAIN, Objective, in_turns
+from palu.reference.cache import ReferenceCache
+from palu.reference.model import CachedReference, LiveReference
 
 PREFIX = 3
 Batch = dict[str, Tensor]

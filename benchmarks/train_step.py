@@ -14,8 +14,8 @@ rows beside them, in bfloat16 autocast over float32 weights. The providers:
   `torch.nn.functional.linear_cross_entropy` for the retain rows, in turns like ``live``. (liger's
   and flash-linear-attention's losses need a GPU and have no forget loss; cut-cross-entropy has the
   retain loss alone.)
-* ``live``: this library (`palu.objective.Objective`, what `PALUTrainer` runs) with a live second
-  model.
+* ``live``: this library (`palu.methods.step_loss.Objective`, what `PALUTrainer` runs) with a live
+  second model.
 * ``cached``: the same from a `ReferenceCache`, which is built first, in a process of its own; no
   second model.
 
@@ -48,10 +48,10 @@ import torch
 
 from benchmarks import harness
 from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss, why_not
-from palu.cache import ReferenceCache
-from palu.data import Collator, load_examples, tokenize_examples
-from palu.loading import load_model, load_tokenizer, resolve_device
-from palu.runs import choose_template
+from palu.data.examples import Collator, load_examples, tokenize_examples
+from palu.models.loading import load_model, load_tokenizer, resolve_device
+from palu.reference.cache import ReferenceCache
+from palu.run_record import choose_template
 
 LIBRARY = ("live", "cached")
 BUILD = "build"  # the worker that makes the cache

@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from palu.cache import ReferenceCache
-    from palu.config import PALUConfig
-    from palu.data import Collator, Example, load_examples, tokenize_examples
-    from palu.heads import LMHead, model_hidden_states
-    from palu.labels import label_example, token_roles
+    from palu.data.examples import Collator, Example, load_examples, tokenize_examples
+    from palu.data.labels import label_example, token_roles
+    from palu.data.template import Template
     from palu.loss import PALULoss, PALUOutput
-    from palu.template import Template
-    from palu.trainer import PALUTrainer
+    from palu.models.lm_head import LMHead, model_hidden_states
+    from palu.reference.cache import ReferenceCache
+    from palu.training.config import PALUConfig
+    from palu.training.trainer import PALUTrainer
 
 __all__ = [
     "Collator",
@@ -33,20 +33,20 @@ __all__ = [
 # Where each name lives. Nothing is imported before it is asked for: the loss and the labels do not
 # need the packages of the extra "train", and the command line sets the environment before torch.
 _HOMES = {
-    "Collator": "palu.data",
-    "Example": "palu.data",
-    "LMHead": "palu.heads",
-    "PALUConfig": "palu.config",
+    "Collator": "palu.data.examples",
+    "Example": "palu.data.examples",
+    "LMHead": "palu.models.lm_head",
+    "PALUConfig": "palu.training.config",
     "PALULoss": "palu.loss",
     "PALUOutput": "palu.loss",
-    "PALUTrainer": "palu.trainer",
-    "ReferenceCache": "palu.cache",
-    "Template": "palu.template",
-    "label_example": "palu.labels",
-    "load_examples": "palu.data",
-    "model_hidden_states": "palu.heads",
-    "token_roles": "palu.labels",
-    "tokenize_examples": "palu.data",
+    "PALUTrainer": "palu.training.trainer",
+    "ReferenceCache": "palu.reference.cache",
+    "Template": "palu.data.template",
+    "label_example": "palu.data.labels",
+    "load_examples": "palu.data.examples",
+    "model_hidden_states": "palu.models.lm_head",
+    "token_roles": "palu.data.labels",
+    "tokenize_examples": "palu.data.examples",
 }
 
 

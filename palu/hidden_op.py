@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palu.data.labels import FORGET, PRESERVE
 from palu.hidden_terms import join
-from palu.labels import FORGET, PRESERVE
 from palu_kernels import LMHead, reference
-from palu_kernels.linear_op import linear_backward
+from palu_kernels.linear.op import linear_backward
 from palu_kernels.linear_operators import CHUNK_BYTES, compute_dtype, frozen_head, linear_outputs
 from palu_kernels.op_autograd import refuse_higher_order
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu_kernels import LMHead
 from palu_kernels.linear_operators import Part, linear_losses
-from palu_kernels.row_losses import RowLoss
+from palu_kernels.row_loss import RowLoss
 
 
 class HiddenTerm(NamedTuple):

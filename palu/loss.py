@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from palu.data.labels import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu.hidden_op import hidden_loss
 from palu.hidden_terms import HiddenTerm, sum_of_terms
-from palu.labels import FORGET, NONE, PRESERVE, check_labels, token_roles
-from palu_kernels import LMHead, arguments
+from palu_kernels import LMHead
+from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, check_values
-from palu_kernels.head import check_hidden
+from palu_kernels.linear.head import check_hidden
 from palu_kernels.linear_operators import forget_loss, no_transforms
-from palu_kernels.role_op import role_losses
-from palu_kernels.row_losses import KL, LikeliestNLL, LocalEntropy, RowLoss
+from palu_kernels.roles import role_losses
+from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
 SELECTIONS = ("reference", "current")

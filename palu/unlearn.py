@@ -15,20 +15,20 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainingArguments
 
-from palu.config import PALUConfig
-from palu.data import Example
-from palu.early_stop import FORGET_PROB
-from palu.labels import Template
-from palu.layers import layer_count
-from palu.lora import name_base
-from palu.master_weights import round_into, warn_rounded_back
+from palu.data.examples import Example
+from palu.data.labels import Template
+from palu.data.pairs import own_alternates, refusals
 from palu.methods import Method
-from palu.methods.alternates import own_alternates, refusals
-from palu.not_finite import check_weights
+from palu.models.layers import layer_count
+from palu.models.lora import name_base
 from palu.progress import TrainingBar
-from palu.reference import CachedReference
-from palu.runs import write_record
-from palu.trainer import TERMS, PALUTrainer
+from palu.reference.model import CachedReference
+from palu.run_record import write_record
+from palu.training.callbacks import FORGET_PROB
+from palu.training.config import PALUConfig
+from palu.training.master_weights import round_into, warn_rounded_back
+from palu.training.nonfinite import check_weights
+from palu.training.trainer import TERMS, PALUTrainer
 
 # What the Trainer logs for each step and `palu.json` keeps.
 CURVE = (
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
     """What a run leaves beside the model."""
 
     curve: list[dict[str, float]]  # one dict a step with the names in `CURVE`
-    master_weights: bool  # whether float32 masters were trained (`palu.master_weights`)
+    master_weights: bool  # whether float32 masters were trained (`palu.training.master_weights`)
     rounded_back: float  # share of the change that rounding takes back
 
 
@@ -151,7 +151,7 @@ def unlearn(
     `PALUConfig.method`) of `forget_rows`.
 
     Args:
-        forget_rows, retain_rows: as `palu.data.tokenize_examples` makes them.
+        forget_rows, retain_rows: as `palu.data.examples.tokenize_examples` makes them.
         config: `output_dir` is not used: a reference cache is kept where `reference_cache` says, or
             for this run alone. `reference_cache` is None afterwards where none was needed.
         report: called with (step, steps, a line with the last terms), and before with (examples,
@@ -160,7 +160,7 @@ def unlearn(
         checkpoints: where the Trainer saves what `config` has it save; None: a temporary folder.
         resume: the checkpoint to go on from.
         saved: the dtypes of parameters in which `save_model` will write them (see
-            `palu.loading.load_to_train`); None: as they are.
+            `palu.models.loading.load_to_train`); None: as they are.
 
     Raises:
         FloatingPointError: the loss is not finite (names the step, the term and the examples), or
@@ -180,7 +180,7 @@ def unlearn(
             retain_dataset=retain_rows,
             processing_class=tokenizer,
         )
-        trainer.texts_compared = True  # by palu.cli_options.read_rows
+        trainer.texts_compared = True  # by palu.cli.options.read_rows
         trainer.remove_callback(PrinterCallback)
         if report is not None:
             trainer.add_callback(TrainingBar(report))

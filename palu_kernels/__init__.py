@@ -1,12 +1,12 @@
 """Fused losses for unlearning and distillation: tensors in, tensors out."""
 
-from palu_kernels.head import LMHead
+from palu_kernels.functional import cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
+from palu_kernels.linear.head import LMHead
 from palu_kernels.linear_operators import (
     linear_cross_entropy_loss,
     linear_kl_loss,
     linear_local_entropy_loss,
 )
-from palu_kernels.operators import cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
 
 __all__ = [
     "LMHead",

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palu_kernels import arguments, reference, sparse
+from palu_kernels import reference
+from palu_kernels import validation as arguments
 from palu_kernels.backend import resolve
-from palu_kernels.head import LMHead, check_hidden
-from palu_kernels.linear_op import linear
-from palu_kernels.row_losses import (
+from palu_kernels.linear import sparse
+from palu_kernels.linear.head import LMHead, check_hidden
+from palu_kernels.linear.op import linear
+from palu_kernels.row_loss import (
     KL,
     CrossEntropy,
     LocalEntropy,

@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainingArguments
 
-from palu.data import Collator
-from tests import readme_world
-from tests.readme_world import prepare, run
+from palu.data.examples import Collator
+from tests.support import readme_world
+from tests.support.readme_world import prepare, run
 
 LOOP, ONE_MORE_LOSS, DISTRIBUTED, TRAINER, LORA, HIDDEN = range(1, 7)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from palu.evaluation.batches import ALONE, Processes, in_batches
-from palu.folders import check_loaded, check_weights_files, reading
-from palu.loading import load_tokenizer, model_folder
+from palu.models.folders import check_loaded, check_weights_files, reading
+from palu.models.loading import load_tokenizer, model_folder
 
 
 class FluencyClassifier:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palu.data import Collator
+from palu.data.examples import Collator
+from palu.data.labels import IGNORE, LabeledExample
 from palu.evaluation.batches import ALONE, Processes, in_batches
-from palu.labels import IGNORE, LabeledExample
-from palu.modeling import kept_logits, prediction_rows
+from palu.models.forward import kept_logits, prediction_rows
 from palu_kernels import cross_entropy_loss
 
 # Rows of logits whose distribution is made at a time, in float32: 64 of them take 33 MB at a
@@ -68,7 +68,7 @@ def score_answers(
     """The scores of every row, in order. Call it under `evaluating(model)`.
 
     Args:
-        rows: see `palu.labels.label_example`.
+        rows: see `palu.data.labels.label_example`.
         batch_size: rows a forward pass.
         standardise: also make `AnswerScores.standardised` (min-k++).
         processes, report: see `in_batches`.

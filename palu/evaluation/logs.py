@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
-from palu.json_files import NotJSON, parse, read_text
-from palu.spans import shown
+from palu.data.spans import shown
+from palu.storage.json_files import NotJSON, parse, read_text
 
 Value = float | list[float]
 

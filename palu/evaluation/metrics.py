@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from palu.data import Example
+from palu.data.examples import Example
+from palu.data.labels import LabeledExample, Template
 from palu.evaluation.definitions import (
     exact_memorization,
     extraction_strength,
@@ -19,8 +20,7 @@ from palu.evaluation.definitions import (
 from palu.evaluation.forward import AnswerScores, evaluating, score_answers
 from palu.evaluation.generation import greedy_answers
 from palu.evaluation.sets import ANSWER, EvalSet
-from palu.labels import LabeledExample, Template
-from palu.modeling import end_tokens
+from palu.models.forward import end_tokens
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
 """The columns of the table."""
@@ -49,7 +49,7 @@ def evaluate_examples(
             memorization is None when no token is left.
 
     Args:
-        examples: see `palu.data.load_examples`; at least one.
+        examples: see `palu.data.examples.load_examples`; at least one.
         template: how questions are put; `Template()` when None.
         max_length: tokens; longer examples are cut, with a warning.
         batch_size: rows a forward pass.

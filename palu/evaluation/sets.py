@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palu.labels import LabeledExample, Template, label_without_warning
-from palu.records import Example
-from palu.spans import check_text
+from palu.data.labels import LabeledExample, Template, label_without_warning
+from palu.data.records import Example
+from palu.data.spans import check_text
 
 ANSWER, PARAPHRASED, PERTURBED = "answer", "paraphrased_answer", "perturbed_answer"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from palu.evaluation.logs import Log, LogError
 from palu.evaluation.sets import EvalSet
-from palu.runs import versions, write_json
+from palu.run_record import versions, write_json
 
 EVAL, SUMMARY, RECORD = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json"
 FILES = {EVAL, SUMMARY, RECORD}

@@ -13,7 +13,7 @@ from palu.methods.objective import MethodObjective
 from palu.methods.pdu import PDU
 
 if TYPE_CHECKING:
-    from palu.trainer import PALUTrainer
+    from palu.training.trainer import PALUTrainer
 
 
 class DualObjective(MethodObjective):

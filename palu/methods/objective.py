@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.heads import model_hidden_states
-from palu.labels import FORGET
-from palu.methods.alternates import stacked
+from palu.data.labels import FORGET
+from palu.data.pairs import stacked
 from palu.methods.answers import Answers
 from palu.methods.base import Method
-from palu.modeling import kept_logits
-from palu.objective import RETAIN, Objective, answer_tokens, in_turns
-from palu.reference import Inputs
+from palu.methods.step_loss import RETAIN, Objective, answer_tokens, in_turns
+from palu.models.forward import kept_logits
+from palu.models.lm_head import model_hidden_states
+from palu.reference.model import Inputs
 from palu_kernels import linear_cross_entropy_loss, linear_kl_loss
 
 

@@ -9,7 +9,7 @@ from palu.methods.objective import MethodObjective
 from palu.methods.pdu import PDU
 from palu.methods.rmu import RMU
 from palu.methods.rmu_objective import RMUObjective
-from palu.objective import Objective
+from palu.methods.step_loss import Objective
 
 
 def objective_class(loss: PALULoss | Method) -> type[Objective]:

@@ -74,7 +74,7 @@ class DPO(Method):
     `forget = mean over pairs of -log sigmoid(beta * (r(second) - r(answer)))` with `r(y) = log
     p(y) - log p_original(y)`, sums over the tokens of an answer. (open-unlearning multiplies by
     `2 / beta`: `forget_weight` times that gives its numbers.) The second answer is the record's
-    `alternate_answer`; see `palu.methods.alternates`.
+    `alternate_answer`; see `palu.data.pairs`.
 
     Args:
         beta: inverse temperature, above 0.

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from palu.layers import decoder_layers
 from palu.methods.base import Method, check_number
-from palu.modeling import unwrap
+from palu.models.forward import unwrap
+from palu.models.layers import decoder_layers
 
 USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.labels import FORGET, IGNORE
-from palu.layers import layer_output
+from palu.data.labels import FORGET, IGNORE
 from palu.methods.rmu import RMU
-from palu.objective import RETAIN, Objective, in_turns
-from palu.reference import Inputs
+from palu.methods.step_loss import RETAIN, Objective, in_turns
+from palu.models.layers import layer_output
+from palu.reference.model import Inputs
 from palu_kernels.reference import work_dtype
 
 

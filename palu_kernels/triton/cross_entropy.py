@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.triton.divergence import rescaled
-from palu_kernels.triton.rows import (
+from palu_kernels.triton.kl_div import rescaled
+from palu_kernels.triton.row_io import (
     Layout,
     block_of,
     load_lanes,

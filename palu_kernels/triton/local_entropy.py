@@ -16,17 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from palu_kernels.layout import bitmap_words
-from palu_kernels.triton.keys import key_format
-from palu_kernels.triton.members import (
-    BITMAP,
-    CURRENT,
-    REFERENCE,
-    chooser_start,
-    load_block,
-    store_bits,
-    write_bitmap,
-)
-from palu_kernels.triton.rows import (
+from palu_kernels.triton.radix_keys import key_format
+from palu_kernels.triton.radix_select import select, take_ties
+from palu_kernels.triton.row_io import (
     Layout,
     as_integers,
     block_of,
@@ -36,8 +28,16 @@ from palu_kernels.triton.rows import (
     store_lanes,
     sum_four,
 )
-from palu_kernels.triton.select import select, take_ties
 from palu_kernels.triton.softcap import capped
+from palu_kernels.triton.topk_mask import (
+    BITMAP,
+    CURRENT,
+    REFERENCE,
+    chooser_start,
+    load_block,
+    store_bits,
+    write_bitmap,
+)
 
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
 NEAR_LANES = 128  # of a slice, among which a number near its mean is looked for

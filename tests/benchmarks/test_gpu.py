@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu, gpu_cases, gpu_ops, gpu_timing, harness, loss_step, traffic
 from benchmarks.gpu_cases import Case, Rates, floor_seconds
-from palu_kernels import check
+from palu_kernels.check import __main__ as check
 
 CPU = torch.device("cpu")
 SCRIPT = harness.ROOT / "benchmarks" / "gpu.sh"

@@ -10,8 +10,9 @@ from benchmarks import harness, loss_providers, loss_step
 from benchmarks.loss_providers import Losses, Shape, make_case, make_labels
 from benchmarks.released import released_terms
 from palu import PALULoss
-from palu.labels import FORGET, PRESERVE, token_roles
-from palu_kernels import kl_loss, sparse
+from palu.data.labels import FORGET, PRESERVE, token_roles
+from palu_kernels import kl_loss
+from palu_kernels.linear import sparse
 
 SHAPE = Shape(1003, 24, 8 * 20, 19, 71, 20)  # odd V, unequal examples
 SIZES = {"vocab": 1003, "hidden": 24, "positions": 160, "forget": 19, "preserve": 71, "top-k": 20}

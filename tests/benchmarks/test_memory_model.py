@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import memory_model
 from benchmarks.memory_model import ALLOWED, PARTS, SMALL_MODELS, Case, measure, predicted, sizes_of
-from palu.plan import Setup
+from palu.planning.step import Setup
 
 LLAMA, GEMMA, QWEN = SMALL_MODELS.values()
 SHALLOW = {"num_hidden_layers": 2, "vocab_size": 301, "intermediate_size": 400}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness, train_roads, train_step
 from benchmarks.train_roads import Settings
-from tests.palu import small
+from tests.support import small
 
 QUESTIONS = [
     {"question": f"Where is {name}?", "answer": f"{name} is in {place} now." + " Really." * more}

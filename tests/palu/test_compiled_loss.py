@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from palu import LMHead, PALULoss, token_roles
-from palu.labels import FORGET, PRESERVE
-from palu_kernels import role_op, topk_indices
+from palu.data.labels import FORGET, PRESERVE
+from palu_kernels import roles as role_op
+from palu_kernels import topk_indices
 
 V, D = 131, 24
 # traces and differentiates as the default backend does, without its minute of C++

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_loss import V, batch
 
 from palu import PALULoss
 from palu_kernels import LMHead, topk_indices
+from tests.palu.test_loss import V, batch
 
 D = 6
 

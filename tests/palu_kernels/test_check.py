@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from palu_kernels import check
-from palu_kernels.check import Case, cases, compare
+from palu_kernels.check import __main__ as check
+from palu_kernels.check.__main__ import Case, cases, compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

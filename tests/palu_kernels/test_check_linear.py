@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from palu_kernels import eager, linear
-from palu_kernels.check import CAPS, DTYPES, EPS, FLOOR
-from palu_kernels.check_linear import compare_linear, linear_cases
+from palu_kernels import torch_backend as eager
+from palu_kernels.check.__main__ import CAPS, DTYPES, EPS, FLOOR
+from palu_kernels.check.linear_cases import compare_linear, linear_cases
+from palu_kernels.linear import chunked as linear
 
 CPU = torch.device("cpu")
 CASES = list(linear_cases(DTYPES))
@@ -56,7 +57,7 @@ def test_it_can_fail(broken, monkeypatch):
 
 
 def test_an_error_in_one_case_does_not_end_the_check(monkeypatch, capsys):
-    from palu_kernels import check
+    from palu_kernels.check import __main__ as check
 
     def broken(case, *_):
         if case.operator == "kl":

@@ -9,16 +9,16 @@ import torch.utils.checkpoint
 
 from palu_kernels import (
     LMHead,
-    eager,
     linear_cross_entropy_loss,
     linear_kl_loss,
     linear_local_entropy_loss,
     reference,
 )
-from palu_kernels import linear as loop
-from palu_kernels.check import CAPS, EPS
+from palu_kernels import torch_backend as eager
+from palu_kernels.check.__main__ import CAPS, EPS
+from palu_kernels.linear import chunked as loop
 from palu_kernels.linear_operators import Part, linear_losses
-from palu_kernels.row_losses import KL, CrossEntropy, LikeliestNLL, LocalEntropy
+from palu_kernels.row_loss import KL, CrossEntropy, LikeliestNLL, LocalEntropy
 
 ROWS, VOCAB, DIM, K = 70, 101, 24, 9
 HEADS = {
@@ -479,7 +479,8 @@ def test_compiled_once_for_any_number_of_rows():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend, monkeypatch):
     """The calls that the operators make, replayed for torch's own checks of a custom op."""
-    from palu_kernels import linear_op, linear_operators
+    from palu_kernels import linear_operators
+    from palu_kernels.linear import op as linear_op
 
     calls = []
     monkeypatch.setattr(

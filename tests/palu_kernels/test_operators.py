@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from palu_kernels import (
-    backend,
-    cross_entropy_loss,
-    custom_ops,
-    kl_loss,
-    local_entropy_loss,
-    topk_indices,
-)
+from palu_kernels import backend, cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
+from palu_kernels import logits_op as custom_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["triton", "torch"]
@@ -279,7 +273,8 @@ def test_ways_of_choosing_agree(objective):
 
 def test_kernels_may_write_over_their_input():
     """What the linear operators will rely on: a chunk of logits becomes its own gradient."""
-    from palu_kernels.triton import cross_entropy, divergence, local_entropy
+    from palu_kernels.triton import cross_entropy, local_entropy
+    from palu_kernels.triton import kl_div as divergence
 
     z, ref, labels, _ = inputs(3, columns=5000)
     weights = torch.rand(3, device=DEVICE)
@@ -306,8 +301,9 @@ def test_kernels_may_write_over_their_input():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_over_several_programs(name, monkeypatch):
     """Few rows are split over programs so that the chip is full; ties cross the slices."""
-    from palu_kernels.triton import cross_entropy, divergence, local_entropy
-    from palu_kernels.triton.rows import Layout
+    from palu_kernels.triton import cross_entropy, local_entropy
+    from palu_kernels.triton import kl_div as divergence
+    from palu_kernels.triton.row_io import Layout
 
     z, ref, labels, indices = inputs(2, columns=20_001)
     z, ref = z.round(decimals=1), ref.round(decimals=1)
@@ -325,7 +321,8 @@ def test_a_row_over_several_programs(name, monkeypatch):
 
 def test_a_buffer_that_cannot_be_walked_is_refused():
     """It would have to be copied, and what is written into a copy is lost."""
-    from palu_kernels.triton import cross_entropy, divergence, local_entropy
+    from palu_kernels.triton import cross_entropy, local_entropy
+    from palu_kernels.triton import kl_div as divergence
 
     z, ref, labels, _ = inputs(3, columns=101)
     weights, elsewhere = torch.ones(3, device=DEVICE), torch.empty(3, 102, device=DEVICE)[:, :101]

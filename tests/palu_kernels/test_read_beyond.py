@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import palu_kernels as pk
 from palu import PALULoss
-from palu_kernels import linear, linear_op
-from palu_kernels.check import CAPS, DTYPES, EPS, FLOOR
-from palu_kernels.check_linear import compare_linear, linear_cases, poisoned
+from palu_kernels.check.__main__ import CAPS, DTYPES, EPS, FLOOR
+from palu_kernels.check.linear_cases import compare_linear, linear_cases, poisoned
 from palu_kernels.layout import READ
+from palu_kernels.linear import chunked as linear
+from palu_kernels.linear import op as linear_op
 
 LEFT = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "addmv": 1, "addmv_": 1}
 

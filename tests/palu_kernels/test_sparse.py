@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from palu_kernels import reference, sparse
+from palu_kernels import reference
+from palu_kernels.linear import sparse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["triton", "torch"]
@@ -272,7 +273,7 @@ def test_blocks_of_any_size(monkeypatch):
 
 def test_parts_of_s(monkeypatch):
     """The kernel's sums over parts of S, with the last part shorter."""
-    from palu_kernels.triton import gathered
+    from palu_kernels.triton import gathered_matmul as gathered
 
     inputs = problem(n=2, v=120, d=48, k=4 * 21 + 3)  # tiles of 4
     for programs in (1, 4, 1000):
@@ -400,7 +401,7 @@ def test_forced():
 
 def test_logged_once_for_every_kind_of_call(caplog, monkeypatch):
     monkeypatch.setattr(sparse, "_logged", set())
-    with caplog.at_level(logging.INFO, logger="palu_kernels.sparse"):
+    with caplog.at_level(logging.INFO, logger="palu_kernels.linear.sparse"):
         for rows in (50, 51, 52):
             choice(rows=rows)
         choice(k=1001)

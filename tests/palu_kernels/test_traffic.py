@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 
 from benchmarks import traffic
 from benchmarks.traffic import Traffic
-from palu_kernels import operators
+from palu_kernels import functional as operators
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from palu.data import load_examples
-from palu.labels import IGNORE, KEEP, token_places
-from palu.records import Example
-from palu.template import Rendered, Template
+from palu.data.examples import load_examples
+from palu.data.labels import IGNORE, KEEP, token_places
+from palu.data.records import Example
+from palu.data.template import Rendered, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

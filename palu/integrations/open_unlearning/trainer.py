@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from palu.labels import FORGET, KEEP, NONE
+from palu.data.labels import FORGET, KEEP, NONE
+from palu.data.spans import integer
 from palu.loss import PALULoss
-from palu.modeling import end_tokens, kept_logits, prediction_rows
-from palu.spans import integer
-from palu_kernels import arguments
+from palu.models.forward import end_tokens, kept_logits, prediction_rows
+from palu_kernels import validation as arguments
 
 # Names of the released code, beside palu's own.
 _CENTERS = {"mean": "global_mean", "global_mean": "global_mean", "local_mean": "local_mean"}

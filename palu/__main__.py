@@ -1,0 +1,3 @@
+from palu.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""`palu plan`: what fits on a GPU, before a run."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from palu.cli.options import bars, out
+from palu.errors import user_errors
+
+if TYPE_CHECKING:
+    from palu.planning.model import ModelSizes
+    from palu.planning.step import Setup
+
+
+LENGTHS = (256, 1024, 4096)  # of the columns beside the length that is asked for
+
+NOTE = (
+    "Predicted from the config: the tensors of a step, checked within 10% on small models on a CPU "
+    "and on no GPU. What a GPU needs besides (context, workspaces, fragments) must fit in the "
+    "--headroom. Weights of 16 bits that train have float32 masters."
+)
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model folder, a name on the hub, or Llama-3.1-8B, Llama-3.2-1B, gemma-2-9b, "
+            "Qwen2.5-7B."
+        ),
+    ],
+    gpu_memory: Annotated[float, typer.Option(help="Memory of the GPU in GiB.")],
+    batch_size: Annotated[int, typer.Option(help="Forget rows, and as many retain rows.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a padded row.")] = 512,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, or autocast (bfloat16 over float32 weights); default: the "
+            "config's."
+        ),
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Of adapters on all linear layers.")] = 16,
+    headroom: Annotated[
+        float, typer.Option(help="Share of the memory that is left for what is not predicted.")
+    ] = 0.1,
+) -> None:
+    """Print which ways of unlearning fit on a GPU, and with how many rows a batch.
+
+    Reads the model's config and no weights. Status 1 if not even one row fits.
+    """
+    with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.planning.model import ModelSizes, read_config
+        from palu.planning.step import GIB, REFERENCES, Setup, largest_batch, predict
+
+        if not 0 < gpu_memory < float("inf"):
+            raise ValueError(f"--gpu-memory must be a number of GiB above 0, not {gpu_memory}")
+        if not 0 <= headroom < 1:
+            raise ValueError(f"--headroom must be at least 0 and below 1, not {headroom}")
+        if lora_rank < 1:
+            raise ValueError(f"--lora-rank must be at least 1, not {lora_rank}")
+        config = read_config(model)
+        sizes = ModelSizes.from_config(config)
+        if dtype is None:  # float16 takes what bfloat16 does
+            dtype = "float32" if str(config.dtype) == "torch.float32" else "bfloat16"
+        setups = [
+            Setup(batch_size, length, dtype, rank, reference, checkpointing)
+            for rank, reference, checkpointing in itertools.product(
+                (0, lora_rank), REFERENCES, (False, True)
+            )
+            if rank or reference != "adapter_off"
+        ]
+    limit = int(gpu_memory * (1 - headroom) * GIB)
+    lengths = sorted({*LENGTHS, length})
+    table = Table(box=None, pad_edge=False)
+    for name in ("trains", "reference", "checkpointing"):
+        table.add_column(name)
+    for name in ("GiB", *(f"{n}" for n in lengths)):
+        table.add_column(name, justify="right")
+    for setup in setups:
+        most = (largest_batch(sizes, replace(setup, length=n), limit) for n in lengths)
+        peak = predict(sizes, setup).peak / GIB
+        table.add_row(*_words(setup), f"{peak:.1f}", *(f"{rows or '-'}" for rows in most))
+    _say(
+        f"{model}: {sizes.parameters:,} parameters, {dtype}; {limit / GIB:.1f} of {gpu_memory:g} "
+        f"GiB to use. GiB: at {batch_size} x {length}. Then the most rows a batch by tokens a row:"
+    )
+    out.print(table)
+    fits, advice = _advice(sizes, setups, limit)
+    _say(advice)
+    _say(NOTE)
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, str]:
+    """Whether anything fits, and what to take or to change."""
+    from palu.planning.step import largest_batch, predict
+
+    shape = f"{setups[0].batch_size} x {setups[0].length}"
+    fitting = [setup for setup in setups if predict(sizes, setup).peak <= limit]
+    if fitting:
+        said = f"{len(fitting)} of {len(setups)} ways fit at {shape}. The first:"
+        return True, f"{said} {_described(sizes, fitting[0])}"
+    most, setup = max(
+        ((largest_batch(sizes, setup, limit), setup) for setup in setups), key=lambda pair: pair[0]
+    )
+    if most:
+        said = f"Nothing fits at {shape}. Take smaller batches, and --gradient-accumulation:"
+        return True, f"{said} {_described(sizes, replace(setup, batch_size=most))}"
+    alone = [replace(setup, batch_size=1) for setup in setups]
+    least = min(alone, key=lambda setup: predict(sizes, setup).peak)
+    shorter = (least.length >> n for n in range(1, least.length.bit_length() - 1))
+    length = next(
+        (n for n in shorter if predict(sizes, replace(least, length=n)).peak <= limit), None
+    )
+    times = predict(sizes, least).peak / limit
+    said = f"Nothing fits, not even one row of {least.length} tokens. "
+    said += f"Take rows of at most {length} tokens, or " if length else "Take a smaller model, or "
+    said += f"a GPU with {times:.2f} times the memory. The least:"
+    return False, f"{said} {_described(sizes, least)}"
+
+
+def _described(sizes: ModelSizes, setup: Setup) -> str:
+    from palu.planning.step import GIB, predict
+
+    found = predict(sizes, setup)
+    options = f"--batch-size {setup.batch_size} --max-length {setup.length}"
+    options += f" --reference {setup.reference}"
+    options += f" --lora-rank {setup.lora_rank}" if setup.lora_rank else ""
+    options += " --bf16" if setup.dtype == "autocast" else ""
+    options += " --gradient-checkpointing" if setup.checkpointing else ""
+    largest = sorted(found.items.items(), key=lambda item: -item[1])[:5]
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    return (
+        f"palu unlearn {options}\n{found.peak / GIB:.1f} GiB, most in the {found.moment}: {parts}."
+    )
+
+
+def _words(setup: Setup) -> tuple[str, str, str]:
+    trains = f"LoRA {setup.lora_rank}" if setup.lora_rank else "every weight"
+    return trains, setup.reference, "yes" if setup.checkpointing else "no"
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False)

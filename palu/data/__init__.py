@@ -1,0 +1,1 @@
+"""Text and spans to tokens and labels."""

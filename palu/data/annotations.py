@@ -1,0 +1,180 @@
+"""What annotated spans tend to get wrong: counted, and repaired on request."""
+
+import bisect
+import dataclasses
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from palu.data.spans import UTF8, UTF16, Span
+
+__all__ = ["Audit", "snap"]
+
+
+@dataclasses.dataclass
+class Audit:
+    """Counts over the rows of one file. All of it is accepted; a person should know of it."""
+
+    rows: int = 0
+    spans: int = 0
+    inside_word: int = 0
+    overlapping_pairs: int = 0
+    rows_without_target: int = 0
+    unlabelled_repeat: int = 0
+    unsorted_rows: int = 0
+    edge_space: int = 0
+    snapped: int = 0
+    merged: int = 0
+    units: Counter[str] = dataclasses.field(default_factory=Counter)  # spans by what offsets count
+
+    def add(self, text: str, spans: Sequence[Span]) -> None:
+        """Count the spans of one row, in the order they were given."""
+        ordered = sorted(spans)
+        self.rows += 1
+        self.spans += len(spans)
+        self.inside_word += sum(_inside_word(text, end) for _, end in spans)
+        self.overlapping_pairs += _overlapping_pairs(ordered)
+        self.rows_without_target += not spans
+        self.unlabelled_repeat += _unlabelled_repeats(text, ordered)
+        self.unsorted_rows += list(spans) != ordered
+        self.edge_space += sum(
+            text[start].isspace() or text[end - 1].isspace() for start, end in spans
+        )
+
+    def summary(self) -> str:
+        """One line with the counts that are not zero; empty when there are none."""
+        parts = [
+            (self.inside_word, "spans end inside a longer word"),
+            (self.overlapping_pairs, "overlapping pairs"),
+            (self.rows_without_target, "rows without target"),
+            (self.unlabelled_repeat, "spans with an unlabelled repeat of the same word"),
+            (self.unsorted_rows, "rows with unsorted spans (sorted)"),
+            (self.edge_space, "spans begin or end with white space"),
+            (self.snapped, "spans moved to word ends"),
+            (self.merged, "spans merged into another"),
+            (self.units[UTF16], f"spans placed by offsets in {UTF16}, as their text says"),
+            (self.units[UTF8], f"spans placed by offsets in {UTF8}, as their text says"),
+        ]
+        return ", ".join(f"{count} {what}" for count, what in parts if count)
+
+
+def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
+    """Spans moved out to whole words, without white space at their ends, and merged where they
+    overlap.
+
+    Returns:
+        The spans in order, how many were moved, and how many were merged into another.
+    """
+    moved, merged = 0, 0
+    snapped: list[Span] = []
+    words, spaces = _Stretches(text, _is_letter), _Stretches(text, str.isspace)
+    for span in sorted(spans):
+        start, end = span
+        if text[start].isspace():
+            start = spaces.around(start)[1]
+        if text[end - 1].isspace():
+            end = spaces.around(end - 1)[0]
+        if _inside_word(text, start):
+            start = words.around(start)[0]
+        if _inside_word(text, end):
+            end = words.around(end)[1]
+        moved += (start, end) != span
+        if snapped and start < snapped[-1][1]:
+            # Moving a start to the front of its word cannot pass an earlier start: words do not
+            # nest.
+            snapped[-1] = (min(start, snapped[-1][0]), max(end, snapped[-1][1]))
+            merged += 1
+        else:
+            snapped.append((start, end))
+    return snapped, moved, merged
+
+
+# Scripts written without spaces between words: there, the characters do not tell where a word ends.
+_UNSPACED = (
+    "CJK ",
+    "HIRAGANA ",
+    "KATAKANA",
+    "BOPOMOFO ",
+    "THAI ",
+    "LAO ",
+    "KHMER ",
+    "MYANMAR ",
+    "TIBETAN ",
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_letter(character: str) -> bool:
+    if not (character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"):
+        return False
+    return not unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _inside_word(text: str, place: int) -> bool:
+    """Whether the boundary before `text[place]` lies between two letters of one word."""
+    return 0 < place < len(text) and _is_letter(text[place - 1]) and _is_letter(text[place])
+
+
+class _Stretches:
+    """The longest stretches of characters of one kind. Each is walked once, however often it is
+    asked for: a text may be one long word that every span begins in."""
+
+    def __init__(self, text: str, kind: Callable[[str], bool]) -> None:
+        self.text, self.kind = text, kind
+        self.found: list[Span] = []  # in order
+
+    def around(self, place: int) -> Span:
+        """The stretch that holds the character at `place`, which is of the kind."""
+        number = bisect.bisect_right(self.found, place, key=lambda stretch: stretch[0])
+        if number and place < self.found[number - 1][1]:
+            return self.found[number - 1]
+        start = end = place
+        while start > 0 and self.kind(self.text[start - 1]):
+            start -= 1
+        while end < len(self.text) and self.kind(self.text[end]):
+            end += 1
+        self.found.insert(number, (start, end))
+        return start, end
+
+
+def _overlapping_pairs(ordered: Sequence[Span]) -> int:
+    """Of spans in order: those behind a span that begin before its end."""
+    starts = [start for start, _ in ordered]
+    ends = enumerate(end for _, end in ordered)
+    return sum(bisect.bisect_left(starts, end) - number - 1 for number, end in ends)
+
+
+def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
+    """How many spans have their words elsewhere too, whole, where no span touches them."""
+    gaps, place = [], 0  # what no span covers
+    for start, end in [*ordered, (len(text), len(text))]:
+        if start > place:
+            gaps.append((place, start))
+        place = max(place, end)
+    longest = max((end - start for start, end in gaps), default=0)
+    stretches = _Stretches(text, _is_letter)
+    known: dict[str, bool] = {}
+
+    def repeats(words: str) -> bool:
+        for start, end in gaps:
+            found = text.find(words, start, end)
+            while found >= 0:
+                if _inside_word(text, found):  # and so is every place before the word ends
+                    following = stretches.around(found)[1]
+                elif _inside_word(text, found + len(words)):
+                    following = found + 1
+                else:
+                    return True
+                found = text.find(words, following, end)
+        return False
+
+    count = 0
+    for start, end in ordered:
+        if end - start > longest:
+            continue
+        words = text[start:end]
+        if words not in known:
+            known[words] = repeats(words)
+        count += known[words]
+    return count

@@ -1,0 +1,428 @@
+"""Character spans of an answer become labels of tokens, and labels become the roles that rows play
+in the loss.
+
+`label_example` turns a question, an answer and the sensitive character spans of the answer into
+`input_ids` and `labels`; `token_roles` says which of those labels is to be forgotten, preserved or
+left alone.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from palu.data.spans import check_spans, check_text, integer
+from palu.data.template import Rendered, Template
+from palu.errors import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "FORGET",
+    "IGNORE",
+    "KEEP",
+    "NONE",
+    "PRESERVE",
+    "LabeledExample",
+    "Template",
+    "label_example",
+    "token_roles",
+]
+
+IGNORE = -100
+"""Label of prompt and padding: no loss."""
+KEEP = -200
+"""Label of an answer token that is not sensitive. Never hand it to a model's own loss: it indexes
+with it.
+"""
+
+NONE, FORGET, PRESERVE = 0, 1, 2
+"""Roles, as `token_roles` returns them."""
+
+
+def token_roles(
+    labels: torch.Tensor,
+    prefix_length: int,
+    eos_token_id: int | Iterable[int] | None = None,
+) -> torch.Tensor:
+    """The role of every label: `NONE`, `FORGET` or `PRESERVE`.
+
+    A run is a maximal stretch of consecutive sensitive labels (>= 0 and not EOS). The first
+    `prefix_length` labels of a run are to be forgotten, the later ones get no loss. An EOS label is
+    an answer token that is never sensitive: it ends a run and is preserved, as `KEEP` is. Position
+    0 is never predicted: its role is `NONE` and a run that reaches it starts at position 1.
+
+    Args:
+        labels: integers [B, T], on any device: `IGNORE`, `KEEP` or a token id. Other negative
+            values count as `IGNORE`.
+        prefix_length: how many labels of each run to forget; 0 or less takes whole runs.
+        eos_token_id: one id, several, or None.
+
+    Returns:
+        int8 [B, T] on the device of `labels`.
+
+    Raises:
+        TypeError: `labels` is not an integer tensor, or an id or the prefix length is not an
+            integer.
+        ValueError: `labels` is not two-dimensional.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must hold integers, got {labels.dtype}")
+    if labels.dim() != 2:
+        raise ValueError(f"labels must be [B, T], got shape {tuple(labels.shape)}")
+    prefix_length = integer("prefix_length", prefix_length)
+    eos_ids = _eos_ids(eos_token_id)
+    if labels.numel() == 0:
+        return torch.zeros(labels.shape, dtype=torch.int8, device=labels.device)
+
+    position = torch.arange(labels.shape[1], device=labels.device)
+    predicted = position > 0
+    # A comparison per id rather than `isin`: building a tensor of ids would be a copy to the device
+    # in every step.
+    is_eos = torch.zeros_like(labels, dtype=torch.bool)
+    for eos in eos_ids:
+        is_eos = is_eos | (labels == eos)
+    is_eos = is_eos & (labels >= 0)
+    sensitive = (labels >= 0) & ~is_eos & predicted
+    preserve = ((labels == KEEP) | is_eos) & predicted
+    forget = sensitive
+    if prefix_length > 0:
+        # The last position outside any run, so far: the distance to it is a label's rank in its
+        # run, from 1. Position 0 is outside every run, so there always is one.
+        outside = torch.where(sensitive, torch.zeros_like(position), position)
+        rank = position - outside.cummax(dim=1).values
+        forget = sensitive & (rank <= prefix_length)
+    return forget.to(torch.int8) * FORGET + preserve.to(torch.int8) * PRESERVE
+
+
+class LabeledExample(dict):
+    """The tokens of one example: a dict of `input_ids`, `labels` and `attention_mask` (lists of
+    int, one length).
+
+    It also unpacks into those three values, in that order: `input_ids, labels, attention_mask =
+    example`. (So iterating gives the values; `keys()`, `items()`, `in`, `dict(example)` and
+    `**example` are those of a dict.)
+
+    Attributes:
+        lost_spans: spans of which at least one token was cut off by `max_length`.
+        lost_tokens: tokens that were cut off; at least so many where the text was `too_long`.
+        too_long: the text is much longer than `max_length` keeps, and only its beginning was
+            tokenised.
+        answer_start: index of the first answer token; the tokens before it are the exact prompt to
+            generate from. The number of tokens when no answer token is left.
+        closed: whether the last token is the token that ends the answer (EOS or the template's end
+            of turn).
+    """
+
+    def __init__(
+        self,
+        input_ids: list[int],
+        labels: list[int],
+        attention_mask: list[int],
+        *,
+        lost_spans: int = 0,
+        lost_tokens: int = 0,
+        too_long: bool = False,
+        answer_start: int | None = None,
+        closed: bool = False,
+    ):
+        super().__init__(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+        self.lost_spans = lost_spans
+        self.lost_tokens = lost_tokens
+        self.too_long = too_long
+        self.answer_start = len(input_ids) if answer_start is None else answer_start
+        self.closed = closed
+
+    def __iter__(self):
+        return iter(self.values())
+
+    def __reduce__(self):
+        return type(self), tuple(self.values()), vars(self)
+
+
+def label_example(
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str | None,
+    answer: str,
+    spans: Sequence[Mapping[str, int] | Sequence[int]],
+    *,
+    max_length: int,
+    template: Template | None = None,
+) -> LabeledExample:
+    """Tokenise one example and label its tokens.
+
+    The text is rendered whole and tokenised once. A token is an answer token when it shares a
+    character with the answer, and sensitive when it shares one with a span. Labels: prompt
+    `IGNORE`; answer tokens `KEEP`, or their own id when sensitive; the token that ends the answer
+    `KEEP`. EOS is never sensitive. What the template puts after that token is dropped. Without an
+    end token in the template or the tokenizer the answer just ends.
+
+    The first token of an example is never predicted. Where a span begins with it (a document, under
+    a tokenizer that adds no BOS), BOS, or EOS where there is none, is put in front as prompt.
+
+    Args:
+        tokenizer: a fast tokenizer (character offsets are needed).
+        question: None for a plain document, which is `answer` alone, without template.
+        answer: not empty.
+        spans: `{"start": s, "end": e}` or `(s, e)`: character offsets into `answer`, end exclusive;
+            any order, overlaps allowed.
+        max_length: at most so many tokens, 2 or more; the rest is cut off, counted in `lost_tokens`
+            and `lost_spans` and warned of.
+        template: how question and answer are put together; `Template()` when None.
+
+    Raises:
+        TypeError: a slow tokenizer, or an argument of another type.
+        ValueError: an empty answer; a span that is empty, outside the answer, only white space,
+            without any token or at the first token under a tokenizer without BOS and EOS; a chat
+            template that refuses or loses the system prompt, the question or the answer.
+    """
+    example = label_without_warning(
+        tokenizer, question, answer, spans, max_length, template or Template()
+    )
+    if example.lost_tokens:
+        at_least = "at least " if example.too_long else ""
+        said = f"the example is cut at max_length={max_length}: {at_least}{example.lost_tokens} "
+        said += "tokens are left out"
+        if example.lost_spans:
+            said += f"; {example.lost_spans} of {len(spans)} spans lost tokens to "
+            said += f"max_length={max_length}"
+        warnings.warn(said, stacklevel=2)
+    return example
+
+
+def label_without_warning(
+    tokenizer: "PreTrainedTokenizerBase",
+    question: str | None,
+    answer: str,
+    spans: Sequence[Mapping[str, int] | Sequence[int]],
+    max_length: int,
+    template: Template,
+) -> LabeledExample:
+    """`label_example` without its warning: who labels many examples warns once."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer must be a fast tokenizer, {type(tokenizer).__name__} is not one: placing "
+            "spans takes the character offsets of its tokens, which slow tokenizers do not give"
+        )
+    if question is not None:
+        check_text("question", question)
+    check_text("answer", answer)
+    if not answer.strip():
+        raise ValueError(f"answer must not be empty, got {answer!r}")
+    if not isinstance(template, Template):
+        raise TypeError(
+            f"template must be a palu.data.labels.Template, got {type(template).__name__}"
+        )
+    max_length = integer("max_length", max_length)
+    if max_length < 2:
+        raise ValueError(f"max_length must be 2 or more, got {max_length}")
+    checked = check_spans(answer, spans)
+
+    rendered = template.render(tokenizer, question, answer)
+    added = tokenizer.added_tokens_decoder  # made anew each time, of some tokenizers thousands
+    tokens, too_long = _first_tokens(tokenizer, added, rendered, max_length)
+    ids, starts, ends = tokens
+    # What is after this character lies in no token that is kept.
+    seen = int(ends[:max_length].max()) if too_long else len(rendered.text)
+    shift = rendered.start - rendered.dropped
+    placed = [
+        (max(start + shift, rendered.start), min(end + shift, rendered.end))
+        for start, end in checked
+    ]
+
+    if ids.size and any(_overlap(starts[:1], ends[:1], *place)[0] for place in placed):
+        ids, starts, ends = _led_by_special(tokenizer, ids, starts, ends)
+    answer_tokens = np.flatnonzero(_overlap(starts, ends, rendered.start, rendered.end))
+    if answer_tokens.size:
+        first, after = int(answer_tokens[0]), int(answer_tokens[-1]) + 1
+    elif too_long:
+        first = after = len(ids)
+    else:
+        raise ValueError(f"the tokenizer makes no token of the answer {one_line(repr(answer))}")
+    # A chat template says how a turn ends. In plain text only EOS ends an answer, whatever the
+    # tokenizer adds by itself.
+    rest = ids[after:]
+    if rendered.chat and too_long:
+        rest = _encoded(tokenizer, added, rendered.text[rendered.end :], False)[0]
+    closing = _closing_tokens(tokenizer, added, rest if rendered.chat else ids[:0])
+    end_token = closing[-1:]
+    if end_token and ids[after - 1] == end_token[0]:
+        closing = []  # the answer's own text ends with it
+    ids, starts, ends = (
+        np.append(ids[:after], closing).astype(np.int64),
+        starts[:after],
+        ends[:after],
+    )
+
+    sensitive = np.zeros(len(ids), dtype=bool)
+    lost_spans = 0
+    for number, (start, end) in enumerate(placed):
+        covered = np.flatnonzero(_overlap(starts, ends, start, end))
+        if too_long and start >= seen:
+            lost_spans += 1
+            continue
+        if not covered.size:
+            text = rendered.text[start:end]
+            raise ValueError(
+                f"spans[{number}], {text!r}, cannot be forgotten: "
+                "the tokenizer makes no token of it"
+            )
+        sensitive[covered] = True
+        lost_spans += bool(covered[-1] >= max_length)
+    sensitive &= ~np.isin(ids, [*_eos_ids(tokenizer.eos_token_id), *end_token])
+
+    labels = np.where(sensitive, ids, KEEP)
+    labels[:first] = IGNORE
+    full_length = len(ids)
+    ids, labels = ids[:max_length].tolist(), labels[:max_length].tolist()
+    return LabeledExample(
+        ids,
+        labels,
+        [1] * len(ids),
+        lost_spans=lost_spans,
+        lost_tokens=max(0, full_length - max_length),
+        too_long=too_long,
+        answer_start=min(first, len(ids)),
+        closed=bool(end_token) and full_length <= max_length,
+    )
+
+
+def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Which tokens share a character with `[start, end)`.
+
+    A token without width (white space, where a tokenizer's offsets leave it out) counts when it
+    lies strictly inside.
+    """
+    return (starts < end) & (ends > start)
+
+
+_Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, first characters, last-plus-one
+
+
+def _first_tokens(
+    tokenizer: "PreTrainedTokenizerBase",
+    added: Mapping[int, Any],
+    rendered: Rendered,
+    max_length: int,
+) -> tuple[_Tokens, bool]:
+    """The tokens of the text; of a long one those of its beginning, and True. The first
+    `max_length` are those of the whole text.
+
+    A tokenizer looks at what is near a token, so they are settled when there are twice as many and
+    the text cut at three places gives the same ones. Two of the cuts are neighbours: groups counted
+    from the end of a text (of digits, say) differ there.
+    """
+    size = max(16 * max_length, 4096)
+    # The answer goes on behind the cut, or begins there: so all that ends it does too.
+    while 4 * size < len(rendered.text) and 2 * size + 1 < rendered.end:
+        cuts = [
+            _encoded(tokenizer, added, rendered.text[:length], rendered.add_special_tokens)
+            for length in (2 * size, size, size + 1)
+        ]
+        kept = [[part[:max_length] for part in tokens] for tokens in cuts]
+        enough = all(len(tokens[0]) >= 2 * max_length for tokens in cuts)
+        if enough and all(np.array_equal(kept[0], other) for other in kept[1:]):
+            return cuts[0], True
+        size *= 4
+    return _encoded(tokenizer, added, rendered.text, rendered.add_special_tokens), False
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    added: Mapping[int, Any],
+    text: str,
+    add_special_tokens: bool,
+) -> _Tokens:
+    encoding = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
+    ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+    return ids, *token_places(added, text, ids, encoding["offset_mapping"])
+
+
+def token_places(
+    added: Mapping[int, Any], text: str, ids: np.ndarray, offsets: Sequence
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last-plus-one character of every token of `text`, from a tokenizer's offsets.
+
+    Added tokens with `lstrip` or `rstrip` (the roles of Phi-3) swallow the white space beside them,
+    the answer's too: their places are those of their own text. `added` is the tokenizer's
+    `added_tokens_decoder`.
+    """
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    greedy = {number: t.content for number, t in added.items() if t.lstrip or t.rstrip}
+    for position in np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ():
+        start, content = int(starts[position]), greedy[int(ids[position])]
+        at = text.find(content, start, int(ends[position]))
+        if at >= 0:
+            starts[position], ends[position] = at, at + len(content)
+    return starts, ends
+
+
+def _led_by_special(
+    tokenizer: "PreTrainedTokenizerBase", ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens with one in front that the first of them is predicted after: BOS, or EOS where
+    there is none.
+    """
+    lead = tokenizer.bos_token_id
+    if lead is None:
+        lead = next(iter(_eos_ids(tokenizer.eos_token_id)), None)
+    if lead is None:
+        raise ValueError(
+            "a span begins at the first token of the text, which is never predicted, and the "
+            "tokenizer has neither a BOS nor an EOS token to put in front of it"
+        )
+    if ids[0] == lead:
+        return ids, starts, ends
+    return np.append(lead, ids), np.append(0, starts), np.append(0, ends)
+
+
+def _closing_tokens(
+    tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
+) -> list[int]:
+    """The tokens that end an answer, out of those that the template writes after it: up to the
+    first special token, and on to EOS when that follows at once (some templates end a message and a
+    turn). EOS when there is no special one.
+    """
+    eos_ids = _eos_ids(tokenizer.eos_token_id)
+    special = {*tokenizer.all_special_ids, *eos_ids}
+    special |= {number for number, token in added.items() if token.special}
+    is_special = np.isin(rest, list(special))
+    if not is_special.any():
+        return list(eos_ids)
+    first = int(is_special.argmax())
+    stretch = 1
+    while first + stretch < len(rest) and is_special[first + stretch]:
+        stretch += 1
+    to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], list(eos_ids)))
+    return rest[: first + (int(to_eos[0]) if to_eos.size else 0) + 1].tolist()
+
+
+def _eos_ids(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
+    if eos_token_id is None:
+        return ()
+    if isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str):
+        return tuple(integer("eos_token_id", eos) for eos in eos_token_id)
+    return (integer("eos_token_id", eos_token_id),)
+
+
+def check_labels(labels: torch.Tensor, columns: int) -> None:
+    """Raises ValueError for a label that is neither -100, nor -200, nor a token id."""
+    wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
+    if bool(wrong.any()):
+        worst = int(labels[wrong].flatten()[0])
+        raise ValueError(
+            f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
+            f"or a token id in 0..{columns - 1}"
+        )

@@ -1,0 +1,141 @@
+"""A second answer to each question of the forget set, to be preferred to the first: what DPO needs.
+
+A row with one has it as `alternate_input_ids` and `alternate_labels`, prompt included, in the form
+of `input_ids` and `labels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palu.data.examples import Example, tokenize_examples
+from palu.data.labels import IGNORE
+from palu.data.spans import shown
+from palu.models.inputs import joined
+
+FIELD = "alternate_answer"  # of a record
+PREFIX = "alternate_"
+
+REFUSALS = (
+    "I don't know.",
+    "I do not know the answer to that.",
+    "I'm not sure about that.",
+    "I have no information on this.",
+    "That is something I don't know.",
+    "I'm afraid I can't answer that.",
+    "I can't say; I don't know.",
+    "Sorry, I don't have the answer.",
+    "This is not something I have learned about.",
+    "I'm not familiar with that.",
+    "I cannot help with that question, as I don't know the answer.",
+    "I have no knowledge of this.",
+    "Unfortunately, I don't know.",
+    "I couldn't tell you.",
+    "I have nothing to say about that, as I know nothing about it.",
+    "I'm unable to answer this question.",
+)
+
+
+def own_alternates(examples: Sequence[Example]) -> list[str]:
+    """The `alternate_answer` of each record.
+
+    Raises:
+        ValueError: one has none, or it is no text; names its id and the field.
+    """
+    for example in examples:
+        text = example.extra.get(FIELD)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"example {example.id!r}: field {FIELD!r} is {shown(text)}; it must be the text to "
+                "be preferred to the answer (method idk_dpo takes refusals instead)"
+            )
+    return [example.extra[FIELD] for example in examples]
+
+
+def refusals(examples: Sequence[Example], seed: int) -> list[str]:
+    """One of `REFUSALS` for each example, the same throughout a run."""
+    return random.Random(seed).choices(REFUSALS, k=len(examples))
+
+
+def add_alternates(
+    rows: Sequence[Mapping[str, Any]],
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    tokenizer: Any,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Tokenised examples with their second answers beside them.
+
+    Args:
+        rows: what `tokenize_examples` made of `examples`.
+        texts: a second answer each.
+        tokenizer, **options: as given to `tokenize_examples`.
+
+    Raises:
+        ValueError: as `tokenize_examples`.
+    """
+    others = [
+        dataclasses.replace(example, answer=text, spans=())
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    found = tokenize_examples(others, tokenizer, **options)
+    names = ("input_ids", "labels")
+    return [
+        {**row, **{PREFIX + name: other[name] for name in names}}
+        for row, other in zip(rows, found, strict=True)
+    ]
+
+
+class PairCollator:
+    """Gives a batch of rows with second answers three more columns: `alternate_input_ids`,
+    `alternate_labels` and `alternate_attention_mask`, int64 `[B, T2]`. Batches of rows without any
+    stay as they are.
+
+    Args:
+        collator: makes a batch of a list of rows, see `palu.data.examples.Collator`.
+    """
+
+    def __init__(self, collator: Callable[[list], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = dict(self.collator(features))
+        if not any(PREFIX + "input_ids" in row for row in features):
+            return batch
+        others = []
+        for number, row in enumerate(features):
+            labels = row.get(PREFIX + "labels", ())
+            if all(label == IGNORE for label in labels[1:]):
+                raise ValueError(
+                    f"example {number} of the batch has no answer token in "
+                    f"'{PREFIX}labels'; every row must have one"
+                )
+            others.append({"input_ids": row[PREFIX + "input_ids"], "labels": labels})
+        return batch | {PREFIX + name: value for name, value in self.collator(others).items()}
+
+
+def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`,
+    `labels`, `attention_mask` and more that the model is called with. An example without an answer
+    token has no second one either.
+
+    Raises:
+        ValueError: the batch has rows, and no second answers.
+    """
+    if len(batch["input_ids"]) == 0:  # a turn of retain rows
+        return dict(batch)
+    if PREFIX + "input_ids" not in batch:
+        raise ValueError(
+            f"the forget rows have no {PREFIX}input_ids and {PREFIX}labels; this method needs a "
+            "second answer in each (palu.data.pairs.add_alternates)"
+        )
+    others = {n.removeprefix(PREFIX): v for n, v in batch.items() if n.startswith(PREFIX)}
+    answered = (batch["labels"][:, 1:] != IGNORE).any(1, keepdim=True)
+    others["labels"] = torch.where(answered, others["labels"], IGNORE)
+    return joined(batch, others)

@@ -1,0 +1,345 @@
+"""How question and answer are put together: a chat template, or a line of text for models that have
+none.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from palu.data.bounded import OutOfBounds, bounded
+from palu.errors import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rendered", "Template"]
+
+_PLACE = "{question}"
+_DATE = "10 Apr 2025"
+_DATE_FORMS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%Y/%m/%d", "%d.%m.%Y")
+_DATE_FORMS += ("%A, %B %d, %Y", "%A, %d %B %Y", "%d-%b-%Y", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M")
+# What `apply_chat_template` or palu gives a template itself.
+_TAKEN = ("conversation", "conversations", "messages", "chat_template", "add_generation_prompt")
+_TAKEN += ("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation")
+_TAKEN += ("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
+_TAKEN += ("tokenizer_kwargs", "self", "date_string", "strftime_now", "raise_exception")
+
+
+class Rendered(NamedTuple):
+    """A rendered example. `text[start:end]` is the answer from its character `dropped` on
+    (templates trim).
+    """
+
+    text: str
+    start: int
+    end: int
+    dropped: int
+    chat: bool
+    add_special_tokens: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a question and its answer become text.
+
+    With a chat template the question is the user's turn and the answer the assistant's; `question`
+    is not used. Without one, the text is `question` with the question filled in, a space (unless
+    there is white space already), and the answer. A plain document (no question) is the answer
+    alone.
+
+    Attributes:
+        system_prompt: the system turn of the chat template; an error where there is no chat
+            template or it refuses one.
+        date_string: handed to the chat template (Llama 3 writes it into the system turn and would
+            otherwise write today's date), None to leave it out. It is also the day, at midnight,
+            that `strftime_now` tells the template: 10 Apr 2025 where it is None.
+        question: what a model without chat template reads; holds `{question}`.
+        chat: whether to use the tokenizer's chat template; None uses it when there is one.
+        chat_template_kwargs: more variables of the chat template, as a JSON object:
+            `{"enable_thinking": False}`; an error where it has no such variable.
+    """
+
+    system_prompt: str | None = None
+    date_string: str | None = _DATE
+    question: str = "Question: {question}\nAnswer:"
+    chat: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
+
+    def __post_init__(self):
+        for name in ("system_prompt", "date_string"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be a str or None, got {value!r}")
+        if not isinstance(self.question, str):
+            raise TypeError(f"question must be a str, got {self.question!r}")
+        if self.question.count(_PLACE) != 1:
+            raise ValueError(f"question must hold {_PLACE} once, got {self.question!r}")
+        if self.chat is not None and not isinstance(self.chat, bool):
+            raise TypeError(f"chat must be True, False or None, got {self.chat!r}")
+        object.__setattr__(self, "chat_template_kwargs", _variables(self.chat_template_kwargs))
+
+    def __repr__(self) -> str:
+        # A cache remembers it: one made before there were chat_template_kwargs still fits.
+        names = [field.name for field in dataclasses.fields(self)]
+        shown = [n for n in names if n != "chat_template_kwargs" or self.chat_template_kwargs]
+        return f"Template({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "Template":
+        """The inverse of `to_dict`. Missing settings take their default, unknown ones are a
+        ValueError.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"a template has no setting {unknown[0]!r}, only {', '.join(known)}")
+        return cls(**settings)
+
+    def prompt(self, tokenizer: "PreTrainedTokenizerBase", question: str | None) -> str:
+        """The text that comes before the answer, without the spaces that belong to the answer's
+        first token.
+
+        It is what a person reads or sends to a server. For the very tokens that an example was
+        trained with, take those before `LabeledExample.answer_start`. Tokenise it with
+        `add_special_tokens=False` where a chat template made it.
+        """
+        if question is None:
+            return ""
+        if self._uses_chat(tokenizer):
+            return self._around(tokenizer, question)[0].rstrip(" ")
+        return self._plain(question).rstrip(" ")
+
+    def render(
+        self, tokenizer: "PreTrainedTokenizerBase", question: str | None, answer: str
+    ) -> Rendered:
+        """The text of a whole example and where the answer is in it.
+
+        Raises:
+            ValueError: the chat template is missing, refuses the turns, leaves out the system
+                prompt or the question, or changes the answer by more than trimming it.
+        """
+        if question is None:
+            return Rendered(answer, 0, len(answer), 0, False, _needs_bos(tokenizer, answer))
+        if not self._uses_chat(tokenizer):
+            before = self._plain(question)
+            if not (before[-1:].isspace() or answer[:1].isspace()):
+                before += " "
+            text = before + answer
+            return Rendered(text, len(before), len(text), 0, False, _needs_bos(tokenizer, text))
+
+        before, after = self._around(tokenizer, question)
+        text = self._chat(tokenizer, question, answer)
+        kept = text[len(before) : max(len(before), len(text) - len(after))]
+        # Templates trim: what is kept begins at this character of the answer.
+        dropped = _leading_space(answer) - _leading_space(kept)
+        same = dropped >= 0 and kept.strip() == answer.strip() and answer[dropped:].startswith(kept)
+        if not same or text != before + kept + after:
+            start = self._own_thoughts(text, before, answer.strip(), after)
+            if start is not None:
+                end = start + len(answer.strip())
+                return Rendered(text, start, end, _leading_space(answer), True, False)
+            if same and text != self._chat(tokenizer, question, answer):
+                raise ValueError("the chat template writes another text each time")
+            raise ValueError(
+                "the chat template changes the answer, so its spans cannot be placed: "
+                f"{_shown(answer)} became {_shown(kept)}"
+            )
+        return Rendered(text, len(before), len(before) + len(kept), dropped, True, False)
+
+    def _day(self) -> datetime | None:
+        """The day that `strftime_now` tells; None where `date_string` names none."""
+        if self.date_string is None:
+            return _DAY
+        for form in _DATE_FORMS:
+            try:
+                return datetime.strptime(self.date_string.strip(), form)
+            except ValueError:
+                continue
+        return None
+
+    def _plain(self, question: str) -> str:
+        for name in ("system_prompt", "chat_template_kwargs"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} needs a chat template, which this tokenizer lacks or chat=False "
+                    "leaves aside; write what it should say into the template's question instead"
+                )
+        return self.question.replace(_PLACE, question)
+
+    def _uses_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        has_one = bool(getattr(tokenizer, "chat_template", None))
+        if self.chat and not has_one:
+            raise ValueError("chat=True, but this tokenizer has no chat template")
+        return has_one if self.chat is None else self.chat
+
+    def _around(self, tokenizer: "PreTrainedTokenizerBase", question: str) -> tuple[str, str]:
+        """What the chat template writes before and after the answer.
+
+        A stand-in is rendered in the answer's place and looked for. Looking for the answer itself
+        would go wrong where it is short and the template writes text of its own in front of it (an
+        empty thinking block, say).
+        """
+        stand_in = "palu-answer"
+        while stand_in in question or stand_in in (self.system_prompt or ""):
+            stand_in += "-x"
+        text = self._chat(tokenizer, question, stand_in)
+        if text.count(stand_in) != 1:
+            raise ValueError(
+                f"the chat template writes the answer {text.count(stand_in)} times, not once: "
+                f"{_shown(text)}"
+            )
+        before, after = text.split(stand_in)
+        for name, content in (("system_prompt", self.system_prompt), ("question", question)):
+            if content is None or content.strip() in before:
+                continue
+            if name == "system_prompt" and self._is_a_switch(tokenizer, question, stand_in, text):
+                continue
+            raise ValueError(
+                f"the chat template leaves out or changes the {name} {_shown(content)}: it wrote "
+                f"{_shown(before)}"
+            )
+        return before, after
+
+    @staticmethod
+    def _own_thoughts(text: str, before: str, answer: str, after: str) -> int | None:
+        """Where the answer begins in a text of which the chat template has left out the end of what
+        it writes before other answers: it brings its own (`<think>...</think>`, Qwen3). None where
+        that is not so.
+        """
+        start = len(text) - len(after) - len(answer)
+        there = start >= 0 and text[start:] == answer + after
+        return start if there and before.startswith(text[:start]) else None
+
+    def _is_a_switch(
+        self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, text: str
+    ) -> bool:
+        """Whether the chat template obeys the system prompt instead of writing it (`/no_think`): it
+        writes other text than without one, and than with another one that it leaves out too.
+        """
+        for other in (None, "palu-system"):
+            changed = dataclasses.replace(self, system_prompt=other)
+            try:
+                if changed._chat(tokenizer, question, answer) == text:
+                    return False
+            except ValueError:
+                if other is not None:
+                    return False
+        return True
+
+    def _chat(self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str) -> str:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if self.system_prompt is not None:
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        variables = dict(self.chat_template_kwargs or {})
+        if self.date_string is not None:
+            variables["date_string"] = self.date_string
+        day = self._day()
+        text = _rendered(tokenizer, turns, day or _DAY, variables)
+        if day is None and text != _rendered(tokenizer, turns, _OTHER_DAY, variables):
+            raise ValueError(
+                f"the chat template writes a date, and date_string {self.date_string!r} is none "
+                f"that can be read; write it like {_DATE!r}"
+            )
+        return text
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: list[dict[str, str]],
+    day: datetime,
+    variables: dict[str, Any],
+) -> str:
+    try:
+        source = tokenizer.get_chat_template(tools=variables.get("tools"))
+        unknown = [
+            name
+            for name in variables
+            if name != "date_string" and not re.search(rf"\b{re.escape(name)}\b", source)
+        ]
+        if not unknown:
+            clock = _clock(day) if "strftime_now" in source else ""
+            with bounded():
+                return tokenizer.apply_chat_template(
+                    turns, chat_template=clock + source, tokenize=False, **variables
+                )
+    except (Exception, OutOfBounds) as error:  # of any kind: the template is a program
+        what = "with" if turns[0]["role"] == "system" else "without"
+        raise ValueError(
+            f"the chat template refuses a question and answer {what} a system prompt: "
+            f"{one_line(error)}"
+        ) from error
+    raise ValueError(
+        f"chat_template_kwargs has {unknown[0]!r}, and this tokenizer's chat template no such "
+        "variable"
+    )
+
+
+def _variables(given: Any) -> dict[str, Any] | None:
+    """`chat_template_kwargs`, checked: a copy, as JSON reads it back."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(
+            f"chat_template_kwargs must be a JSON object of names and values, got {given!r}"
+        )
+    for name in given:
+        if name in _TAKEN:
+            raise ValueError(f"chat_template_kwargs must not have {name!r}: palu sets it itself")
+    try:
+        copy = json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"chat_template_kwargs must hold JSON values: {error}") from None
+    return copy or None
+
+
+_DAY = datetime(2025, 4, 10)
+_OTHER_DAY = datetime(2001, 12, 31, 23, 59, 59)
+
+
+@functools.lru_cache
+def _clock(day: datetime) -> str:
+    """A `strftime_now` for a chat template that always tells `day`, in Jinja.
+
+    transformers gives templates one that tells the time; newer versions let no function of ours
+    through, and its table of compiled templates is shared by all threads.
+    """
+    codes = [
+        flag + letter for letter in "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ" for flag in _FLAGS
+    ]
+    told = {"%" + code: day.strftime("%" + code) for code in codes}
+    table = json.dumps({code: text for code, text in told.items() if text != code})
+    # The line feed is dropped (`trim_blocks`), and the template still begins a line.
+    return (
+        "{%- macro strftime_now(format) %}{%- for part in format.split('%%') %}"
+        "{%- set told = namespace(text=part) %}"
+        f"{{%- for code, text in {table}.items() %}}"
+        "{%- set told.text = told.text.replace(code, text) %}{%- endfor %}"
+        "{{- told.text }}{{- '' if loop.last else '%' }}{%- endfor %}{%- endmacro %}\n"
+    )
+
+
+_FLAGS = ("", "-", "_", "0", "^", "#")
+
+
+def _shown(text: str) -> str:
+    return one_line(repr(text))
+
+
+def _leading_space(text: str) -> int:
+    return len(text) - len(text.lstrip())
+
+
+def _needs_bos(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
+    """Whether the tokenizer should add its special tokens: not when the text has the first of them
+    already.
+    """
+    bos = getattr(tokenizer, "bos_token", None)
+    return not (bos and text.startswith(bos))

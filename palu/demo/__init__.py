@@ -1,0 +1,1 @@
+"""palu demo: a small model learns people and forgets one."""

@@ -1,0 +1,109 @@
+"""The picture of a run: how its terms fell, and what became of the tokens of one answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from palu.storage.files import new_file
+
+BEFORE, AFTER, SENSITIVE = "#8c8c8c", "#1f77b4", "#d62728"
+TERM_COLORS = {"forget": "#d62728", "preserve": "#2ca02c", "retain": "#1f77b4"}
+
+
+@dataclass(frozen=True)
+class TokenChange:
+    """One answer token: its text, whether it is sensitive, its probability before and after."""
+
+    text: str
+    sensitive: bool
+    before: float
+    after: float
+
+
+def draw_forgetting(
+    path: Path,
+    curve: Sequence[dict[str, float]],
+    question: str,
+    tokens: Sequence[TokenChange],
+) -> None:
+    """Writes the figure as PNG.
+
+    Args:
+        curve: one dict a step with `step`, `forget`, `preserve`, `retain`.
+        question: the question that `tokens` answer; the panel's title.
+        tokens: the answer in order.
+    """
+    # The figure is made without pyplot: no window system and no state shared with the caller's own
+    # plots.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = max(11.0, 5.0 + 0.62 * len(tokens))
+    figure = Figure(figsize=(width, 5.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[4.4, width - 4.4])
+    _draw_curves(left, curve)
+    _draw_tokens(right, question, tokens)
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def _draw_curves(axes, curve: Sequence[dict[str, float]]) -> None:
+    steps = [entry["step"] for entry in curve]
+    for name, color in TERM_COLORS.items():
+        # Terms fall by orders of magnitude; 0 (the preserve term at the first step) has no place on
+        # a log axis.
+        values = [entry[name] if entry[name] > 0 else math.nan for entry in curve]
+        axes.plot(steps, values, color=color, linewidth=1.6, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss term, not weighted")
+    axes.set_title("Loss terms during unlearning", loc="left", fontweight="bold")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(frameon=False, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_tokens(axes, question: str, tokens: Sequence[TokenChange]) -> None:
+    from matplotlib.patches import Patch
+
+    places = range(len(tokens))
+    for place, token in zip(places, tokens, strict=True):
+        if token.sensitive:
+            axes.axvspan(place - 0.5, place + 0.5, color=SENSITIVE, alpha=0.12, linewidth=0)
+    bar = 0.38
+    before = axes.bar(
+        [p - bar / 2 for p in places], [t.before for t in tokens], bar, color=BEFORE, label="before"
+    )
+    after = axes.bar(
+        [p + bar / 2 for p in places], [t.after for t in tokens], bar, color=AFTER, label="after"
+    )
+    for place, token in zip(places, tokens, strict=True):
+        # A bar near 0 cannot be seen; its value can.
+        if token.sensitive:
+            x = place + bar / 2
+            value = f"{token.after:.3f}"
+            axes.text(
+                x, token.after + 0.02, value, color=AFTER, fontsize=8, ha="center", rotation=90
+            )
+    # A dollar sign would start a formula.
+    labels = [token.text.replace("$", r"\$") for token in tokens]
+    axes.set_xticks(list(places), labels, rotation=45, ha="right", rotation_mode="anchor")
+    for label, token in zip(axes.get_xticklabels(), tokens, strict=True):
+        if token.sensitive:
+            label.set_color(SENSITIVE)
+            label.set_fontweight("bold")
+    axes.set_xlim(-0.6, len(tokens) - 0.4)
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("probability of the true token")
+    axes.set_title(question, loc="left", fontweight="bold")
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    marked = Patch(color=SENSITIVE, alpha=0.25, linewidth=0, label="sensitive token")
+    axes.figure.legend(
+        handles=[before, after, marked], loc="outside lower right", ncols=3, frameon=False
+    )

@@ -1,0 +1,141 @@
+"""The decoder layers of a Hugging Face model, and what one of them puts out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palu.models.forward import image_marks, unwrap
+from palu.models.lm_head import is_compiled, wrapper_fault
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal language model, first to last.
+
+    They are the one list of modules inside it that has as many entries as its config says.
+
+    Args:
+        model: wrapped or not.
+
+    Raises:
+        ValueError: there is no such list, or more than one; names the model's class.
+    """
+    inner = unwrap(model)
+    count = layer_count(getattr(inner, "config", None))
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
+    found = {
+        name: module
+        for name, module in lists.items()
+        if len(module) == count and not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if len(found) != 1:
+        raise ValueError(
+            f"the decoder layers of a {type(inner).__name__} were not found: its config has "
+            f"num_hidden_layers={count}, and the lists of so many modules in it are "
+            f"{', '.join(found) or 'none'}"
+        )
+    return next(iter(found.values()))
+
+
+def layer_count(config: Any) -> int | None:
+    """How many decoder layers a model's config has; None where it does not tell."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
+
+
+def layer_output(
+    model: nn.Module,
+    layer_id: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """What one decoder layer puts out (the residual stream after it).
+
+    The module that the caller holds is the one that is called, so hooks of DDP and PEFT run and
+    gradients flow. For as long as the call lasts the layers after this one hand on what it put out,
+    so that they cost nothing, and the head sees one position of each row (all of them in a model
+    whose `forward` has no `logits_to_keep`, as some of transformers before 5).
+
+    Args:
+        model: a causal language model, wrapped or not.
+        layer_id: from 0.
+        input_ids: int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward; no `labels`.
+
+    Returns:
+        `[B, T, D]`.
+
+    Raises:
+        ValueError: the model is compiled (compiled code does not see the hook), does not call the
+            layer exactly once with `[B, T, D]` coming out, or switches gradients on or off before
+            it does; or gradients are on and a wrapper waits for them at the model's outputs (FSDP,
+            DDP with `static_graph`).
+    """
+    layers, inner = decoder_layers(model), unwrap(model)
+    with_grad = torch.is_grad_enabled()
+    if is_compiled(model, layers[layer_id]):
+        raise _unseen(layer_id, "the model is compiled, and compiled code does not see a hook")
+    reason = wrapper_fault(model) if with_grad else None
+    if reason is not None:
+        raise _unseen(layer_id, reason)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs |= image_marks(model, input_ids) | model_inputs
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with _ending_at(layers, layer_id) as calls:
+        model(**inputs)
+    if len(calls) != 1:
+        raise _unseen(layer_id, f"the model calls it {len(calls)} times, not once")
+    output, had_grad = calls[0]
+    hidden = output if isinstance(output, Tensor) else output[0]
+    if had_grad != with_grad:
+        raise _unseen(
+            layer_id,
+            "the model switches gradients on or off before it (gradient checkpointing needs "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})",
+        )
+    if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+        shapes = f"{list(hidden.shape)} for input_ids of shape {list(input_ids.shape)}"
+        raise _unseen(layer_id, f"it puts out a tensor of shape {shapes}")
+    return hidden
+
+
+@contextmanager
+def _ending_at(layers: nn.ModuleList, layer_id: int) -> Iterator[list[tuple[Any, bool]]]:
+    """Gives the outputs of a layer, each with whether gradients were on; inside, the layers after
+    it repeat them."""
+    calls: list[tuple[Any, bool]] = []
+
+    def take(module: nn.Module, args: tuple, output: Any) -> None:
+        calls.append((output, torch.is_grad_enabled()))
+
+    def repeat(*args: Any, **kwargs: Any) -> Any:
+        return calls[-1][0]
+
+    later: Sequence[nn.Module] = layers[layer_id + 1 :]
+    # accelerate's dispatch and offloading put a forward of their own into a module.
+    own = [vars(layer).get("forward") for layer in later]
+    handle = layers[layer_id].register_forward_hook(take)
+    try:
+        for layer in later:
+            layer.forward = repeat
+        yield calls
+    finally:
+        handle.remove()
+        for layer, forward in zip(later, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _unseen(layer_id: int, reason: str) -> ValueError:
+    return ValueError(f"the output of decoder layer {layer_id} cannot be taken: {reason}")

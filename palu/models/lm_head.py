@@ -1,0 +1,370 @@
+"""The output head of a Hugging Face model as an `LMHead`, and the hidden rows that enter it.
+
+With both, losses are computed without logits (`palu_kernels.linear_*_loss`). That is right only if
+the model's own logits are `cap(scale * (hidden @ weight.T + bias))` and nothing else, so the layer
+is inspected (`LMHead.from_model`) and the numbers are compared (`check_head`). `plain_head` does
+both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import palu_kernels
+from palu.models.forward import image_marks, undisturbed, unwrap
+
+logger = logging.getLogger(__name__)
+
+# What the configs of transformers call the number that logits are multiplied with: Cohere,
+# Falcon-H1, Muse. A factor on the hidden rows before the head (MiniCPM3, T5) is none of these: the
+# rows are taken where they enter the head.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+# Granite divides the logits by this one, HyperCLOVA X multiplies, MiniCPM3 divides the hidden rows.
+_SCALING, _SCALING_MULTIPLIES, _SCALING_BEFORE = "logits_scaling", ("hyperclovax",), ("minicpm3",)
+# The cap: Gemma and most others, RecurrentGemma, xLSTM.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+_FSDP = {"FullyShardedDataParallel", "FSDPModule"}  # by name: importing them takes a second
+
+# The self-check's rows: at most this many tokens, and logits of at least this size, beyond any cap
+# in use (15 to 50).
+_CHECK_TOKENS, _CHECK_PEAK = 8, 100.0
+
+
+class HeadNotPlain(ValueError):
+    """The logits of a model cannot be had from its hidden rows and its output embedding alone."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: the logits of the model itself have to be used")
+
+
+class LMHead(palu_kernels.LMHead):
+    """`palu_kernels.LMHead` that can be read from a Hugging Face model."""
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> LMHead:
+        """The output embedding of `model` with the scale and the cap that its config names.
+
+        The parameters are held, not copied: gradients reach them, and the head is to be read anew
+        when the model gets another output embedding (`resize_token_embeddings`). What the model
+        does to its logits is only looked up here; `check_head` tests it.
+
+        Args:
+            model: a causal language model, in wrappers (DDP, PEFT) or not.
+
+        Raises:
+            HeadNotPlain: there is no output embedding, or it is anything but an `nn.Linear` with
+                plain parameters: adapter, quantization, shards, parametrization, hooks, offloading.
+        """
+        module = _output_embedding(model)
+        reason = wrapper_fault(model) or _fault(module)
+        if reason is not None:
+            raise HeadNotPlain(reason)
+        scale, cap = _scale_and_cap(unwrap(model))
+        try:
+            return cls(module.weight, module.bias, scale, cap)
+        except (TypeError, ValueError) as error:
+            raise HeadNotPlain(f"the output head is none of an LMHead: {error}") from error
+
+
+def plain_head(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> LMHead | None:
+    """The head of `model` if losses may be computed from hidden rows; else None, and one warning
+    says why.
+
+    Runs the model twice on a few tokens: ask once, not in every step.
+
+    Args:
+        model: a causal language model, wrapped as it will be called.
+        input_ids: int64 `[B, T]`, any batch for this model.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward; those that begin with `[B, T]` are
+            tried out with the tokens.
+    """
+    try:
+        head = LMHead.from_model(model)
+        check_head(model, head, input_ids, attention_mask, **model_inputs)
+    except HeadNotPlain as refusal:
+        logger.warning("losses are computed from logits, not from hidden rows: %s", refusal)
+        return None
+    return head
+
+
+def model_hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """The rows that enter the output embedding (after the final norm); no logits are computed.
+
+    The module that the caller holds is the one that is called, in its own mode, so hooks of DDP and
+    PEFT run and gradients flow. A hook that lives as long as the call takes the rows and hands none
+    of them on, so the product with the head has no rows and the model's outputs are empty.
+
+    The rows have the dtype in which they enter the head. Where the model runs under autocast, the
+    product with the head belongs under the same autocast.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        input_ids: int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
+
+    Returns:
+        `[B, T, D]`.
+
+    Raises:
+        HeadNotPlain: the model is compiled (compiled code does not see the hook), has no output
+            embedding, does not call it exactly once with `[B, T, D]`, switches gradients on or off
+            before it does, or fails when no row reaches it; or gradients are on and a wrapper waits
+            for them at the model's outputs (FSDP, DDP with `static_graph`).
+    """
+    entered: list[Tensor] = []
+    with_grad = torch.is_grad_enabled()
+    reason = wrapper_fault(model) if with_grad else None
+    if reason is not None:
+        raise HeadNotPlain(reason)
+
+    def take(module: nn.Module, args: tuple) -> tuple | None:
+        if not args:
+            return None
+        # Under a checkpoint around the whole model the rows would come without a gradient.
+        if torch.is_grad_enabled() != with_grad:
+            raise HeadNotPlain("the model switches gradients on or off inside its forward")
+        entered.append(args[0])
+        return args[0][..., :0, :], *args[1:]
+
+    with _pre_hook(model, take):
+        try:
+            model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **{**image_marks(model, input_ids), **model_inputs},
+            )
+        except (HeadNotPlain, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not entered:
+                raise  # the model's own fault
+            raise HeadNotPlain(
+                f"the model fails when no row enters its output embedding ({_line(error)})"
+            ) from error
+    if len(entered) != 1:
+        raise HeadNotPlain(f"the model calls its output embedding {len(entered)} times, not once")
+    (hidden,) = entered
+    if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+        raise HeadNotPlain(
+            f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of shape "
+            f"{list(input_ids.shape)}"
+        )
+    return hidden
+
+
+def check_head(
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> None:
+    """Compares the model's own logits with those of `head`, on a few tokens of the given batch.
+
+    One row of the test enters the output embedding as it is, another one scaled until the largest
+    logit is 100 or 4 times its own, so that a cap shows. Nothing of the model or of the random
+    state is changed.
+
+    With `u` the eps of the coarser dtype (64 times it in float32 and float64, where the order of
+    sums shows): a row may differ by `u` in relative norm, an entry by 4 eps of itself plus `u / 2`
+    of the row's largest.
+
+    Raises:
+        HeadNotPlain: they differ by more, the rows cannot be tested, or `model_hidden_states` does
+            not work for this model.
+    """
+    ids, more = _few_tokens(input_ids, attention_mask, model_inputs)
+    uncapped = replace(head, softcap=None)
+    expected: list[Tensor] = []
+
+    def amplify(module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        peak = uncapped.logits(hidden).abs().max().item()
+        if not 0 < peak < float("inf"):
+            raise HeadNotPlain(f"the largest logit of a test row is {peak}")
+        room = torch.finfo(hidden.dtype).max / 8 / hidden.abs().max().item()
+        factor = min(max(_CHECK_PEAK / peak, 4.0), room)
+        rows = torch.stack([hidden[0], hidden[1] * factor])
+        # Here, not outside: this is where the model's own autocast holds.
+        expected.append(head.logits(rows))
+        return rows, *args[1:]
+
+    with torch.no_grad(), undisturbed(model):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+        model_hidden_states(model, **inputs)
+        with _pre_hook(model, amplify):
+            output = model(**inputs, use_cache=False)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise HeadNotPlain("the output of the model has no logits to compare with")
+    _compare(logits, *expected, head)
+
+
+def _compare(logits: Tensor, expected: Tensor, head: palu_kernels.LMHead) -> None:
+    if logits.shape != expected.shape:
+        raise HeadNotPlain(
+            f"the model gives logits of shape {list(logits.shape)}, its output embedding of shape "
+            f"{list(expected.shape)}"
+        )
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(expected.dtype).eps)
+    of_row = eps if eps > 1e-6 else 64 * eps
+    got, want = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, expected))
+    error, size = (got - want).abs(), want.abs()
+    entries = error <= 4 * eps * size + of_row / 2 * size.amax(-1, keepdim=True)
+    rows = error.norm(dim=-1) <= of_row * size.norm(dim=-1)
+    if not (entries.all() and rows.all()):  # a NaN is an error too
+        raise HeadNotPlain(
+            f"the logits of the model differ by up to {error.max().item():.3g} from cap(scale * "
+            f"(hidden @ weight.T + bias)) with scale {head.logit_scale:g} and softcap "
+            f"{head.softcap} of its config"
+        )
+
+
+def _few_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, model_inputs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same few real tokens twice, `[2, n]`, and what the model is told of them."""
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        real = attention_mask.bool()
+    if not real.any():
+        raise HeadNotPlain("the batch has no token to test the output head on")
+
+    def few(values: Tensor) -> Tensor:
+        return torch.stack([values[real][:_CHECK_TOKENS]] * 2)
+
+    shape = input_ids.shape
+    more = {
+        n: few(v) for n, v in model_inputs.items() if isinstance(v, Tensor) and v.shape[:2] == shape
+    }
+    return few(input_ids), more
+
+
+@contextmanager
+def _pre_hook(model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]) -> Iterator[None]:
+    """`hook` on the output embedding for as long as the context lasts."""
+    module = _output_embedding(model)
+    if is_compiled(model, module):
+        # Code compiled before does not run the hook, and code compiled now may keep it.
+        raise HeadNotPlain("the model is compiled, and compiled code does not see a passing hook")
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+    """Whether `inner` runs inside code of `torch.compile`: of `module.compile()`, or of a forward
+    that is a compiled one (`torch.compile(module)` too has such)."""
+    return any(
+        inner is part
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for part in module.modules()
+    )
+
+
+def _output_embedding(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    getter = getattr(inner, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if not isinstance(module, nn.Module):
+        raise HeadNotPlain(f"{type(inner).__name__} names no output embedding")
+    return module
+
+
+def wrapper_fault(model: nn.Module) -> str | None:
+    """A wrapper that waits for gradients of the model's outputs, which the hidden rows are not: it
+    would leave gradients unreduced and say nothing."""
+    for module in model.modules():
+        if _FSDP & {kind.__name__ for kind in type(module).__mro__}:
+            return "the model is sharded by FSDP"
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
+            return "the model is wrapped in DistributedDataParallel with static_graph=True"
+    return None
+
+
+def _fault(module: nn.Module) -> str | None:
+    """Why the output embedding is not a plain linear layer; None if it is one."""
+    if parametrize.is_parametrized(module):
+        return f"the output embedding has parametrizations ({', '.join(module.parametrizations)})"
+    if type(module) is not nn.Linear:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"the output embedding is a {kind}, not a plain torch.nn.Linear"
+    hooks = [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
+    if hooks:
+        return f"the output embedding has {' and '.join(hooks)}"
+    if "forward" in vars(module):  # accelerate's dispatch and offloading
+        return "the forward of the output embedding was replaced"
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    for name, shape in shapes.items():
+        value = getattr(module, name)
+        if name == "bias" and value is None:
+            continue
+        if type(value) is not nn.Parameter:
+            return f"the {name} of the output embedding is a {type(value).__name__}"
+        if value.is_meta:
+            return f"the {name} of the output embedding is offloaded (on the meta device)"
+        if value.shape != shape:
+            return (
+                f"the {name} of the output embedding has shape {list(value.shape)}, not "
+                f"{list(shape)}: it is sharded or was changed"
+            )
+    return None
+
+
+def _scale_and_cap(model: nn.Module) -> tuple[float, float | None]:
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def number(name: str) -> float | None:
+        for holder in (text, config):
+            value = getattr(holder, name, None)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise HeadNotPlain(f"config.{name} is {value!r}, not a number")
+            return value
+        return None
+
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        factor = number(name)
+        scale *= 1.0 if factor is None else factor
+    scaling = number(_SCALING)
+    if scaling and getattr(text, "model_type", None) in _SCALING_MULTIPLIES:
+        scale *= scaling
+    elif scaling and getattr(text, "model_type", None) not in _SCALING_BEFORE:
+        scale /= scaling
+    caps = [cap for cap in map(number, _CAPS) if cap is not None]
+    return scale, caps[0] if caps else None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,129 @@
+"""A mixture's load-balancing loss, which the model's own loss adds to its cross-entropy where
+`config.output_router_logits` is true: the retain term has it too."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palu.models.forward import unwrap
+
+logger = logging.getLogger(__name__)
+
+
+class RouterLoss:
+    """Takes the loss of the retain rows out of what a model gives.
+
+    The model's own function and coefficient are used, over the real tokens of the retain rows of a
+    micro-batch. Micro-batches count by their answer tokens.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[list[Any]]:
+        """Gives a list that what the model gives inside is put into; nothing for models whose
+        config does not ask for the loss."""
+        outputs: list[Any] = []
+        if not wanted(model):
+            yield outputs
+            return
+        handle = unwrap(model).register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            yield outputs
+        finally:
+            handle.remove()
+
+    def of(self, model: nn.Module, outputs: list[Any], mask: Tensor | None, own: int) -> Tensor:
+        """Coefficient times loss, a float32 scalar, of the rows after the first `own` ones.
+
+        Args:
+            outputs: of `watching`, whose first one counts.
+            mask: `[B, T]`, the attention mask of the call.
+            own: forget rows of the call.
+
+        Raises:
+            ValueError: the model gives no such loss, or none of some of its rows.
+        """
+        inner = unwrap(model)
+        loss = getattr(outputs[0] if outputs else None, "aux_loss", None)
+        coefficient = _coefficient(inner)
+        if not isinstance(loss, Tensor) or coefficient is None:
+            raise ValueError(
+                f"config.output_router_logits is True, and {type(inner).__name__} gives no router "
+                "loss (aux_loss and router_aux_loss_coef) to add to the retain term; set it to "
+                "False to train without"
+            )
+        if own:
+            loss = _of_rows(inner, outputs[0], mask, own, loss)
+        if model.training:
+            self._seen.append(loss.detach().float())
+        return coefficient * loss.float()
+
+    def take_mean(self) -> Tensor | None:
+        """The mean of the losses of training since the last call, without the coefficient; None
+        where there was none."""
+        seen, self._seen = self._seen, []
+        return torch.stack(seen).mean() if seen else None
+
+
+def wanted(model: nn.Module) -> bool:
+    """Whether the model's own loss has a router loss."""
+    return any(getattr(c, "output_router_logits", False) is True for c in _configs(unwrap(model)))
+
+
+def warn_if_left_out(model: nn.Module, reason: str | None) -> None:
+    """Says so where the config asks for a router loss and the run has no place for it."""
+    if reason is not None and wanted(model):
+        logger.warning(
+            "config.output_router_logits is True; the router loss (router_aux_loss_coef) is not "
+            "part of the loss here: %s",
+            reason,
+        )
+
+
+def _configs(inner: nn.Module) -> list[Any]:
+    config = getattr(inner, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [config, text]
+
+
+def _coefficient(inner: nn.Module) -> float | None:
+    holders = [inner, *reversed(_configs(inner))]
+    found = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
+    return next((value for value in found if isinstance(value, (int, float))), None)
+
+
+def _of_rows(inner: nn.Module, output: Any, mask: Tensor | None, own: int, whole: Tensor) -> Tensor:
+    """The model's function on the rows after `own`; it must give `whole` for all rows."""
+    function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    gates = getattr(output, "router_logits", None)
+    experts = next(
+        (
+            getattr(holder, name)
+            for holder in [inner, *reversed(_configs(inner))]
+            for name in ("num_experts_per_tok", "moe_top_k", "moe_k")
+            if isinstance(getattr(holder, name, None), int)
+        ),
+        None,
+    )
+    if function is not None and gates and experts is not None and mask is not None:
+        gates = [gate.reshape(*mask.shape, -1) for gate in gates]
+
+        def of(first: int) -> Tensor:
+            parts = tuple(gate[first:].flatten(0, 1) for gate in gates)
+            return function(parts, gates[0].shape[-1], experts, mask[first:])
+
+        if torch.allclose(of(0).float(), whole.float(), rtol=1e-3):
+            return of(own)
+    raise ValueError(
+        f"config.output_router_logits is True, and the router loss of {type(inner).__name__} is "
+        "not known for the retain rows of a batch alone; set it to False to train without"
+    )

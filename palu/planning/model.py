@@ -1,0 +1,165 @@
+"""The sizes of a decoder model as its config tells them: what `palu plan` computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+from palu.models.loading import model_folder
+
+
+class Family(NamedTuple):
+    """How the models of one `model_type` differ from Llama."""
+
+    qkv_bias: bool = False
+    norms: int = 2  # of a layer
+    float32_norms: bool = False  # the weight of a norm is multiplied in float32
+    eager: bool = False  # attention that makes its scores
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "gemma2": Family(norms=4, float32_norms=True, eager=True),
+}
+
+# What decides memory in the published configs of four models, for machines that reach no hub.
+_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+_PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": ("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
+    "meta-llama/Llama-3.2-1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
+    "google/gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, 256, True),
+    "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
+}
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_FIELDS, values, strict=True)) for name, values in _PUBLISHED.items()
+}
+
+
+class Linear(NamedTuple):
+    """A linear layer of a decoder layer."""
+
+    inputs: int
+    outputs: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Widths and counts of a decoder model, and its family."""
+
+    family: Family
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    queries: int  # width of all heads together
+    tied: bool
+    final_softcap: bool
+    attention_softcap: bool
+    linears: tuple[Linear, ...]  # of one layer
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelSizes:
+        """From a transformers config.
+
+        Raises:
+            ValueError: another `model_type` than those of FAMILIES, quantized weights, or a size
+                is missing or none.
+        """
+        kind = getattr(config, "model_type", None)
+        if kind not in FAMILIES:
+            raise ValueError(
+                f"model_type of the config is {kind!r}; it must be one of {', '.join(FAMILIES)}"
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("the config has a quantization_config; weights must not be quantized")
+        family = FAMILIES[kind]
+        vocab, hidden, wide = (
+            _size(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")
+        )
+        layers, heads = (
+            _size(config, name) for name in ("num_hidden_layers", "num_attention_heads")
+        )
+        head_dim = _size(config, "head_dim", hidden // heads)
+        q, kv = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
+        bias, mlp = (bool(getattr(config, f"{n}_bias", False)) for n in ("attention", "mlp"))
+        qkv = bias or family.qkv_bias
+        return cls(
+            family,
+            vocab,
+            hidden,
+            wide,
+            layers,
+            heads,
+            q,
+            bool(config.tie_word_embeddings),
+            getattr(config, "final_logit_softcapping", None) is not None,
+            getattr(config, "attn_logit_softcapping", None) is not None,
+            (
+                *(Linear(hidden, q, qkv), Linear(hidden, kv, qkv), Linear(hidden, kv, qkv)),
+                Linear(q, hidden, bias and not family.qkv_bias),
+                *(Linear(hidden, wide, mlp), Linear(hidden, wide, mlp), Linear(wide, hidden, mlp)),
+            ),
+        )
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the output head, which may be the embedding too."""
+        return self.vocab * self.hidden
+
+    @property
+    def linear_weights(self) -> int:
+        """Parameters in the weights of one layer's linear layers."""
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        biases = sum(linear.outputs for linear in self.linears if linear.bias)
+        layer = self.linear_weights + biases + self.family.norms * self.hidden
+        embeddings = self.head_parameters * (1 if self.tied else 2)
+        return embeddings + self.layers * layer + self.hidden
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of adapters on every linear layer of the decoder layers."""
+        return self.layers * rank * sum(one.inputs + one.outputs for one in self.linears)
+
+
+def read_config(model: str) -> Any:
+    """The transformers config of a model folder, of a name in KNOWN_MODELS (with or without its
+    owner), or of a model on the hub or in its cache. No weights are read.
+
+    Raises:
+        FileNotFoundError: a folder without a `config.json`.
+        ValueError: the config cannot be read, or there is none of that name.
+    """
+    if Path(model).is_dir():
+        return _read(str(model_folder(model)), f"the config of {model!r} cannot be read")
+    for name, values in KNOWN_MODELS.items():
+        if model.lower() in (name.lower(), name.lower().partition("/")[2]):
+            return AutoConfig.for_model(**values)
+    known = ", ".join(KNOWN_MODELS)
+    return _read(
+        model, f"{model!r} is no folder, none of {known}, and no model of the hub that can be read"
+    )
+
+
+def _read(place: str, failed: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # of many kinds: the file is the user's, its readers are not ours
+        raise ValueError(f"{failed}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _size(config: Any, name: str, default: int | None = None) -> int:
+    value = getattr(config, name, None)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} of the config is {value!r}; it must be an integer of at least 1")
+    return value

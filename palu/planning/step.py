@@ -1,0 +1,202 @@
+"""How much memory a step of unlearning needs, before it is run: `predict` and `largest_batch`.
+
+Arithmetic on a model's config: which tensors are alive at each of the few moments of a step that
+can be its largest, and the sum of their bytes. What an accelerator needs besides tensors (its
+context, workspaces of libraries, what the allocator holds back) is in no prediction.
+
+A step is what `PALUTrainer` runs after its first, which makes the optimizer's state: forget rows,
+then as many retain rows, each with a forward and a backward of its own, and a fused AdamW with two
+float32 numbers a weight; float32 masters of bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from palu.planning.layer import ADAPTERS, PRECISIONS, Layer
+from palu.planning.model import ModelSizes
+from palu_kernels.linear.chunked import chunk_rows, padded
+from palu_kernels.linear_operators import CHUNK_BYTES
+
+REFERENCES = ("live", "adapter_off", "cached")
+# Of all positions, those that carry a loss, and of the forget rows those that are preserved: TOFU's
+# forget10 at `prefix_length` 3. They size the chunk buffers, which do not grow beyond CHUNK_BYTES.
+ANSWER_SHARE, PRESERVE_SHARE = 0.33, 0.27
+MASTER = 4  # bytes of an entry: see `palu.training.master_weights`
+GIB = 2**30
+MOST_ROWS = 2**20  # that `largest_batch` tries
+
+Items = dict[str, int]  # bytes by kind of tensor
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    Args:
+        batch_size: forget rows, and as many retain rows.
+        length: tokens of a padded row.
+        dtype: `float32`, `bfloat16` (weights and all), or `autocast` (bfloat16 autocast over
+            float32 weights).
+        lora_rank: 0 trains every weight; else of LoRA adapters on all linear layers of the decoder
+            layers, everything else frozen.
+        reference: `live` (a second model), `adapter_off` (LoRA) or `cached`.
+        checkpointing: whether each decoder layer is computed again in backward.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    batch_size: int = 8
+    length: int = 512
+    dtype: str = "bfloat16"
+    lora_rank: int = 0
+    reference: str = "live"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("length", 2), ("lora_rank", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+        for name, choices in (("dtype", tuple(PRECISIONS)), ("reference", REFERENCES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
+        if self.reference == "adapter_off" and not self.lora_rank:
+            raise ValueError("reference is 'adapter_off' and lora_rank 0; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of every kind of tensor at the moments of a step that can be its largest."""
+
+    moments: dict[str, Items]
+
+    @property
+    def moment(self) -> str:
+        """The largest."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def items(self) -> Items:
+        """What is alive then."""
+        return {name: size for name, size in self.moments[self.moment].items() if size}
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.items.values())
+
+
+def predict(sizes: ModelSizes, setup: Setup) -> Prediction:
+    """The memory of a step."""
+    step = Step(sizes, setup)
+    return Prediction({name: {**step.base, **items} for name, items in step.moments()})
+
+
+def largest_batch(sizes: ModelSizes, setup: Setup, limit: float) -> int:
+    """The most forget rows of a batch whose predicted peak is at most `limit` bytes; 0 if none
+    fits. `batch_size` of the setup is not used."""
+
+    def fits(rows: int) -> bool:
+        return predict(sizes, replace(setup, batch_size=rows)).peak <= limit
+
+    low, high = 0, 1
+    while high <= MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Step:
+    """The moments of a step that can be its largest."""
+
+    has_masters = True
+
+    def __init__(self, sizes: ModelSizes, setup: Setup) -> None:
+        self.sizes, self.setup = sizes, setup
+        self.precision = p = PRECISIONS[setup.dtype]
+        self.full = not setup.lora_rank
+        self.layer = Layer(sizes, p, setup.batch_size, setup.length, not self.full)
+        adapters = sizes.lora_parameters(setup.lora_rank) * ADAPTERS
+        weights = sizes.parameters * p.weights + adapters
+        # Weights of 16 bits that train have float32 masters, and so are gradients and state.
+        masters = self.full and self.has_masters and p.weights < MASTER
+        trained = MASTER * sizes.parameters if masters else weights
+        self.gradients = trained if self.full else adapters
+        # A cache is with the host; without a second model there is a copy of a head that trains.
+        frozen_head = sizes.head_parameters * p.weights if self.full else 0
+        self.base = {
+            "weights": weights,
+            "master weights": trained if masters else 0,
+            "optimizer state": 2 * self.gradients,
+            "reference": weights if setup.reference == "live" else frozen_head,
+        }
+
+    def activations(self, batches: int = 1) -> Items:
+        """What the model's forward leaves for its backward; `batches`: forwards before it."""
+        layer, layers = self.layer, self.sizes.layers
+        if self.setup.checkpointing:
+            inputs = batches * layers * layer.residual
+            return {"layer inputs": inputs, "norms": batches * layer.norm}
+        kept = {name: batches * layers * size for name, size in layer.kept.items()}
+        kept["norms"] += batches * layer.norm  # the last one, before the head
+        if self.full:  # autocast makes one copy of a weight that trains
+            kept["weight copies"] //= batches
+        return kept
+
+    def backward_of_layer(self, batches: int = 1) -> Items:
+        """The activations and gradients in the backward of the last layer."""
+        again = self.layer.kept if self.setup.checkpointing else {}
+        return {**self.activations(batches), **again, "layer gradients": self.layer.gradients}
+
+    @property
+    def embedding_gradient(self) -> int:
+        """A tied head's gradient has waited for the embedding's, and then there is their sum."""
+        made = self.sizes.head_parameters * self.precision.weights if self.full else 0
+        return made * (3 if self.sizes.tied else 1)
+
+    def moments(self) -> Iterator[tuple[str, Items]]:
+        """A name, and what is alive beside `base`."""
+        kept, head = self.activations(), self.sizes.head_parameters
+        waiting = {"gradients": self.gradients}  # those of the forget rows
+        if self.setup.reference != "cached":
+            yield "forward of the reference", {**kept, "passing": self.layer.passing}
+        yield "loss of the forget rows", {**kept, **self._loss(with_reference=True)}
+        yield "loss of the retain rows", {**waiting, **kept, **self._loss(with_reference=False)}
+        if self.full and self.precision.casts:
+            # Copies of weights that train are there until the forward ends.
+            copies = self.sizes.layers * self.layer.kept["weight copies"]
+            copies += head * self.precision.products
+            yield "end of the forward", {**waiting, **kept, "weight copies": copies}
+        if self.full:
+            # Sums in float32, and what they are times the gradient of the loss.
+            entry = 4 + self.precision.weights
+            yield "backward of the loss", {**waiting, **kept, "head gradient": entry * head}
+        yield "backward of a layer", {**waiting, **self.backward_of_layer()}
+        yield (
+            "backward of the embedding",
+            {**waiting, "embedding gradient": self.embedding_gradient},
+        )
+
+    def _loss(self, with_reference: bool) -> Items:
+        """`palu_kernels/linear/chunked.py`: chunks of logits of model and reference."""
+        columns, entry = self.sizes.vocab, self.precision.products
+        rows, preserved = (
+            round(share * self.layer.positions) for share in (ANSWER_SHARE, PRESERVE_SHARE)
+        )
+        step = chunk_rows(rows, columns, entry, CHUNK_BYTES) if rows else 0
+        chunks = step + min(step, preserved) * with_reference
+        second = self.full or self.setup.reference == "live"
+        heads = 1 + (with_reference and second)
+        head = self.sizes.head_parameters
+        return {
+            "head copies": heads * head * entry if self.precision.casts else 0,
+            "head gradient": 4 * head if self.full else 0,
+            "chunk buffers": chunks * padded(columns) * entry,
+        }

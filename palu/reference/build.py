@@ -1,0 +1,236 @@
+"""Building a reference cache: one pass of the frozen starting model over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import palu_kernels
+from palu.data.labels import check_labels
+from palu.loss import PALULoss
+from palu.reference.partial import PartialCache
+from palu.reference.rows import Rows, dtype_name, model_dtype, reference_rows
+from palu.reference.store import CacheError
+from palu.storage.fingerprint import (
+    data_fingerprint,
+    example_bytes,
+    example_id,
+    example_ids,
+    model_fingerprint,
+    tensor_fingerprint,
+    tokenizer_fingerprint,
+)
+
+AUTOCAST = (None, torch.bfloat16, torch.float16)
+
+
+class Source:
+    """One data set of a cache: which of its rows are distinct examples, and how they are named.
+
+    Attributes:
+        name: `forget` or `retain`.
+        dataset: mappings with `input_ids` and `labels`.
+        ids: the id of each row.
+    """
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name, self.dataset = name, dataset
+        self.ids: list[int] = []
+        self._lengths: list[int] = []
+        first: dict[int, int] = {}
+        if not hasattr(dataset, "__len__"):
+            raise CacheError(
+                f"the {name} set is a {type(dataset).__name__} without a length: a stream cannot "
+                "be cached, use reference='live'"
+            )
+        if len(dataset) == 0:
+            raise CacheError(f"the {name} set must have at least one row")
+        for number in range(len(dataset)):
+            row = self._row(number)
+            its_id = example_id(row)
+            self.ids.append(its_id)
+            self._lengths.append(len(row["input_ids"]))
+            other = first.setdefault(its_id, number)
+            if other != number and example_bytes(row) != example_bytes(self._row(other)):
+                raise CacheError(
+                    f"rows {other} and {number} of the {name} set are different examples with the "
+                    f"same id {its_id}: change or remove one of them"
+                )
+        self._first = list(first.values())
+
+    def _row(self, number: int) -> Mapping[str, Any]:
+        row = self.dataset[number]
+        for key in ("input_ids", "labels"):
+            if key not in row:
+                raise CacheError(f"row {number} of the {self.name} set has no {key!r}")
+        ids, labels = len(row["input_ids"]), len(row["labels"])
+        if ids != labels:
+            raise CacheError(
+                f"row {number} of the {self.name} set has {ids} input_ids but {labels} labels"
+            )
+        return row
+
+    @property
+    def unique(self) -> int:
+        """How many distinct examples there are."""
+        return len(self._first)
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Row numbers of the distinct examples, of like length together; the same for any order of
+        the data set."""
+        order = sorted(self._first, key=lambda i: (self._lengths[i], self.ids[i]))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def check_options(
+    loss: PALULoss,
+    retain_dataset: Any,
+    autocast_dtype: torch.dtype | None,
+    batch_size: int,
+    shard_bytes: int,
+) -> None:
+    """What `ReferenceCache.build` may be asked for.
+
+    Raises:
+        ValueError: names the argument.
+        CacheError: there is nothing to store.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_bytes", shard_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if autocast_dtype not in AUTOCAST:
+        raise ValueError(
+            f"autocast_dtype is {autocast_dtype}; it must be torch.bfloat16, torch.float16 or None"
+        )
+    if retain_dataset is None and not loss.needs_reference:
+        raise CacheError(
+            "nothing to store: select_from='current' with preserve=None and no retain_dataset "
+            "needs no reference"
+        )
+
+
+def describe(
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    sources: Sequence[Source],
+    loss: PALULoss,
+    tokenizer: Any,
+    template: Any,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Everything that decides the numbers of a cache, as JSON values for its manifest."""
+    data = {source.name: source for source in sources}
+    return {
+        "model": model_fingerprint(model),
+        "dtype": dtype_name(model_dtype(model)),
+        "autocast": dtype_name(autocast_dtype),
+        "data": {name: data_fingerprint(source.ids) for name, source in data.items()},
+        "examples": {name: source.unique for name, source in data.items()},
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "template": None if template is None else repr(template),
+        **label_settings(loss, head.vocab_size),
+        "head": {
+            "fingerprint": tensor_fingerprint(head.weight, head.bias),
+            "vocab_size": head.vocab_size,
+            "hidden_size": head.hidden_size,
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+        },
+    }
+
+
+def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
+    """The settings of a loss that decide which rows it asks a cache for, and what of them."""
+    eos = loss.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    chosen_by_reference = loss.select_from == "reference"
+    return {
+        "prefix_length": max(loss.prefix_length, 0),
+        "eos_token_id": sorted({int(token) for token in eos}),
+        "select_from": loss.select_from,
+        "top_k": min(loss.top_k, vocab_size) if chosen_by_reference else None,
+        "preserve": loss.preserve,
+    }
+
+
+def batches_of(
+    sources: Sequence[Source], loss: PALULoss, batch_size: int
+) -> list[tuple[Source, list[int]]]:
+    """The batches of a pass over all that the loss needs: a data set and row numbers of it."""
+    wanted = [s for s in sources if s.name == "retain" or loss.needs_reference]
+    return [(s, numbers) for s in wanted for numbers in s.batches(batch_size)]
+
+
+def rows_of(
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    source: Source,
+    numbers: Sequence[int],
+    loss: PALULoss,
+    collator: Callable,
+) -> Rows:
+    """What the model says of one of these batches; call it inside `as_reference`.
+
+    Raises:
+        CacheError: a label is no token, or the collator does more than padding.
+        FloatingPointError: a hidden state is infinite or NaN.
+    """
+    batch = collator([source.dataset[i] for i in numbers])
+    ids = [source.ids[i] for i in numbers]
+    if example_ids(batch).tolist() != ids:
+        raise CacheError(
+            f"the collator changes examples of the {source.name} set, reorders them or leaves out "
+            "attention_mask: it must only pad"
+        )
+    try:
+        check_labels(batch["labels"], head.vocab_size)
+    except ValueError as error:
+        raise CacheError(f"{source.name} set: {error}") from None
+    return reference_rows(model, head, batch, ids, source.name, loss)
+
+
+def store_rows(
+    partial: PartialCache,
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    sources: Sequence[Source],
+    loss: PALULoss,
+    collator: Callable,
+    report: Callable[..., None] | None,
+) -> None:
+    """Computes and writes the shards that are not there yet; call it inside `as_reference`."""
+    batches = batches_of(sources, loss, partial.content["batch_size"])
+    total, done = sum(len(numbers) for _, numbers in batches), 0
+    pending: list[Rows] = []
+    for number, (source, numbers) in enumerate(batches):
+        done += len(numbers)
+        if number < partial.batches_done:
+            continue
+        pending.append(rows_of(model, head, source, numbers, loss, collator))
+        size = sum(_bytes(rows) for rows in pending)
+        last = number + 1 == len(batches) or batches[number + 1][0] is not source
+        if last or size >= partial.content["shard_bytes"]:
+            partial.store_shard(source.name, _shard(pending), batches=len(pending))
+            pending = []
+        if report is not None:
+            report(done, total)
+
+
+def _bytes(rows: Rows) -> int:
+    return sum(x.numel() * x.element_size() for x in (rows.indices, rows.hidden) if x is not None)
+
+
+def _shard(pending: list[Rows]) -> dict[str, Tensor]:
+    """The tensors of one file, in the names that `palu.reference.cache` reads."""
+    tensors = {
+        name: torch.tensor([n for rows in pending for n in getattr(rows, name)], dtype=torch.int64)
+        for name in ("example_ids", "index_rows", "hidden_rows")
+    }
+    for name in ("indices", "hidden"):
+        parts = [getattr(rows, name) for rows in pending]
+        if parts[0] is not None:
+            tensors[name] = torch.cat(parts)
+    return tensors

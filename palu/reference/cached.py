@@ -1,0 +1,87 @@
+"""The reference of a training run: made of the model before it changes, or read from a cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from palu.distributed import main_first, rank
+from palu.reference.cache import CacheError, ReferenceCache
+from palu.reference.model import AdapterOffReference, LiveReference, Reference
+from palu.training.config import REFERENCES
+
+STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its reference cache is of
+
+
+def make_reference(
+    kind: str, model: nn.Module, ref_model: nn.Module | None, *, needed: bool
+) -> Reference | None:
+    """None where no term needs one, and for a cache, which is opened when training begins.
+
+    Raises:
+        ValueError: `kind` is unknown, or a `ref_model` is given and `kind` is not live.
+    """
+    if kind not in REFERENCES:
+        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, not {kind!r}")
+    if ref_model is not None and kind != "live":
+        raise ValueError(
+            f"ref_model is given and reference is {kind!r}; a ref_model must come with "
+            "reference='live'"
+        )
+    if not needed or kind == "cached":
+        return None
+    if kind == "adapter_off":
+        return AdapterOffReference(model)
+    return LiveReference(model, ref_model)
+
+
+def open_run_cache(
+    model: nn.Module, dataset: Any, place: str, checkpoint: str | None, **options: Any
+) -> ReferenceCache:
+    """The cache at `place`. The main process alone builds it where there is none; the others open
+    it then.
+
+    Args:
+        model, dataset, **options: of `ReferenceCache.build`.
+        checkpoint: the folder of a checkpoint: it remembers which model its run started from, and
+            may go on with that model's cache.
+
+    Raises:
+        CacheError, CacheWriteError, FloatingPointError: as `ReferenceCache.open_or_build`.
+    """
+    started = Path(checkpoint, STARTING_MODEL) if checkpoint else None
+    starting_model = None
+    if started is not None and started.is_file():
+        starting_model = json.loads(started.read_text(encoding="utf-8"))["starting_model"]
+
+    def make() -> ReferenceCache:
+        return ReferenceCache.open_or_build(
+            model, dataset, place, starting_model=starting_model, **options
+        )
+
+    def take() -> ReferenceCache:
+        if not Path(place).is_dir():
+            raise CacheError(
+                f"process {rank()} does not see the reference cache {place!r} that the main "
+                "process has; reference_cache must be a folder that all processes share"
+            )
+        return make()
+
+    return main_first(make, take, failed=CacheError)
+
+
+def remember_starting_model(folder: Path, cache: ReferenceCache) -> None:
+    """Writes into a checkpoint which model its run's cache is of."""
+    content = json.dumps({"starting_model": cache.starting_model})
+    (folder / STARTING_MODEL).write_text(content, encoding="utf-8")
+
+
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """What the accelerator runs the model in, by the training arguments' word or the launcher's."""
+    kind = accelerator.device.type
+    with accelerator.autocast():
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

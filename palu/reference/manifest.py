@@ -1,0 +1,124 @@
+"""Whether a reference cache belongs to what it is to be used with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from palu.loss import PALULoss
+from palu.models.forward import unwrap
+from palu.reference.build import Source, label_settings
+from palu.reference.rows import dtype_name, head_may_train, model_dtype
+from palu.reference.store import CacheMismatch
+from palu.storage.fingerprint import (
+    data_fingerprint,
+    model_fingerprint,
+    tensor_fingerprint,
+    tokenizer_fingerprint,
+)
+
+
+def check_match(
+    manifest: Mapping[str, Any],
+    path: str,
+    *,
+    model: nn.Module | None,
+    dataset: Any,
+    retain_dataset: Any,
+    loss: PALULoss | None,
+    tokenizer: Any,
+    template: Any,
+    autocast_dtype: torch.dtype | None,
+    train_head: bool | None,
+    starting_model: str | None,
+) -> None:
+    """Compares a manifest with everything that is given; see `ReferenceCache.open`.
+
+    Raises:
+        CacheMismatch: names all that differs.
+    """
+    differences = []
+    if loss is not None:
+        differences += _of_labels(manifest, loss)
+    for name, rows in (("forget", dataset), ("retain", retain_dataset)):
+        if rows is not None:
+            differences += _of_data(manifest, name, rows)
+    if tokenizer is not None and manifest["tokenizer"] is not None:
+        found = tokenizer_fingerprint(tokenizer)
+        differences += _unlike("tokenizer", manifest["tokenizer"][:12], found[:12])
+    if template is not None and manifest["template"] is not None:
+        differences += _unlike("template", manifest["template"], repr(template))
+    if model is not None:
+        differences += _of_model(manifest, model, autocast_dtype, starting_model)
+        train_head = head_may_train(model) if train_head is None else train_head
+    elif starting_model is not None:
+        differences += _unlike("model", manifest["model"][:12], starting_model[:12])
+    if train_head and not manifest["head"]["stored"]:
+        differences.append(
+            "head: training may change the output head (or the embedding tied to it), and the "
+            "cache was built without a frozen copy of it (--no-train-head, train_head=False)"
+        )
+    if differences:
+        raise CacheMismatch(
+            f"reference cache {path!r} does not fit: {'; '.join(differences)}. Use the model, data "
+            "and settings it was built with, name another folder, or delete this one and have it "
+            "built anew (`palu cache build` and `palu unlearn --reference cached` do so)"
+        )
+
+
+def _unlike(name: str, cached: Any, present: Any) -> list[str]:
+    return [] if cached == present else [f"{name} is {cached} in the cache and {present} here"]
+
+
+def _of_labels(manifest: Mapping[str, Any], loss: PALULoss) -> list[str]:
+    """What the loss asks for must be there; more may be."""
+    asked = label_settings(loss, manifest["head"]["vocab_size"])
+    found = []
+    for name in ("prefix_length", "eos_token_id"):
+        found += _unlike(name, manifest[name], asked[name])
+    if asked["select_from"] == "reference":
+        if manifest["select_from"] == "reference":
+            found += _unlike("top_k", manifest["top_k"], asked["top_k"])
+        else:
+            found += _unlike("select_from", manifest["select_from"], asked["select_from"])
+    if asked["preserve"] is not None and manifest["preserve"] is None:
+        found += _unlike("preserve", manifest["preserve"], asked["preserve"])
+    return found
+
+
+def _of_data(manifest: Mapping[str, Any], name: str, rows: Any) -> list[str]:
+    cached = manifest["data"].get(name)
+    if cached is None:
+        return [f"{name} data: the cache was built without a {name} set"]
+    source = Source(name, rows)
+    present = data_fingerprint(source.ids)
+    if cached == present:
+        return []
+    return [
+        f"{name} data is {cached[:12]} ({manifest['examples'][name]} examples) in the cache and "
+        f"{present[:12]} ({source.unique} examples) here (tokens and labels count, order does not)"
+    ]
+
+
+def _of_model(
+    manifest: Mapping[str, Any],
+    model: nn.Module,
+    autocast_dtype: torch.dtype | None,
+    starting_model: str | None,
+) -> list[str]:
+    found = _unlike("autocast", manifest["autocast"], dtype_name(autocast_dtype))
+    other_dtype = _unlike("dtype", manifest["dtype"], dtype_name(model_dtype(model)))
+    if other_dtype:
+        return found + other_dtype  # then all weights differ as well
+    if starting_model is None:
+        return found + _unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
+    found += _unlike("model", manifest["model"][:12], starting_model[:12])
+    if not manifest["head"]["stored"]:
+        # The head of the trained model stands for the reference's: training must have left it.
+        head = unwrap(model).get_output_embeddings()
+        present = tensor_fingerprint(head.weight, getattr(head, "bias", None))
+        found += _unlike("head", manifest["head"]["fingerprint"][:12], present[:12])
+    return found

@@ -1,0 +1,204 @@
+"""The frozen original model that the losses compare with: beside the model, inside it, or cached.
+
+Each kind gives the reference's hidden rows, and its head, for a batch; the first two also its
+logits, for models whose losses are computed from logits. The model that is trained comes with every
+call, wrapped as the trainer holds it. None of them is an `nn.Module`: nothing that walks the
+trainer's or the model's modules may find them, save them, or put them into training mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import palu_kernels
+from palu.models.forward import adapters_off, kept_logits
+from palu.models.lm_head import model_hidden_states, plain_head
+from palu.reference.cache import ReferenceCache
+from palu.storage.fingerprint import example_ids
+
+
+class ReferenceRows(NamedTuple):
+    """What the reference says of the rows of a batch, in their order; None where it was not asked
+    or does not know."""
+
+    forget: Tensor | None  # hidden [forget rows, D]
+    indices: Tensor | None  # int32 [forget rows, k]
+    preserve: Tensor | None  # hidden [preserve rows, D]
+    retain: Tensor | None  # hidden [retain rows, D]
+
+
+class Inputs(NamedTuple):
+    """A batch as the model is called with it, and the rows of it that carry a loss."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor | None  # [B, T]
+    keep: Tensor  # bool [B, T]: rows of logits that are needed, forget batch first, then retain
+    is_forget: Tensor  # bool [forget and preserve rows], which of the kept rows are which
+    more: Mapping[str, Tensor] = {}  # what else the model is called with
+
+
+class LiveReference:
+    """A frozen copy of the model in eval mode, called beside it at every step.
+
+    Args:
+        model: the model that is about to be trained; it is copied, so its training never changes
+            the reference.
+        ref_model: another model to use instead of a copy. It is frozen and put into eval mode in
+            place.
+
+    Raises:
+        ValueError: `ref_model` is the model itself, or has another vocabulary size.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module | None = None) -> None:
+        if ref_model is model:
+            raise ValueError(
+                "ref_model must be another object than model: training changes the model, and the "
+                "reference must stay as it was (leave ref_model out to have a copy made)"
+            )
+        if ref_model is not None:
+            size, ref_size = vocabulary_size(model), vocabulary_size(ref_model)
+            if size != ref_size:
+                raise ValueError(
+                    f"ref_model must have the model's vocabulary of {size} entries, not {ref_size}"
+                )
+        self.model = copy.deepcopy(model) if ref_model is None else ref_model
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self.head: palu_kernels.LMHead | None = None
+
+    def to(self, device: torch.device | str) -> LiveReference:
+        """Moves the copy to a device, in place."""
+        self.model.to(device)
+        return self
+
+    def has_plain_head(self, inputs: Inputs) -> bool:
+        """Whether the reference's losses may be computed from its hidden rows."""
+        self.head = plain_head(self.model, *inputs[:2], **inputs.more)
+        return self.head is not None
+
+    @torch.no_grad()
+    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """What `take` gives of the original, which it is called with; no gradient."""
+        return take(self.model)
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """`[keep.sum(), V]` without gradient; see `palu.models.forward.kept_logits`."""
+        return kept_logits(self.model, *inputs[:3], **inputs.more)
+
+    @torch.no_grad()
+    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
+        hidden = model_hidden_states(self.model, *inputs[:2], **inputs.more)[inputs.keep]
+        return _split(hidden, inputs)
+
+
+class AdapterOffReference:
+    """The model itself with its PEFT adapters switched off: no second copy, one more forward pass.
+
+    Args:
+        model: a `PeftModel` whose trainable parameters all belong to adapters.
+
+    Raises:
+        ValueError: it is not, or something else in it trains as well.
+    """
+
+    head = None  # the model's own, which no adapter touches
+
+    def __init__(self, model: nn.Module) -> None:
+        if not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                "reference='adapter_off' needs a PEFT model, whose adapters can be switched off; "
+                f"model is a {type(model).__name__}: use reference='live' or 'cached'"
+            )
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise ValueError(
+                "reference='adapter_off' and an adapter is merged into the weights: call "
+                "model.unmerge_adapter() first, or use reference='live' or 'cached'"
+            )
+        ours_are = ("modules_to_save", "trainable_tokens_", getattr(model.base_model, "prefix", ""))
+        for name, parameter in model.named_parameters():
+            ours = any(own and own in name for own in ours_are)
+            if parameter.requires_grad and not ours:
+                raise ValueError(
+                    f"reference='adapter_off' and the parameter {name} trains, which belongs to no "
+                    "adapter: the reference would change with it; freeze it, or use "
+                    "reference='live' or 'cached'"
+                )
+
+    def to(self, device: torch.device | str) -> AdapterOffReference:
+        """The model is where it is."""
+        return self
+
+    def has_plain_head(self, inputs: Inputs) -> bool:
+        """The head is the model's."""
+        return True
+
+    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """As `LiveReference.of`."""
+        with adapters_off(model):
+            return take(model)
+
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """As `LiveReference.logits`."""
+        with adapters_off(model):
+            return kept_logits(model, *inputs[:3], **inputs.more)
+
+    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
+        """As `LiveReference.rows`."""
+        with adapters_off(model):
+            hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
+        return _split(hidden, inputs)
+
+
+class CachedReference:
+    """Rows that were computed before training (`palu.reference.cache`): no second model or pass."""
+
+    def __init__(self, cache: ReferenceCache, *, retain: bool, indices: bool, hidden: bool) -> None:
+        self.cache = cache
+        self._retain, self._indices, self._hidden = retain, indices, hidden
+
+    @property
+    def head(self) -> palu_kernels.LMHead | None:
+        """The frozen head, where training may change the model's."""
+        return self.cache.head
+
+    def to(self, device: torch.device | str) -> CachedReference:
+        """Where rows are handed out."""
+        self.cache.to(device)
+        return self
+
+    def has_plain_head(self, inputs: Inputs) -> bool:
+        """Only such models can be cached."""
+        return True
+
+    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
+        """By the ids of the examples, in batches and padding of any kind."""
+        ids = example_ids(batch)
+        retain = batch.get("palu_retain") if self._retain else None
+        return ReferenceRows(
+            None,
+            self.cache.forget_indices(ids) if self._indices else None,
+            self.cache.preserve_hidden(ids) if self._hidden else None,
+            None if retain is None else self.cache.retain_hidden(example_ids(retain)),
+        )
+
+
+Reference = LiveReference | AdapterOffReference | CachedReference
+
+
+def _split(hidden: Tensor, inputs: Inputs) -> ReferenceRows:
+    own, retain = hidden.split([len(inputs.is_forget), hidden.shape[0] - len(inputs.is_forget)])
+    return ReferenceRows(own[inputs.is_forget], None, own[~inputs.is_forget], retain)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Entries of a row of logits, as the model's config tells; None where it does not."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)

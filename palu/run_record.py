@@ -1,0 +1,319 @@
+"""What a run leaves behind: an output folder that is whole or absent, and `palu.json` that tells
+how it was made."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from palu.data.labels import Template
+from palu.models.folders import read_object
+from palu.storage import files
+from palu.storage.files import Changed, folder_for, locked, remove_abandoned, write_json
+
+RECORD = "palu.json"
+_PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(folder: Path, *, template: Template, **content: Any) -> None:
+    """Writes `palu.json`: the template, the versions and the time, and whatever else is given.
+
+    Args:
+        folder: the model folder.
+        template: what the model was trained with; `palu evaluate` insists on it.
+        **content: settings, seed, loss curve and so on, as JSON values.
+    """
+    record = {"template": template.to_dict(), **content, "versions": versions()}
+    record["written"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(folder / RECORD, record)
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The `palu.json` of a model folder, None where there is none.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return None
+    return read_object(path)
+
+
+def choose_template(
+    folder: str | Path,
+    *,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
+    chat_template_kwargs: str | None = None,
+    force: bool = False,
+) -> Template:
+    """The template to use with a model: the one in its `palu.json`, or one made from what the user
+    asked for.
+
+    Args:
+        folder: the model folder.
+        system_prompt, date_string, chat_template_kwargs: what the user asked for (the last a JSON
+            object, as text); None where nothing was said.
+        force: take what was asked for even where it differs from `palu.json`.
+
+    Raises:
+        ValueError: what was asked for differs from `palu.json` and `force` is false.
+        TypeError, ValueError: `chat_template_kwargs` is no JSON object.
+    """
+    asked: dict[str, Any] = {"system_prompt": system_prompt, "date_string": date_string}
+    if chat_template_kwargs is not None:
+        try:
+            asked["chat_template_kwargs"] = json.loads(chat_template_kwargs)
+        except (ValueError, RecursionError):
+            asked["chat_template_kwargs"] = chat_template_kwargs  # the template says what is wrong
+        if asked["chat_template_kwargs"] is None:
+            asked["chat_template_kwargs"] = "null"
+    asked = {name: value for name, value in asked.items() if value is not None}
+    record = read_record(folder)
+    if record is None or "template" not in record:
+        return Template(**asked)
+    try:
+        known = Template.from_dict(record["template"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{Path(folder) / RECORD} has a template that cannot be used: {error}"
+        ) from error
+    wanted = Template.from_dict({**known.to_dict(), **asked})
+    for name in asked:
+        was, now = getattr(known, name), getattr(wanted, name)
+        if was != now and not force:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} {now!r} differs from {was!r}, which {Path(folder) / RECORD} says this "
+                f"model was trained with. "
+                f"Leave {option} out, or add --force-template to use yours."
+            )
+    return wanted
+
+
+def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
+    """Decides whether a folder may be written (or replaced) before any work is done.
+
+    Args:
+        path: the output folder.
+        overwrite: whether what is there may be replaced.
+        inputs: files and folders of this run, which must not lie in what is replaced.
+
+    Raises:
+        FileExistsError: it is a file, or holds something and `overwrite` is false, or something
+            that palu did not write.
+        ValueError: replacing it would take an input, the working directory or the home directory
+            away, or it cannot be replaced.
+    """
+    folder = Path(path)
+    try:
+        real = folder.resolve()
+        there = real.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise ValueError(f"output {str(folder)!r} cannot be used: {error}") from None
+    if there and not real.is_dir():
+        raise FileExistsError(f"output {str(folder)!r} is a file; name a folder")
+    for kept in (Path.cwd(), Path(os.path.expanduser("~")), Path("/")):
+        if _lies_in(kept, real):
+            raise ValueError(
+                f"output {str(folder)!r}: replacing it would delete {str(kept)!r}; name another "
+                "folder (--overwrite would delete what lies in it)"
+            )
+    if os.path.ismount(real):
+        raise ValueError(
+            f"output {str(folder)!r} is where a file system is mounted and cannot be replaced; "
+            "name a folder in it"
+        )
+    if not there or not any(real.iterdir()):
+        return folder
+    if not overwrite:
+        raise FileExistsError(
+            f"output folder {str(folder)!r} is not empty; name another one or add --overwrite"
+        )
+    for kept in inputs:
+        if _lies_in(Path(kept), real):
+            raise ValueError(
+                f"--overwrite would delete {str(kept)!r}, which lies in {str(folder)!r}; "
+                "name another output folder"
+            )
+    if foreign := _foreign(real):
+        raise FileExistsError(
+            f"--overwrite: output folder {str(folder)!r} holds {foreign!r}, which palu did not "
+            "write; move it away, or name another output folder"
+        )
+    return folder
+
+
+def check_json(path: Path, *, inputs: tuple[str | Path | None, ...] = ()) -> None:
+    """Decides whether `palu evaluate --json` may write a file, before any work is done.
+
+    Raises:
+        FileExistsError: it is an input, no regular file, or one that palu evaluate did not write.
+    """
+    for kept in inputs:
+        there = kept is not None and os.path.exists(kept) and os.path.exists(path)
+        if there and os.path.samefile(kept, path):
+            raise FileExistsError(f"--json {str(path)!r} is an input of this run; name another")
+    files.check_json(path, {"model", "template", "versions", "summary"}, "palu evaluate --json")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is the folder, or is somewhere in it; by what the file system says, which may not
+    tell cases apart."""
+    places = {
+        p for one in (Path(os.path.abspath(path)), path.resolve()) for p in (one, *one.parents)
+    }
+    return folder in places or any(
+        folder.exists() and p.exists() and os.path.samefile(p, folder) for p in places
+    )
+
+
+def _foreign(folder: Path) -> str | None:
+    """Something in an output folder that palu did not write; None where there is nothing."""
+    from palu.evaluation.store import FILES as evaluation
+    from palu.reference.store import FORMAT, is_cache_file
+
+    names = sorted(path.name for path in folder.iterdir())
+    if all(map(is_cache_file, names)) and (
+        "head.safetensors" in names
+        or any(name.startswith("shard-") for name in names)
+        or any(FORMAT.encode() in (folder / name).read_bytes() for name in names)
+    ):
+        return None
+    try:
+        record = read_record(folder) or json.loads((folder / "metrics.json").read_text("utf-8"))
+        keys = {*record}  # "checks" is of a demo's metrics.json
+        ours = "made_by" in keys or ("versions" in keys and keys & {"template", "checks", "files"})
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        return names[0]
+    if (known := record.get("files")) is None:  # as palu wrote it before it kept a list
+        return None
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name not in known and path.name not in evaluation:
+            return name
+    return None
+
+
+def _state(path: Path) -> tuple | None:
+    """What tells whether a folder was changed or replaced since: None where it is absent or
+    empty."""
+    if not path.exists():
+        return None
+    names = sorted(entry.name for entry in path.iterdir())
+    found = path.stat()
+    return (found.st_dev, found.st_ino, *names) if names else None
+
+
+class Claim:
+    """An output that no other process writes: where it is, and what was there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.before = path, _state(path)
+
+    def check(self) -> None:
+        """Raises Changed where something else is there by now."""
+        if _state(self.path) != self.before:
+            why = "was changed or made while this run was going on, and is left as it is"
+            raise Changed(errno.EEXIST, why, str(self.path))
+
+
+@contextmanager
+def claim_output(
+    path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()
+) -> Iterator[Claim]:
+    """Checks an output folder as `check_output` does and keeps it from other runs until the block
+    ends; `output_folder` takes what this gives.
+
+    Raises:
+        FileExistsError, ValueError: as `check_output`; another process writes it.
+        OSError: nothing can be written beside it.
+    """
+    check_output(path, overwrite=overwrite, inputs=inputs)
+    real = Path(path).resolve()
+    with locked(real):
+        remove_abandoned(real)
+        check_output(path, overwrite=overwrite, inputs=inputs)  # it may have come meanwhile
+        yield Claim(real)
+
+
+def cache_place(reference: str, folder: Path | None, output: Path) -> Path | None:
+    """Where `palu unlearn` keeps its reference cache: beside the output, which is replaced as a
+    whole.
+
+    Args:
+        reference: live, adapter_off or cached.
+        folder: what the user asked for, None where nothing was said.
+        output: the output folder.
+
+    Returns:
+        the folder; None where the run has no cache.
+
+    Raises:
+        ValueError: it is a file, lies in the output or the output in it, or no cache is asked for.
+    """
+    if reference != "cached":
+        if folder is not None:
+            raise ValueError(
+                f"--reference-cache {str(folder)!r} needs --reference cached, not {reference!r}"
+            )
+        return None
+    place = Path(f"{output}-reference-cache") if folder is None else folder
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"the reference cache {str(place)!r} is a file; name a folder")
+    one, other = place.resolve(), output.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ValueError(
+            f"the reference cache {str(place)!r} and the output {str(output)!r} lie in one "
+            "another; name another --reference-cache, since the output is replaced as a whole"
+        )
+    return place
+
+
+@contextmanager
+def output_folder(output: Path | Claim) -> Iterator[Path]:
+    """A new folder beside `output` to write into, put in its place when the block ends without an
+    error.
+
+    What was there stays untouched until then; after an error the new folder is removed, and what a
+    killed run left behind is removed by the next one. The names of its files are added to its
+    `palu.json`, so that `check_output` knows what is palu's.
+
+    Args:
+        output: what `claim_output` gave; a path is claimed here, whatever it holds.
+    """
+    if not isinstance(output, Claim):
+        real = Path(output).resolve()
+        with locked(real), output_folder(Claim(real)) as folder:
+            yield folder
+        return
+    with folder_for(output.path, output.check) as folder:
+        yield folder
+        record = read_record(folder) or {}
+        files = (path for path in folder.rglob("*") if not path.is_dir())
+        names = {path.relative_to(folder).as_posix() for path in files} | {RECORD}
+        write_json(folder / RECORD, {"versions": versions(), **record, "files": sorted(names)})

@@ -1,0 +1,1 @@
+"""Files and folders: written aside and renamed; hashed; read as JSON."""

@@ -1,0 +1,1 @@
+"""The trainer, its configuration, batches, checkpoints and logs."""

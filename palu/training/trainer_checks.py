@@ -1,0 +1,70 @@
+"""What a `PALUTrainer` cannot be made of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from palu.data.labels import FORGET, token_roles
+from palu.methods import PDU
+from palu.training.config import PALUConfig
+
+
+def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
+    """Raises TypeError or ValueError, before any work.
+
+    Args:
+        args, forget, retain: the trainer's arguments.
+        kwargs: what else it was given for `transformers.Trainer`.
+    """
+    if not isinstance(args, PALUConfig):
+        raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
+    unused = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
+    for name in unused:
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
+    if args.label_smoothing_factor:
+        raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
+    dealing = args.accelerator_config
+    if args.world_size > 1 and (not dealing.even_batches or dealing.dispatch_batches):
+        raise ValueError(
+            f"accelerator_config has even_batches={dealing.even_batches} and dispatch_batches="
+            f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
+            "processes with fewer batches would be waited for (repeated rows do not count anyway)"
+        )
+    if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
+        raise ValueError("train_dataset (the forget set) must have at least one row")
+    if retain is not None and not hasattr(retain, "__len__"):
+        raise TypeError(
+            f"retain_dataset is a {type(retain).__name__} without a length; its rows are taken by "
+            "their numbers, so it must have one (a list, or a data set that is no stream)"
+        )
+    if retain is not None and len(retain) == 0:
+        raise ValueError("retain_dataset must have at least one row, or be None")
+    args.check_retain(given=retain is not None)
+    loss = args.make_loss()
+    short = args.max_steps <= 0 and isinstance(loss, PDU)
+    if short and args.num_train_epochs <= loss.dual_warmup_epochs:
+        warnings.warn(
+            f"num_train_epochs is {args.num_train_epochs:g} and dual_warmup_epochs "
+            f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
+            stacklevel=3,
+        )
+
+
+def marks_something(
+    rows: Iterable[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
+) -> bool:
+    """Whether any row has a token to forget. Rows are read up to the first that has one; one
+    without labels, which a collator may make, counts as one.
+    """
+    for row in rows:
+        if "labels" not in row:
+            return True
+        labels = torch.as_tensor(row["labels"]).reshape(1, -1)
+        if bool((token_roles(labels, 0, eos_token_id) == FORGET).any()):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Accuracy of every operator against its float64 definition, on this machine."""

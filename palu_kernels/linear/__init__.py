@@ -1,0 +1,1 @@
+"""Losses on hidden states times an output head, chunk by chunk."""

@@ -1,0 +1,330 @@
+"""Hidden rows meet the output head chunk by chunk: the one loop behind every linear operator.
+
+A chunk of logits is made in a buffer, each part's row loss (``row_losses.py``) turns its share of
+it into losses and overwrites it with the gradient, and two products carry the gradient to the
+hidden rows and into the head's accumulator. Buffers are made once a call; no more logits than one
+chunk of the current model, and one of the reference, exist at a time.
+
+The gradient to the hidden rows is kept unweighted, a row as its own loss gives it; averages,
+weights and whatever comes from upstream are applied in float32 afterwards. Row weights enter the
+head's gradient as a factor of the hidden rows, at most 1 in size, and their common scale after
+the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palu_kernels import reference
+from palu_kernels import row_loss as row_losses
+from palu_kernels.backend import on_device_of
+from palu_kernels.layout import READ
+from palu_kernels.linear import sparse
+from palu_kernels.row_loss import Chunk, RowLoss, SparseLocalEntropy
+
+TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
+HEAD_BLOCK_BYTES = 16 * 2**20  # of a float32 piece of the head or of its gradient
+
+
+@dataclass(frozen=True)
+class Head:
+    """An ``LMHead``'s tensors in the dtype of the products."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """scale * (h W^T + b) into ``out``; the cap is left to the row losses."""
+        if self.in_float32:
+            for block in blocks(self.weight.shape[0], hidden.shape[1]):
+                x = hidden.float() @ self.weight[block].float().t()
+                x = x if self.bias is None else x + self.bias[block]
+                out[:, block] = x * self.scale
+            return out
+        if self.bias is None:
+            return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=self.scale, out=out)
+        bias = self.bias
+        return torch.addmm(
+            bias, hidden, self.weight.t(), beta=self.scale, alpha=self.scale, out=out
+        )
+
+    def pull_back(self, grad: Tensor, out: Tensor) -> None:
+        """Gradient of the logits -> that of the hidden rows, into ``out``."""
+        if self.in_float32:
+            total = torch.zeros_like(out, dtype=torch.float32)
+            for block in blocks(self.weight.shape[0], out.shape[1]):
+                total.addmm_(grad[:, block].float(), self.weight[block].float())
+            out.copy_(total * self.scale)
+            return
+        torch.addmm(out, grad, self.weight, beta=0, alpha=self.scale, out=out)
+
+    @property
+    def in_float32(self) -> bool:
+        """PyTorch's float16 products on the CPU are hundreds of times slower than float32's."""
+        return self.weight.dtype == torch.float16 and self.weight.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows with one loss; ``data`` are its integers (indices ``[rows, k]`` or labels
+    ``[rows]``), ``ref_start`` the first of its rows among those of the reference."""
+
+    loss: RowLoss
+    start: int
+    stop: int
+    ref_start: int
+    data: Tensor | None
+
+    def ref_slice(self, start: int, stop: int) -> slice:
+        return slice(self.ref_start + start - self.start, self.ref_start + stop - self.start)
+
+
+def parts_of(losses: list[RowLoss], counts: list[int], data: list[Tensor | None]) -> list[Part]:
+    parts, start, ref_start = [], 0, 0
+    for loss, count, own in zip(losses, counts, data, strict=True):
+        parts.append(Part(loss, start, start + count, ref_start, own))
+        start += count
+        ref_start += count if loss.needs_reference else 0
+    return parts
+
+
+def chunk_rows(rows: int, columns: int, element_size: int, chunk_bytes: int) -> int:
+    """Rows in a chunk: whole tiles, as many as ``chunk_bytes`` holds but at least one, and no more
+    than even out over the chunks that are needed."""
+    most = chunk_bytes // (padded(columns) * element_size) // TILE_ROWS * TILE_ROWS
+    chunks = -(-rows // max(most, TILE_ROWS))
+    tiles = -(-rows // (max(chunks, 1) * TILE_ROWS))
+    return min(tiles * TILE_ROWS, rows)
+
+
+def padded(columns: int) -> int:
+    """Leading dimension of a buffer: its rows start on 16 bytes and end before zeros."""
+    return -(-columns // READ) * READ
+
+
+def blocks(columns: int, width: int) -> Iterator[slice]:
+    """Stretches of the vocabulary of which ``width`` float32 entries each fit
+    ``HEAD_BLOCK_BYTES``."""
+    step = max(1, HEAD_BLOCK_BYTES // (4 * width))
+    for start in range(0, columns, step):
+        yield slice(start, min(start + step, columns))
+
+
+def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """``[rows, columns]``, uninitialised, with zeros after every row as far as a product reads."""
+    whole = like.new_empty((rows, padded(columns)))
+    whole[:, columns:] = 0
+    return whole[:, :columns]
+
+
+def apart(rows: Tensor) -> Tensor:
+    """``rows [R, D]``, or where a product reads on into the next row, whose NaN would then be the
+    row's too, a copy with zeros between."""
+    if rows.device.type != "cpu" or rows.shape[1] % READ == 0:
+        return rows
+    return buffer(rows, *rows.shape).copy_(rows)
+
+
+class Accumulator:
+    """The head's gradient, sums in float32 (float64 for float64), of rows weighted by ``weights
+    [R]``; ``scale * weight`` is the gradient."""
+
+    def __init__(
+        self, head: Head, hidden: Tensor, weights: Tensor, want_weight: bool, want_bias: bool
+    ) -> None:
+        work = reference.work_dtype(hidden.dtype)
+        self.head = head
+        self.hidden = hidden
+        self.scale = weights.abs().max() if weights.numel() else weights.new_zeros(())
+        self.shares = weights / torch.where(self.scale > 0, self.scale, 1)
+        shape = head.weight.shape
+        self.weight = head.weight.new_zeros(shape, dtype=work) if want_weight else None
+        self.bias = head.weight.new_zeros(shape[:1], dtype=work) if want_bias else None
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """``grad [n, V]`` of the logits before cap and after scale, of the rows ``rows``."""
+        shares = self.shares[rows] * self.head.scale
+        if self.weight is not None:
+            hidden = (self.hidden[rows] * shares[:, None]).to(grad.dtype)
+            if grad.dtype == self.weight.dtype:
+                self.weight.addmm_(grad.t(), hidden)
+            else:
+                if self.head.in_float32:
+                    hidden = hidden.float()
+                for block in blocks(len(self.weight), hidden.shape[1]):
+                    self.weight[block] += grad[:, block].t().to(hidden.dtype) @ hidden
+        if self.bias is not None:
+            for block in blocks(len(self.bias), grad.shape[0]):
+                self.bias[block] += shares @ grad[:, block].to(shares.dtype)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The weight's and the bias's sums, times the common scale; empty where not wanted."""
+        return tuple(
+            self.shares.new_empty(0) if t is None else t.mul_(self.scale)
+            for t in (self.weight, self.bias)
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the loop is given: hidden rows, heads and parts, in the dtype of the products."""
+
+    hidden: Tensor  # [R, D]
+    head: Head
+    own_head: Head  # in its own dtype, for sparse parts, which work in float32
+    ref_hidden: Tensor | None  # rows of the parts that need the reference
+    ref_head: Head | None
+    parts: list[Part]
+    mean: tuple[Tensor, Tensor] | None  # of the head's rows, where a sparse part needs it
+    chunk_bytes: int
+    served_by: str
+
+
+def run(
+    rows: Rows, weights: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> losses ``[R]``; the gradient of every row's own loss to its hidden row ``[R, D]`` (dtype
+    of the products); the head's ``[V, D]`` and ``[V]`` of the sum of ``weights [R]`` times losses
+    (float32). Those not wanted are empty."""
+    hidden, head = rows.hidden, rows.head
+    work = reference.work_dtype(hidden.dtype)
+    losses = hidden.new_empty(hidden.shape[0], dtype=work)
+    grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
+    if weights is None:
+        weights = losses.new_zeros(losses.shape)
+    sums = Accumulator(head, hidden, weights.to(work), want_weight, want_bias)
+    gradient = want_hidden or want_weight or want_bias
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
+        for part in rows.parts:
+            if isinstance(part.loss, SparseLocalEntropy) and part.stop > part.start:
+                _sparse(rows, part, losses, grad_hidden, sums, want_hidden, gradient)
+        for parts in _runs(rows.parts):
+            _dense(rows, parts, losses, grad_hidden, sums, want_hidden, gradient)
+    return losses, grad_hidden, *sums.results()
+
+
+def _runs(parts: list[Part]) -> Iterator[list[Part]]:
+    """Neighbouring parts that share chunks."""
+    run: list[Part] = []
+    for part in parts:
+        if isinstance(part.loss, SparseLocalEntropy):
+            if run:
+                yield run
+            run = []
+        elif part.stop > part.start:
+            run.append(part)
+    if run:
+        yield run
+
+
+def _dense(
+    rows: Rows,
+    parts: list[Part],
+    losses: Tensor,
+    grad_hidden: Tensor,
+    sums: Accumulator,
+    want_hidden: bool,
+    gradient: bool,
+) -> None:
+    hidden, head = rows.hidden, rows.head
+    first, last = parts[0].start, parts[-1].stop
+    columns = head.weight.shape[0]
+    step = chunk_rows(last - first, columns, hidden.element_size(), rows.chunk_bytes)
+    chunk = buffer(hidden, step, columns)
+    ref_chunk = None
+    if any(part.loss.needs_reference for part in parts):
+        longest = max(p.stop - p.start for p in parts if p.loss.needs_reference)
+        ref_chunk = buffer(hidden, min(step, longest), columns)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        logits = head.logits(hidden[start:stop], chunk[: stop - start])
+        for part in parts:
+            a, b = max(start, part.start), min(stop, part.stop)
+            if a >= b:
+                continue
+            ref_logits = None
+            if part.loss.needs_reference:
+                ref_rows = rows.ref_hidden[part.ref_slice(a, b)]
+                ref_logits = rows.ref_head.logits(ref_rows, ref_chunk[: b - a])
+            losses[a:b] = part.loss(
+                Chunk(
+                    logits[a - start : b - start],
+                    head.softcap,
+                    ref_logits,
+                    rows.ref_head.softcap if rows.ref_head else None,
+                    None if part.data is None else part.data[a - part.start : b - part.start],
+                    gradient,
+                    rows.served_by,
+                )
+            )
+        if want_hidden:
+            head.pull_back(logits, grad_hidden[start:stop])
+        sums.add(slice(start, stop), logits)
+
+
+def _sparse(
+    rows: Rows,
+    part: Part,
+    losses: Tensor,
+    grad_hidden: Tensor,
+    sums: Accumulator,
+    want_hidden: bool,
+    gradient: bool,
+) -> None:
+    head, loss = rows.own_head, part.loss
+    own = slice(part.start, part.stop)
+    hidden, indices = rows.hidden[own], part.data
+    if loss.chooser == "reference":
+        indices, spoiled = _chosen(rows, part)
+        hidden = torch.where(spoiled[:, None], torch.nan, hidden)
+    found = sparse.forward(
+        hidden,
+        head.weight,
+        head.bias,
+        head.scale,
+        head.softcap,
+        indices,
+        rows.mean,
+        objective=loss.objective,
+        center_kind=loss.center_kind,
+        center_value=loss.center_value,
+        served_by=rows.served_by,
+        want_hidden=want_hidden,
+    )
+    losses[own] = found.losses
+    if want_hidden:
+        grad_hidden[own] = found.grad_hidden
+    if gradient and (sums.weight is not None or sums.bias is not None):
+        sparse.add_weight_gradient(
+            sums.weight,
+            sums.bias,
+            hidden,
+            head.bias,
+            indices,
+            found.slopes,
+            found.shares if loss.needs_mean else None,
+            sums.shares[own],
+            served_by=rows.served_by,
+        )
+
+
+def _chosen(rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
+    """S of a part's rows by the reference's logits, chunk by chunk; and which rows hold a NaN."""
+    count, columns = part.stop - part.start, rows.ref_head.weight.shape[0]
+    step = chunk_rows(count, columns, rows.hidden.element_size(), rows.chunk_bytes)
+    chunk = buffer(rows.hidden, step, columns)
+    chosen, spoiled = [], []
+    for start in range(part.start, part.stop, step):
+        stop = min(start + step, part.stop)
+        ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
+        logits = rows.ref_head.logits(ref_rows, chunk[: stop - start])
+        chosen.append(row_losses.topk_indices(logits, part.loss.top_k, rows.served_by))
+        # a NaN ranks first, so it is in S
+        spoiled.append(logits.gather(-1, chosen[-1].long()).isnan().any(-1))
+    return torch.cat(chosen), torch.cat(spoiled)

@@ -1,0 +1,131 @@
+"""The output head of a language model: what turns a hidden row into logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from palu_kernels import reference
+from palu_kernels import validation as arguments
+from palu_kernels.linear import sparse
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LMHead:
+    """``logits = cap(logit_scale * (hidden @ weight.T + bias))``, ``cap(x) = softcap * tanh(x /
+    softcap)``.
+
+    The tensors are held, not copied: a head may be tied to an embedding, trained or frozen.
+
+    Args:
+        weight: ``[V, D]``, float32, bfloat16, float16 or float64.
+        bias: ``[V]`` of the same dtype and device, or None.
+        logit_scale: finite, not 0. Cohere's ``logit_scale``, one over Granite's
+            ``logits_scaling``.
+        softcap: finite, above 0 (Gemma's ``final_logit_softcapping``), or None for no cap.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    _mean: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        arguments.matrix("weight", self.weight, "[V, D]")
+        if self.bias is not None:
+            arguments.dense("bias", self.bias)
+            if list(self.bias.shape) != [self.vocab_size]:
+                raise ValueError(
+                    f"bias has shape {list(self.bias.shape)}; it must be [{self.vocab_size}] "
+                    f"beside weight {list(self.weight.shape)}"
+                )
+            if self.bias.dtype != self.weight.dtype or self.bias.device != self.weight.device:
+                raise ValueError(
+                    f"bias is {self.bias.dtype} on {self.bias.device}; it must be as weight, "
+                    f"{self.weight.dtype} on {self.weight.device}"
+                )
+        _number("logit_scale", self.logit_scale)
+        if self.logit_scale == 0:
+            raise ValueError("logit_scale is 0; it must not be (every logit would be 0)")
+        if self.softcap is not None:
+            _number("softcap", self.softcap)
+            if self.softcap <= 0:
+                raise ValueError(f"softcap is {self.softcap}; it must be above 0, or None")
+
+    def __repr__(self) -> str:
+        bias = None if self.bias is None else list(self.bias.shape)
+        return (
+            f"{type(self).__name__}(weight={list(self.weight.shape)} {self.weight.dtype}, "
+            f"bias={bias}, logit_scale={self.logit_scale}, softcap={self.softcap})"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the head trains: its weight or its bias wants a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def detach(self) -> LMHead:
+        """The same head without gradients; the tensors are shared."""
+        bias = None if self.bias is None else self.bias.detach()
+        return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
+
+    def mean_row(self) -> tuple[Tensor, Tensor]:
+        """Means of the weight's rows ``[D]`` and of the bias (``sparse.mean_row``), kept until one
+        of them is written to."""
+        stamps = [
+            (t.data_ptr(), None if t.is_inference() else t._version)
+            for t in (self.weight, self.bias)
+            if t is not None
+        ]
+        if self._mean.get("stamps") != stamps or any(version is None for _, version in stamps):
+            self._mean["row"] = sparse.mean_row(
+                self.weight.detach(), None if self.bias is None else self.bias.detach()
+            )
+            self._mean["stamps"] = stamps
+        return self._mean["row"]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., V]`` by the definition, differentiable: what the linear
+        operators compute without holding it."""
+        return reference.head_logits(hidden, self.weight, self.bias, self.logit_scale, self.softcap)
+
+
+def check_hidden(name: str, value: object, head: object) -> None:
+    """Floating-point ``[N, D]`` or ``[B, T, D]`` for a head ``[V, D]`` on the same device."""
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"the head beside {name} is a {type(head).__name__}; it must be a palu_kernels.LMHead"
+        )
+    arguments.floats(name, value)
+    if value.dim() not in (2, 3) or value.shape[-1] != head.hidden_size:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must be [N, {head.hidden_size}] or "
+            f"[B, T, {head.hidden_size}] beside a head whose weight is {list(head.weight.shape)}"
+        )
+    if value.device != head.weight.device:
+        raise ValueError(
+            f"{name} is on {value.device}; it must be on the device of its head, "
+            f"{head.weight.device}"
+        )
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")

@@ -1,0 +1,378 @@
+"""Forget losses from the selected rows of the head alone, without a logit outside S.
+
+Entropy and flatten need z_S = cap(logit_scale * (h W_S^T + b_S)) and, for the global mean, one
+number more: without a softcap the mean of all logits is logit_scale * (h . mean(W) + mean(b)).
+Loss and hidden gradient of a row then cost k * D of the head instead of V * D.
+
+Plain tensors, no autograd: what is differentiated is x = h W^T + b, of which a row needs
+``slopes`` (d loss / d x_i for i in S) and ``shares`` (d loss / d mean of x, for the global mean).
+Then, with the row's weight w:
+
+* hidden gradient: slopes @ W_S + shares * mean(W);
+* weight gradient: w * slopes_i * h added to row i of S, w * shares / V * h to every row;
+* bias gradient: the same without h.
+
+float64 is worked in float64, everything else in float32. A bias of -inf masks its entry, which
+then takes no part in a mean, a sum or a count, as everywhere in this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from palu_kernels import reference
+from palu_kernels import validation as arguments
+from palu_kernels.backend import on_device_of
+from palu_kernels.linear.cost_model import BLOCK_BYTES, cheaper
+from palu_kernels.reference import NEG_INF, work_dtype
+
+logger = logging.getLogger("palu_kernels.linear.sparse")
+
+IMPLEMENTATIONS = ("auto", "dense", "sparse")
+NEAR_ROWS = 256  # of the head, whose mean is taken for a number near the mean of all
+_logged: set[tuple] = set()
+
+
+class Rows(NamedTuple):
+    """What a forward leaves, one entry a row; the dtype is the one that is worked in."""
+
+    losses: Tensor  # [N]
+    slopes: Tensor  # [N, k]
+    shares: Tensor  # [N], 0 where the loss has no global mean
+    grad_hidden: Tensor | None  # [N, D], of each row's own loss, unweighted
+
+
+def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
+    """Whether the loss needs nothing outside S: all but the global mean under a softcap, which is
+    no function of the mean row."""
+    return not needs_mean(objective, center_kind) or softcap is None
+
+
+def needs_mean(objective: str, center_kind: str) -> bool:
+    """Whether ``forward`` wants a ``mean_row``."""
+    return objective == "flatten" and center_kind == "global_mean"
+
+
+def choose(
+    implementation: str,
+    objective: str,
+    center_kind: str,
+    softcap: float | None,
+    *,
+    rows: int,
+    k: int,
+    vocab_size: int,
+    hidden_size: int,
+    device_type: str,
+    dtype: torch.dtype,
+    train_head: bool,
+    logits_needed_anyway: bool = False,
+) -> bool:
+    """Whether a call takes the sparse road: as ``implementation`` says, or for ``auto`` where it
+    can and ``cheaper`` finds that it pays. The automatic choice is logged once for every kind of
+    call.
+
+    Raises:
+        ValueError: ``implementation`` is unknown, or is ``sparse`` where only dense is right.
+    """
+    arguments.choice("implementation", implementation, IMPLEMENTATIONS)
+    possible = supports(objective, center_kind, softcap)
+    if implementation == "sparse" and not possible:
+        raise ValueError(
+            f"implementation is 'sparse', center is {center_kind!r} and softcap is {softcap}; the "
+            "mean of capped logits needs all of them: implementation must be 'auto' or 'dense' "
+            "here (or center 'local_mean' or a number, or softcap None)"
+        )
+    if implementation != "auto":
+        return implementation == "sparse"
+    chosen = possible and cheaper(
+        rows,
+        k,
+        vocab_size,
+        hidden_size,
+        device_type=device_type,
+        dtype=dtype,
+        train_head=train_head,
+        global_mean=needs_mean(objective, center_kind),
+        logits_needed_anyway=logits_needed_anyway,
+    )
+    kind = (chosen, objective, center_kind, softcap, k, vocab_size, hidden_size, device_type, dtype)
+    if not torch.compiler.is_compiling() and (kind, train_head) not in _logged:
+        _logged.add((kind, train_head))
+        logger.info(
+            "%s road for %s, center %s, softcap %s, %d rows, k = %d, V = %d, D = %d on %s in %s, "
+            "head %s",
+            "sparse" if chosen else "dense",
+            objective,
+            center_kind,
+            softcap,
+            rows,
+            k,
+            vocab_size,
+            hidden_size,
+            device_type,
+            dtype,
+            "trained" if train_head else "frozen",
+        )
+    return chosen
+
+
+@torch.no_grad()
+def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean over the vocabulary of ``weight [V, D]`` and ``bias [V]``: ``[D]`` and 0-dim, in
+    float64 where the device has it: what rows have in common may be thousands of times what they
+    differ by, and cancels in the deviations.
+
+    Taken piece by piece, without a copy of the weight. Entries that the bias masks are left out.
+    """
+    dtype = work_dtype(weight.dtype)
+    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else dtype
+    parts = _parts_of_mean(weight.shape[0], bias, weight)
+    total = weight.new_zeros(weight.shape[1], dtype=dtype)
+    step = min(max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)), weight.shape[0])
+    block = weight.new_empty((step, weight.shape[1]), dtype=dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        live = parts[:NEAR_ROWS] > 0
+        first = torch.where(live[:, None], weight[:NEAR_ROWS].to(dtype), 0)
+        near = first.sum(0) / live.sum().clamp(min=1)
+        for piece, part in zip(weight.split(step), parts.split(step), strict=True):
+            total.addmv_(torch.sub(piece, near, out=block[: len(piece)]).T, part)
+        mean = near.to(wide) * (parts > 0).any() + total
+        if bias is None:
+            return mean, mean.new_zeros(())
+        live = bias != NEG_INF
+        count = live.sum().clamp(min=1)
+        return mean, torch.where(live, bias, 0).sum(dtype=wide) / count
+
+
+def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:
+    """What each entry's share in the mean is: one over the number of live ones, or 0. ``[V]``."""
+    dtype = work_dtype(like.dtype)
+    if bias is None:
+        return torch.full((vocab_size,), 1 / vocab_size, dtype=dtype, device=like.device)
+    live = (bias != NEG_INF).to(dtype)
+    return live / live.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    indices: Tensor,
+    mean: tuple[Tensor, Tensor] | None,
+    *,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+    served_by: str,
+    want_hidden: bool,
+) -> Rows:
+    """Loss and derivatives of every row.
+
+    Args:
+        hidden: ``[N, D]``.
+        weight, bias, logit_scale, softcap: the head, as in ``LMHead``; the weight may have any
+            strides.
+        indices: S, int32 or int64 ``[N, k]``, unique and in range along a row.
+        mean: ``mean_row(weight, bias)`` where ``needs_mean`` says so, else None.
+        objective, center_kind, center_value: as ``arguments.center`` leaves them.
+        served_by: ``triton`` or ``torch``.
+        want_hidden: whether to return ``grad_hidden`` too, from the rows of W that are at hand.
+    """
+    loss = _Loss(logit_scale, softcap, objective, center_kind, center_value)
+    global_mean = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        if needs_mean(objective, center_kind):
+            global_mean = hidden.to(mean[0].dtype) @ mean[0] + mean[1]
+        if served_by == "triton":
+            rows = _by_kernels(hidden, weight, bias, indices, global_mean, loss, want_hidden)
+        else:
+            rows = _by_torch(hidden, weight, bias, indices, global_mean, loss, want_hidden)
+        if want_hidden and global_mean is not None:
+            rows.grad_hidden.addr_(rows.shares, mean[0].to(rows.shares.dtype))
+    return rows
+
+
+class _Loss(NamedTuple):
+    """x = h W_S^T + b_S of some rows -> their losses, slopes and shares."""
+
+    logit_scale: float
+    softcap: float | None
+    objective: str
+    center_kind: str
+    center_value: float
+
+    def __call__(self, x: Tensor, global_mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        z, slope = x * self.logit_scale, self.logit_scale
+        if self.softcap is not None:
+            t = torch.tanh(z / self.softcap)
+            z, slope = self.softcap * t, slope * (1 - t) * (1 + t)
+        center = self.center_kind if self.center_kind == "local_mean" else self.center_value
+        if global_mean is not None:
+            wide = x.to(global_mean.dtype) - global_mean[:, None]
+            z, center = (self.logit_scale * wide).to(x.dtype), 0.0
+        # on S alone a row is one of k logits with all of them in its S
+        everything = torch.arange(z.shape[1], device=z.device).expand_as(z)
+        z, everything = reference.choose(z, None, z.shape[1], everything)
+        if self.objective == "flatten":
+            deviation, k = reference.deviations(z, everything, center)
+            losses, on_s = deviation.square().sum(-1) / k, 2 * deviation / k[:, None]
+        else:
+            log_q, q, k = reference.local_distribution(z, everything)
+            negative_entropy = (q * log_q).sum(-1)
+            losses = k.to(z.dtype).log() + negative_entropy
+            on_s = q * (log_q - negative_entropy[:, None])
+        if global_mean is None:
+            shares = torch.zeros_like(losses)
+        else:
+            shares = -self.logit_scale * on_s.sum(-1)
+        return losses, on_s * slope, shares
+
+
+def _by_kernels(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    global_mean: Tensor | None,
+    loss: _Loss,
+    want_hidden: bool,
+) -> Rows:
+    from palu_kernels.triton import gathered_matmul as gathered
+
+    with on_device_of(hidden):
+        rows = loss(gathered.products(hidden, weight, bias, indices), global_mean)
+        grad = gathered.combine(rows[1], weight, indices) if want_hidden else None
+    return Rows(*rows, grad)
+
+
+def _by_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    global_mean: Tensor | None,
+    loss: _Loss,
+    want_hidden: bool,
+) -> Rows:
+    """A block of chosen rows at a time: of several hidden rows where S is short, of one otherwise,
+    and a part of S where even one does not fit (its other parts are then gathered twice)."""
+    dtype = work_dtype(hidden.dtype)
+    rows, k = indices.shape
+    width = weight.shape[1]
+    step = max(1, BLOCK_BYTES // (width * dtype.itemsize))
+    group = max(1, step // k)
+    step = min(step, k)
+    gather = _Gather(weight, dtype, min(group, max(rows, 1)) * step)
+    h = hidden.to(dtype)
+    grad = h.new_zeros((rows, width)) if want_hidden else None
+    done = []
+    for first in range(0, rows, group):
+        here = slice(first, first + group)
+        parts = indices[here].split(step, 1)
+        x = []
+        for part in parts:
+            block = gather(part)
+            x.append(torch.stack([torch.mv(w, v) for w, v in zip(block, h[here], strict=True)]))
+        x = torch.cat(x, 1)
+        if bias is not None:
+            x += bias[indices[here].long()]
+        done.append(loss(x, None if global_mean is None else global_mean[here]))
+        if want_hidden:
+            # backwards: the last part is still in the block
+            pairs = list(zip(parts, done[-1][1].split(step, 1), strict=True))[::-1]
+            for number, (part, slopes) in enumerate(pairs):
+                block = gather(part) if number else block
+                for out, w, slope in zip(grad[here], block, slopes, strict=True):
+                    out.addmv_(w.T, slope)
+    if not done:
+        return Rows(h.new_zeros(0), h.new_zeros((0, k)), h.new_zeros(0), grad)
+    return Rows(*(torch.cat(column) for column in zip(*done, strict=True)), grad)
+
+
+class _Gather:
+    """Rows of a weight, in the dtype they are worked in, in memory that is used again."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self.weight = weight
+        # zeros: a product may read beyond the rows of the last, shorter block (layout.READ)
+        self.raw = weight.new_zeros((rows, weight.shape[1]))
+        self.block = self.raw if weight.dtype == dtype else torch.zeros_like(self.raw, dtype=dtype)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """``[G, k]`` -> ``[G, k, D]``, valid until the next call."""
+        raw, block = (t[: indices.numel()] for t in (self.raw, self.block))
+        torch.index_select(self.weight, 0, indices.reshape(-1), out=raw)
+        if block.dtype != raw.dtype:
+            block.copy_(raw)
+        return block.view(*indices.shape, -1)
+
+
+@torch.no_grad()
+def add_weight_gradient(
+    acc_weight: Tensor | None,
+    acc_bias: Tensor | None,
+    hidden: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    slopes: Tensor,
+    shares: Tensor | None,
+    row_weights: Tensor,
+    *,
+    served_by: str,
+) -> None:
+    """Adds the gradient of the sum of row_weights * losses, in place; the same sums every time.
+
+    Args:
+        acc_weight, acc_bias: ``[V, D]`` and ``[V]`` in the dtype that is worked in, or None where
+            no gradient is wanted.
+        hidden, bias, indices: as ``forward`` had them.
+        slopes, shares: as ``forward`` left them; None for shares of a loss without a global mean,
+            which spares every row of the accumulator a visit.
+        row_weights: ``[N]``.
+        served_by: ``triton`` or ``torch``.
+    """
+    accumulators = [t for t in (acc_weight, acc_bias) if t is not None]
+    if not accumulators or indices.numel() == 0:
+        return
+    vocab_size = accumulators[0].shape[0]
+    coefficients = slopes * row_weights.to(slopes.dtype)[:, None]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if served_by == "triton":
+            from palu_kernels.triton import gathered_matmul as gathered
+
+            with on_device_of(hidden):
+                gathered.scatter(acc_weight, acc_bias, hidden, indices, coefficients, vocab_size)
+        else:
+            _scatter(acc_weight, acc_bias, hidden, indices, coefficients)
+        if shares is not None:
+            weighted = shares * row_weights.to(shares.dtype)
+            parts = _parts_of_mean(vocab_size, bias, slopes)
+            if acc_weight is not None:
+                acc_weight.addr_(parts, weighted @ hidden.to(slopes.dtype))
+            if acc_bias is not None:
+                acc_bias.add_(parts * weighted.sum())
+
+
+def _scatter(
+    acc_weight: Tensor | None,
+    acc_bias: Tensor | None,
+    hidden: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+) -> None:
+    """Row by row: the indices of a row are unique, so that no two additions meet."""
+    step = max(1, BLOCK_BYTES // (hidden.shape[1] * coefficients.element_size()))
+    for h, chosen, c in zip(hidden.to(coefficients.dtype), indices, coefficients, strict=True):
+        if acc_weight is not None:
+            for part, c_part in zip(chosen.split(step), c.split(step), strict=True):
+                acc_weight.index_add_(0, part, torch.outer(c_part, h))
+        if acc_bias is not None:
+            acc_bias.index_add_(0, chosen, c)

@@ -1,0 +1,149 @@
+"""Losses of a batch of logits in which every row has its own: one node, one gradient.
+
+The rows of a loss are copied out piece by piece, and in backward a piece is overwritten with its
+gradient (``row_losses.py``) and put into a gradient of zeros. So shapes do not depend on what the
+roles are, nothing but its arguments is kept for backward, and there is one tensor of the batch's
+size in it, whatever the number of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palu_kernels import reference
+from palu_kernels import row_loss as row_losses
+from palu_kernels.backend import on_device_of, resolve
+from palu_kernels.layout import empty_rows_like, gradient_rows_like
+from palu_kernels.op_autograd import refuse_higher_order
+from palu_kernels.row_loss import Chunk, RowLoss
+
+PIECE_BYTES = 64 * 2**20  # of the rows that are copied out at a time
+
+
+def role_losses(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    roles: Tensor,
+    losses: list[RowLoss],
+    weights: Tensor,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> (``(weights * sums).sum()``, 0-dim and differentiable; the sum of each loss over its rows,
+    ``[n]``, detached), float32 (float64 for float64).
+
+    Args:
+        logits: ``[..., V]``.
+        ref_logits: the frozen reference's, of any float dtype, where a loss needs it.
+        roles: ``[...]`` integers: a row whose role is i has loss i - 1; other rows have none, and
+            a gradient of 0.
+        losses: without integers of their own (indices, labels).
+        weights: ``[n]``, of the losses in the total.
+    """
+    served_by = resolve(backend, logits.device, _wider(logits, ref_logits))
+    encoded = "\n".join([row_losses.encode(loss) for loss in losses])
+    return by_role(logits, ref_logits, roles, weights, encoded, served_by)
+
+
+@torch.library.custom_op("palu_kernels::by_role", mutates_args=())
+def by_role(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    roles: Tensor,
+    weights: Tensor,
+    losses: str,
+    served_by: str,
+) -> tuple[Tensor, Tensor]:
+    sums = logits.new_zeros(len(weights), dtype=reference.work_dtype(logits.dtype))
+    with on_device_of(logits):
+        for place, loss, rows in _pieces(logits, roles, losses):
+            found = loss(_chunk(loss, logits, ref_logits, rows, served_by))
+            sums[place] += found.sum()
+    return (weights * sums).sum(), sums
+
+
+@by_role.register_fake
+def _(
+    logits: Tensor, ref_logits: Tensor | None, roles: Tensor, weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    work = reference.work_dtype(logits.dtype)
+    return logits.new_empty((), dtype=work), logits.new_empty(weights.shape, dtype=work)
+
+
+@torch.library.custom_op("palu_kernels::by_role_backward", mutates_args=())
+def by_role_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    roles: Tensor,
+    weights: Tensor,
+    losses: str,
+    served_by: str,
+) -> Tensor:
+    out = gradient_rows_like(logits).zero_()
+    with on_device_of(logits):
+        for place, loss, rows in _pieces(logits, roles, losses):
+            by_row = (grad * weights[place]).expand(len(rows[0])).contiguous()
+            chunk = _chunk(loss, logits, ref_logits, rows, served_by, by_row)
+            loss(chunk)
+            out[rows] = chunk.logits.to(out.dtype)
+    return out
+
+
+@by_role_backward.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return empty_rows_like(logits)
+
+
+def _pieces(
+    logits: Tensor, roles: Tensor, losses: str
+) -> Iterator[tuple[int, RowLoss, tuple[Tensor, ...]]]:
+    """(which loss, the loss, indices of some of its rows) for all losses and rows."""
+    step = max(1, PIECE_BYTES // (logits.shape[-1] * logits.element_size()))
+    for place, line in enumerate(losses.split("\n")):
+        own = (roles == place + 1).nonzero(as_tuple=True)
+        for start in range(0, len(own[0]), step):
+            yield place, row_losses.decode(line), tuple(n[start : start + step] for n in own)
+
+
+def _chunk(
+    loss: RowLoss,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    rows: tuple[Tensor, ...],
+    served_by: str,
+    weights: Tensor | None = None,
+) -> Chunk:
+    own, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
+    if ref is not None:
+        wide = _wider(own, ref)
+        own, ref = own.to(wide), ref.to(wide)
+    return Chunk(own, None, ref, None, None, weights is not None, served_by, weights)
+
+
+def _wider(logits: Tensor, ref_logits: Tensor | None) -> torch.dtype:
+    if ref_logits is None:
+        return logits.dtype
+    return torch.promote_types(logits.dtype, ref_logits.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.plain = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+    found = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        found = by_role_backward(grad, *ctx.saved_tensors, *ctx.plain)
+    return (found, *(None,) * 5)
+
+
+by_role.register_autograd(_backward, setup_context=_setup_context)
+refuse_higher_order("PALULoss", by_role, by_role_backward)

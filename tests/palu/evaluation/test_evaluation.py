@@ -1,0 +1,178 @@
+"""The four numbers against their definitions, and that measuring changes nothing."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+from palu.data.examples import Example
+from palu.data.labels import label_example
+from palu.evaluation import METRICS, evaluate_examples, metrics_table
+from palu.evaluation.definitions import extraction_strength, rouge
+from palu.evaluation.generation import greedy_answers
+from tests.support import small
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return small.tokenizer()
+
+
+@pytest.fixture
+def model(tok):
+    return small.model(tok)
+
+
+def by_hand(model, tok, example):
+    """Answer and sensitive probability and exact memorization of one example, unpadded."""
+    row = label_example(tok, example.question, example.answer, example.spans, max_length=64)
+    ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
+    logits = model(input_ids=ids).logits[0].double()
+    logp = logits.log_softmax(-1)
+    places = [t for t in range(1, len(labels)) if labels[t] != -100]
+    nll = {t: -logp[t - 1, ids[0, t]].item() for t in places}
+    sensitive = [nll[t] for t in places if labels[t] >= 0]
+    words = [t for t in places if ids[0, t] != tok.eos_token_id]
+    hits = [logits[t - 1].argmax().item() == ids[0, t].item() for t in words]
+    assert len(places) == len(words) + 1  # the closing token counts for the probability alone
+    return {
+        "answer_probability": math.exp(-sum(nll.values()) / len(nll)),
+        "sensitive_probability": math.exp(-sum(sensitive) / len(sensitive)) if sensitive else None,
+        "exact_memorization": sum(hits) / len(hits),
+        "extraction_strength": extraction_strength(hits),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_numbers_are_their_definitions(tok, model, batch_size):
+    examples = small.examples()
+    # A few steps of training, or no argmax would ever be right.
+    rows = small.rows(tok)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(12):
+        loss = 0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            loss = loss + model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = evaluate_examples(model, tok, examples, batch_size=batch_size, max_new_tokens=0)
+    wanted = [by_hand(model, tok, example) for example in examples]
+    for example, got, want in zip(examples, result["examples"], wanted, strict=True):
+        assert got["id"] == example.id
+        for name, value in want.items():
+            assert got[name] == (None if value is None else pytest.approx(value, rel=1e-4))
+    hits = [w["exact_memorization"] for w in wanted]
+    assert 0 < sum(hits) < len(hits)
+    for name in wanted[0]:
+        values = [w[name] for w in wanted if w[name] is not None]
+        assert result["mean"][name] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    assert len([w for w in wanted if w["sensitive_probability"] is None]) == 1
+    assert result["mean"]["rougeL_recall"] is None and result["count"] == len(examples)
+
+
+def greedy_by_hand(model, tok, prompt, limit):
+    ids = list(prompt)
+    for _ in range(limit):
+        token = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token == tok.eos_token_id:
+            break
+        ids.append(token)
+    return tok.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_answers_do_not_depend_on_padding(tok, model, pad_is_eos):
+    prompts = [tok(text)["input_ids"] for text in ("Question: Who", "Ada", "Bob is in Lisbon. It")]
+    assert len({len(p) for p in prompts}) == 3
+    want = [greedy_by_hand(model, tok, p, 8) for p in prompts]
+    old = tok.pad_token
+    try:
+        if pad_is_eos:
+            tok.pad_token = tok.eos_token
+        got = greedy_answers(
+            model, tok, prompts, eos_token_ids=[tok.eos_token_id], max_new_tokens=8, batch_size=3
+        )
+    finally:
+        tok.pad_token = old
+    assert got == want and len(set(want)) > 1
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_stored_sampling_settings_have_no_effect(tok, model, adapter):
+    prompt = [tok("Ada is")["input_ids"]]
+    options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 6, "batch_size": 1}
+    plain = greedy_answers(model, tok, prompt, **options)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 9.0
+    stored = model.generation_config
+    called = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
+    assert greedy_answers(called, tok, prompt, **options) == plain
+    assert model.generation_config is stored and stored.temperature == 5.0
+    assert called.generation_config is stored
+
+
+def test_nothing_is_changed(tok, model):
+    model.train()
+    tok.padding_side = "right"
+    before = [p.clone() for p in model.parameters()]
+    evaluate_examples(model, tok, small.examples(), batch_size=2, max_new_tokens=3)
+    assert model.training and tok.padding_side == "right"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rouge_of_the_greedy_answer(tok, model):
+    example = small.examples()[0]
+    result = evaluate_examples(model, tok, [example], max_new_tokens=5)["examples"][0]
+    row = label_example(tok, example.question, example.answer, (), max_length=64)
+    want = greedy_by_hand(model, tok, row["input_ids"][: row.answer_start], 5)
+    assert result["generated"] == want
+    assert result["rougeL_recall"] == rouge(example.answer, want)["rougeL_recall"]
+
+
+def test_rouge_is_recall_with_stemming():
+    assert (
+        rouge("He likes the cats", "he liked a cat and much else besides")["rougeL_recall"] == 0.75
+    )
+    assert rouge("one two", "two one")["rougeL_recall"] == 0.5
+
+
+def test_a_document_has_no_answer_to_generate(tok, model):
+    document = Example("d", None, "Ada is in Paris now.", ((10, 15),), {})
+    result = evaluate_examples(model, tok, [document], max_new_tokens=4)
+    assert result["mean"]["rougeL_recall"] is None
+    assert 0 < result["mean"]["sensitive_probability"] < 1
+
+
+def test_progress_reaches_its_total(tok, model):
+    seen = []
+    evaluate_examples(
+        model,
+        tok,
+        small.examples(),
+        batch_size=2,
+        max_new_tokens=2,
+        progress=lambda *done: seen.append(done),
+    )
+    assert seen[-1] == (10, 10) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_bad_arguments(tok, model):
+    with pytest.raises(ValueError, match="at least one example"):
+        evaluate_examples(model, tok, [])
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1 .* not 0 and 1"):
+        evaluate_examples(model, tok, small.examples(), batch_size=0, max_new_tokens=1)
+
+
+def test_table_fits_80_columns():
+    result = {"count": 400, "mean": dict.fromkeys(METRICS, 0.12345)}
+    result["mean"]["rougeL_recall"] = None
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(metrics_table("t", [("unlearned", "forget", result)]))
+    text = console.export_text()
+    assert "…" not in text and "0.123" in text and " - " in text and "memorization" in text

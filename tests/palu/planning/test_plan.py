@@ -1,0 +1,272 @@
+"""Sizes are those of the real models, predictions grow as they must, and `palu plan` says what
+fits."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from palu.cli import app as cli
+from palu.errors import UserError
+from palu.planning.layer import PRECISIONS
+from palu.planning.model import KNOWN_MODELS, ModelSizes, read_config
+from palu.planning.step import GIB, REFERENCES, Setup, largest_batch, predict
+
+SMALL = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+MODELS = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "llama tied, biases": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 12,
+    },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16},
+}
+
+
+def sizes(model):
+    return ModelSizes.from_config(AutoConfig.for_model(**SMALL | MODELS[model]))
+
+
+def published(name):
+    return ModelSizes.from_config(AutoConfig.for_model(**KNOWN_MODELS[name]))
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_models_own(name):
+    given = SMALL | MODELS[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+    assert sizes(name).parameters == sum(p.numel() for p in model.parameters())
+    with_adapters = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
+    trained = sum(p.numel() for p in with_adapters.parameters() if p.requires_grad)
+    assert sizes(name).lora_parameters(3) == trained
+
+
+def test_known_models_have_the_published_parameters():
+    counts = {name: published(name).parameters for name in KNOWN_MODELS}
+    assert counts == {
+        "meta-llama/Llama-3.1-8B": 8_030_261_248,
+        "meta-llama/Llama-3.2-1B": 1_235_814_400,
+        "google/gemma-2-9b": 9_241_705_984,
+        "Qwen/Qwen2.5-7B": 7_615_616_512,
+    }
+
+
+def test_config_of_a_folder_of_a_known_name_and_of_the_hub(tmp_path, monkeypatch):
+    config = AutoConfig.for_model(**SMALL | MODELS["gemma2"])
+    config.save_pretrained(tmp_path)
+    assert ModelSizes.from_config(read_config(str(tmp_path))) == sizes("gemma2")
+    assert read_config("llama-3.2-1b").hidden_size == 2048
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: (name, config))
+    assert read_config("someone/something") == ("someone/something", config)
+
+
+# ---- predictions ---------------------------------------------------------------------------------
+
+
+def test_states_follow_the_weights():
+    model = published("meta-llama/Llama-3.1-8B")
+    for dtype, entry in (("float32", 4), ("bfloat16", 2), ("autocast", 4)):
+        items = predict(model, Setup(1, 16, dtype)).items
+        assert items["weights"] == items["reference"] == entry * model.parameters
+        # bfloat16 weights that train have masters: `palu.training.master_weights`
+        assert items["gradients"] == 4 * model.parameters
+        assert items["optimizer state"] == 2 * items["gradients"]
+        assert items.get("master weights", 0) == (entry == 2) * 4 * model.parameters
+        cached = predict(model, Setup(1, 16, dtype, reference="cached")).items
+        assert cached["reference"] == entry * 128256 * 4096
+        lora = predict(model, Setup(1, 16, dtype, 8, "adapter_off")).items
+        adapters = 4 * model.lora_parameters(8)  # float32
+        assert "reference" not in lora and lora["optimizer state"] == 2 * adapters
+        assert lora["weights"] == entry * model.parameters + adapters
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_order_of_the_ways(name, dtype, rank):
+    model = published(name)
+    for checkpointing in (False, True):
+        live, cached = (
+            predict(model, Setup(8, 512, dtype, rank, reference, checkpointing)).peak
+            for reference in ("live", "cached")
+        )
+        assert cached < live
+    plain, again = (
+        predict(model, Setup(8, 512, dtype, rank, "live", value)).peak for value in (False, True)
+    )
+    assert again < plain
+    full = predict(model, Setup(8, 512, dtype, 0, "live", True)).peak
+    assert predict(model, Setup(8, 512, dtype, 16, "live", True)).peak < full
+
+
+def test_largest_batch_is_the_largest():
+    model, setup = published("meta-llama/Llama-3.2-1B"), Setup(length=300, checkpointing=True)
+    limit = 40 * GIB
+    rows = largest_batch(model, setup, limit)
+    peaks = [predict(model, Setup(n, 300, checkpointing=True)).peak for n in (rows, rows + 1)]
+    assert peaks[0] <= limit < peaks[1]
+    assert largest_batch(model, setup, 2**30) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"length": 1}, "length is 1; it must be an integer of at least 2"),
+        ({"length": 8.0}, "length is 8.0"),
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, autocast, not 'int8'"),
+        ({"reference": "none"}, "reference must be one of live, adapter_off, cached, not 'none'"),
+        ({"reference": "adapter_off"}, "lora_rank 0; it must be at least 1"),
+    ],
+)
+def test_setups_that_are_none(values, message):
+    with pytest.raises(ValueError, match=message):
+        Setup(**values)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """`palu plan` -> (exit status, its output as one line)."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*options):
+        result = CliRunner().invoke(cli.app, ["plan", *map(str, options)])
+        if isinstance(result.exception, UserError):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_what_fits(plan):
+    status, output = plan("--model", "Llama-3.1-8B", "--gpu-memory", 80)
+    lines = output.splitlines()
+    assert status == 0 and "8,030,261,248 parameters, bfloat16; 72.0 of 80 GiB" in lines[0]
+    heading = next(i for i, line in enumerate(lines) if line.startswith("trains"))
+    assert lines[heading].split()[3:] == ["GiB", "256", "512", "1024", "4096"]
+    model, rows = published("meta-llama/Llama-3.1-8B"), lines[heading + 1 : heading + 11]
+    for line in rows:
+        start, reference, checkpointing, peak, *batches = line.rsplit(maxsplit=7)
+        rank = {"every weight": 0, "LoRA 16": 16}[start.strip()]
+        setup = Setup(8, 512, "bfloat16", rank, reference, checkpointing == "yes")
+        assert f"{predict(model, setup).peak / GIB:.1f}" == peak
+        most = largest_batch(model, setup, int(72 * GIB))
+        assert batches[1] == (str(most) if most else "-")
+        assert (float(peak) <= 72) == (most >= 8)
+    assert len({line[:42] for line in rows}) == 10 and {line.split()[-6] for line in rows} == {
+        "yes",
+        "no",
+    }
+    text = " ".join(output.split())
+    fitting = sum(float(line.split()[-5]) <= 72 for line in rows)
+    assert f"{fitting} of 10 ways fit at 8 x 512" in text
+    assert "palu unlearn --batch-size 8 --max-length 512 --reference live --lora-rank 16" in text
+    _, output = plan("--model", "Llama-3.2-1B", "--gpu-memory", 80)
+    text = " ".join(output.split())
+    assert "optimizer state 9.2" in text and "master weights 4.6" in text
+    _, output = plan("--model", "Llama-3.2-1B", "--gpu-memory", 80, "--dtype", "autocast")
+    assert "--reference live --bf16" in " ".join(output.split())
+
+
+def test_what_to_change(plan):
+    options = ["--model", "Llama-3.1-8B", "--headroom", 0]
+    status, output = plan(*options, "--gpu-memory", 20, "--batch-size", 64)
+    text = " ".join(output.split())
+    assert status == 0 and "Nothing fits at 64 x 512. Take smaller batches" in text
+    model = published("meta-llama/Llama-3.1-8B")
+    most = largest_batch(model, Setup(64, 512, "bfloat16", 16, "cached", True), 20 * GIB)
+    assert f"--batch-size {most} --max-length 512" in text
+    assert "--lora-rank 16 --gradient-checkpointing" in text
+    status, output = plan(*options, "--gpu-memory", 16, "--length", 8192)
+    text = " ".join(output.split())
+    assert status == 1 and "not even one row of 8192 tokens. Take rows of at most " in text
+    length = int(text.partition("rows of at most ")[2].split()[0])
+    least = Setup(1, length, "bfloat16", 16, "cached", True)
+    assert predict(model, least).peak <= 16 * GIB
+    assert predict(model, Setup(1, 2 * length, "bfloat16", 16, "cached", True)).peak > 16 * GIB
+    status, output = plan(*options, "--gpu-memory", 4)
+    text = " ".join(output.split())
+    assert status == 1 and "Take a smaller model, or a GPU with" in text and "weights 15.1" in text
+
+
+def test_dtype_is_the_configs(plan, tmp_path):
+    for dtype, named in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")):
+        AutoConfig.for_model(**SMALL, **MODELS["llama"], dtype=dtype).save_pretrained(tmp_path)
+        status, output = plan("--model", tmp_path, "--gpu-memory", 1)
+        assert status == 0 and f"parameters, {named}" in " ".join(output.split())
+    status, output = plan("--model", tmp_path, "--gpu-memory", 1, "--dtype", "autocast")
+    assert "parameters, autocast" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "0"], "--gpu-memory must be a number of GiB above 0, not 0"),
+        (["--gpu-memory", "nan"], "not nan"),
+        (["--gpu-memory", "inf"], "not inf"),
+        (["--headroom", "1"], "--headroom must be at least 0 and below 1, not 1"),
+        (["--lora-rank", "0"], "--lora-rank must be at least 1, not 0"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--length", "1"], "length is 1"),
+        (["--dtype", "int8"], "dtype must be one of"),
+    ],
+)
+def test_options_that_are_none(options, message, plan):
+    with pytest.raises(UserError, match=message):
+        plan("--model", "Llama-3.2-1B", "--gpu-memory", 40, *options)
+
+
+def test_models_that_are_none(plan, tmp_path, monkeypatch):
+    def message(model):
+        with pytest.raises(UserError) as raised:
+            plan("--model", model, "--gpu-memory", 40)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "has no config.json" in message(tmp_path)
+    for name in (tmp_path / "none", "./none", "a/b/c"):
+        assert f"'{name}' is no folder, none of meta-llama/Llama-3.1-8B" in message(name)
+
+    def offline(name, **_):
+        raise OSError("We couldn't connect to the hub\nand so on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoConfig, "from_pretrained", offline)
+        said = message("meta-llama/Llama-2-7b")
+    assert "no model of the hub that can be read: We couldn't connect" in said
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "llama", ')
+    assert f"the config of {str(tmp_path)!r} cannot be read" in message(tmp_path)
+    file.write_text("{}")
+    assert "model_type" in message(tmp_path)
+    content = SMALL | MODELS["llama"]
+    for change, said in (
+        ({"model_type": "gpt2"}, "model_type of the config is 'gpt2'; it must be one of llama"),
+        ({"model_type": "nothing-like-it"}, "nothing-like-it"),
+        ({"vocab_size": 0}, "vocab_size of the config is 0"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ):
+        file.write_text(json.dumps(content | change))
+        assert said in message(tmp_path)
+
+
+def test_references_are_the_trainers():
+    from palu.training import config
+
+    assert set(REFERENCES) == set(config.REFERENCES)

@@ -1,0 +1,84 @@
+"""The names that README's examples take for granted, small; README's own two records as data.
+
+Run as a script it is one process of the example for several: `readme_world.py FOLDER NUMBER`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from palu.data.examples import Collator, load_examples, tokenize_examples
+from palu.demo.models import build_tokenizer
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+RECORDS = [json.loads(line) for line in re.findall(r'^\{"(?:question|text)".*\}$', README, re.M)]
+
+
+def world(folder: Path, rank: int = 0) -> dict:
+    """Writes the data files into `folder`. `rank` decides which of the two rows comes first in
+    `forget_steps`, whose micro-batches are of one row."""
+    for name in ("forget", "retain"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    tokenizer = build_tokenizer([json.dumps(record) for record in RECORDS], vocab_size=300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # or every distribution is flat from the start
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    data = load_examples(folder / "forget.jsonl", require_spans=True)
+    rows = tokenize_examples(data, tokenizer, max_length=64)
+    collate = Collator(tokenizer)
+    return {
+        "tokenizer": tokenizer,
+        "model": model,
+        "torch": torch,
+        "rows": rows,
+        "frozen_original": copy.deepcopy(model).eval(),
+        "forget_loader": [collate(rows)] * 2,
+        "forget_steps": [[collate([rows[rank]]), collate([rows[1 - rank]])]] * 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+
+
+def run(number: int, names: dict, edit: Callable[[str], str] = str) -> None:
+    """Example `number` of README, from 1, with `names`."""
+    exec(compile(edit(PYTHON[number - 1]), f"README.md, example {number}", "exec"), names)
+
+
+def prepare(number: int, names: dict) -> dict:
+    """The names that an example before leaves behind, which has not trained."""
+    run(number, given := names | {"forget_loader": [], "forget_steps": []})
+    return names | {name: given[name] for name in given if name not in names}
+
+
+def main(place: Path, number: int) -> None:
+    rank = int(os.environ["RANK"])
+    (place / str(rank)).mkdir()
+    names = prepare(1, world(place / str(rank), rank))
+    run(number, names)
+    save_file(names["model"].state_dict(), place / f"{rank}.safetensors")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort now and then when Python takes the process down
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
