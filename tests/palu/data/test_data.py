@@ -388,7 +388,7 @@ def test_what_is_wrong_is_named(tmp_path, line, words):
         ("{}".encode("utf-16-le"), "or UTF-16 text: save it as UTF-8"),
         ("{}".encode("utf-16-be"), "or UTF-16 text: save it as UTF-8"),
         ("{}".encode("utf-32"), "is UTF-32 text"),
-        (gzip.compress(b"{}"), "is compressed by gzip"),
+        (gzip.compress(b"{}", mtime=0), "is compressed by gzip"),
         (b"\x80\x04\x00\x01\x00\x00", ":1: holds NUL bytes; it is a binary file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         (b'["\xed\xa0\x80"]', ":1: not UTF-8 text"),
