@@ -98,7 +98,7 @@ class Variant:
         the head that start anywhere) or ``none``."""
         shift = self.named.get("SHIFT")
         proven = not any(columns % 16 for columns in self.columns)
-        if self.kernel.startswith("gathered."):
+        if self.kernel.startswith("gathered_matmul."):
             return "aligned" if proven else "narrow"
         if shift is not False:
             return "shifted" if shift else "none"

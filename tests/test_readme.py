@@ -88,7 +88,7 @@ def test_two_processes_are_one(world, tmp_path):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["-m", "tests.readme_world", str(tmp_path), str(DISTRIBUTED)]
+    command += ["-m", "tests.support.readme_world", str(tmp_path), str(DISTRIBUTED)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=300

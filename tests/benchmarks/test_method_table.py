@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from benchmarks.method_table import PEOPLE, TABLE, TOFU, Runs, main, slug, tofu_runs
-from palu.cli import app
+from palu.cli.app import app
 
 SUMMARY = {
     "forget_quality": 0.5,

@@ -18,18 +18,18 @@ MAKERS = (("sm_80", "sm_90", "sm_100"), ("gfx942",))
 REFERENCE = 1  # MEMBERS where another row says what is in S, so that two rows are read
 MEMBERS = {"local_entropy.statistics": {0, 1, 2}, "local_entropy.gradient": {0, 2}}
 ROWS_READ = {
-    "select.digit_histogram": 1,
-    "select.write_indices": 1,
+    "radix_select.digit_histogram": 1,
+    "radix_select.write_indices": 1,
     "local_entropy.statistics": 1,
     "local_entropy.gradient": 1,
-    "divergence.statistics": 2,
-    "divergence.gradient": 2,
+    "kl_div.statistics": 2,
+    "kl_div.gradient": 2,
     "cross_entropy.statistics": 1,
     "cross_entropy.gradient": 1,
     # rows of the head (a tile of them counts as one), and of its gradient
-    "gathered.multiply": 2,  # of the head and of hidden states
-    "gathered.combine_tiles": 1,
-    "gathered.scatter_runs": 1,
+    "gathered_matmul.multiply": 2,  # of the head and of hidden states
+    "gathered_matmul.combine_tiles": 1,
+    "gathered_matmul.scatter_runs": 1,
 }
 WRITERS = ("gradient", "scatter_runs")
 DTYPES = {"bf16", "fp16", "fp32"}
@@ -111,7 +111,7 @@ def test_report_is_complete(report, streaming):
     for archs in MAKERS:
         for kernel in ROWS_READ:
             rows = [row for row in streaming if row["kernel"] == kernel and row["arch"] in archs]
-            anywhere = "narrow" if kernel.startswith("gathered.") else "shifted"
+            anywhere = "narrow" if kernel.startswith("gathered_matmul.") else "shifted"
             for walk in ("aligned", anywhere):
                 assert dtypes([r for r in rows if r["walk"] == walk]) == DTYPES, (kernel, walk)
             for arch in archs:

@@ -75,9 +75,9 @@ def test_hand_counts(columns, dtype):
 
     with Traffic() as counted:
         found = launches(operators.kl_loss(logits, reference, backend="triton"))
-    one = found["divergence.statistics"]
+    one = found["kl_div.statistics"]
     check(one, 2 * row, 6 * number * one.programs)
-    one = found["divergence.gradient"]
+    one = found["kl_div.gradient"]
     check(one, 2 * row + 5 * number * one.programs, row)
 
     with Traffic() as counted:
@@ -90,7 +90,7 @@ def test_hand_counts(columns, dtype):
 
     with Traffic() as counted:
         operators.topk_indices(reference, 5, backend="triton")
-    digits = [one for one in counted.launches if one.kernel == "select.digit_histogram"]
+    digits = [one for one in counted.launches if one.kernel == "radix_select.digit_histogram"]
     assert len(digits) == dtype.itemsize
     for one in digits:
         check(one, row + number * one.programs, 256 * number * one.programs)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from palu.cli import app
+from palu.cli.app import app
 from palu.errors import UserError
 from palu.models.checks import check_adapter_off, check_causal, first_texts
 from tests.support import small, training

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from palu.cli import app
+from palu.cli.app import app
 from palu.models.loading import freeze_other_towers, load_model
 from palu.reference.model import vocabulary_size
 from tests.support import small
