@@ -100,7 +100,7 @@ def test_hand_counts(columns, dtype):
         indices = torch.arange(5).repeat(3, 1)
         loss = operators.local_entropy_loss(logits, top_k=5, indices=indices, backend="triton")
         found = launches(loss)
-    one = found["members.set_bits"]
+    one = found["topk_mask.set_bits"]
     assert (one.loaded, one.stored, one.atomic) == (3 * 5 * 8, 0, 3 * 5 * number)
     # a byte of the bitmap for eight lanes; row i starts i * columns % 8 lanes after an aligned one
     bitmap = sum((i * columns % 8 + columns + 7) // 8 for i in range(3))
