@@ -28,7 +28,7 @@ from palu.data.examples import Collator, load_examples, split_slice, tokenize_ex
 from palu.data.labels import IGNORE
 from palu.errors import UserError, user_errors
 from palu.models.folders import named_from
-from palu.models.forward import kept_logits, prediction_rows
+from palu.models.forward import logits_at, shift_to_logits
 from palu.models.loading import load_model, load_tokenizer
 from palu.progress import bar
 from palu.run_record import check_output, choose_template, output_folder
@@ -46,8 +46,8 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch
     since -200 marks one that is not sensitive and is no token.
     """
     answer = batch["labels"] != IGNORE
-    rows = prediction_rows(answer)
-    logits = kept_logits(model, batch["input_ids"], batch["attention_mask"], rows)
+    rows = shift_to_logits(answer)
+    logits = logits_at(model, batch["input_ids"], batch["attention_mask"], rows)
     return cross_entropy_loss(logits, batch["input_ids"][:, 1:][answer[:, 1:]])
 
 

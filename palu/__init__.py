@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from palu.data.labels import label_example, token_roles
     from palu.data.template import Template
     from palu.loss import PALULoss, PALUOutput
-    from palu.models.lm_head import LMHead, model_hidden_states
+    from palu.models.forward import model_hidden_states
+    from palu.models.lm_head import LMHead, check_head
     from palu.reference.cache import ReferenceCache
     from palu.training.config import PALUConfig
     from palu.training.trainer import PALUTrainer
@@ -23,6 +24,7 @@ __all__ = [
     "PALUTrainer",
     "ReferenceCache",
     "Template",
+    "check_head",
     "label_example",
     "load_examples",
     "model_hidden_states",
@@ -42,9 +44,10 @@ _HOMES = {
     "PALUTrainer": "palu.training.trainer",
     "ReferenceCache": "palu.reference.cache",
     "Template": "palu.data.template",
+    "check_head": "palu.models.lm_head",
     "label_example": "palu.data.labels",
     "load_examples": "palu.data.examples",
-    "model_hidden_states": "palu.models.lm_head",
+    "model_hidden_states": "palu.models.forward",
     "token_roles": "palu.data.labels",
     "tokenize_examples": "palu.data.examples",
 }

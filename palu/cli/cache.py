@@ -101,7 +101,6 @@ def build(
 
         from palu.loss import PALULoss
         from palu.models.checks import check_causal, first_texts
-        from palu.models.forward import end_tokens
         from palu.models.loading import (
             check_precision,
             check_token_ids,
@@ -110,6 +109,7 @@ def build(
             model_folder,
             resolve_device,
         )
+        from palu.models.wrappers import eos_token_ids
         from palu.progress import bar
         from palu.reference.cache import CacheError, CacheWriteError, ReferenceCache
         from palu.unlearn import make_config
@@ -154,7 +154,7 @@ def build(
         loaded, _ = load_to_train(model, dtype, device, bf16=bf16, allow_missing=allow_missing)
         check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
         check_causal(loaded, first_texts(rows))
-        eos = end_tokens(loaded, tokenizer)
+        eos = eos_token_ids(loaded, tokenizer)
         loss = PALULoss(**config.loss_options(), eos_token_id=eos)
     notes = {"model": str(model), "forget": forget, "retain": retain, **read}
     notes["drop_overlap"] = drop_overlap

@@ -20,7 +20,7 @@ from palu.demo.models import build_model, build_tokenizer, memorise
 from palu.demo.people import invent_people, records, write_jsonl
 from palu.demo.plot import TokenChange, draw_forgetting
 from palu.evaluation import evaluate_examples, metrics_table
-from palu.models.forward import kept_logits, prediction_rows
+from palu.models.forward import logits_at, shift_to_logits
 from palu.progress import bar
 from palu.run_record import versions, write_json
 from palu.unlearn import make_config, save_model, settings_of, unlearn
@@ -201,7 +201,7 @@ def token_probabilities(model: LlamaForCausalLM, row: dict) -> list[float]:
     it."""
     ids = torch.tensor([row["input_ids"]])
     answer = torch.tensor([row["labels"]]) != IGNORE
-    logits = kept_logits(model, ids, torch.ones_like(ids), prediction_rows(answer))
+    logits = logits_at(model, ids, torch.ones_like(ids), shift_to_logits(answer))
     targets = ids[:, 1:][answer[:, 1:]]
     return logits.float().softmax(-1).gather(-1, targets[:, None])[:, 0].tolist()
 

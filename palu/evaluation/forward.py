@@ -3,8 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from palu.data.examples import Collator
 from palu.data.labels import IGNORE, LabeledExample
 from palu.evaluation.batches import ALONE, Processes, in_batches
-from palu.models.forward import kept_logits, prediction_rows
+from palu.models.forward import logits_at, shift_to_logits
 from palu_kernels import cross_entropy_loss
 
 # Rows of logits whose distribution is made at a time, in float32: 64 of them take 33 MB at a
@@ -65,7 +64,7 @@ def score_answers(
     processes: Processes = ALONE,
     report: Callable[[int, int], None] | None = None,
 ) -> list[AnswerScores]:
-    """The scores of every row, in order. Call it under `evaluating(model)`.
+    """The scores of every row, in order. Call it in `eval_mode(model)`.
 
     Args:
         rows: see `palu.data.labels.label_example`.
@@ -79,8 +78,8 @@ def score_answers(
     def work(chosen: list[int]) -> list[AnswerScores]:
         batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
         answer = batch["labels"] != IGNORE
-        logits = kept_logits(
-            model, batch["input_ids"], batch["attention_mask"], prediction_rows(answer)
+        logits = logits_at(
+            model, batch["input_ids"], batch["attention_mask"], shift_to_logits(answer)
         )
         answer = answer[:, 1:]
         targets = batch["input_ids"][:, 1:][answer]
@@ -104,17 +103,6 @@ def score_answers(
 
     lengths = [len(row["input_ids"]) for row in rows]
     return in_batches(lengths, batch_size, work, processes=processes, report=report)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _standardised(logits: Tensor, targets: Tensor) -> Tensor:

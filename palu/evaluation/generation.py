@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from palu.evaluation.batches import ALONE, Processes, in_batches
-from palu.models.forward import unwrap
+from palu.models.wrappers import unwrap
 
 
 @torch.no_grad()

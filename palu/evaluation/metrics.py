@@ -17,10 +17,10 @@ from palu.evaluation.definitions import (
     probability,
     rouge,
 )
-from palu.evaluation.forward import AnswerScores, evaluating, score_answers
+from palu.evaluation.forward import AnswerScores, score_answers
 from palu.evaluation.generation import greedy_answers
 from palu.evaluation.sets import ANSWER, EvalSet
-from palu.models.forward import end_tokens
+from palu.models.wrappers import eos_token_ids, eval_mode
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
 """The columns of the table."""
@@ -80,7 +80,7 @@ def evaluate_examples(
     def report(before: int) -> Callable[[int, int], None] | None:
         return progress and (lambda done, _: progress(before + done, total))
 
-    with evaluating(model):
+    with eval_mode(model):
         scores = score_answers(model, tokenizer, rows, batch_size=batch_size, report=report(0))
         check_finite(data, ANSWER, [[score] for score in scores])
         answers = greedy_answers(
@@ -130,7 +130,7 @@ def stops(model: nn.Module, tokenizer: Any, rows: Sequence[LabeledExample]) -> l
     """Every token that ends an answer: those that tokenizer and model name, and the one that the
     template closes an answer with, which may be none of them."""
     closing = {row["input_ids"][-1] for row in rows if row.closed}
-    return sorted({*end_tokens(model, tokenizer), *closing})
+    return sorted({*eos_token_ids(model, tokenizer), *closing})
 
 
 def check_finite(data: EvalSet, field: str, scores: Sequence[Sequence[AnswerScores]]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from palu.evaluation.batches import ALONE, Processes
 from palu.evaluation.definitions import exact_memorization, extraction_strength, rouge
 from palu.evaluation.fluency import FluencyClassifier
-from palu.evaluation.forward import AnswerScores, evaluating, score_answers
+from palu.evaluation.forward import AnswerScores, score_answers
 from palu.evaluation.generation import greedy_answers
 from palu.evaluation.logs import Log, LogError
 from palu.evaluation.membership import (
@@ -24,6 +24,7 @@ from palu.evaluation.membership import (
 from palu.evaluation.metrics import check_finite, prompt, results, stops
 from palu.evaluation.sets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.tofu import aggregate, derived_entries
+from palu.models.wrappers import eval_mode
 
 Entry = dict[str, Any]
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -88,7 +89,7 @@ class Evaluation:
             LogError: an entry of `log` with other rows than its set has.
         """
         self._check(Log(log, place))
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for metric, make in self.metrics.items():
                 if not log.get(metric):
                     log[metric] = make()
@@ -106,7 +107,7 @@ class Evaluation:
     def results(self, name: str) -> dict[str, Any]:
         """The numbers of a set as `palu.evaluation.evaluate_examples` gives them."""
         data = self.sets[name]
-        with evaluating(self.model):
+        with eval_mode(self.model):
             scores = [score for (score,) in self.scores(name, ANSWER)]
             answers = self.answers(name)
         generated = [answers.get(i) for i in range(len(data.examples))]
@@ -277,7 +278,7 @@ class Evaluation:
 
     def _reference_attack(self) -> Entry:
         reference, values = self.reference(), {}
-        with evaluating(reference):
+        with eval_mode(reference):
             for name in ("forget", "holdout"):
                 pairs = zip(
                     self.scores(name, ANSWER), self.scores(name, ANSWER, reference), strict=True

@@ -13,8 +13,7 @@ from palu.data.pairs import stacked
 from palu.methods.answers import Answers
 from palu.methods.base import Method
 from palu.methods.step_loss import RETAIN, Objective, answer_tokens, in_turns
-from palu.models.forward import kept_logits
-from palu.models.lm_head import model_hidden_states
+from palu.models.forward import logits_at, model_hidden_states
 from palu.reference.model import Inputs
 from palu_kernels import linear_cross_entropy_loss, linear_kl_loss
 
@@ -52,7 +51,7 @@ class MethodObjective(Objective):
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits = kept_logits(model, *inputs[:3], **inputs.more)
+        logits = logits_at(model, *inputs[:3], **inputs.more)
         return self._terms(model, batch, inputs, logits, denominators)
 
     def _terms(

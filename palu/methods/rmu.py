@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from palu.methods.base import Method, check_number
-from palu.models.forward import unwrap
 from palu.models.layers import decoder_layers
+from palu.models.wrappers import unwrap
 
 USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
 

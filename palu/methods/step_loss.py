@@ -14,9 +14,9 @@ import palu_kernels
 from palu.data.labels import FORGET, IGNORE, NONE, PRESERVE
 from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu.loss import PALULoss
-from palu.models.forward import kept_logits, prediction_rows
+from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import COLUMNS, joined, more_inputs
-from palu.models.lm_head import model_hidden_states, plain_head
+from palu.models.lm_head import fusable_head
 from palu.models.router_loss import RouterLoss, wanted
 from palu.reference.model import CachedReference, Inputs, Reference, ReferenceRows
 from palu.reference.rows import refuse_unknown_inputs
@@ -32,7 +32,7 @@ class Objective:
     Forget and retain rows of a batch go through the model in one call: a second one before backward
     would run DDP's and FSDP's hooks twice. (`in_turns` makes two batches of one, each for a forward
     and backward of its own.) Whether losses are computed from hidden rows is found out with the
-    first batch (`palu.models.lm_head.plain_head`).
+    first batch (`palu.models.lm_head.fusable_head`).
 
     Args:
         loss: the forget and preserve terms.
@@ -108,9 +108,9 @@ class Objective:
         predicted = roles == FORGET if self.loss.preserve is None else roles != NONE
         is_forget = roles[:, 1:][predicted[:, 1:]] == FORGET
         retain = batch.get(RETAIN) if with_retain else None
-        keep = prediction_rows(predicted)
+        keep = shift_to_logits(predicted)
         if retain is not None:
-            kept = prediction_rows(retain["labels"] != IGNORE)
+            kept = shift_to_logits(retain["labels"] != IGNORE)
             if len(keep):
                 batch, keep = joined(batch, retain), _padded_rows(keep, kept)
             else:
@@ -120,10 +120,10 @@ class Objective:
 
     def _choose_road(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> None:
         self._asked = True
-        self.head = plain_head(model, *inputs[:2], **inputs.more)
+        self.head = fusable_head(model, *inputs[:2], **inputs.more)
         if self.head is not None and self.reference is not None:
             with self.autocast():
-                if not self.reference.has_plain_head(inputs):
+                if not self.reference.has_fusable_head(inputs):
                     self.head = None
         if isinstance(self.reference, CachedReference):
             refuse_unknown_inputs(batch)
@@ -186,7 +186,7 @@ class Objective:
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], inputs: Inputs, denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits = kept_logits(model, *inputs[:3], **inputs.more)
+        logits = logits_at(model, *inputs[:3], **inputs.more)
         ref = ref_retain = None
         own = len(inputs.is_forget)
         if self.reference is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.forward import adapters_off, peft_model, undisturbed, unwrap
+from palu.models.wrappers import adapters_off, eval_mode, peft_model, unwrap
 
 _ROWS, _TOKENS = 2, 64  # how much of the data is looked at
 
@@ -65,7 +65,7 @@ def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
     refuse_encoder(model)
     name = type(unwrap(model)).__name__
     leaks, later, earlier = [], [], []
-    with torch.no_grad(), undisturbed(model):
+    with eval_mode(model):
         for text in texts:
             for before, after, noise in _changes(model, text):
                 leaks.append(after > max(noise, before / 4))
@@ -115,7 +115,7 @@ def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
     """
     whole = peft_model(model)
     worst = tolerance = 0.0
-    with torch.no_grad(), undisturbed(model):
+    with eval_mode(model):
         on = [_logits(whole, text) for text in texts]
         with adapters_off(whole):
             for text, logits in zip(texts, on, strict=True):

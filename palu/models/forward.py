@@ -1,27 +1,32 @@
-"""What is asked of any causal language model: logits of only the rows that carry a loss, and the
-tokens that end an answer.
+"""Call a causal language model for what a loss needs: logits at selected positions, or the hidden
+states that enter the output embedding.
 
 Most positions of a batch (prompts, padding, answer tokens without a loss) never need logits, and
-with a large vocabulary the logits are the largest tensors of a step. `kept_logits` asks the model
-for the rows that matter.
+with a large vocabulary the logits are the largest tensors of a step.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from palu.models.wrappers import (
+    UnsupportedHead,
+    head_pre_hook,
+    incompatible_wrapper,
+    text_only_inputs,
+    unwrap,
+)
+
 # Per model class: does its `logits_to_keep` take a 2-D boolean mask? Filled by the first real call.
 _TAKES_MASK: dict[type, bool] = {}
 
 
-def prediction_rows(at_labels: Tensor) -> Tensor:
-    """Moves a mask from label positions to the rows of logits that predict them.
+def shift_to_logits(at_labels: Tensor) -> Tensor:
+    """Shift a mask of labels to the positions whose logits predict them.
 
     Args:
         at_labels: bool `[B, T]`, true where the token at `t` is to be predicted. Position 0 is
@@ -29,166 +34,156 @@ def prediction_rows(at_labels: Tensor) -> Tensor:
 
     Returns:
         bool `[B, T]`, true at `t - 1`; the last column is false. Row-major order is kept, so
-        `x[:, 1:][at_labels[:, 1:]]` lines up with `logits[prediction_rows(at_labels)]`.
+        `x[:, 1:][at_labels[:, 1:]]` lines up with `logits[shift_to_logits(at_labels)]`.
     """
-    rows = torch.zeros_like(at_labels)
-    rows[:, :-1] = at_labels[:, 1:]
-    return rows
+    positions = torch.zeros_like(at_labels)
+    positions[:, :-1] = at_labels[:, 1:]
+    return positions
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside DDP, `torch.compile` and PEFT wrappers. To look at, never to
-    call."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode inside; every module's own mode and the random state are put
-    back."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    devices = [device] if device.type not in ("cpu", "meta") else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Without adapters, gradients and dropout inside; every module's own mode is put back, and what
-    trains (PEFT turns all adapters' gradients on when it puts them back)."""
-    modes = [(module, module.training) for module in model.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), peft_model(model).disable_adapter():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, train in trains:
-            parameter.requires_grad_(train)
-
-
-def peft_model(model: nn.Module) -> nn.Module:
-    """The `PeftModel` inside the trainer's wrappers."""
-    return next(module for module in model.modules() if hasattr(module, "disable_adapter"))
-
-
-def image_marks(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """What Gemma 3 asks for in training: which tokens stand for images. None do."""
-    inner = unwrap(model)
-    if inner.training and getattr(getattr(inner, "config", None), "model_type", None) == "gemma3":
-        return {"token_type_ids": torch.zeros_like(input_ids)}
-    return {}
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer, ascending: the tokenizer's end token and those that the model's
-    generation settings and its config name.
-
-    Args:
-        model: wrapped or not.
-        tokenizer: or None, where there is none.
-    """
-    inner = unwrap(model)
-    found: set[int] = set()
-    for name in ("generation_config", "config"):
-        found |= _end_tokens_of(getattr(inner, name, None))
-    return sorted(found | _end_tokens_of(tokenizer))
-
-
-def kept_logits(
+def logits_at(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    keep: Tensor,
+    positions: Tensor,
     **model_inputs: Any,
 ) -> Tensor:
-    """Logits of the rows where `keep` is true, in row-major order.
+    """Return the logits at the positions of a mask, in row-major order.
 
     The module that the caller holds is the one that is called, so hooks of DDP, FSDP and PEFT run.
     Where the installed transformers takes a boolean mask as `logits_to_keep` (5.23 does, 5.17 does
-    not) only these rows go through the output head. Elsewhere all logits are computed and the rows
-    are picked out of them: slower, same numbers. Which of the two holds is found out on the first
-    call for a model class and remembered.
+    not) only these positions go through the output head. Elsewhere all logits are computed and
+    indexed: slower, same numbers. Which of the two holds is found out on the first call for a model
+    class and remembered.
 
     Args:
         model: a causal language model, wrapped or not.
         input_ids: int64 `[B, T]`.
         attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
-        keep: bool `[B, T]` on the same device; row `(b, t)` predicts the token at `(b, t + 1)`.
+        positions: bool `[B, T]` on the same device; `(b, t)` predicts the token at `(b, t + 1)`.
         **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
 
     Returns:
-        `[keep.sum(), V]` in the model's logits dtype, differentiable.
+        `[positions.sum(), V]` in the model's logits dtype, differentiable.
 
     Raises:
-        TypeError: `keep` is not boolean.
-        ValueError: `keep` has another shape than `input_ids`.
+        TypeError: `positions` is not boolean.
+        ValueError: `positions` has another shape than `input_ids`.
     """
-    if keep.dtype != torch.bool:
-        raise TypeError(f"keep must be a bool tensor, not {keep.dtype}")
-    if keep.shape != input_ids.shape:
+    if positions.dtype != torch.bool:
+        raise TypeError(f"positions must be a bool tensor, not {positions.dtype}")
+    if positions.shape != input_ids.shape:
         raise ValueError(
-            f"keep must have the shape of input_ids, {tuple(input_ids.shape)}, "
-            f"not {tuple(keep.shape)}"
+            f"positions must have the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"not {tuple(positions.shape)}"
         )
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    inputs |= image_marks(model, input_ids) | model_inputs
+    inputs |= text_only_inputs(model, input_ids) | model_inputs
     kind = type(unwrap(model))
     takes_mask = _TAKES_MASK.get(kind)
-    if takes_mask is None and not _names_logits_to_keep(unwrap(model)):
+    if takes_mask is None and "logits_to_keep" not in _parameters(unwrap(model)):
         takes_mask = _TAKES_MASK[kind] = False
     if takes_mask:
-        return model(**inputs, logits_to_keep=keep).logits
+        return model(**inputs, logits_to_keep=positions).logits
     if takes_mask is None:
-        logits = _probe(model, inputs, keep)
+        logits = _probe(model, inputs, positions)
         _TAKES_MASK[kind] = logits is not None and logits.dim() == 2
         if logits is not None:
             # A model may accept the argument and ignore it; then all logits came back.
-            return logits if logits.dim() == 2 else logits[keep]
-    return model(**inputs).logits[keep]
+            return logits if logits.dim() == 2 else logits[positions]
+    return model(**inputs).logits[positions]
 
 
-def _end_tokens_of(holder: Any) -> set[int]:
-    ids = getattr(holder, "eos_token_id", None)
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+def model_hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """Return the hidden states that enter the output embedding (after the final norm), without
+    computing logits.
+
+    The module that the caller holds is the one that is called, in its own mode, so hooks of DDP and
+    PEFT run and gradients flow. A hook that lives as long as the call takes the rows and hands none
+    of them on, so the product with the head has no rows and the model's outputs are empty.
+
+    The rows have the dtype in which they enter the head. Where the model runs under autocast, the
+    product with the head belongs under the same autocast.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        input_ids: int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
+
+    Returns:
+        `[B, T, D]`.
+
+    Raises:
+        UnsupportedHead: the model is compiled (compiled code does not see the hook), has no output
+            embedding, does not call it exactly once with `[B, T, D]`, switches gradients on or off
+            before it does, or fails when no row reaches it; or gradients are on and a wrapper waits
+            for them at the model's outputs (FSDP, DDP with `static_graph`).
+    """
+    entered: list[Tensor] = []
+    with_grad = torch.is_grad_enabled()
+    reason = incompatible_wrapper(model) if with_grad else None
+    if reason is not None:
+        raise UnsupportedHead(reason)
+
+    def take(module: nn.Module, args: tuple) -> tuple | None:
+        if not args:
+            return None
+        # Under a checkpoint around the whole model the rows would come without a gradient.
+        if torch.is_grad_enabled() != with_grad:
+            raise UnsupportedHead("the model switches gradients on or off inside its forward")
+        entered.append(args[0])
+        return args[0][..., :0, :], *args[1:]
+
+    with head_pre_hook(model, take):
+        try:
+            model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **{**text_only_inputs(model, input_ids), **model_inputs},
+            )
+        except (UnsupportedHead, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not entered:
+                raise  # the model's own fault
+            line = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise UnsupportedHead(
+                f"the model fails when no row enters its output embedding ({line})"
+            ) from error
+    if len(entered) != 1:
+        raise UnsupportedHead(
+            f"the model calls its output embedding {len(entered)} times, not once"
+        )
+    (hidden,) = entered
+    if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+        raise UnsupportedHead(
+            f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of shape "
+            f"{list(input_ids.shape)}"
+        )
+    return hidden
 
 
-def _names_logits_to_keep(model: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def _parameters(model: nn.Module) -> Any:
+    return inspect.signature(model.forward).parameters
 
 
-def _probe(model: nn.Module, inputs: dict, keep: Tensor) -> Tensor | None:
-    """The logits of a call with the mask: `[rows, V]` if it was taken, `[B, T, V]` if ignored, None
-    if refused."""
+def _probe(model: nn.Module, inputs: dict, positions: Tensor) -> Tensor | None:
+    """Call with the mask: `[N, V]` if it was taken, `[B, T, V]` if ignored, None if refused."""
     try:
-        logits = model(**inputs, logits_to_keep=keep).logits
+        logits = model(**inputs, logits_to_keep=positions).logits
     except torch.OutOfMemoryError:
         raise
     except (IndexError, TypeError, ValueError, RuntimeError):
         # Older versions index `hidden[:, mask, :]`, which fails. Any other fault comes back in the
         # call without a mask.
         return None
-    rows = int(keep.sum())
-    if logits.dim() == 2 and logits.shape[0] == rows:
+    if logits.dim() == 2 and logits.shape[0] == int(positions.sum()):
         return logits
-    if logits.shape[:-1] == keep.shape:
-        return logits
-    return None
+    return logits if logits.shape[:-1] == positions.shape else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from palu.data.labels import IGNORE
-from palu.models.forward import unwrap
+from palu.models.wrappers import unwrap
 
 # Of a batch: what the losses have a place for, and what stands beside it for the trainer.
 COLUMNS = ("input_ids", "labels", "attention_mask")

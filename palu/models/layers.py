@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.forward import image_marks, unwrap
-from palu.models.lm_head import is_compiled, wrapper_fault
+from palu.models.wrappers import incompatible_wrapper, is_compiled, text_only_inputs, unwrap
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -83,11 +82,11 @@ def layer_output(
     with_grad = torch.is_grad_enabled()
     if is_compiled(model, layers[layer_id]):
         raise _unseen(layer_id, "the model is compiled, and compiled code does not see a hook")
-    reason = wrapper_fault(model) if with_grad else None
+    reason = incompatible_wrapper(model) if with_grad else None
     if reason is not None:
         raise _unseen(layer_id, reason)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    inputs |= image_marks(model, input_ids) | model_inputs
+    inputs |= text_only_inputs(model, input_ids) | model_inputs
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = 1
     with _ending_at(layers, layer_id) as calls:

@@ -2,15 +2,14 @@
 
 With both, losses are computed without logits (`palu_kernels.linear_*_loss`). That is right only if
 the model's own logits are `cap(scale * (hidden @ weight.T + bias))` and nothing else, so the layer
-is inspected (`LMHead.from_model`) and the numbers are compared (`check_head`). `plain_head` does
-both.
+is inspected (`LMHead.from_model`) and the numbers are compared (`check_head`). `fusable_head`
+does both.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import palu_kernels
-from palu.models.forward import image_marks, undisturbed, unwrap
+from palu.models.forward import model_hidden_states
+from palu.models.wrappers import (
+    UnsupportedHead,
+    eval_mode,
+    head_pre_hook,
+    incompatible_wrapper,
+    output_embedding,
+    unwrap,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +41,9 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
-_FSDP = {"FullyShardedDataParallel", "FSDPModule"}  # by name: importing them takes a second
-
 # The self-check's rows: at most this many tokens, and logits of at least this size, beyond any cap
 # in use (15 to 50).
 _CHECK_TOKENS, _CHECK_PEAK = 8, 100.0
-
-
-class HeadNotPlain(ValueError):
-    """The logits of a model cannot be had from its hidden rows and its output embedding alone."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}: the logits of the model itself have to be used")
 
 
 class LMHead(palu_kernels.LMHead):
@@ -63,21 +61,21 @@ class LMHead(palu_kernels.LMHead):
             model: a causal language model, in wrappers (DDP, PEFT) or not.
 
         Raises:
-            HeadNotPlain: there is no output embedding, or it is anything but an `nn.Linear` with
+            UnsupportedHead: there is no output embedding, or it is anything but an `nn.Linear` with
                 plain parameters: adapter, quantization, shards, parametrization, hooks, offloading.
         """
-        module = _output_embedding(model)
-        reason = wrapper_fault(model) or _fault(module)
+        module = output_embedding(model)
+        reason = incompatible_wrapper(model) or _why_not_linear(module)
         if reason is not None:
-            raise HeadNotPlain(reason)
+            raise UnsupportedHead(reason)
         scale, cap = _scale_and_cap(unwrap(model))
         try:
             return cls(module.weight, module.bias, scale, cap)
         except (TypeError, ValueError) as error:
-            raise HeadNotPlain(f"the output head is none of an LMHead: {error}") from error
+            raise UnsupportedHead(f"the output head is none of an LMHead: {error}") from error
 
 
-def plain_head(
+def fusable_head(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -98,82 +96,10 @@ def plain_head(
     try:
         head = LMHead.from_model(model)
         check_head(model, head, input_ids, attention_mask, **model_inputs)
-    except HeadNotPlain as refusal:
+    except UnsupportedHead as refusal:
         logger.warning("losses are computed from logits, not from hidden rows: %s", refusal)
         return None
     return head
-
-
-def model_hidden_states(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    **model_inputs: Any,
-) -> Tensor:
-    """The rows that enter the output embedding (after the final norm); no logits are computed.
-
-    The module that the caller holds is the one that is called, in its own mode, so hooks of DDP and
-    PEFT run and gradients flow. A hook that lives as long as the call takes the rows and hands none
-    of them on, so the product with the head has no rows and the model's outputs are empty.
-
-    The rows have the dtype in which they enter the head. Where the model runs under autocast, the
-    product with the head belongs under the same autocast.
-
-    Args:
-        model: a causal language model, wrapped or not.
-        input_ids: int64 `[B, T]`.
-        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
-        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
-
-    Returns:
-        `[B, T, D]`.
-
-    Raises:
-        HeadNotPlain: the model is compiled (compiled code does not see the hook), has no output
-            embedding, does not call it exactly once with `[B, T, D]`, switches gradients on or off
-            before it does, or fails when no row reaches it; or gradients are on and a wrapper waits
-            for them at the model's outputs (FSDP, DDP with `static_graph`).
-    """
-    entered: list[Tensor] = []
-    with_grad = torch.is_grad_enabled()
-    reason = wrapper_fault(model) if with_grad else None
-    if reason is not None:
-        raise HeadNotPlain(reason)
-
-    def take(module: nn.Module, args: tuple) -> tuple | None:
-        if not args:
-            return None
-        # Under a checkpoint around the whole model the rows would come without a gradient.
-        if torch.is_grad_enabled() != with_grad:
-            raise HeadNotPlain("the model switches gradients on or off inside its forward")
-        entered.append(args[0])
-        return args[0][..., :0, :], *args[1:]
-
-    with _pre_hook(model, take):
-        try:
-            model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **{**image_marks(model, input_ids), **model_inputs},
-            )
-        except (HeadNotPlain, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if not entered:
-                raise  # the model's own fault
-            raise HeadNotPlain(
-                f"the model fails when no row enters its output embedding ({_line(error)})"
-            ) from error
-    if len(entered) != 1:
-        raise HeadNotPlain(f"the model calls its output embedding {len(entered)} times, not once")
-    (hidden,) = entered
-    if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
-        raise HeadNotPlain(
-            f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of shape "
-            f"{list(input_ids.shape)}"
-        )
-    return hidden
 
 
 def check_head(
@@ -194,8 +120,8 @@ def check_head(
     of the row's largest.
 
     Raises:
-        HeadNotPlain: they differ by more, the rows cannot be tested, or `model_hidden_states` does
-            not work for this model.
+        UnsupportedHead: they differ by more, the rows cannot be tested, or `model_hidden_states`
+            does not work for this model.
     """
     ids, more = _few_tokens(input_ids, attention_mask, model_inputs)
     uncapped = replace(head, softcap=None)
@@ -205,7 +131,7 @@ def check_head(
         hidden = args[0]
         peak = uncapped.logits(hidden).abs().max().item()
         if not 0 < peak < float("inf"):
-            raise HeadNotPlain(f"the largest logit of a test row is {peak}")
+            raise UnsupportedHead(f"the largest logit of a test row is {peak}")
         room = torch.finfo(hidden.dtype).max / 8 / hidden.abs().max().item()
         factor = min(max(_CHECK_PEAK / peak, 4.0), room)
         rows = torch.stack([hidden[0], hidden[1] * factor])
@@ -213,20 +139,20 @@ def check_head(
         expected.append(head.logits(rows))
         return rows, *args[1:]
 
-    with torch.no_grad(), undisturbed(model):
+    with eval_mode(model):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
         model_hidden_states(model, **inputs)
-        with _pre_hook(model, amplify):
+        with head_pre_hook(model, amplify):
             output = model(**inputs, use_cache=False)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise HeadNotPlain("the output of the model has no logits to compare with")
+        raise UnsupportedHead("the output of the model has no logits to compare with")
     _compare(logits, *expected, head)
 
 
 def _compare(logits: Tensor, expected: Tensor, head: palu_kernels.LMHead) -> None:
     if logits.shape != expected.shape:
-        raise HeadNotPlain(
+        raise UnsupportedHead(
             f"the model gives logits of shape {list(logits.shape)}, its output embedding of shape "
             f"{list(expected.shape)}"
         )
@@ -237,7 +163,7 @@ def _compare(logits: Tensor, expected: Tensor, head: palu_kernels.LMHead) -> Non
     entries = error <= 4 * eps * size + of_row / 2 * size.amax(-1, keepdim=True)
     rows = error.norm(dim=-1) <= of_row * size.norm(dim=-1)
     if not (entries.all() and rows.all()):  # a NaN is an error too
-        raise HeadNotPlain(
+        raise UnsupportedHead(
             f"the logits of the model differ by up to {error.max().item():.3g} from cap(scale * "
             f"(hidden @ weight.T + bias)) with scale {head.logit_scale:g} and softcap "
             f"{head.softcap} of its config"
@@ -252,7 +178,7 @@ def _few_tokens(
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         real = attention_mask.bool()
     if not real.any():
-        raise HeadNotPlain("the batch has no token to test the output head on")
+        raise UnsupportedHead("the batch has no token to test the output head on")
 
     def few(values: Tensor) -> Tensor:
         return torch.stack([values[real][:_CHECK_TOKENS]] * 2)
@@ -264,53 +190,7 @@ def _few_tokens(
     return few(input_ids), more
 
 
-@contextmanager
-def _pre_hook(model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]) -> Iterator[None]:
-    """`hook` on the output embedding for as long as the context lasts."""
-    module = _output_embedding(model)
-    if is_compiled(model, module):
-        # Code compiled before does not run the hook, and code compiled now may keep it.
-        raise HeadNotPlain("the model is compiled, and compiled code does not see a passing hook")
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
-    """Whether `inner` runs inside code of `torch.compile`: of `module.compile()`, or of a forward
-    that is a compiled one (`torch.compile(module)` too has such)."""
-    return any(
-        inner is part
-        for module in model.modules()
-        if module._compiled_call_impl is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for part in module.modules()
-    )
-
-
-def _output_embedding(model: nn.Module) -> nn.Module:
-    inner = unwrap(model)
-    getter = getattr(inner, "get_output_embeddings", None)
-    module = getter() if getter is not None else None
-    if not isinstance(module, nn.Module):
-        raise HeadNotPlain(f"{type(inner).__name__} names no output embedding")
-    return module
-
-
-def wrapper_fault(model: nn.Module) -> str | None:
-    """A wrapper that waits for gradients of the model's outputs, which the hidden rows are not: it
-    would leave gradients unreduced and say nothing."""
-    for module in model.modules():
-        if _FSDP & {kind.__name__ for kind in type(module).__mro__}:
-            return "the model is sharded by FSDP"
-        if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
-            return "the model is wrapped in DistributedDataParallel with static_graph=True"
-    return None
-
-
-def _fault(module: nn.Module) -> str | None:
+def _why_not_linear(module: nn.Module) -> str | None:
     """Why the output embedding is not a plain linear layer; None if it is one."""
     if parametrize.is_parametrized(module):
         return f"the output embedding has parametrizations ({', '.join(module.parametrizations)})"
@@ -349,7 +229,7 @@ def _scale_and_cap(model: nn.Module) -> tuple[float, float | None]:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise HeadNotPlain(f"config.{name} is {value!r}, not a number")
+                raise UnsupportedHead(f"config.{name} is {value!r}, not a number")
             return value
         return None
 
@@ -364,7 +244,3 @@ def _scale_and_cap(model: nn.Module) -> tuple[float, float | None]:
         scale /= scaling
     caps = [cap for cap in map(number, _CAPS) if cap is not None]
     return scale, caps[0] if caps else None
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

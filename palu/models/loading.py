@@ -29,8 +29,8 @@ from palu.models.folders import (
     warn_of_left_out,
     warn_of_not_finite,
 )
-from palu.models.forward import unwrap
 from palu.models.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
+from palu.models.wrappers import unwrap
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.forward import unwrap
+from palu.models.wrappers import unwrap
 
 logger = logging.getLogger(__name__)
 

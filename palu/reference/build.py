@@ -172,7 +172,7 @@ def rows_of(
     loss: PALULoss,
     collator: Callable,
 ) -> Rows:
-    """What the model says of one of these batches; call it inside `as_reference`.
+    """What the model says of one of these batches; call it in `eval_mode`.
 
     Raises:
         CacheError: a label is no token, or the collator does more than padding.
@@ -201,7 +201,7 @@ def store_rows(
     collator: Callable,
     report: Callable[..., None] | None,
 ) -> None:
-    """Computes and writes the shards that are not there yet; call it inside `as_reference`."""
+    """Computes and writes the shards that are not there yet; call it in `eval_mode`."""
     batches = batches_of(sources, loss, partial.content["batch_size"])
     total, done = sum(len(numbers) for _, numbers in batches), 0
     pending: list[Rows] = []

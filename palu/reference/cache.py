@@ -20,10 +20,11 @@ import palu_kernels
 from palu.data.examples import Collator
 from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
+from palu.models.wrappers import eval_mode
 from palu.reference.build import Source, check_options, describe, store_rows
 from palu.reference.manifest import check_match
 from palu.reference.partial import partial_cache
-from palu.reference.rows import as_reference, head_may_train, reference_head
+from palu.reference.rows import head_may_train, reference_head
 from palu.reference.store import (
     MANIFEST,
     CacheDamaged,
@@ -54,7 +55,7 @@ class ReferenceCache:
     Rows are found by the id of their example, a name made of its tokens and labels
     (`palu.storage.fingerprint.example_ids` gives those of a batch). The rows of an example
     are in the order of their positions, those of a batch in the order of its examples, as in
-    `hidden[prediction_rows(...)]`, whatever the padding.
+    `hidden[shift_to_logits(...)]`, whatever the padding.
 
     The numbers are those of the batches the cache was built in. Other batches and other padding
     change them by roundings; a model with absolute positions and no position_ids (GPT-2) by more
@@ -155,7 +156,7 @@ class ReferenceCache:
         sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
         if collator is None:
             collator = Collator(tokenizer if tokenizer is not None else 0)
-        with as_reference(model, autocast_dtype):
+        with eval_mode(model, autocast=autocast_dtype or False):
             check_causal(model, first_texts(dataset))
             head = reference_head(model, collator([dataset[0]]))
             if train_head is None:

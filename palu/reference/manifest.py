@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from palu.loss import PALULoss
-from palu.models.forward import unwrap
+from palu.models.wrappers import unwrap
 from palu.reference.build import Source, label_settings
 from palu.reference.rows import dtype_name, head_may_train, model_dtype
 from palu.reference.store import CacheMismatch

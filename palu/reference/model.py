@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.models.forward import adapters_off, kept_logits
-from palu.models.lm_head import model_hidden_states, plain_head
+from palu.models.forward import logits_at, model_hidden_states
+from palu.models.lm_head import fusable_head
+from palu.models.wrappers import adapters_off
 from palu.reference.cache import ReferenceCache
 from palu.storage.fingerprint import example_ids
 
@@ -77,9 +78,9 @@ class LiveReference:
         self.model.to(device)
         return self
 
-    def has_plain_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Inputs) -> bool:
         """Whether the reference's losses may be computed from its hidden rows."""
-        self.head = plain_head(self.model, *inputs[:2], **inputs.more)
+        self.head = fusable_head(self.model, *inputs[:2], **inputs.more)
         return self.head is not None
 
     @torch.no_grad()
@@ -89,8 +90,8 @@ class LiveReference:
 
     @torch.no_grad()
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """`[keep.sum(), V]` without gradient; see `palu.models.forward.kept_logits`."""
-        return kept_logits(self.model, *inputs[:3], **inputs.more)
+        """`[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
+        return logits_at(self.model, *inputs[:3], **inputs.more)
 
     @torch.no_grad()
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
@@ -135,7 +136,7 @@ class AdapterOffReference:
         """The model is where it is."""
         return self
 
-    def has_plain_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Inputs) -> bool:
         """The head is the model's."""
         return True
 
@@ -147,7 +148,7 @@ class AdapterOffReference:
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """As `LiveReference.logits`."""
         with adapters_off(model):
-            return kept_logits(model, *inputs[:3], **inputs.more)
+            return logits_at(model, *inputs[:3], **inputs.more)
 
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
         """As `LiveReference.rows`."""
@@ -173,7 +174,7 @@ class CachedReference:
         self.cache.to(device)
         return self
 
-    def has_plain_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Inputs) -> bool:
         """Only such models can be cached."""
         return True
 

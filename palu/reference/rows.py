@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 import palu_kernels
 from palu.data.labels import FORGET, IGNORE, PRESERVE
 from palu.loss import PALULoss
-from palu.models.forward import prediction_rows, unwrap
+from palu.models.forward import model_hidden_states, shift_to_logits
 from palu.models.inputs import is_default, more_inputs
-from palu.models.lm_head import HeadNotPlain, LMHead, check_head, model_hidden_states
+from palu.models.lm_head import LMHead, check_head
+from palu.models.wrappers import UnsupportedHead, unwrap
 from palu.reference.store import CacheError
 from palu_kernels import topk_indices
 
@@ -52,7 +52,7 @@ def reference_head(model: nn.Module, batch: Mapping[str, Tensor]) -> LMHead:
         head = LMHead.from_model(model)
         more = more_inputs(batch, device)
         check_head(model, head, ids, None if mask is None else mask.to(device), **more)
-    except HeadNotPlain as refusal:
+    except UnsupportedHead as refusal:
         raise CacheError(
             f"this model's reference cannot be cached, use reference='live': {refusal}"
         ) from refusal
@@ -67,8 +67,8 @@ def reference_rows(
     source: str,
     loss: PALULoss,
 ) -> Rows:
-    """Runs the model on a batch and keeps what the loss will ask for; call it inside
-    `as_reference`.
+    """Runs the model on a batch and keeps what the loss will ask for; call it in
+    `eval_mode`.
 
     Args:
         model: the frozen starting model.
@@ -84,13 +84,13 @@ def reference_rows(
     labels = batch["labels"]
     indexed = kept = None
     if source == "retain":
-        kept = prediction_rows(labels != IGNORE)
+        kept = shift_to_logits(labels != IGNORE)
     else:
         roles = loss.roles(labels)
         if loss.select_from == "reference":
-            indexed = prediction_rows(roles == FORGET)
+            indexed = shift_to_logits(roles == FORGET)
         if loss.preserve is not None:
-            kept = prediction_rows(roles == PRESERVE)
+            kept = shift_to_logits(roles == PRESERVE)
     device = next(model.parameters()).device
     mask = batch.get("attention_mask")
     refuse_unknown_inputs(batch)
@@ -138,30 +138,6 @@ def refuse_unknown_inputs(batch: Mapping[str, Tensor]) -> None:
             f"the collator gives the model {', '.join(odd)}, and a reference cache knows examples "
             "by input_ids and labels alone: leave it out, or use reference='live'"
         )
-
-
-@contextmanager
-def as_reference(model: nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the model is what a frozen reference would be: in eval mode, without gradients, under
-    the given autocast and no other. Afterwards every module has its mode back, and the random
-    state is as it was."""
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    model.eval()
-    # No autocast cache: casts made without gradients must not meet a training step outside.
-    autocast = torch.autocast(
-        device.type,
-        dtype=autocast_dtype,
-        enabled=autocast_dtype is not None,
-        cache_enabled=False,
-    )
-    try:
-        with torch.random.fork_rng(devices, device_type=kind), torch.no_grad(), autocast:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def head_may_train(model: nn.Module) -> bool:

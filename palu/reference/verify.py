@@ -12,9 +12,10 @@ from torch import nn
 
 from palu.data.examples import Collator
 from palu.loss import PALULoss
+from palu.models.wrappers import eval_mode
 from palu.reference.build import Source, batches_of, rows_of
 from palu.reference.cache import ReferenceCache, cache_info
-from palu.reference.rows import Rows, as_reference, model_dtype, reference_head
+from palu.reference.rows import Rows, model_dtype, reference_head
 from palu.reference.store import CacheMismatch
 
 # How far numbers may be from those of the build, which another device, number of threads or version
@@ -80,7 +81,7 @@ def verify_cache(
     sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
     batches = batches_of(sources, loss, content["batch_size"])
     worst: dict[str, float] = {}
-    with as_reference(model, autocast):
+    with eval_mode(model, autocast=autocast or False):
         head = reference_head(model, collator([dataset[0]]))
         for done, (source, numbers) in enumerate(batches, 1):
             rows = rows_of(model, head, source, numbers, loss, collator)

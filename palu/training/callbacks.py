@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from palu.data.labels import FORGET
-from palu.models.forward import kept_logits, prediction_rows
+from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import more_inputs
-from palu.models.lm_head import model_hidden_states
+from palu.models.wrappers import eval_mode
 from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
 
 if TYPE_CHECKING:
@@ -111,18 +111,14 @@ class StopAtForgetProb(TrainerCallback):
         trainer = self.trainer
         args, count = trainer.args, len(trainer.train_dataset)
         size, rank = args.per_device_train_batch_size, args.process_index
-        was_training = trainer.model.training
-        trainer.model.eval()
         total = examples = 0.0
-        try:
+        with eval_mode(trainer.model, keep_rng=False):
             for start in range(rank * size, count + rank * size, size * args.world_size):
                 rows = range(start, min(start + size, count))
                 # Without rows of its own a process still calls the model: a sharded one waits.
                 probabilities = self._probabilities(rows or [0])
                 total += math.fsum(probabilities) if rows else 0.0
                 examples += len(probabilities) if rows else 0
-        finally:
-            trainer.model.train(was_training)
         own = torch.tensor([[total, examples]], device=args.device)
         found = trainer.accelerator.gather(own).tolist()
         # The same sums in the same order on every process: all of them stop, or none.
@@ -138,12 +134,12 @@ class StopAtForgetProb(TrainerCallback):
         mask = batch.get("attention_mask")
         mask = None if mask is None else mask.to(device)
         more = more_inputs(batch, device)
-        keep, targets = prediction_rows(forget), ids[:, 1:][forget[:, 1:]]
+        keep, targets = shift_to_logits(forget), ids[:, 1:][forget[:, 1:]]
         options = {"reduction": "none", "backend": trainer.args.backend}
         # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
         with trainer.compute_loss_context_manager():
             if trainer.objective.head is None:
-                logits = kept_logits(trainer.model, ids, mask, keep, **more)
+                logits = logits_at(trainer.model, ids, mask, keep, **more)
                 nll = cross_entropy_loss(logits, targets, **options)
             else:
                 hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from palu.data.examples import Collator
 from palu.data.labels import IGNORE, KEEP
-from palu.models.forward import unwrap
 from palu.models.inputs import input_names, real_tokens, taken_inputs
+from palu.models.wrappers import unwrap
 
 _FIRST = 8  # examples that a collator is tried out with
 # What says where the examples of a packed row begin, and nothing else that the losses need.

@@ -99,7 +99,7 @@ class StepLog:
                 of all token positions of the forget and retain batches, padding included. (Where
                 neither the model's hidden rows nor a mask as `logits_to_keep` can be used the
                 model computes the logits of all rows nevertheless: see
-                `palu.models.forward.kept_logits`.)
+                `palu.models.forward.logits_at`.)
             tokens_per_second: input tokens of forget and retain rows, padding not counted, a second
                 of training, with loading of data and without evaluation and checkpoints.
             peak_memory_mib: the largest process's, see `peak_memory_mib`; absent where unknown.

@@ -28,9 +28,9 @@ from palu.models.checks import (
     is_whole,
     refuse_encoder,
 )
-from palu.models.forward import end_tokens, unwrap
 from palu.models.lora import refuse_prompt_learning
 from palu.models.router_loss import warn_if_left_out
+from palu.models.wrappers import eos_token_ids, unwrap
 from palu.reference.cache import ReferenceCache
 from palu.reference.cached import (
     autocast_dtype,
@@ -152,7 +152,7 @@ class PALUTrainer(EvaluationTrainer):
         check_arguments(args, train_dataset, retain_dataset, kwargs)
         refuse_prompt_learning(model)
         refuse_encoder(model)
-        eos = end_tokens(model, processing_class)
+        eos = eos_token_ids(model, processing_class)
         self.loss_fn = args.make_loss(eos)
         if args.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which cannot split a list of kept

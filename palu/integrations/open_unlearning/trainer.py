@@ -15,7 +15,8 @@ from transformers import Trainer
 from palu.data.labels import FORGET, KEEP, NONE
 from palu.data.spans import integer
 from palu.loss import PALULoss
-from palu.models.forward import end_tokens, kept_logits, prediction_rows
+from palu.models.forward import logits_at, shift_to_logits
+from palu.models.wrappers import eos_token_ids
 from palu_kernels import validation as arguments
 
 # Names of the released code, beside palu's own.
@@ -122,7 +123,7 @@ class PALUMixin:
             objective=objective,
             gamma=gamma,
             alpha=alpha,
-            eos_token_id=end_tokens(kwargs["model"], tokenizer),
+            eos_token_id=eos_token_ids(kwargs["model"], tokenizer),
         )
         self._terms: Tensor | float = 0.0  # sums over the micro-batches since the last log
         self._batches = 0
@@ -175,10 +176,10 @@ class PALUMixin:
         """The weighted forget and preserve terms, the logits they are of, and the bare terms."""
         roles = self.palu_loss.roles(labels)
         predicted = roles == FORGET if self.palu_loss.preserve is None else roles != NONE
-        rows = input_ids, attention_mask, prediction_rows(predicted)
-        logits = kept_logits(model, *rows)
+        rows = input_ids, attention_mask, shift_to_logits(predicted)
+        logits = logits_at(model, *rows)
         with torch.no_grad():
-            ref_logits = kept_logits(self.ref_model, *rows).to(logits.dtype)
+            ref_logits = logits_at(self.ref_model, *rows).to(logits.dtype)
         output = self.palu_loss.from_rows(logits, roles[:, 1:][predicted[:, 1:]], ref_logits)
         return output.loss, logits, (output.forget, output.preserve)
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from palu.data.examples import Collator
 from palu.methods.step_loss import in_turns
-from palu.models.lm_head import model_hidden_states
+from palu.models.forward import model_hidden_states
 from palu.reference.model import AdapterOffReference, CachedReference, LiveReference
 from tests.support import small
 from tests.support.training import config, trainer, weights

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import palu_kernels
-from palu.models.lm_head import HeadNotPlain, LMHead, check_head, model_hidden_states, plain_head
+from palu.models.forward import model_hidden_states
+from palu.models.lm_head import LMHead, check_head, fusable_head
+from palu.models.wrappers import UnsupportedHead
 from tests.support import families
 
 every_family = pytest.mark.parametrize("name", families.FAMILIES)
@@ -70,7 +72,7 @@ def test_gradients_are_those_of_the_model(name):
 @every_family
 def test_the_check_passes(name, caplog):
     ids, mask = families.batch()
-    head = plain_head(families.make(name), ids, mask)
+    head = fusable_head(families.make(name), ids, mask)
     assert isinstance(head, LMHead)
     assert isinstance(head, palu_kernels.LMHead)
     assert not caplog.records
@@ -81,7 +83,7 @@ def test_the_check_passes(name, caplog):
 def test_half_precision(name, dtype):
     model = families.make(name).to(dtype)
     ids, mask = families.batch()
-    head = plain_head(model, ids, mask)
+    head = fusable_head(model, ids, mask)
     assert head is not None
     got = head.logits(model_hidden_states(model, ids, mask)).float()
     want = model(input_ids=ids, attention_mask=mask).logits.float()
@@ -179,7 +181,7 @@ def test_gradient_checkpointing():
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        head = plain_head(model, ids, mask)
+        head = fusable_head(model, ids, mask)
         logits = head.logits(model_hidden_states(model, ids, mask))
         assert_same_gradients(gradients(model, cross_entropy(logits, ids, mask)), want)
 
@@ -208,7 +210,7 @@ def test_the_wrapper_is_what_gets_called():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gptj"])
 def test_autocast_inside_the_wrapper(name):
     wrapper, (ids, mask) = Autocast(families.make(name)), families.batch()
-    head = plain_head(wrapper, ids, mask)
+    head = fusable_head(wrapper, ids, mask)
     assert head is not None
     hidden = model_hidden_states(wrapper, ids, mask)
     with torch.autocast("cpu", torch.bfloat16):
@@ -218,7 +220,7 @@ def test_autocast_inside_the_wrapper(name):
     assert (got.float() - want).norm() <= 2**-8 * want.norm()
     if name != "llama":
         without = replace(head, softcap=None, bias=None, logit_scale=1.0)
-        with pytest.raises(HeadNotPlain, match="differ by up to"):
+        with pytest.raises(UnsupportedHead, match="differ by up to"):
             check_head(wrapper, without, ids, mask)
 
 
@@ -242,7 +244,7 @@ def test_ddp(one_process):
     for unused in (False, True):
         ddp = DistributedDataParallel(model, find_unused_parameters=unused)
         ddp.register_comm_hook(None, double)
-        head = plain_head(ddp, ids, mask)
+        head = fusable_head(ddp, ids, mask)
         logits = head.logits(model_hidden_states(ddp, ids, mask))
         got = gradients(model, cross_entropy(logits, ids, mask))
         assert_same_gradients({name: gradient / 2 for name, gradient in got.items()}, want)
@@ -252,9 +254,9 @@ def test_ddp_with_a_static_graph_is_refused(one_process):
     """It reduces gradients when they reach the model's outputs, which these rows are not."""
     model, (ids, mask) = families.make("llama"), families.batch()
     ddp = DistributedDataParallel(model, static_graph=True)
-    with pytest.raises(HeadNotPlain, match="static_graph=True"):
+    with pytest.raises(UnsupportedHead, match="static_graph=True"):
         LMHead.from_model(ddp)
-    with pytest.raises(HeadNotPlain, match="static_graph=True"):
+    with pytest.raises(UnsupportedHead, match="static_graph=True"):
         model_hidden_states(ddp, ids, mask)
     with torch.no_grad():
         model_hidden_states(ddp, ids, mask)
@@ -262,7 +264,7 @@ def test_ddp_with_a_static_graph_is_refused(one_process):
 
 def test_fsdp_is_refused():
     sharded = type("FullyShardedDataParallel", (families.Wrapper,), {})(families.make("llama"))
-    with pytest.raises(HeadNotPlain, match="sharded by FSDP"):
+    with pytest.raises(UnsupportedHead, match="sharded by FSDP"):
         LMHead.from_model(sharded)
 
 
@@ -271,11 +273,11 @@ def test_sharded_weights_are_refused(one_process):
     model = families.make("llama")
     mesh = dist.init_device_mesh("cpu", (1,))
     fsdp.fully_shard(model, mesh=mesh)
-    with pytest.raises(HeadNotPlain, match="sharded by FSDP"):
+    with pytest.raises(UnsupportedHead, match="sharded by FSDP"):
         LMHead.from_model(model)
     model = families.make("llama")
     model.lm_head.weight = nn.Parameter(dist.tensor.distribute_tensor(model.lm_head.weight, mesh))
-    with pytest.raises(HeadNotPlain, match="weight of the output embedding is a DTensor"):
+    with pytest.raises(UnsupportedHead, match="weight of the output embedding is a DTensor"):
         LMHead.from_model(model)
 
 
@@ -290,16 +292,16 @@ def test_compiled_models_are_refused(how):
     else:
         model.forward = torch.compile(model.forward, backend="eager")
     assert LMHead.from_model(compiled).weight is model.lm_head.weight
-    with pytest.raises(HeadNotPlain, match="the model is compiled"):
+    with pytest.raises(UnsupportedHead, match="the model is compiled"):
         model_hidden_states(compiled, ids, mask)
-    assert plain_head(compiled, ids, mask) is None
+    assert fusable_head(compiled, ids, mask) is None
     assert families.hooks_of(model) == 0
 
 
 def test_compiled_layers_are_no_matter():
     model, (ids, mask) = families.make("llama"), families.batch()
     model.model.layers[0].compile(backend="eager")
-    assert plain_head(model, ids, mask) is not None
+    assert fusable_head(model, ids, mask) is not None
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_lora_on_attention(name):
     model, (ids, mask) = families.make(name), families.batch()
     base = model(input_ids=ids, attention_mask=mask).logits
     adapted = lora(model)
-    head = plain_head(adapted, ids, mask)
+    head = fusable_head(adapted, ids, mask)
     logits = adapted(input_ids=ids, attention_mask=mask).logits
     want = gradients(adapted, cross_entropy(logits, ids, mask))
     got = head.logits(model_hidden_states(adapted, ids, mask))
@@ -334,9 +336,9 @@ def test_lora_on_attention(name):
 )
 def test_peft_on_the_head_is_refused(targets, settings):
     adapted, (ids, mask) = lora(families.make("llama"), targets, **settings), families.batch()
-    with pytest.raises(HeadNotPlain, match=r"is a peft\..*, not a plain torch\.nn\.Linear"):
+    with pytest.raises(UnsupportedHead, match=r"is a peft\..*, not a plain torch\.nn\.Linear"):
         LMHead.from_model(adapted)
-    assert plain_head(adapted, ids, mask) is None
+    assert fusable_head(adapted, ids, mask) is None
     # The rows themselves are still right.
     got = adapted.get_output_embeddings()(model_hidden_states(adapted, ids, mask))
     torch.testing.assert_close(got, adapted(input_ids=ids, attention_mask=mask).logits)
@@ -346,6 +348,6 @@ def test_prompt_tuning_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     tuned, (ids, mask) = peft.get_peft_model(families.make("llama"), config), families.batch()
-    with pytest.raises(HeadNotPlain, match=r"rows of shape \[3, 11, 16\] enter"):
+    with pytest.raises(UnsupportedHead, match=r"rows of shape \[3, 11, 16\] enter"):
         model_hidden_states(tuned, ids, mask)
-    assert plain_head(tuned, ids, mask) is None
+    assert fusable_head(tuned, ids, mask) is None

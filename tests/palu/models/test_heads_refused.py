@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 from transformers.modeling_outputs import CausalLMOutput
 
-from palu.models.lm_head import HeadNotPlain, LMHead, check_head, model_hidden_states, plain_head
+from palu.models.forward import model_hidden_states
+from palu.models.lm_head import LMHead, check_head, fusable_head
+from palu.models.wrappers import UnsupportedHead
 from tests.support import families
 
 OWN = "the logits of the model itself have to be used"
@@ -107,10 +109,10 @@ def float8_weight(head):
 def test_other_heads_are_refused(change, reason, caplog):
     model, (ids, mask) = families.make("llama"), families.batch()
     change(model.lm_head)
-    with pytest.raises(HeadNotPlain, match=f"{reason}.*: {OWN}$") as refusal:
+    with pytest.raises(UnsupportedHead, match=f"{reason}.*: {OWN}$") as refusal:
         LMHead.from_model(model)
     assert "\n" not in str(refusal.value)
-    assert plain_head(model, ids, mask) is None
+    assert fusable_head(model, ids, mask) is None
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
     assert caplog.records[0].name == "palu.models.lm_head"
@@ -119,11 +121,11 @@ def test_other_heads_are_refused(change, reason, caplog):
 
 def test_no_output_embedding():
     ids, mask = families.batch()
-    with pytest.raises(HeadNotPlain, match="Linear names no output embedding"):
+    with pytest.raises(UnsupportedHead, match="Linear names no output embedding"):
         LMHead.from_model(nn.Linear(2, 2))
     model = families.make("llama")
     model.get_output_embeddings = lambda: None
-    with pytest.raises(HeadNotPlain, match="LlamaForCausalLM names no output embedding"):
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM names no output embedding"):
         model_hidden_states(model, ids, mask)
 
 
@@ -131,7 +133,7 @@ def test_no_output_embedding():
 def test_a_scale_that_is_no_number(value):
     model = families.make("llama")
     model.config.logit_scale = value
-    with pytest.raises(HeadNotPlain, match=OWN):
+    with pytest.raises(UnsupportedHead, match=OWN):
         LMHead.from_model(model)
 
 
@@ -183,9 +185,9 @@ TWISTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_changes_of_the_logits_are_found(twist, dtype, caplog):
     model, (ids, mask) = Twisted(families.make("llama").to(dtype), twist), families.batch()
-    with pytest.raises(HeadNotPlain, match=f"(differ by up to|logits of shape).*: {OWN}$"):
+    with pytest.raises(UnsupportedHead, match=f"(differ by up to|logits of shape).*: {OWN}$"):
         check_head(model, LMHead.from_model(model), ids, mask)
-    assert plain_head(model, ids, mask) is None
+    assert fusable_head(model, ids, mask) is None
     assert len(caplog.records) == 1
 
 
@@ -193,7 +195,7 @@ def test_an_untwisted_model_passes():
     ids, mask = families.batch()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert (
-            plain_head(Twisted(families.make("llama").to(dtype), lambda x: x), ids, mask)
+            fusable_head(Twisted(families.make("llama").to(dtype), lambda x: x), ids, mask)
             is not None
         )
 
@@ -203,12 +205,12 @@ def test_small_logits_are_raised_for_the_check():
     model, (ids, mask) = families.make("gemma2"), families.batch()
     with torch.no_grad():
         model.model.norm.weight.fill_(-1 + 1e-4)  # Gemma multiplies by 1 + weight
-    assert plain_head(model, ids, mask) is not None
+    assert fusable_head(model, ids, mask) is not None
     without = replace(LMHead.from_model(model), softcap=None)
     hidden = model_hidden_states(model, ids, mask)
     want = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(without.logits(hidden), want)  # the cap does not show in these
-    with pytest.raises(HeadNotPlain, match="differ by up to"):
+    with pytest.raises(UnsupportedHead, match="differ by up to"):
         check_head(model, without, ids, mask)
 
 
@@ -230,8 +232,8 @@ def test_small_faults_show_in_small_logits_and_large_ones_in_large_logits():
         with torch.no_grad():
             inner.lm_head.weight.mul_(factor)
         inner = inner.to(torch.bfloat16)
-        assert plain_head(inner, ids, mask) is not None
-        assert plain_head(Twisted(inner, twist), ids, mask) is None
+        assert fusable_head(inner, ids, mask) is not None
+        assert fusable_head(Twisted(inner, twist), ids, mask) is None
 
 
 def test_raised_rows_stay_finite():
@@ -239,7 +241,7 @@ def test_raised_rows_stay_finite():
     with torch.no_grad():
         model.lm_head.weight.div_(30 * 4000)
         model.model.norm.weight.mul_(4000)
-    assert plain_head(model.to(torch.float16), ids, mask) is not None
+    assert fusable_head(model.to(torch.float16), ids, mask) is not None
 
 
 WRONG = {
@@ -262,7 +264,7 @@ def test_a_wrong_head_is_found(name, dtype):
     with torch.no_grad():
         other = model.get_output_embeddings().weight.roll(1, 0)
     for change in [*WRONG[name], {"weight": other}]:
-        with pytest.raises(HeadNotPlain, match="differ by up to"):
+        with pytest.raises(UnsupportedHead, match="differ by up to"):
             check_head(model, replace(head, **change), ids, mask)
 
 
@@ -270,7 +272,7 @@ def test_a_config_that_names_a_cap_that_is_not_applied():
     model, (ids, mask) = families.make("llama"), families.batch()
     model.config.final_logit_softcapping = 30.0
     assert LMHead.from_model(model).softcap == 30.0
-    assert plain_head(model, ids, mask) is None
+    assert fusable_head(model, ids, mask) is None
 
 
 # ---- models that cannot be asked for their rows --------------------------------------------------
@@ -331,12 +333,12 @@ def without_gradients(head, hidden):
 )
 def test_odd_models_are_refused(how, reason):
     model, (ids, mask) = Odd(families.make("llama"), how), families.batch()
-    with pytest.raises(HeadNotPlain, match=f"{reason}.*: {OWN}$") as refusal:
+    with pytest.raises(UnsupportedHead, match=f"{reason}.*: {OWN}$") as refusal:
         model_hidden_states(model, ids, mask)
     assert "\n" not in str(refusal.value)
     assert families.hooks_of(model) == 0
     if how is not without_gradients:  # the check runs without gradients
-        assert plain_head(model, ids, mask) is None
+        assert fusable_head(model, ids, mask) is None
 
 
 def test_a_checkpoint_around_the_whole_model():
@@ -352,7 +354,7 @@ def test_a_checkpoint_around_the_whole_model():
             return CausalLMOutput(logits=logits)
 
     model, (ids, mask) = Checkpointed(families.make("llama")), families.batch()
-    with pytest.raises(HeadNotPlain, match="switches gradients on or off"):
+    with pytest.raises(UnsupportedHead, match="switches gradients on or off"):
         model_hidden_states(model, ids, mask)
 
 
@@ -361,7 +363,7 @@ def test_outputs_without_logits():
     for output in (lambda logits: (logits,), lambda logits: CausalLMOutput()):
         model = Twisted(families.make("llama"), None)
         model.forward = lambda m=model, o=output, **kw: o(m.inner(**kw).logits)
-        with pytest.raises(HeadNotPlain, match="no logits to compare with"):
+        with pytest.raises(UnsupportedHead, match="no logits to compare with"):
             check_head(model, LMHead.from_model(model), ids, mask)
 
 
@@ -371,13 +373,13 @@ def test_outputs_without_logits():
 def test_hooks_are_gone_after_a_call_and_after_a_fault():
     model, (ids, mask) = families.make("llama"), families.batch()
     model_hidden_states(model, ids, mask)
-    plain_head(model, ids, mask)
+    fusable_head(model, ids, mask)
     assert families.hooks_of(model) == 0
     with pytest.raises(IndexError):  # the model's own fault is not hidden
         model_hidden_states(model, ids + families.VOCAB, mask)
     assert families.hooks_of(model) == 0
     with pytest.raises(IndexError):
-        plain_head(model, ids + families.VOCAB, mask)
+        fusable_head(model, ids + families.VOCAB, mask)
     assert families.hooks_of(model) == 0
 
 
@@ -400,7 +402,7 @@ def test_the_check_leaves_mode_random_state_and_gradients():
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    assert plain_head(model, ids, mask) is not None  # in spite of dropout
+    assert fusable_head(model, ids, mask) is not None  # in spite of dropout
     assert torch.equal(torch.rand(3), want)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(p, parameters[n]) for n, p in model.named_parameters())
@@ -409,7 +411,7 @@ def test_the_check_leaves_mode_random_state_and_gradients():
     # Also when it refuses.
     head = replace(LMHead.from_model(model), logit_scale=2.0)
     torch.manual_seed(5)
-    with pytest.raises(HeadNotPlain):
+    with pytest.raises(UnsupportedHead):
         check_head(model, head, ids, mask)
     assert torch.equal(torch.rand(3), want)
     assert [module.training for module in model.modules()] == modes
@@ -420,7 +422,7 @@ def test_the_check_runs_in_evaluation_mode():
     seen = []
     model.model.embed_tokens.register_forward_hook(lambda m, a, o: seen.append(m.training))
     model.register_forward_hook(lambda m, a, o: seen.append(m.training))
-    assert plain_head(model, ids, mask) is not None
+    assert fusable_head(model, ids, mask) is not None
     assert seen == [False] * 4
 
 
@@ -434,7 +436,7 @@ def test_random_numbers_drawn_in_evaluation_are_given_back():
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    assert plain_head(model, ids, mask) is not None
+    assert fusable_head(model, ids, mask) is not None
     assert torch.equal(torch.rand(3), want)
 
 
@@ -446,18 +448,18 @@ def test_only_real_tokens_are_tried(left):
     """The padding's id may be none of the model's."""
     ids, mask = families.batch(left)
     ids[mask == 0] = families.VOCAB + 5
-    assert plain_head(families.make("llama"), ids, mask) is not None
+    assert fusable_head(families.make("llama"), ids, mask) is not None
     seen = []
     model = families.make("llama")
     model.model.embed_tokens.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    plain_head(model, ids, mask)
+    fusable_head(model, ids, mask)
     assert {tuple(x.shape) for x in seen} == {(2, 8)}
 
 
 def test_batches_that_are_nearly_or_quite_empty():
     model, (ids, mask) = families.make("llama"), families.batch()
-    assert plain_head(model, ids[:1, :1]) is not None
-    assert plain_head(model, ids, torch.zeros_like(mask)) is None
+    assert fusable_head(model, ids[:1, :1]) is not None
+    assert fusable_head(model, ids, torch.zeros_like(mask)) is None
     assert model_hidden_states(model, ids[:1, :1]).shape == (1, 1, 16)
 
 
@@ -465,9 +467,9 @@ def test_rows_that_cannot_be_tested(caplog):
     model, (ids, mask) = families.make("llama"), families.batch()
     with torch.no_grad():
         model.model.norm.weight.zero_()
-    assert plain_head(model, ids, mask) is None
+    assert fusable_head(model, ids, mask) is None
     assert "the largest logit of a test row is 0.0" in caplog.text
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    assert plain_head(model, ids, mask) is None
+    assert fusable_head(model, ids, mask) is None
     assert "the largest logit of a test row is nan" in caplog.text

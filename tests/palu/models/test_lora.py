@@ -120,7 +120,7 @@ def test_all_linear_leaves_the_head_plain(tok, tmp_path, tied, caplog, monkeypat
     model = adapted(tok, tie_word_embeddings=tied)
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     made = trainer(tok, tmp_path, model)
-    monkeypatch.delattr("palu.methods.step_loss.kept_logits")  # nobody asks for logits
+    monkeypatch.delattr("palu.methods.step_loss.logits_at")  # nobody asks for logits
     with caplog.at_level(logging.WARNING, "palu.models.lm_head"):
         made.train()
     assert made.objective.head is not None and "from logits" not in caplog.text

@@ -1,4 +1,4 @@
-"""kept_logits: the same rows as the full forward gives, with and without `logits_to_keep`; and the
+"""logits_at: the same rows as the full forward gives, with and without `logits_to_keep`; and the
 tokens that end an answer."""
 
 import pytest
@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from palu.models import forward as modeling
-from palu.models.forward import end_tokens, kept_logits, prediction_rows
+from palu.models.forward import logits_at, shift_to_logits
+from palu.models.wrappers import eos_token_ids
 from tests.support import small
 
 
@@ -34,7 +35,7 @@ def test_rows_are_those_of_the_full_forward(setup):
     model, ids, mask, keep = setup
     want = full(model, ids, mask, keep)
     for _ in range(2):  # the probing call and a later one
-        got = kept_logits(model, ids, mask, keep)
+        got = logits_at(model, ids, mask, keep)
         torch.testing.assert_close(got, want)
     assert not torch.allclose(got[:1], want[1:2])  # the rows differ, so the order was tested
 
@@ -43,8 +44,8 @@ def test_installed_transformers_computes_only_the_kept_rows(setup):
     model, ids, mask, keep = setup
     seen = []
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1]))
-    kept_logits(model, ids, mask, keep)
-    kept_logits(model, ids, mask, keep)
+    logits_at(model, ids, mask, keep)
+    logits_at(model, ids, mask, keep)
     if not modeling._TAKES_MASK[type(model)]:
         pytest.skip("this transformers takes no boolean mask as logits_to_keep")
     assert seen == [torch.Size([4]), torch.Size([4])]
@@ -52,7 +53,7 @@ def test_installed_transformers_computes_only_the_kept_rows(setup):
 
 def test_gradients_reach_the_model(setup):
     model, ids, mask, keep = setup
-    kept_logits(model, ids, mask, keep).square().sum().backward()
+    logits_at(model, ids, mask, keep).square().sum().backward()
     got = model.lm_head.weight.grad.clone()
     model.zero_grad()
     full(model, ids, mask, keep).square().sum().backward()
@@ -88,16 +89,16 @@ def test_models_without_the_mask_fall_back(setup, behaviour):
     model, ids, mask, keep = setup
     old = Old(model, behaviour)
     want = full(model, ids, mask, keep)
-    torch.testing.assert_close(kept_logits(old, ids, mask, keep), want)
+    torch.testing.assert_close(logits_at(old, ids, mask, keep), want)
     calls = old.calls
-    torch.testing.assert_close(kept_logits(old, ids, mask, keep), want)
+    torch.testing.assert_close(logits_at(old, ids, mask, keep), want)
     assert old.calls == calls + 1  # the verdict is remembered
     assert modeling._TAKES_MASK[Old] is False
 
 
 def test_a_model_without_the_argument(setup):
     model, ids, mask, keep = setup
-    got = kept_logits(Plain(model), ids, mask, keep)
+    got = logits_at(Plain(model), ids, mask, keep)
     torch.testing.assert_close(got, full(model, ids, mask, keep))
 
 
@@ -114,7 +115,7 @@ def test_the_wrapper_is_what_gets_called(setup):
             return self.module(*args, **kwargs)
 
     wrapper = Wrapper(model)
-    got = kept_logits(wrapper, ids, mask, keep)
+    got = logits_at(wrapper, ids, mask, keep)
     torch.testing.assert_close(got, full(model, ids, mask, keep))
     assert wrapper.calls >= 1
 
@@ -125,7 +126,7 @@ def test_peft_adapters_are_applied(setup):
     base = full(model, ids, mask, keep).detach()
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
-    got = kept_logits(adapted, ids, mask, keep)
+    got = logits_at(adapted, ids, mask, keep)
     torch.testing.assert_close(got, full(adapted, ids, mask, keep))
     assert not torch.allclose(got, base)
 
@@ -133,27 +134,27 @@ def test_peft_adapters_are_applied(setup):
 def test_no_row_kept(setup):
     model, ids, mask, keep = setup
     for _ in range(2):
-        assert kept_logits(model, ids, mask, torch.zeros_like(keep)).shape == (0, 330)
+        assert logits_at(model, ids, mask, torch.zeros_like(keep)).shape == (0, 330)
 
 
 def test_bad_masks(setup):
     model, ids, mask, keep = setup
-    with pytest.raises(TypeError, match=r"keep must be a bool tensor, not torch\.int64"):
-        kept_logits(model, ids, mask, keep.long())
+    with pytest.raises(TypeError, match=r"positions must be a bool tensor, not torch\.int64"):
+        logits_at(model, ids, mask, keep.long())
     with pytest.raises(ValueError, match=r"shape of input_ids, \(3, 11\), not \(3, 10\)"):
-        kept_logits(model, ids, mask, keep[:, 1:])
+        logits_at(model, ids, mask, keep[:, 1:])
 
 
 def test_prediction_rows_shift_by_one():
     at_labels = torch.tensor([[True, False, True, True], [False, True, False, False]])
     want = torch.tensor([[False, True, True, False], [True, False, False, False]])
-    assert torch.equal(prediction_rows(at_labels), want)
+    assert torch.equal(shift_to_logits(at_labels), want)
 
 
 def test_end_tokens_are_those_of_tokenizer_settings_and_config(setup):
     model, tok = setup[0], small.tokenizer()
     model.generation_config.eos_token_id = [9, 7]
     model.config.eos_token_id = 5
-    assert end_tokens(model, None) == [5, 7, 9]
-    assert end_tokens(nn.DataParallel(model), tok) == sorted({5, 7, 9, tok.eos_token_id})
-    assert end_tokens(nn.Linear(1, 1), None) == []
+    assert eos_token_ids(model, None) == [5, 7, 9]
+    assert eos_token_ids(nn.DataParallel(model), tok) == sorted({5, 7, 9, tok.eos_token_id})
+    assert eos_token_ids(nn.Linear(1, 1), None) == []

@@ -16,8 +16,7 @@ import palu.reference.rows
 import palu.reference.store
 from palu.data.examples import Collator
 from palu.data.labels import FORGET, IGNORE, PRESERVE, Template
-from palu.models.forward import prediction_rows
-from palu.models.lm_head import model_hidden_states
+from palu.models.forward import model_hidden_states, shift_to_logits
 from palu.reference.cache import CacheError, CacheMismatch, ReferenceCache
 from palu.storage.fingerprint import example_id, example_ids, model_fingerprint
 from palu_kernels import topk_indices
@@ -48,9 +47,9 @@ def live(model, batch, loss):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         hidden = model_hidden_states(model, batch["input_ids"], batch["attention_mask"])
     return (
-        topk_indices(logits[prediction_rows(roles == FORGET)], loss.top_k),
-        hidden[prediction_rows(roles == PRESERVE)],
-        hidden[prediction_rows(batch["labels"] != IGNORE)],
+        topk_indices(logits[shift_to_logits(roles == FORGET)], loss.top_k),
+        hidden[shift_to_logits(roles == PRESERVE)],
+        hidden[shift_to_logits(batch["labels"] != IGNORE)],
     )
 
 
@@ -147,7 +146,7 @@ def test_heads_with_bias_scale_and_cap(build, tok, rows, make):
         expected = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         roles = loss.roles(batch["labels"])
         preserved = cache.head.logits(cache.preserve_hidden(ids))
-    expected = expected[prediction_rows(roles == PRESERVE)]
+    expected = expected[shift_to_logits(roles == PRESERVE)]
     torch.testing.assert_close(preserved, expected, rtol=1e-4, atol=1e-4)
     ReferenceCache.open(all_of_it.path, loss=loss_of(tok, top_k=500))  # k >= V is all of V
 

@@ -1,0 +1,162 @@
+"""What a Hugging Face model may be wrapped in (DDP, FSDP, `torch.compile`, PEFT), and how to look
+inside, switch modes and put hooks on it without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FSDP = {"FullyShardedDataParallel", "FSDPModule"}  # by name: importing them takes a second
+
+
+class UnsupportedHead(ValueError):
+    """The logits of a model cannot be computed from its hidden states and output embedding."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: the logits of the model itself have to be used")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model inside DDP, `torch.compile` and PEFT wrappers: to look at,
+    never to call."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def peft_model(model: nn.Module) -> nn.Module:
+    """Return the `PeftModel` inside the trainer's wrappers."""
+    return next(module for module in model.modules() if hasattr(module, "disable_adapter"))
+
+
+@contextmanager
+def eval_mode(
+    model: nn.Module, *, autocast: torch.dtype | bool | None = None, keep_rng: bool = True
+) -> Iterator[None]:
+    """Put every module into eval mode, without gradients; restore each module's own mode after.
+
+    Args:
+        autocast: a dtype to run under; False for none; None leaves the caller's as it is.
+        keep_rng: whether the random state is restored too.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    kind = device.type if devices else "cuda"
+    cast: Any = nullcontext()
+    if autocast is not None:
+        # No autocast cache: casts made without gradients must not meet a training step outside.
+        dtype = autocast or None
+        cast = torch.autocast(device.type, dtype, enabled=bool(dtype), cache_enabled=False)
+    with torch.random.fork_rng(devices, enabled=keep_rng, device_type=kind), torch.no_grad(), cast:
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Switch PEFT's adapters off, in `eval_mode`; restore what trains (PEFT turns the gradients of
+    all adapters on)."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with eval_mode(model, keep_rng=False), peft_model(model).disable_adapter():
+            yield
+    finally:
+        for parameter, train in trains:
+            parameter.requires_grad_(train)
+
+
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Return every id that ends an answer, ascending: the tokenizer's, and those of the model's
+    generation settings and config.
+
+    Args:
+        model: wrapped or not.
+        tokenizer: or None, where there is none.
+    """
+    inner = unwrap(model)
+    found: set[int] = set()
+    for holder in (getattr(inner, "generation_config", None), getattr(inner, "config", None)):
+        found |= _eos_of(holder)
+    return sorted(found | _eos_of(tokenizer))
+
+
+def _eos_of(holder: Any) -> set[int]:
+    ids = getattr(holder, "eos_token_id", None)
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def text_only_inputs(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+    """Return the `token_type_ids` that Gemma 3 asks for in training: no token is an image's."""
+    inner = unwrap(model)
+    if inner.training and getattr(getattr(inner, "config", None), "model_type", None) == "gemma3":
+        return {"token_type_ids": torch.zeros_like(input_ids)}
+    return {}
+
+
+def incompatible_wrapper(model: nn.Module) -> str | None:
+    """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
+    loss uses hidden states instead of the model's outputs, else None."""
+    for module in model.modules():
+        if _FSDP & {kind.__name__ for kind in type(module).__mro__}:
+            return "the model is sharded by FSDP"
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
+            return "the model is wrapped in DistributedDataParallel with static_graph=True"
+    return None
+
+
+def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+    """Return whether `inner` runs inside code of `torch.compile`: of `module.compile()`, or of a
+    forward that is a compiled one (`torch.compile(module)` too has such)."""
+    return any(
+        inner is part
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for part in module.modules()
+    )
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits. Raises UnsupportedHead where the model names none."""
+    inner = unwrap(model)
+    getter = getattr(inner, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if not isinstance(module, nn.Module):
+        raise UnsupportedHead(f"{type(inner).__name__} names no output embedding")
+    return module
+
+
+@contextmanager
+def head_pre_hook(
+    model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]
+) -> Iterator[None]:
+    """Run `hook` before the output embedding inside the block.
+
+    Raises:
+        UnsupportedHead: the model is compiled: code compiled before does not run the hook, and code
+            compiled now may keep it.
+    """
+    module = output_embedding(model)
+    if is_compiled(model, module):
+        raise UnsupportedHead("the model is compiled, and compiled code does not see a hook")
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
