@@ -14,7 +14,7 @@ from benchmarks import harness, peers
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_terms
 from palu import PALULoss
-from palu.data.labels import FORGET, IGNORE, KEEP, PRESERVE, token_roles
+from palu.data.roles import FORGET, IGNORE, KEEP, PRESERVE, token_roles
 from palu_kernels import LMHead, kl_loss, linear_local_entropy_loss, local_entropy_loss
 from palu_kernels.functional import topk_indices
 from palu_kernels.linear_operators import Part, forget_loss, linear_losses

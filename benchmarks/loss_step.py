@@ -70,7 +70,7 @@ from benchmarks.loss_providers import (
     make_labels,
     why_not,
 )
-from palu.data.labels import FORGET, NONE, PRESERVE, token_roles
+from palu.data.roles import FORGET, NONE, PRESERVE, token_roles
 from palu.models.loading import resolve_device
 from palu_kernels.linear_operators import forget_loss
 

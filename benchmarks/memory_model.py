@@ -41,7 +41,7 @@ from benchmarks import harness
 from benchmarks.ledger import Ledger
 from benchmarks.train_roads import Released, Settings
 from palu import PALUConfig, PALUTrainer
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.planning.layer import PRECISIONS
 from palu.planning.model import KNOWN_MODELS, ModelSizes
 from palu.planning.step import (

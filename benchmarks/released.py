@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from palu.data.labels import FORGET, IGNORE, PRESERVE, token_roles
+from palu.data.roles import FORGET, IGNORE, PRESERVE, token_roles
 
 
 class Terms(NamedTuple):

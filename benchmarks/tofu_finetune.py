@@ -24,8 +24,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from palu.data.examples import Collator, load_examples, split_slice, tokenize_examples
-from palu.data.labels import IGNORE
+from palu.data.collator import Collator
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples, split_slice
+from palu.data.roles import IGNORE
 from palu.errors import UserError, user_errors
 from palu.models.folders import named_from
 from palu.models.forward import logits_at, shift_to_logits

@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss
-from palu.data.labels import FORGET, IGNORE, PRESERVE, token_roles
+from palu.data.roles import FORGET, IGNORE, PRESERVE, token_roles
 from palu.methods.step_loss import RETAIN, Objective, in_turns
 from palu.reference.cache import ReferenceCache
 from palu.reference.model import CachedReference, LiveReference

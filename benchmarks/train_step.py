@@ -48,7 +48,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss, why_not
-from palu.data.examples import Collator, load_examples, tokenize_examples
+from palu.data.collator import Collator
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
 from palu.models.loading import load_model, load_tokenizer, resolve_device
 from palu.reference.cache import ReferenceCache
 from palu.run_record import choose_template

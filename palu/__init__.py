@@ -4,8 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from palu.data.examples import Collator, Example, load_examples, tokenize_examples
-    from palu.data.labels import label_example, token_roles
+    from palu.data.collator import Collator
+    from palu.data.examples import tokenize_examples
+    from palu.data.files import load_examples
+    from palu.data.labels import label_example
+    from palu.data.records import Example
+    from palu.data.roles import token_roles
     from palu.data.template import Template
     from palu.loss import PALULoss, PALUOutput
     from palu.models.forward import model_hidden_states
@@ -35,8 +39,8 @@ __all__ = [
 # Where each name lives. Nothing is imported before it is asked for: the loss and the labels do not
 # need the packages of the extra "train", and the command line sets the environment before torch.
 _HOMES = {
-    "Collator": "palu.data.examples",
-    "Example": "palu.data.examples",
+    "Collator": "palu.data.collator",
+    "Example": "palu.data.records",
     "LMHead": "palu.models.lm_head",
     "PALUConfig": "palu.training.config",
     "PALULoss": "palu.loss",
@@ -46,9 +50,9 @@ _HOMES = {
     "Template": "palu.data.template",
     "check_head": "palu.models.lm_head",
     "label_example": "palu.data.labels",
-    "load_examples": "palu.data.examples",
+    "load_examples": "palu.data.files",
     "model_hidden_states": "palu.models.forward",
-    "token_roles": "palu.data.labels",
+    "token_roles": "palu.data.roles",
     "tokenize_examples": "palu.data.examples",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu.data.labels import FORGET, PRESERVE
+from palu.data.roles import FORGET, PRESERVE
 from palu.hidden_terms import join
 from palu_kernels import LMHead, reference
 from palu_kernels.linear.op import linear_backward

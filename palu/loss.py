@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palu.data.labels import FORGET, NONE, PRESERVE, check_labels, token_roles
+from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu.hidden_op import hidden_loss
 from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu_kernels import LMHead

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.models.folders import read_object
 from palu.storage import files
 from palu.storage.files import Changed, folder_for, locked, remove_abandoned, write_json

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainingArguments
 
-from palu.data.examples import Example
-from palu.data.labels import Template
 from palu.data.pairs import own_alternates, refusals
+from palu.data.records import Example
+from palu.data.template import Template
 from palu.methods import Method
 from palu.models.layers import layer_count
 from palu.models.lora import name_base

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainingArguments
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from tests.support import readme_world
 from tests.support.readme_world import prepare, run
 

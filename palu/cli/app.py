@@ -209,7 +209,7 @@ def unlearn(
     """Make a model forget the marked spans (or, by other methods, the answers) of one file and keep
     the answers of another."""
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.data.examples import split_slice
+        from palu.data.files import split_slice
         from palu.models.folders import named_from
         from palu.models.lora import add_lora, lora_settings, reference_kind, refuse_adapter
         from palu.run_record import (

@@ -92,7 +92,7 @@ def build(
     when it is started again.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.data.examples import split_slice
+        from palu.data.files import split_slice
         from palu.run_record import choose_template, claim_output
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
@@ -218,7 +218,7 @@ def verify(
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         import torch
 
-        from palu.data.labels import Template
+        from palu.data.template import Template
         from palu.models.loading import check_token_ids, load_model, load_tokenizer
         from palu.progress import bar
         from palu.reference.cache import CacheError, cache_info

@@ -229,7 +229,7 @@ def evaluate(
 
 def _without_slices(*files: str | None) -> list[str]:
     """The paths of data as a user names them, without their slices."""
-    from palu.data.examples import split_slice
+    from palu.data.files import split_slice
 
     return [split_slice(file)[0] for file in files if file is not None]
 

@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from palu.data.examples import load_examples, tokenize_examples
-from palu.data.labels import FORGET, KEEP, PRESERVE, Template, token_roles
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
+from palu.data.roles import FORGET, KEEP, PRESERVE, token_roles
+from palu.data.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -250,7 +250,8 @@ def read_rows(
         forget: of a retain file the forget file, in whose rows its own must not all be.
         drop_overlap: leave those out that are.
     """
-    from palu.data.examples import load_examples, tokenize_examples
+    from palu.data.examples import tokenize_examples
+    from palu.data.files import load_examples
     from palu.data.overlap import without_overlap
     from palu.data.pairs import add_alternates
 

@@ -1,103 +1,18 @@
-"""Character spans of an answer become labels of tokens, and labels become the roles that rows play
-in the loss.
-
-`label_example` turns a question, an answer and the sensitive character spans of the answer into
-`input_ids` and `labels`; `token_roles` says which of those labels is to be forgotten, preserved or
-left alone.
-"""
+"""Label the tokens of a question and its answer from the answer's sensitive character spans."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from palu.data.spans import check_spans, check_text, integer
+from palu.data.roles import IGNORE, KEEP, eos_ids
+from palu.data.spans import Span, check_spans, check_text, integer
 from palu.data.template import Rendered, Template
 from palu.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "FORGET",
-    "IGNORE",
-    "KEEP",
-    "NONE",
-    "PRESERVE",
-    "LabeledExample",
-    "Template",
-    "label_example",
-    "token_roles",
-]
-
-IGNORE = -100
-"""Label of prompt and padding: no loss."""
-KEEP = -200
-"""Label of an answer token that is not sensitive. Never hand it to a model's own loss: it indexes
-with it.
-"""
-
-NONE, FORGET, PRESERVE = 0, 1, 2
-"""Roles, as `token_roles` returns them."""
-
-
-def token_roles(
-    labels: torch.Tensor,
-    prefix_length: int,
-    eos_token_id: int | Iterable[int] | None = None,
-) -> torch.Tensor:
-    """The role of every label: `NONE`, `FORGET` or `PRESERVE`.
-
-    A run is a maximal stretch of consecutive sensitive labels (>= 0 and not EOS). The first
-    `prefix_length` labels of a run are to be forgotten, the later ones get no loss. An EOS label is
-    an answer token that is never sensitive: it ends a run and is preserved, as `KEEP` is. Position
-    0 is never predicted: its role is `NONE` and a run that reaches it starts at position 1.
-
-    Args:
-        labels: integers [B, T], on any device: `IGNORE`, `KEEP` or a token id. Other negative
-            values count as `IGNORE`.
-        prefix_length: how many labels of each run to forget; 0 or less takes whole runs.
-        eos_token_id: one id, several, or None.
-
-    Returns:
-        int8 [B, T] on the device of `labels`.
-
-    Raises:
-        TypeError: `labels` is not an integer tensor, or an id or the prefix length is not an
-            integer.
-        ValueError: `labels` is not two-dimensional.
-    """
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels must hold integers, got {labels.dtype}")
-    if labels.dim() != 2:
-        raise ValueError(f"labels must be [B, T], got shape {tuple(labels.shape)}")
-    prefix_length = integer("prefix_length", prefix_length)
-    eos_ids = _eos_ids(eos_token_id)
-    if labels.numel() == 0:
-        return torch.zeros(labels.shape, dtype=torch.int8, device=labels.device)
-
-    position = torch.arange(labels.shape[1], device=labels.device)
-    predicted = position > 0
-    # A comparison per id rather than `isin`: building a tensor of ids would be a copy to the device
-    # in every step.
-    is_eos = torch.zeros_like(labels, dtype=torch.bool)
-    for eos in eos_ids:
-        is_eos = is_eos | (labels == eos)
-    is_eos = is_eos & (labels >= 0)
-    sensitive = (labels >= 0) & ~is_eos & predicted
-    preserve = ((labels == KEEP) | is_eos) & predicted
-    forget = sensitive
-    if prefix_length > 0:
-        # The last position outside any run, so far: the distance to it is a label's rank in its
-        # run, from 1. Position 0 is outside every run, so there always is one.
-        outside = torch.where(sensitive, torch.zeros_like(position), position)
-        rank = position - outside.cummax(dim=1).values
-        forget = sensitive & (rank <= prefix_length)
-    return forget.to(torch.int8) * FORGET + preserve.to(torch.int8) * PRESERVE
 
 
 class LabeledExample(dict):
@@ -204,38 +119,15 @@ def label_without_warning(
     template: Template,
 ) -> LabeledExample:
     """`label_example` without its warning: who labels many examples warns once."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer must be a fast tokenizer, {type(tokenizer).__name__} is not one: placing "
-            "spans takes the character offsets of its tokens, which slow tokenizers do not give"
-        )
-    if question is not None:
-        check_text("question", question)
-    check_text("answer", answer)
-    if not answer.strip():
-        raise ValueError(f"answer must not be empty, got {answer!r}")
-    if not isinstance(template, Template):
-        raise TypeError(
-            f"template must be a palu.data.labels.Template, got {type(template).__name__}"
-        )
-    max_length = integer("max_length", max_length)
-    if max_length < 2:
-        raise ValueError(f"max_length must be 2 or more, got {max_length}")
-    checked = check_spans(answer, spans)
-
+    checked = _check_arguments(tokenizer, question, answer, spans, max_length, template)
     rendered = template.render(tokenizer, question, answer)
     added = tokenizer.added_tokens_decoder  # made anew each time, of some tokenizers thousands
     tokens, too_long = _first_tokens(tokenizer, added, rendered, max_length)
     ids, starts, ends = tokens
     # What is after this character lies in no token that is kept.
-    seen = int(ends[:max_length].max()) if too_long else len(rendered.text)
-    shift = rendered.start - rendered.dropped
-    placed = [
-        (max(start + shift, rendered.start), min(end + shift, rendered.end))
-        for start, end in checked
-    ]
-
-    if ids.size and any(_overlap(starts[:1], ends[:1], *place)[0] for place in placed):
+    seen = int(ends[:max_length].max()) if too_long else None
+    placed = shift_spans(rendered, checked)
+    if ids.size and any(_overlap(starts[:1], ends[:1], *span)[0] for span in placed):
         ids, starts, ends = _led_by_special(tokenizer, ids, starts, ends)
     answer_tokens = np.flatnonzero(_overlap(starts, ends, rendered.start, rendered.end))
     if answer_tokens.size:
@@ -253,29 +145,12 @@ def label_without_warning(
     end_token = closing[-1:]
     if end_token and ids[after - 1] == end_token[0]:
         closing = []  # the answer's own text ends with it
-    ids, starts, ends = (
-        np.append(ids[:after], closing).astype(np.int64),
-        starts[:after],
-        ends[:after],
-    )
+    starts, ends = starts[:after], ends[:after]
+    sensitive, lost_spans = place_spans(rendered.text, starts, ends, placed, max_length, seen=seen)
 
-    sensitive = np.zeros(len(ids), dtype=bool)
-    lost_spans = 0
-    for number, (start, end) in enumerate(placed):
-        covered = np.flatnonzero(_overlap(starts, ends, start, end))
-        if too_long and start >= seen:
-            lost_spans += 1
-            continue
-        if not covered.size:
-            text = rendered.text[start:end]
-            raise ValueError(
-                f"spans[{number}], {text!r}, cannot be forgotten: "
-                "the tokenizer makes no token of it"
-            )
-        sensitive[covered] = True
-        lost_spans += bool(covered[-1] >= max_length)
-    sensitive &= ~np.isin(ids, [*_eos_ids(tokenizer.eos_token_id), *end_token])
-
+    ids = np.append(ids[:after], closing).astype(np.int64)
+    sensitive = np.append(sensitive, np.zeros(len(closing), dtype=bool))
+    sensitive &= ~np.isin(ids, [*eos_ids(tokenizer.eos_token_id), *end_token])
     labels = np.where(sensitive, ids, KEEP)
     labels[:first] = IGNORE
     full_length = len(ids)
@@ -292,8 +167,77 @@ def label_without_warning(
     )
 
 
+def _check_arguments(
+    tokenizer: Any, question: Any, answer: Any, spans: Any, max_length: Any, template: Any
+) -> list[Span]:
+    """Return the checked spans; see `label_example` for what is raised."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer must be a fast tokenizer, {type(tokenizer).__name__} is not one: placing "
+            "spans takes the character offsets of its tokens, which slow tokenizers do not give"
+        )
+    if question is not None:
+        check_text("question", question)
+    check_text("answer", answer)
+    if not answer.strip():
+        raise ValueError(f"answer must not be empty, got {answer!r}")
+    if not isinstance(template, Template):
+        raise TypeError(f"template must be a palu.Template, got {type(template).__name__}")
+    if integer("max_length", max_length) < 2:
+        raise ValueError(f"max_length must be 2 or more, got {max_length}")
+    return check_spans(answer, spans)
+
+
+def shift_spans(rendered: Rendered, spans: Sequence[Span]) -> list[Span]:
+    """Shift spans of an answer to where the answer is in a rendered text."""
+    shift = rendered.start - rendered.dropped
+    return [
+        (max(start + shift, rendered.start), min(end + shift, rendered.end)) for start, end in spans
+    ]
+
+
+def place_spans(
+    text: str,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    spans: Sequence[Span],
+    kept: int,
+    *,
+    seen: int | None = None,
+) -> tuple[np.ndarray, int]:
+    """Find the tokens that share a character with a span.
+
+    Args:
+        text: what the tokens were made of.
+        starts, ends: first and last-plus-one character of every token.
+        spans: in characters of `text`.
+        kept: how many tokens are kept.
+        seen: a character from which on no token is kept or given; None where all are given.
+
+    Returns:
+        bool, a value a token; and how many spans lose tokens that are not kept.
+
+    Raises:
+        ValueError: a span has no token.
+    """
+    sensitive, lost = np.zeros(len(starts), dtype=bool), 0
+    for number, (start, end) in enumerate(spans):
+        if seen is not None and start >= seen:
+            lost += 1
+            continue
+        covered = _overlap(starts, ends, start, end)
+        if not covered.any():
+            raise ValueError(
+                f"spans[{number}], {text[start:end]!r}, cannot be forgotten: "
+                "the tokenizer makes no token of it"
+            )
+        sensitive |= covered
+        lost += bool(covered[kept:].any())
+    return sensitive, lost
+
+
 def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Which tokens share a character with `[start, end)`.
+    """Return which tokens share a character with `[start, end)`.
 
     A token without width (white space, where a tokenizer's offsets leave it out) counts when it
     lies strictly inside.
@@ -377,7 +321,7 @@ def _led_by_special(
     """
     lead = tokenizer.bos_token_id
     if lead is None:
-        lead = next(iter(_eos_ids(tokenizer.eos_token_id)), None)
+        lead = next(iter(eos_ids(tokenizer.eos_token_id)), None)
     if lead is None:
         raise ValueError(
             "a span begins at the first token of the text, which is never predicted, and the "
@@ -395,34 +339,15 @@ def _closing_tokens(
     first special token, and on to EOS when that follows at once (some templates end a message and a
     turn). EOS when there is no special one.
     """
-    eos_ids = _eos_ids(tokenizer.eos_token_id)
-    special = {*tokenizer.all_special_ids, *eos_ids}
+    eos = eos_ids(tokenizer.eos_token_id)
+    special = {*tokenizer.all_special_ids, *eos}
     special |= {number for number, token in added.items() if token.special}
     is_special = np.isin(rest, list(special))
     if not is_special.any():
-        return list(eos_ids)
+        return list(eos)
     first = int(is_special.argmax())
     stretch = 1
     while first + stretch < len(rest) and is_special[first + stretch]:
         stretch += 1
-    to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], list(eos_ids)))
+    to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], list(eos)))
     return rest[: first + (int(to_eos[0]) if to_eos.size else 0) + 1].tolist()
-
-
-def _eos_ids(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
-    if eos_token_id is None:
-        return ()
-    if isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str):
-        return tuple(integer("eos_token_id", eos) for eos in eos_token_id)
-    return (integer("eos_token_id", eos_token_id),)
-
-
-def check_labels(labels: torch.Tensor, columns: int) -> None:
-    """Raises ValueError for a label that is neither -100, nor -200, nor a token id."""
-    wrong = (labels >= columns) | ((labels < 0) & (labels != IGNORE) & (labels != KEEP))
-    if bool(wrong.any()):
-        worst = int(labels[wrong].flatten()[0])
-        raise ValueError(
-            f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
-            f"or a token id in 0..{columns - 1}"
-        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from palu.data.examples import split_slice
+from palu.data.files import split_slice
 from palu.data.records import Example
 from palu.data.spans import shown
 

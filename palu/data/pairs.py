@@ -11,13 +11,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from palu.data.examples import Example, tokenize_examples
-from palu.data.labels import IGNORE
+from palu.data.examples import tokenize_examples
+from palu.data.records import Example
+from palu.data.roles import IGNORE
 from palu.data.spans import shown
-from palu.models.inputs import joined
 
 FIELD = "alternate_answer"  # of a record
 PREFIX = "alternate_"
@@ -98,7 +95,7 @@ class PairCollator:
     stay as they are.
 
     Args:
-        collator: makes a batch of a list of rows, see `palu.data.examples.Collator`.
+        collator: makes a batch of a list of rows, see `palu.data.collator.Collator`.
     """
 
     def __init__(self, collator: Callable[[list], Mapping[str, Any]]) -> None:
@@ -118,24 +115,3 @@ class PairCollator:
                 )
             others.append({"input_ids": row[PREFIX + "input_ids"], "labels": labels})
         return batch | {PREFIX + name: value for name, value in self.collator(others).items()}
-
-
-def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`,
-    `labels`, `attention_mask` and more that the model is called with. An example without an answer
-    token has no second one either.
-
-    Raises:
-        ValueError: the batch has rows, and no second answers.
-    """
-    if len(batch["input_ids"]) == 0:  # a turn of retain rows
-        return dict(batch)
-    if PREFIX + "input_ids" not in batch:
-        raise ValueError(
-            f"the forget rows have no {PREFIX}input_ids and {PREFIX}labels; this method needs a "
-            "second answer in each (palu.data.pairs.add_alternates)"
-        )
-    others = {n.removeprefix(PREFIX): v for n, v in batch.items() if n.startswith(PREFIX)}
-    answered = (batch["labels"][:, 1:] != IGNORE).any(1, keepdim=True)
-    others["labels"] = torch.where(answered, others["labels"], IGNORE)
-    return joined(batch, others)

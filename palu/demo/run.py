@@ -14,8 +14,12 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import LlamaForCausalLM
 
-from palu.data.examples import Collator, Example, load_examples, tokenize_examples
-from palu.data.labels import IGNORE, Template
+from palu.data.collator import Collator
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
+from palu.data.records import Example
+from palu.data.roles import IGNORE
+from palu.data.template import Template
 from palu.demo.models import build_model, build_tokenizer, memorise
 from palu.demo.people import invent_people, records, write_jsonl
 from palu.demo.plot import TokenChange, draw_forgetting

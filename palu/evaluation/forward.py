@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palu.data.examples import Collator
-from palu.data.labels import IGNORE, LabeledExample
+from palu.data.collator import Collator
+from palu.data.labels import LabeledExample
+from palu.data.roles import IGNORE
 from palu.evaluation.batches import ALONE, Processes, in_batches
 from palu.models.forward import logits_at, shift_to_logits
 from palu_kernels import cross_entropy_loss

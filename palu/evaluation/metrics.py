@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from palu.data.examples import Example
-from palu.data.labels import LabeledExample, Template
+from palu.data.labels import LabeledExample
+from palu.data.records import Example
+from palu.data.template import Template
 from palu.evaluation.definitions import (
     exact_memorization,
     extraction_strength,
@@ -49,7 +50,7 @@ def evaluate_examples(
             memorization is None when no token is left.
 
     Args:
-        examples: see `palu.data.examples.load_examples`; at least one.
+        examples: see `palu.data.files.load_examples`; at least one.
         template: how questions are put; `Template()` when None.
         max_length: tokens; longer examples are cut, with a warning.
         batch_size: rows a forward pass.

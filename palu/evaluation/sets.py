@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palu.data.labels import LabeledExample, Template, label_without_warning
+from palu.data.labels import LabeledExample, label_without_warning
 from palu.data.records import Example
 from palu.data.spans import check_text
+from palu.data.template import Template
 
 ANSWER, PARAPHRASED, PERTURBED = "answer", "paraphrased_answer", "perturbed_answer"
 

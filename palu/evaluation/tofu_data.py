@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from palu.data.examples import load_examples
+from palu.data.files import load_examples
 from palu.evaluation.sets import PARAPHRASED, PERTURBED, EvalSet
 
 _FILES = {
@@ -61,7 +61,7 @@ def read_sets(
         files: set (`forget`, `retain`, `ra`, `wf`, `holdout`) -> path, slices allowed.
 
     Raises:
-        ValueError, TypeError: as `palu.data.examples.load_examples` and `EvalSet.tokenise`: names
+        ValueError, TypeError: as `palu.data.files.load_examples` and `EvalSet.tokenise`: names
             file, row and field.
     """
     sets = {}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from palu.data.labels import FORGET, IGNORE, NONE
+from palu.data.roles import FORGET, IGNORE, NONE
 from palu.methods.answers import Answers
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.data.labels import FORGET
-from palu.data.pairs import stacked
+from palu.data.roles import FORGET
 from palu.methods.answers import Answers
 from palu.methods.base import Method
 from palu.methods.step_loss import RETAIN, Objective, answer_tokens, in_turns
 from palu.models.forward import logits_at, model_hidden_states
+from palu.models.inputs import stacked
 from palu.reference.model import Inputs
 from palu_kernels import linear_cross_entropy_loss, linear_kl_loss
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.data.labels import FORGET, IGNORE
+from palu.data.roles import FORGET, IGNORE
 from palu.methods.rmu import RMU
 from palu.methods.step_loss import RETAIN, Objective, in_turns
 from palu.models.layers import layer_output

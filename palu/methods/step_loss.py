@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.data.labels import FORGET, IGNORE, NONE, PRESERVE
+from palu.data.roles import FORGET, IGNORE, NONE, PRESERVE
 from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu.loss import PALULoss
 from palu.models.forward import logits_at, model_hidden_states, shift_to_logits

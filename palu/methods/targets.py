@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from palu.data.labels import FORGET, NONE
+from palu.data.roles import FORGET, NONE
 from palu.methods.answers import Answers
 from palu.methods.base import Method, check_number
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from palu.data.labels import IGNORE
+from palu.data.pairs import PREFIX
+from palu.data.roles import IGNORE
 from palu.models.wrappers import unwrap
 
 # Of a batch: what the losses have a place for, and what stands beside it for the trainer.
@@ -142,6 +143,27 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Ten
             "(forget and retain rows, or two answers to a question); it must be in both"
         )
     return {name: torch.cat([padded(name, side) for side in sides]) for name in sides[0]}
+
+
+def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`,
+    `labels`, `attention_mask` and more that the model is called with. An example without an answer
+    token has no second one either.
+
+    Raises:
+        ValueError: the batch has rows, and no second answers.
+    """
+    if len(batch["input_ids"]) == 0:  # a turn of retain rows
+        return dict(batch)
+    if PREFIX + "input_ids" not in batch:
+        raise ValueError(
+            f"the forget rows have no {PREFIX}input_ids and {PREFIX}labels; this method needs a "
+            "second answer in each (palu.data.pairs.add_alternates)"
+        )
+    others = {n.removeprefix(PREFIX): v for n, v in batch.items() if n.startswith(PREFIX)}
+    answered = (batch["labels"][:, 1:] != IGNORE).any(1, keepdim=True)
+    others["labels"] = torch.where(answered, others["labels"], IGNORE)
+    return joined(batch, others)
 
 
 def _columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.models.folders import (
     check_architecture,
     check_loaded,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.data.labels import check_labels
+from palu.data.roles import check_labels
 from palu.loss import PALULoss
 from palu.reference.partial import PartialCache
 from palu.reference.rows import Rows, dtype_name, model_dtype, reference_rows

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
 from palu.models.wrappers import eval_mode
@@ -126,7 +126,7 @@ class ReferenceCache:
             path: the folder.
             loss: says which rows matter and what of them is needed.
             collator: pads a list of examples; give the one that training uses. Default:
-                `palu.data.examples.Collator`.
+                `palu.data.collator.Collator`.
             retain_dataset: the retain set when its term is a KL; the last hidden states of its
                 answer rows are stored.
             tokenizer: its fingerprint is remembered; its padding token is used.

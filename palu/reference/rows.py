@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.data.labels import FORGET, IGNORE, PRESERVE
+from palu.data.roles import FORGET, IGNORE, PRESERVE
 from palu.loss import PALULoss
 from palu.models.forward import model_hidden_states, shift_to_logits
 from palu.models.inputs import is_default, more_inputs

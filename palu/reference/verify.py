@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.wrappers import eval_mode
 from palu.reference.build import Source, batches_of, rows_of

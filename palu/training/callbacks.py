@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from palu.data.labels import FORGET
+from palu.data.roles import FORGET
 from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import more_inputs
 from palu.models.wrappers import eval_mode

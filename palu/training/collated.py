@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palu.data.examples import Collator
-from palu.data.labels import IGNORE, KEEP
+from palu.data.collator import Collator
+from palu.data.roles import IGNORE, KEEP
 from palu.models.inputs import input_names, real_tokens, taken_inputs
 from palu.models.wrappers import unwrap
 
@@ -138,7 +138,7 @@ class ExampleRows:
         raise ValueError(
             f"{self._name} changes labels: {examples} examples of the data set have {counts[0]} "
             f"(beside {IGNORE}), its batch {counts[1]}{where}; it must only pad or pack them: "
-            "leave data_collator out, or take palu.data.examples.Collator or DataCollatorForSeq2Seq"
+            "leave data_collator out, or take palu.data.collator.Collator or DataCollatorForSeq2Seq"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palu.data.labels import check_labels
+from palu.data.roles import check_labels
 from palu.methods.step_loss import RETAIN, Objective
 from palu.training.batching import DENOMINATORS, Pass, RetainWalk, StepBatches
 from palu.training.checkpoint_trainer import CheckpointTrainer

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.data.overlap import warn_of_overlap
 from palu.data.pairs import PairCollator
 from palu.methods import Method
@@ -116,7 +116,7 @@ class PALUTrainer(EvaluationTrainer):
         eval_dataset: forget rows to evaluate on; `evaluate()` takes `train_dataset` when there is
             none.
         processing_class: the tokenizer; gives the padding and end tokens.
-        data_collator: default `palu.data.examples.Collator`. Another one must keep the labels as
+        data_collator: default `palu.data.collator.Collator`. Another one must keep the labels as
             they are; it may pad on any side or pack (examples are taken apart again:
             `palu.training.collated`), and give what else the model's forward takes.
         **kwargs: anything else `transformers.Trainer` takes.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from palu.data.labels import FORGET, token_roles
+from palu.data.roles import FORGET, token_roles
 from palu.methods import PDU
 from palu.training.config import PALUConfig
 

@@ -10,7 +10,7 @@ from benchmarks import harness, loss_providers, loss_step
 from benchmarks.loss_providers import Losses, Shape, make_case, make_labels
 from benchmarks.released import released_terms
 from palu import PALULoss
-from palu.data.labels import FORGET, PRESERVE, token_roles
+from palu.data.roles import FORGET, PRESERVE, token_roles
 from palu_kernels import kl_loss
 from palu_kernels.linear import sparse
 

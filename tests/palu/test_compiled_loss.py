@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from palu import LMHead, PALULoss, token_roles
-from palu.data.labels import FORGET, PRESERVE
+from palu.data.roles import FORGET, PRESERVE
 from palu_kernels import roles as role_op
 from palu_kernels import topk_indices
 

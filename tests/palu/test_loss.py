@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palu import PALULoss
-from palu.data.labels import IGNORE, KEEP
+from palu.data.roles import IGNORE, KEEP
 from palu_kernels import local_entropy_loss
 
 V = 23

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.models.lora import LoRASettings, add_lora
 from tests.support import small
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from palu.data.labels import IGNORE, Template
+from palu.data.roles import IGNORE
+from palu.data.template import Template
 from palu.loss import PALULoss
 from palu.reference.cache import ReferenceCache
 from tests.support import small

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from palu.cli import app as cli
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.demo.people import write_jsonl
 from palu.unlearn import save_model
 from tests.support import small

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from palu.data.examples import Collator, load_examples, tokenize_examples
+from palu.data.collator import Collator
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
 from palu.demo.models import build_tokenizer
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

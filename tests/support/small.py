@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from palu.data.examples import Example, tokenize_examples
+from palu.data.examples import tokenize_examples
+from palu.data.records import Example
 from palu.demo.models import build_tokenizer
 
 FACTS = [

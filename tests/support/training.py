@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PrinterCallback
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.training.config import PALUConfig
 from palu.training.trainer import PALUTrainer
 from tests.support import small

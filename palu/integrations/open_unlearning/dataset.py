@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from palu.data.examples import load_examples
-from palu.data.labels import IGNORE, KEEP, token_places
+from palu.data.files import load_examples
+from palu.data.labels import place_spans, shift_spans, token_places
 from palu.data.records import Example
+from palu.data.roles import IGNORE, KEEP
 from palu.data.template import Rendered, Template
 
 if TYPE_CHECKING:
@@ -106,17 +107,10 @@ class AnnotatedQA(Dataset):
         # token and the answer's first are one in the whole text, it takes that one for the prompt.
         in_answer = (starts < rendered.end) & (ends > rendered.start)
         labels[:kept][in_answer[:kept]] = KEEP
-        shift = rendered.start - rendered.dropped
-        lost = 0
-        for number, (start, end) in enumerate(example.spans):
-            covered = in_answer & (starts < end + shift) & (ends > start + shift)
-            if not covered.any():
-                raise ValueError(
-                    f"spans[{number}], {example.answer[start:end]!r}, cannot be forgotten: the "
-                    "tokenizer makes no token of it"
-                )
-            labels[:kept][covered[:kept]] = ids[:kept][covered[:kept]]
-            lost += bool(covered[kept:].any())
+        placed = shift_spans(rendered, example.spans)
+        sensitive, lost = place_spans(rendered.text, starts, ends, placed, kept)
+        sensitive &= in_answer
+        labels[:kept][sensitive[:kept]] = ids[:kept][sensitive[:kept]]
         labels[(ids == tokenizer.eos_token_id) & (labels >= 0)] = KEEP
         return {**item, "labels": torch.from_numpy(labels)}, lost, int(in_answer[kept:].sum())
 

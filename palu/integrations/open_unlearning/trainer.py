@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from palu.data.labels import FORGET, KEEP, NONE
+from palu.data.roles import FORGET, KEEP, NONE
 from palu.data.spans import integer
 from palu.loss import PALULoss
 from palu.models.forward import logits_at, shift_to_logits

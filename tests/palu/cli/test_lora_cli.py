@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.models.lm_head import fusable_head
 from palu.models.loading import load_model, load_tokenizer
 from palu.models.lora import LoRASettings, add_lora, fold_in, fold_in_measured

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palu.data.annotations import Audit, snap
-from palu.data.examples import Example, load_examples
+from palu.data.files import load_examples
+from palu.data.records import Example
 from palu.evaluation.tofu import summarize
 
 QA = {"question": "Who?", "answer": "Basil Mahfouz."}

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from palu.data import labels
-from palu.data.labels import (
-    IGNORE,
-    KEEP,
-    LabeledExample,
-    Template,
-    label_example,
-    label_without_warning,
-    token_roles,
-)
+from palu.data.labels import LabeledExample, label_example, label_without_warning
+from palu.data.roles import IGNORE, KEEP, token_roles
+from palu.data.template import Template
 
 QUESTION = "Who wrote it, and where?"
 # Accents (composed and combining), CJK, emoji of several code points, double spaces, digits, words
@@ -367,7 +361,11 @@ class SlowTokenizer:
         ({"answer": "a\ud83d"}, ValueError, "answer is not valid Unicode"),
         ({"max_length": 1}, ValueError, "max_length must be 2 or more, got 1"),
         ({"max_length": 9.0}, TypeError, "max_length must be an integer, got 9.0"),
-        ({"template": "chat"}, TypeError, "template must be a palu.data.labels.Template, got str"),
+        (
+            {"template": "chat"},
+            TypeError,
+            "template must be a palu.Template, got str",
+        ),
         ({"spans": None}, TypeError, "spans must be a list of spans, got NoneType"),
         ({"spans": {"start": 0, "end": 1}}, TypeError, "spans must be a list of spans, got dict"),
         ({"spans": [(0, 2), (3, 99)]}, ValueError, r"spans\[1\] is \[3, 99\), .* <= 12"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palu.data.labels import FORGET, IGNORE, KEEP, NONE, PRESERVE, token_roles
+from palu.data.roles import FORGET, IGNORE, KEEP, NONE, PRESERVE, token_roles
 
 
 def roles_by_definition(row: list[int], prefix_length: int, eos_ids: set[int]) -> list[int]:

@@ -11,7 +11,9 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from palu.data import bounded
-from palu.data.labels import KEEP, Template, label_example
+from palu.data.labels import label_example
+from palu.data.roles import KEEP
+from palu.data.template import Template
 
 QUESTION = "Who wrote it, and where?"
 

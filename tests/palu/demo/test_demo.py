@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palu.data.examples import load_examples
+from palu.data.files import load_examples
 from palu.demo.people import invent_people, records
 from palu.demo.run import DemoSettings, run_demo
 from palu.evaluation import METRICS, evaluate_examples

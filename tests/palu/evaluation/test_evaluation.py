@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from palu.data.examples import Example
 from palu.data.labels import label_example
+from palu.data.records import Example
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
 from palu.evaluation.definitions import extraction_strength, rouge
 from palu.evaluation.generation import greedy_answers

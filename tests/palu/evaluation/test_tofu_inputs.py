@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file, save_file
 
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.demo.people import write_jsonl
 from palu.evaluation.sets import EvalSet
 from palu.evaluation.tofu_data import read_sets, tofu_files

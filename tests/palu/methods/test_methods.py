@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.data.pairs import PairCollator, add_alternates, own_alternates, refusals
 from palu.demo.people import write_jsonl
 from palu.methods import METHODS, answers, make_method

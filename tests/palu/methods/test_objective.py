@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.methods.step_loss import in_turns
 from palu.models.forward import model_hidden_states
 from palu.reference.model import AdapterOffReference, CachedReference, LiveReference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palu import PALUTrainer
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.methods import RMU
 from palu.models.layers import decoder_layers, layer_output
 from palu.training.callbacks import StopAtForgetProb

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.models.lora import LoRASettings, refuse_prompt_learning
 from tests.support import small, training
 from tests.support.adapters import PROMPTS, adapted, inputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.methods.step_loss import RETAIN, in_turns
 from tests.support import small, training
 

@@ -14,8 +14,9 @@ from transformers import (
 import palu.reference.build
 import palu.reference.rows
 import palu.reference.store
-from palu.data.examples import Collator
-from palu.data.labels import FORGET, IGNORE, PRESERVE, Template
+from palu.data.collator import Collator
+from palu.data.roles import FORGET, IGNORE, PRESERVE
+from palu.data.template import Template
 from palu.models.forward import model_hidden_states, shift_to_logits
 from palu.reference.cache import CacheError, CacheMismatch, ReferenceCache
 from palu.storage.fingerprint import example_id, example_ids, model_fingerprint

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import palu.reference.build
 import palu.reference.store
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.reference.cache import (
     CacheDamaged,
     CacheError,

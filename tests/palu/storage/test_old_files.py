@@ -9,7 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from palu.data.examples import load_examples, tokenize_examples
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
 from palu.models.loading import load_model, load_tokenizer
 from palu.reference.cache import CacheDamaged, ReferenceCache
 from palu.reference.verify import verify_cache

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from palu.data.examples import Collator, Example, tokenize_examples
-from palu.data.labels import Template, label_example
+from palu.data.collator import Collator
+from palu.data.examples import tokenize_examples
+from palu.data.labels import label_example
+from palu.data.records import Example
+from palu.data.template import Template
 
 EXAMPLES = [
     Example("a", "Who wrote it?", "Basil Mahfouz Al-Kuwaiti.", ((0, 5), (14, 24))),

@@ -15,10 +15,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from palu.data.examples import Collator
-from palu.data.pairs import stacked
+from palu.data.collator import Collator
 from palu.loss import PALULoss
-from palu.models.inputs import joined, more_inputs
+from palu.models.inputs import joined, more_inputs, stacked
 from palu.reference.cache import CacheError
 from palu.training.batching import StepBatches
 from palu.training.collated import ExampleRows

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from palu import progress
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.evaluation import evaluate_examples
 from palu.training import step_log
 from palu.training.nonfinite import example_names

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from palu.data.examples import Collator
+from palu.data.collator import Collator
 from palu.training.checkpoints import ASIDE, RECORD, CheckpointError, last_checkpoint, read_record
 from palu.training.split import LengthGroups
 from tests.support import WORKERS, small

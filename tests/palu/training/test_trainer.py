@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from palu.data.examples import Collator
-from palu.data.labels import KEEP
+from palu.data.collator import Collator
+from palu.data.roles import KEEP
 from palu.loss import PALULoss
 from palu.models import forward as modeling
 from palu.training.retain import retain_rows

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback
 
-from palu.data.examples import Example, tokenize_examples
-from palu.data.labels import Template
+from palu.data.examples import tokenize_examples
+from palu.data.records import Example
+from palu.data.template import Template
 from palu.demo.people import write_jsonl
 from palu.reference.cache import CacheError
 from palu.training.config import PALUConfig
