@@ -33,7 +33,8 @@ from palu.models.folders import named_from
 from palu.models.forward import logits_at, shift_to_logits
 from palu.models.loading import load_model, load_tokenizer
 from palu.progress import bar
-from palu.run_record import check_output, choose_template, output_folder
+from palu.run_record import choose_template
+from palu.storage.output import check_output, output_folder
 from palu.terminal import bars, say
 from palu.unlearn import save_model
 from palu_kernels import cross_entropy_loss

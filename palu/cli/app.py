@@ -114,7 +114,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """A model made on the spot learns about invented people, then forgets some of them."""
-    from palu.run_record import claim_output, output_folder
+    from palu.storage.output import claim_output, output_folder
 
     with user_errors():
         claim = context.with_resource(claim_output(output, overwrite=overwrite))
@@ -212,13 +212,8 @@ def unlearn(
         from palu.data.files import split_slice
         from palu.models.folders import named_from
         from palu.models.lora import add_lora, lora_settings, reference_kind, refuse_adapter
-        from palu.run_record import (
-            cache_place,
-            check_output,
-            choose_template,
-            claim_output,
-            output_folder,
-        )
+        from palu.run_record import choose_template
+        from palu.storage.output import cache_place, check_output, claim_output, output_folder
 
         if drop_overlap and retain is None:
             raise ValueError("--drop-overlap leaves out retain rows: it needs a --retain file")

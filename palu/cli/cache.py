@@ -93,7 +93,8 @@ def build(
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.data.files import split_slice
-        from palu.run_record import choose_template, claim_output
+        from palu.run_record import choose_template
+        from palu.storage.output import claim_output
 
         files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
         context.with_resource(claim_output(output, overwrite=overwrite, inputs=(model, *files)))

@@ -100,9 +100,10 @@ def evaluate(
             resolve_device,
         )
         from palu.progress import bar
-        from palu.run_record import RECORD, check_json, choose_template, versions, write_json
-        from palu.storage.files import locked
+        from palu.run_record import RECORD, choose_template
+        from palu.storage.files import locked, write_json
         from palu.storage.fingerprint import folder_digest, model_fingerprint, tokenizer_fingerprint
+        from palu.storage.output import check_json, versions
 
         quiet()
         for folder in (model, reference_model, fluency_classifier):

@@ -48,14 +48,9 @@ def merge(
         from palu.models.folders import named_from, reading
         from palu.models.loading import folder_with, load_model, load_tokenizer
         from palu.models.lora import ADAPTER_CONFIG, base_folder, fold_in_measured, is_adapter
-        from palu.run_record import (
-            RECORD,
-            claim_output,
-            output_folder,
-            read_record,
-            versions,
-            write_json,
-        )
+        from palu.run_record import RECORD, read_record
+        from palu.storage.files import write_json
+        from palu.storage.output import claim_output, output_folder, versions
 
         quiet()
         if not is_adapter(adapter):

@@ -26,7 +26,8 @@ from palu.demo.plot import TokenChange, draw_forgetting
 from palu.evaluation import evaluate_examples, metrics_table
 from palu.models.forward import logits_at, shift_to_logits
 from palu.progress import bar
-from palu.run_record import versions, write_json
+from palu.storage.files import write_json
+from palu.storage.output import versions
 from palu.unlearn import make_config, save_model, settings_of, unlearn
 
 MAX_LENGTH = 96

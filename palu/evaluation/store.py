@@ -12,10 +12,11 @@ from typing import Any
 
 from palu.evaluation.logs import Log, LogError
 from palu.evaluation.sets import EvalSet
-from palu.run_record import versions, write_json
+from palu.storage.files import write_json
+from palu.storage.output import EVALUATION_FILES, versions
 
-EVAL, SUMMARY, RECORD = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json"
-FILES = {EVAL, SUMMARY, RECORD}
+EVAL, SUMMARY, RECORD = EVALUATION_FILES
+FILES = {*EVALUATION_FILES}
 
 
 class Store:

@@ -3,7 +3,6 @@ is said when they cannot."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,28 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from palu.errors import one_line, out_of_memory
+from palu.storage.json_files import NotJSON, check_kind, look, parse, read_object, read_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LFS = b"version https://git-lfs"
 _SHOWN = 3  # names of tensors in a message
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a user's.
-
-    Raises:
-        ValueError: it is not readable, or holds something else; names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is not readable JSON: it is nested too deeply") from None
-    except (ValueError, OSError) as error:
-        cause = _bad_file(path) or f"{path} is not readable JSON: {one_line(error)}"
-        raise ValueError(cause) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def named_from(folder: Path, place: str | Path) -> str:
@@ -76,23 +57,20 @@ def reading(failed: str, *folders: Path) -> Iterator[None]:
 
 
 def _bad_file(path: Path) -> str | None:
-    """What is wrong with a JSON or a weights file for every reader; None where nothing is."""
-    if not path.is_file():
-        return f"{path} is no file" if path.exists() or path.is_symlink() else None
-    with path.open("rb") as file:
-        head = file.read(len(_LFS))
-    if head == _LFS:
-        return f"{path} is a Git LFS pointer and not the file itself: run git lfs pull there"
-    if not head:
-        return f"{path} is empty"
-    if path.suffix != ".json":
-        return None
+    """Return what is wrong with a JSON or a weights file for every reader, else None."""
     try:
-        json.loads(path.read_bytes().decode("utf-8"))
-    except RecursionError:
-        return f"{path} is nested too deeply"
+        look(path)
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            return f"{path} is empty"
+        check_kind(path, head)
+        if path.suffix == ".json":
+            parse(read_text(path), unique_keys=False)
+    except NotJSON as error:
+        return f"{path} is not readable JSON: {error}"
     except ValueError as error:
-        return f"{path} is not readable JSON: {one_line(error)}"
+        return str(error)
     return None
 
 

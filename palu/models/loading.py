@@ -24,13 +24,13 @@ from palu.models.folders import (
     check_loaded,
     check_pattern,
     check_weights_files,
-    read_object,
     reading,
     warn_of_left_out,
     warn_of_not_finite,
 )
 from palu.models.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
 from palu.models.wrappers import unwrap
+from palu.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from palu.models.folders import named_from, read_object, reading, tensor_names, warn_of_not_finite
-from palu.run_record import write_json
+from palu.models.folders import named_from, reading, tensor_names, warn_of_not_finite
+from palu.storage.files import write_json
+from palu.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -34,8 +34,8 @@ from palu.reference.store import (
     check_file,
     read_sealed,
 )
-from palu.run_record import check_output, versions
 from palu.storage.fingerprint import model_fingerprint
+from palu.storage.output import check_output, versions
 
 __all__ = [
     "CacheDamaged",

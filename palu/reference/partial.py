@@ -15,14 +15,13 @@ from palu.reference.store import (
     MANIFEST,
     CacheError,
     check_file,
-    is_cache_file,
     read_sealed,
     write_error,
     write_sealed,
     write_tensors,
 )
-from palu.run_record import Claim
 from palu.storage.files import beside, new_aside, put, remove_abandoned, remove_aside, settle
+from palu.storage.output import Claim, is_cache_file
 
 try:
     import fcntl

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,11 @@ from torch import Tensor
 
 from palu.storage.files import new_file
 from palu.storage.fingerprint import byte_chunks, file_digest
+from palu.storage.output import CACHE_FORMAT
 
-FORMAT = "palu reference cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-# The last two: of a file that was being written when the build was killed.
-_NAMES = (
-    r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
-    r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
-)
 _REPAIR = "delete the cache's folder and build it anew"
 _DTYPES = {
     torch.float64: "F64",
@@ -50,11 +44,6 @@ class CacheDamaged(CacheError):
 
 class CacheWriteError(OSError):
     """A file of the cache could not be written: `errno`, `strerror` and `filename` say more."""
-
-
-def is_cache_file(name: str) -> bool:
-    """Whether a cache, or one that is being built, has a file of this name."""
-    return re.fullmatch(_NAMES, name) is not None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -120,7 +109,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise CacheDamaged(
             f"{str(path)!r} is damaged, not JSON any more ({error}); {_REPAIR}"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != CACHE_FORMAT:
         raise CacheMismatch(f"{str(path)!r} is not the manifest of a reference cache, or damaged")
     version = content.get("version")
     if version != VERSION:
@@ -179,7 +168,7 @@ def write_error(error: OSError, path: Path) -> CacheWriteError:
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
-    content = {"format": FORMAT, "version": VERSION, **content}
+    content = {"format": CACHE_FORMAT, "version": VERSION, **content}
     bare = json.dumps(content, sort_keys=True, allow_nan=False).encode()
     content["checksum"] = hashlib.blake2b(bare, digest_size=32).hexdigest()
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

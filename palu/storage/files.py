@@ -212,7 +212,7 @@ def put(new: Path, path: Path, aside: Path) -> None:
 
 
 @contextmanager
-def folder_for(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def replace_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new folder to write into, put at `path` when the block ends without an error; what was
     there stays until then.
 

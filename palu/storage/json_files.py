@@ -81,9 +81,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
-    for head, kind in _KINDS:
-        if raw.startswith(head):
-            raise ValueError(f"{os.fspath(path)}: is {kind}")
+    check_kind(path, raw)
     if b"\0" in raw:  # JSON spells it out
         kind = "a binary file"
         for codec in ("utf-16-le", "utf-16-be"):
@@ -98,15 +96,37 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{os.fspath(path)}:{line}: not UTF-8 text: {error}") from None
 
 
-def parse(text: str) -> Any:
-    """The value that a JSON text says.
+def check_kind(path: str | os.PathLike[str], head: bytes) -> None:
+    """Raise ValueError where a file begins as one of another kind does (compressed, a pointer)."""
+    for start, kind in _KINDS:
+        if head.startswith(start):
+            raise ValueError(f"{os.fspath(path)}: is {kind}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file of a model or adapter.
 
     Raises:
-        NotJSON: it says none, nests too deeply, has an integer of thousands of digits, or an object
-            that has a key twice.
+        ValueError: it is not readable, or holds something else; names the file.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        content = parse(read_text(path), unique_keys=False)
+    except NotJSON as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def parse(text: str, *, unique_keys: bool = True) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        NotJSON: it has none, nests too deeply, has an integer of thousands of digits, or (with
+            `unique_keys`) an object that has a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object if unique_keys else None)
     except NotJSON:
         raise
     except json.JSONDecodeError as error:

@@ -1,5 +1,4 @@
-"""What a run leaves behind: an output folder that is whole or absent, and `palu.json` that tells
-how it was made."""
+"""Output folders: whole or absent, held by one run, and replaced only where palu wrote them."""
 
 from __future__ import annotations
 
@@ -7,19 +6,25 @@ import errno
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palu.data.template import Template
-from palu.models.folders import read_object
 from palu.storage import files
-from palu.storage.files import Changed, folder_for, locked, remove_abandoned, write_json
+from palu.storage.files import Changed, locked, remove_abandoned, replace_folder, write_json
+from palu.storage.json_files import read_object
 
 RECORD = "palu.json"
+EVALUATION_FILES = ("TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json")
+CACHE_FORMAT = "palu reference cache"
+# The last two: of a file that was being written when the build was killed.
+_CACHE_FILES = (
+    r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
+    r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
+)
 _PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
 
 
@@ -34,19 +39,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_record(folder: Path, *, template: Template, **content: Any) -> None:
-    """Writes `palu.json`: the template, the versions and the time, and whatever else is given.
-
-    Args:
-        folder: the model folder.
-        template: what the model was trained with; `palu evaluate` insists on it.
-        **content: settings, seed, loss curve and so on, as JSON values.
-    """
-    record = {"template": template.to_dict(), **content, "versions": versions()}
-    record["written"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(folder / RECORD, record)
-
-
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """The `palu.json` of a model folder, None where there is none.
 
@@ -57,58 +49,6 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return read_object(path)
-
-
-def choose_template(
-    folder: str | Path,
-    *,
-    system_prompt: str | None = None,
-    date_string: str | None = None,
-    chat_template_kwargs: str | None = None,
-    force: bool = False,
-) -> Template:
-    """The template to use with a model: the one in its `palu.json`, or one made from what the user
-    asked for.
-
-    Args:
-        folder: the model folder.
-        system_prompt, date_string, chat_template_kwargs: what the user asked for (the last a JSON
-            object, as text); None where nothing was said.
-        force: take what was asked for even where it differs from `palu.json`.
-
-    Raises:
-        ValueError: what was asked for differs from `palu.json` and `force` is false.
-        TypeError, ValueError: `chat_template_kwargs` is no JSON object.
-    """
-    asked: dict[str, Any] = {"system_prompt": system_prompt, "date_string": date_string}
-    if chat_template_kwargs is not None:
-        try:
-            asked["chat_template_kwargs"] = json.loads(chat_template_kwargs)
-        except (ValueError, RecursionError):
-            asked["chat_template_kwargs"] = chat_template_kwargs  # the template says what is wrong
-        if asked["chat_template_kwargs"] is None:
-            asked["chat_template_kwargs"] = "null"
-    asked = {name: value for name, value in asked.items() if value is not None}
-    record = read_record(folder)
-    if record is None or "template" not in record:
-        return Template(**asked)
-    try:
-        known = Template.from_dict(record["template"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{Path(folder) / RECORD} has a template that cannot be used: {error}"
-        ) from error
-    wanted = Template.from_dict({**known.to_dict(), **asked})
-    for name in asked:
-        was, now = getattr(known, name), getattr(wanted, name)
-        if was != now and not force:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{option} {now!r} differs from {was!r}, which {Path(folder) / RECORD} says this "
-                f"model was trained with. "
-                f"Leave {option} out, or add --force-template to use yours."
-            )
-    return wanted
 
 
 def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
@@ -188,16 +128,18 @@ def _lies_in(path: Path, folder: Path) -> bool:
     )
 
 
+def is_cache_file(name: str) -> bool:
+    """Return whether a cache, or one that is being built, has a file of this name."""
+    return re.fullmatch(_CACHE_FILES, name) is not None
+
+
 def _foreign(folder: Path) -> str | None:
     """Something in an output folder that palu did not write; None where there is nothing."""
-    from palu.evaluation.store import FILES as evaluation
-    from palu.reference.store import FORMAT, is_cache_file
-
     names = sorted(path.name for path in folder.iterdir())
     if all(map(is_cache_file, names)) and (
         "head.safetensors" in names
         or any(name.startswith("shard-") for name in names)
-        or any(FORMAT.encode() in (folder / name).read_bytes() for name in names)
+        or any(CACHE_FORMAT.encode() in (folder / name).read_bytes() for name in names)
     ):
         return None
     try:
@@ -214,7 +156,7 @@ def _foreign(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        if name not in known and path.name not in evaluation:
+        if name not in known and path.name not in EVALUATION_FILES:
             return name
     return None
 
@@ -311,7 +253,7 @@ def output_folder(output: Path | Claim) -> Iterator[Path]:
         with locked(real), output_folder(Claim(real)) as folder:
             yield folder
         return
-    with folder_for(output.path, output.check) as folder:
+    with replace_folder(output.path, output.check) as folder:
         yield folder
         record = read_record(folder) or {}
         files = (path for path in folder.rglob("*") if not path.is_dir())

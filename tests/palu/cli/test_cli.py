@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from palu import unlearn as palu_unlearn
 from palu.cli import app as cli
 from palu.data.template import Template
-from palu.run_record import check_output, choose_template, output_folder
+from palu.run_record import choose_template
+from palu.storage.output import check_output, output_folder
 from tests.support import small
 from tests.support.command import palu_in, write_data, write_model
 

@@ -9,7 +9,6 @@ import pytest
 
 from palu.evaluation.logs import LogError
 from palu.evaluation.store import Store
-from palu.run_record import check_json, check_output, claim_output, output_folder
 from palu.storage.files import (
     LOCK_TEXT,
     InUse,
@@ -20,6 +19,7 @@ from palu.storage.files import (
     remove_abandoned,
     write_json,
 )
+from palu.storage.output import check_json, check_output, claim_output, output_folder
 from palu.training import checkpoints
 from tests.support import small
 from tests.support.command import palu_in, write_data, write_model
