@@ -19,7 +19,8 @@ from palu import PALULoss
 from palu.data.roles import FORGET, IGNORE, PRESERVE, token_roles
 from palu.methods.step_loss import RETAIN, Objective, in_turns
 from palu.reference.cache import ReferenceCache
-from palu.reference.model import CachedReference, LiveReference
+from palu.reference.cached import CachedReference
+from palu.reference.model import LiveReference
 
 PREFIX = 3
 Batch = dict[str, Tensor]

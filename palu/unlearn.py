@@ -22,7 +22,7 @@ from palu.methods import Method
 from palu.models.layers import layer_count
 from palu.models.lora import name_base
 from palu.progress import TrainingBar
-from palu.reference.model import CachedReference
+from palu.reference.cached import CachedReference
 from palu.run_record import write_record
 from palu.training.callbacks import FORGET_PROB
 from palu.training.config import PALUConfig

@@ -18,7 +18,8 @@ from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import COLUMNS, joined, more_inputs
 from palu.models.lm_head import fusable_head
 from palu.models.router_loss import RouterLoss, wanted
-from palu.reference.model import CachedReference, Inputs, Reference, ReferenceRows
+from palu.reference.cached import CachedReference, Reference
+from palu.reference.model import Inputs, ReferenceRows
 from palu.reference.rows import refuse_unknown_inputs
 from palu_kernels import cross_entropy_loss, kl_loss
 from palu_kernels.row_loss import KL, CrossEntropy

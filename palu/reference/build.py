@@ -11,17 +11,12 @@ from torch import Tensor, nn
 import palu_kernels
 from palu.data.roles import check_labels
 from palu.loss import PALULoss
-from palu.reference.partial import PartialCache
-from palu.reference.rows import Rows, dtype_name, model_dtype, reference_rows
-from palu.reference.store import CacheError
+from palu.reference.rows import reference_rows
+from palu.reference.store import CacheError, PartialCache
 from palu.storage.fingerprint import (
-    data_fingerprint,
     example_bytes,
     example_id,
     example_ids,
-    model_fingerprint,
-    tensor_fingerprint,
-    tokenizer_fingerprint,
 )
 
 AUTOCAST = (None, torch.bfloat16, torch.float16)
@@ -112,50 +107,6 @@ def check_options(
         )
 
 
-def describe(
-    model: nn.Module,
-    head: palu_kernels.LMHead,
-    sources: Sequence[Source],
-    loss: PALULoss,
-    tokenizer: Any,
-    template: Any,
-    autocast_dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Everything that decides the numbers of a cache, as JSON values for its manifest."""
-    data = {source.name: source for source in sources}
-    return {
-        "model": model_fingerprint(model),
-        "dtype": dtype_name(model_dtype(model)),
-        "autocast": dtype_name(autocast_dtype),
-        "data": {name: data_fingerprint(source.ids) for name, source in data.items()},
-        "examples": {name: source.unique for name, source in data.items()},
-        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "template": None if template is None else repr(template),
-        **label_settings(loss, head.vocab_size),
-        "head": {
-            "fingerprint": tensor_fingerprint(head.weight, head.bias),
-            "vocab_size": head.vocab_size,
-            "hidden_size": head.hidden_size,
-            "logit_scale": head.logit_scale,
-            "softcap": head.softcap,
-        },
-    }
-
-
-def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
-    """The settings of a loss that decide which rows it asks a cache for, and what of them."""
-    eos = loss.eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    chosen_by_reference = loss.select_from == "reference"
-    return {
-        "prefix_length": max(loss.prefix_length, 0),
-        "eos_token_id": sorted({int(token) for token in eos}),
-        "select_from": loss.select_from,
-        "top_k": min(loss.top_k, vocab_size) if chosen_by_reference else None,
-        "preserve": loss.preserve,
-    }
-
-
 def batches_of(
     sources: Sequence[Source], loss: PALULoss, batch_size: int
 ) -> list[tuple[Source, list[int]]]:
@@ -171,7 +122,7 @@ def rows_of(
     numbers: Sequence[int],
     loss: PALULoss,
     collator: Callable,
-) -> Rows:
+) -> dict[str, Tensor]:
     """What the model says of one of these batches; call it in `eval_mode`.
 
     Raises:
@@ -204,33 +155,17 @@ def store_rows(
     """Computes and writes the shards that are not there yet; call it in `eval_mode`."""
     batches = batches_of(sources, loss, partial.content["batch_size"])
     total, done = sum(len(numbers) for _, numbers in batches), 0
-    pending: list[Rows] = []
+    pending: list[dict[str, Tensor]] = []
     for number, (source, numbers) in enumerate(batches):
         done += len(numbers)
         if number < partial.batches_done:
             continue
         pending.append(rows_of(model, head, source, numbers, loss, collator))
-        size = sum(_bytes(rows) for rows in pending)
+        size = sum(rows[n].nbytes for rows in pending for n in ("indices", "hidden") if n in rows)
         last = number + 1 == len(batches) or batches[number + 1][0] is not source
         if last or size >= partial.content["shard_bytes"]:
-            partial.store_shard(source.name, _shard(pending), batches=len(pending))
+            shard = {name: torch.cat([rows[name] for rows in pending]) for name in pending[0]}
+            partial.store_shard(source.name, shard, batches=len(pending))
             pending = []
         if report is not None:
             report(done, total)
-
-
-def _bytes(rows: Rows) -> int:
-    return sum(x.numel() * x.element_size() for x in (rows.indices, rows.hidden) if x is not None)
-
-
-def _shard(pending: list[Rows]) -> dict[str, Tensor]:
-    """The tensors of one file, in the names that `palu.reference.cache` reads."""
-    tensors = {
-        name: torch.tensor([n for rows in pending for n in getattr(rows, name)], dtype=torch.int64)
-        for name in ("example_ids", "index_rows", "hidden_rows")
-    }
-    for name in ("indices", "hidden"):
-        parts = [getattr(rows, name) for rows in pending]
-        if parts[0] is not None:
-            tensors[name] = torch.cat(parts)
-    return tensors

@@ -21,9 +21,8 @@ from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
 from palu.models.wrappers import eval_mode
-from palu.reference.build import Source, check_options, describe, store_rows
-from palu.reference.manifest import check_match
-from palu.reference.partial import partial_cache
+from palu.reference.build import Source, check_options, store_rows
+from palu.reference.manifest import check_match, describe
 from palu.reference.rows import head_may_train, reference_head
 from palu.reference.store import (
     MANIFEST,
@@ -32,6 +31,7 @@ from palu.reference.store import (
     CacheMismatch,
     CacheWriteError,
     check_file,
+    partial_cache,
     read_sealed,
 )
 from palu.storage.fingerprint import model_fingerprint

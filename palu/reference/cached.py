@@ -3,18 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import palu_kernels
 from palu.distributed import main_first, rank
 from palu.reference.cache import CacheError, ReferenceCache
-from palu.reference.model import AdapterOffReference, LiveReference, Reference
-from palu.training.config import REFERENCES
+from palu.reference.model import (
+    REFERENCES,
+    AdapterOffReference,
+    Inputs,
+    LiveReference,
+    ReferenceRows,
+)
+from palu.storage.fingerprint import example_ids
 
 STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its reference cache is of
+
+
+class CachedReference:
+    """Rows that were computed before training (`palu.reference.cache`): no second model or pass."""
+
+    def __init__(self, cache: ReferenceCache, *, retain: bool, indices: bool, hidden: bool) -> None:
+        self.cache = cache
+        self._retain, self._indices, self._hidden = retain, indices, hidden
+
+    @property
+    def head(self) -> palu_kernels.LMHead | None:
+        """The frozen head, where training may change the model's."""
+        return self.cache.head
+
+    def to(self, device: torch.device | str) -> CachedReference:
+        """Where rows are handed out."""
+        self.cache.to(device)
+        return self
+
+    def has_fusable_head(self, inputs: Inputs) -> bool:
+        """Only such models can be cached."""
+        return True
+
+    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
+        """By the ids of the examples, in batches and padding of any kind."""
+        ids = example_ids(batch)
+        retain = batch.get("palu_retain") if self._retain else None
+        return ReferenceRows(
+            None,
+            self.cache.forget_indices(ids) if self._indices else None,
+            self.cache.preserve_hidden(ids) if self._hidden else None,
+            None if retain is None else self.cache.retain_hidden(example_ids(retain)),
+        )
+
+
+Reference = LiveReference | AdapterOffReference | CachedReference
 
 
 def make_reference(

@@ -1,16 +1,18 @@
-"""Whether a reference cache belongs to what it is to be used with."""
+"""The manifest of a reference cache: what decided its numbers, and whether that is what it is used
+with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+import palu_kernels
 from palu.loss import PALULoss
 from palu.models.wrappers import unwrap
-from palu.reference.build import Source, label_settings
+from palu.reference.build import Source
 from palu.reference.rows import dtype_name, head_may_train, model_dtype
 from palu.reference.store import CacheMismatch
 from palu.storage.fingerprint import (
@@ -19,6 +21,50 @@ from palu.storage.fingerprint import (
     tensor_fingerprint,
     tokenizer_fingerprint,
 )
+
+
+def describe(
+    model: nn.Module,
+    head: palu_kernels.LMHead,
+    sources: Sequence[Source],
+    loss: PALULoss,
+    tokenizer: Any,
+    template: Any,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Everything that decides the numbers of a cache, as JSON values for its manifest."""
+    data = {source.name: source for source in sources}
+    return {
+        "model": model_fingerprint(model),
+        "dtype": dtype_name(model_dtype(model)),
+        "autocast": dtype_name(autocast_dtype),
+        "data": {name: data_fingerprint(source.ids) for name, source in data.items()},
+        "examples": {name: source.unique for name, source in data.items()},
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "template": None if template is None else repr(template),
+        **label_settings(loss, head.vocab_size),
+        "head": {
+            "fingerprint": tensor_fingerprint(head.weight, head.bias),
+            "vocab_size": head.vocab_size,
+            "hidden_size": head.hidden_size,
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+        },
+    }
+
+
+def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
+    """The settings of a loss that decide which rows it asks a cache for, and what of them."""
+    eos = loss.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    chosen_by_reference = loss.select_from == "reference"
+    return {
+        "prefix_length": max(loss.prefix_length, 0),
+        "eos_token_id": sorted({int(token) for token in eos}),
+        "select_from": loss.select_from,
+        "top_k": min(loss.top_k, vocab_size) if chosen_by_reference else None,
+        "preserve": loss.preserve,
+    }
 
 
 def check_match(

@@ -1,9 +1,9 @@
-"""The frozen original model that the losses compare with: beside the model, inside it, or cached.
+"""The frozen original model that the losses compare with, beside the model or inside it.
 
-Each kind gives the reference's hidden rows, and its head, for a batch; the first two also its
-logits, for models whose losses are computed from logits. The model that is trained comes with every
-call, wrapped as the trainer holds it. None of them is an `nn.Module`: nothing that walks the
-trainer's or the model's modules may find them, save them, or put them into training mode.
+Each kind gives the reference's hidden states, its logits and its head for a batch (a cache, see
+`palu.reference.cached`, has no logits). The model that is trained comes with every call, wrapped as
+the trainer holds it. None of them is an `nn.Module`: nothing that walks the modules of the trainer or
+the model may find them, save them, or put them into training mode.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import palu_kernels
 from palu.models.forward import logits_at, model_hidden_states
 from palu.models.lm_head import fusable_head
 from palu.models.wrappers import adapters_off
-from palu.reference.cache import ReferenceCache
-from palu.storage.fingerprint import example_ids
+
+REFERENCES = ("live", "adapter_off", "cached")
 
 
 class ReferenceRows(NamedTuple):
-    """What the reference says of the rows of a batch, in their order; None where it was not asked
-    or does not know."""
+    """The reference's outputs for the rows of a batch, in their order; None where not asked for."""
 
     forget: Tensor | None  # hidden [forget rows, D]
     indices: Tensor | None  # int32 [forget rows, k]
@@ -43,7 +42,30 @@ class Inputs(NamedTuple):
     more: Mapping[str, Tensor] = {}  # what else the model is called with
 
 
-class LiveReference:
+class _ModelReference:
+    """A reference that is a model, or a part of one."""
+
+    head: palu_kernels.LMHead | None = None  # None: the trained model's own
+
+    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return what `take` gives of the original, without gradient."""
+        raise NotImplementedError
+
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """`[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
+        return self.of(model, lambda original: logits_at(original, *inputs[:3], **inputs.more))
+
+    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
+        """The original's hidden states."""
+        hidden = self.of(
+            model,
+            lambda original: model_hidden_states(original, *inputs[:2], **inputs.more)[inputs.keep],
+        )
+        own, retain = hidden.split([len(inputs.is_forget), len(hidden) - len(inputs.is_forget)])
+        return ReferenceRows(own[inputs.is_forget], None, own[~inputs.is_forget], retain)
+
+
+class LiveReference(_ModelReference):
     """A frozen copy of the model in eval mode, called beside it at every step.
 
     Args:
@@ -71,35 +93,23 @@ class LiveReference:
         self.model = copy.deepcopy(model) if ref_model is None else ref_model
         self.model.requires_grad_(False)
         self.model.eval()
-        self.head: palu_kernels.LMHead | None = None
 
     def to(self, device: torch.device | str) -> LiveReference:
-        """Moves the copy to a device, in place."""
+        """Move the copy to a device, in place."""
         self.model.to(device)
         return self
 
     def has_fusable_head(self, inputs: Inputs) -> bool:
-        """Whether the reference's losses may be computed from its hidden rows."""
+        """Return whether losses may be computed from the reference's hidden states."""
         self.head = fusable_head(self.model, *inputs[:2], **inputs.more)
         return self.head is not None
 
     @torch.no_grad()
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
-        """What `take` gives of the original, which it is called with; no gradient."""
         return take(self.model)
 
-    @torch.no_grad()
-    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """`[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
-        return logits_at(self.model, *inputs[:3], **inputs.more)
 
-    @torch.no_grad()
-    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        hidden = model_hidden_states(self.model, *inputs[:2], **inputs.more)[inputs.keep]
-        return _split(hidden, inputs)
-
-
-class AdapterOffReference:
+class AdapterOffReference(_ModelReference):
     """The model itself with its PEFT adapters switched off: no second copy, one more forward pass.
 
     Args:
@@ -108,8 +118,6 @@ class AdapterOffReference:
     Raises:
         ValueError: it is not, or something else in it trains as well.
     """
-
-    head = None  # the model's own, which no adapter touches
 
     def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "disable_adapter"):
@@ -122,10 +130,14 @@ class AdapterOffReference:
                 "reference='adapter_off' and an adapter is merged into the weights: call "
                 "model.unmerge_adapter() first, or use reference='live' or 'cached'"
             )
-        ours_are = ("modules_to_save", "trainable_tokens_", getattr(model.base_model, "prefix", ""))
+        names = (
+            "modules_to_save",
+            "trainable_tokens_",
+            getattr(model.base_model, "prefix", ""),
+        )
         for name, parameter in model.named_parameters():
-            ours = any(own and own in name for own in ours_are)
-            if parameter.requires_grad and not ours:
+            adapter = any(part and part in name for part in names)
+            if parameter.requires_grad and not adapter:
                 raise ValueError(
                     f"reference='adapter_off' and the parameter {name} trains, which belongs to no "
                     "adapter: the reference would change with it; freeze it, or use "
@@ -141,61 +153,8 @@ class AdapterOffReference:
         return True
 
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
-        """As `LiveReference.of`."""
         with adapters_off(model):
             return take(model)
-
-    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """As `LiveReference.logits`."""
-        with adapters_off(model):
-            return logits_at(model, *inputs[:3], **inputs.more)
-
-    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """As `LiveReference.rows`."""
-        with adapters_off(model):
-            hidden = model_hidden_states(model, *inputs[:2], **inputs.more)[inputs.keep]
-        return _split(hidden, inputs)
-
-
-class CachedReference:
-    """Rows that were computed before training (`palu.reference.cache`): no second model or pass."""
-
-    def __init__(self, cache: ReferenceCache, *, retain: bool, indices: bool, hidden: bool) -> None:
-        self.cache = cache
-        self._retain, self._indices, self._hidden = retain, indices, hidden
-
-    @property
-    def head(self) -> palu_kernels.LMHead | None:
-        """The frozen head, where training may change the model's."""
-        return self.cache.head
-
-    def to(self, device: torch.device | str) -> CachedReference:
-        """Where rows are handed out."""
-        self.cache.to(device)
-        return self
-
-    def has_fusable_head(self, inputs: Inputs) -> bool:
-        """Only such models can be cached."""
-        return True
-
-    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """By the ids of the examples, in batches and padding of any kind."""
-        ids = example_ids(batch)
-        retain = batch.get("palu_retain") if self._retain else None
-        return ReferenceRows(
-            None,
-            self.cache.forget_indices(ids) if self._indices else None,
-            self.cache.preserve_hidden(ids) if self._hidden else None,
-            None if retain is None else self.cache.retain_hidden(example_ids(retain)),
-        )
-
-
-Reference = LiveReference | AdapterOffReference | CachedReference
-
-
-def _split(hidden: Tensor, inputs: Inputs) -> ReferenceRows:
-    own, retain = hidden.split([len(inputs.is_forget), hidden.shape[0] - len(inputs.is_forget)])
-    return ReferenceRows(own[inputs.is_forget], None, own[~inputs.is_forget], retain)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +21,8 @@ from palu_kernels import topk_indices
 LOGITS_BYTES = 32 * 2**20
 
 
-@dataclass
-class Rows:
-    """What the reference gave for B examples: the rows of one after the other, on the CPU.
-
-    Attributes:
-        example_ids: B of them.
-        index_rows, hidden_rows: how many rows of each kind an example has, B integers each.
-        indices: int32 `[sum(index_rows), k]`, or None where none are wanted.
-        hidden: `[sum(hidden_rows), D]`, or None where none are wanted.
-    """
-
-    example_ids: list[int]
-    index_rows: list[int]
-    hidden_rows: list[int]
-    indices: Tensor | None
-    hidden: Tensor | None
-
-
 def reference_head(model: nn.Module, batch: Mapping[str, Tensor]) -> LMHead:
-    """The output head of the model, tried out on a few tokens of a batch.
+    """Return the model's output head, tried out on a few tokens of a batch.
 
     Raises:
         CacheError: the model computes its logits in a way that an `LMHead` does not.
@@ -66,9 +47,8 @@ def reference_rows(
     ids: list[int],
     source: str,
     loss: PALULoss,
-) -> Rows:
-    """Runs the model on a batch and keeps what the loss will ask for; call it in
-    `eval_mode`.
+) -> dict[str, Tensor]:
+    """Run the model on a batch and keep what the loss will ask for; call it in `eval_mode`.
 
     Args:
         model: the frozen starting model.
@@ -78,19 +58,24 @@ def reference_rows(
         source: `forget`: indices of forget rows and hidden states of preserve rows; `retain`:
             hidden states of all answer rows.
 
+    Returns:
+        what a shard holds, on the CPU: int64 `[B]` `example_ids`, `index_rows` and `hidden_rows`
+        (how many rows of either kind an example has); where they are wanted int32 `indices`
+        `[rows, k]` and `hidden` `[rows, D]`, the rows of one example after those of another.
+
     Raises:
         FloatingPointError: a hidden state is infinite or NaN.
     """
     labels = batch["labels"]
-    indexed = kept = None
+    positions: dict[str, Tensor] = {}
     if source == "retain":
-        kept = shift_to_logits(labels != IGNORE)
+        positions["hidden"] = shift_to_logits(labels != IGNORE)
     else:
         roles = loss.roles(labels)
         if loss.select_from == "reference":
-            indexed = shift_to_logits(roles == FORGET)
+            positions["indices"] = shift_to_logits(roles == FORGET)
         if loss.preserve is not None:
-            kept = shift_to_logits(roles == PRESERVE)
+            positions["hidden"] = shift_to_logits(roles == PRESERVE)
     device = next(model.parameters()).device
     mask = batch.get("attention_mask")
     refuse_unknown_inputs(batch)
@@ -100,35 +85,25 @@ def reference_rows(
         None if mask is None else mask.to(device),
         **more_inputs(batch, device),
     )
-
-    def rows(chosen: Tensor | None) -> tuple[list[int], Tensor | None]:
-        if chosen is None:
-            return [0] * len(ids), None
-        found = _as_head_takes(hidden[chosen.to(hidden.device)])
-        if not bool(found.isfinite().all()):
+    rows = {"example_ids": torch.tensor(ids, dtype=torch.int64)}
+    for kind, counts in (("indices", "index_rows"), ("hidden", "hidden_rows")):
+        if kind not in positions:
+            rows[counts] = torch.zeros(len(ids), dtype=torch.int64)
+            continue
+        chosen = _as_head_takes(hidden[positions[kind].to(hidden.device)])
+        if not bool(chosen.isfinite().all()):
             raise FloatingPointError(
                 f"the model's last hidden states are not finite in the {source} set (a batch of "
-                f"{len(ids)} examples, {dtype_name(found.dtype)}): nothing can be held to them"
+                f"{len(ids)} examples, {dtype_name(chosen.dtype)}): nothing can be held to them"
             )
-        return chosen.sum(1).tolist(), found
-
-    index_rows, to_index = rows(indexed)
-    hidden_rows, to_keep = rows(kept)
-    return Rows(
-        ids,
-        index_rows,
-        hidden_rows,
-        None if to_index is None else _topk(head, to_index, loss),
-        None if to_keep is None else to_keep.cpu(),
-    )
+        rows[counts] = positions[kind].sum(1).cpu()
+        rows[kind] = chosen.cpu() if kind == "hidden" else _topk(head, chosen, loss)
+    return rows
 
 
 def refuse_unknown_inputs(batch: Mapping[str, Tensor]) -> None:
-    """A cache knows an example by its tokens and labels alone.
-
-    Raises:
-        CacheError: the model is told more of it than they tell.
-    """
+    """Raise CacheError where the model is told more of an example than its tokens and labels, by
+    which a cache knows it."""
     odd = [n for n, value in more_inputs(batch).items() if not is_default(n, value, batch)]
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape != batch["input_ids"].shape:
@@ -141,23 +116,22 @@ def refuse_unknown_inputs(batch: Mapping[str, Tensor]) -> None:
 
 
 def head_may_train(model: nn.Module) -> bool:
-    """Whether training changes the output head: its weight, which may be the input embedding's, or
-    its bias wants a gradient."""
+    """Return whether the output head's weight (or the embedding's tied to it) or bias trains."""
     return any(p.requires_grad for p in unwrap(model).get_output_embeddings().parameters())
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter."""
+    """Return the dtype of the model's first floating-point parameter."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """`float32`, ...; `none` for None."""
+    """Return `float32`, ...; `none` for None."""
     return "none" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _as_head_takes(hidden: Tensor) -> Tensor:
-    """Autocast casts what enters a matrix product; float64 it leaves alone. Casting now changes
+    """Cast as autocast does what enters a matrix product (all but float64): casting now changes
     nothing and halves what is stored."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
@@ -168,8 +142,8 @@ def _as_head_takes(hidden: Tensor) -> Tensor:
 def _topk(head: palu_kernels.LMHead, hidden: Tensor, loss: PALULoss) -> Tensor:
     """int32 `[rows, min(k, V)]` on the CPU; the logits live a chunk of rows at a time."""
     step = max(LOGITS_BYTES // (head.vocab_size * hidden.element_size()), 1)
-    found = [
+    chunks = [
         topk_indices(head.logits(chunk), loss.top_k, backend=loss.backend).cpu()
         for chunk in hidden.split(step)
     ]
-    return torch.cat(found)
+    return torch.cat(chunks)

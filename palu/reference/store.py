@@ -1,33 +1,46 @@
-"""Files of a reference cache: safetensors and sealed JSON, each written aside, flushed to the disk
-and renamed; read back only when every byte is as it was written."""
+"""Files of a reference cache: safetensors and sealed JSON, written aside, flushed and renamed.
+
+A build goes on in a folder beside the cache's place, which a later build continues.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from palu.storage.files import new_file
-from palu.storage.fingerprint import byte_chunks, file_digest
-from palu.storage.output import CACHE_FORMAT
+import palu_kernels
+from palu.storage.files import (
+    beside,
+    new_aside,
+    new_file,
+    put,
+    remove_abandoned,
+    remove_aside,
+    settle,
+)
+from palu.storage.fingerprint import file_digest
+from palu.storage.output import CACHE_FORMAT, Claim, is_cache_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: two builds of one cache at a time are not told apart there
+    fcntl = None
 
 VERSION = 1
 MANIFEST = "manifest.json"
 
 _REPAIR = "delete the cache's folder and build it anew"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-}
+# The manifest under another name for as long as shards are missing.
+PROGRESS = "progress.json"
+HEAD = "head.safetensors"
 
 
 class CacheError(ValueError):
@@ -47,14 +60,7 @@ class CacheWriteError(OSError):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes a safetensors file.
-
-    It is written here and not by `safetensors`, so that a large tensor on an accelerator needs no
-    second copy on the host, and a full disk is an `OSError`.
-
-    Args:
-        path: the file; what is there is replaced.
-        tensors: by name; float64, float32, bfloat16, float16, int64 or int32.
+    """Write a safetensors file; what is there is replaced.
 
     Returns:
         the file's record: `file`, `bytes`, `blake2b` (hex), for `check_file`.
@@ -62,24 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         CacheWriteError: the file system refused.
     """
-    # Wide elements first: then every tensor starts at a multiple of its element.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        facts = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**facts, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def pieces() -> Iterable[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little")
-        yield text
-        for name in names:
-            yield from byte_chunks(tensors[name])
-
-    return _write(path, pieces())
+    return _write(path, save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}))
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
@@ -88,7 +77,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CacheWriteError: the file system refused.
     """
-    _write(path, [_sealed(content)])
+    _write(path, _sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -148,17 +137,14 @@ def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    digest, size = hashlib.blake2b(digest_size=32), 0
+def _write(path: Path, data: bytes) -> dict[str, Any]:
     try:
         with new_file(path, "wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-                digest.update(piece)
-                size += len(piece)
+            stream.write(data)
     except OSError as error:
         raise write_error(error, path) from error
-    return {"file": path.name, "bytes": size, "blake2b": digest.hexdigest()}
+    digest = hashlib.blake2b(data, digest_size=32).hexdigest()
+    return {"file": path.name, "bytes": len(data), "blake2b": digest}
 
 
 def write_error(error: OSError, path: Path) -> CacheWriteError:
@@ -172,3 +158,145 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
     bare = json.dumps(content, sort_keys=True, allow_nan=False).encode()
     content["checksum"] = hashlib.blake2b(bare, digest_size=32).hexdigest()
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+# ---- a build that is going on ------------------------------------------------------------------
+
+
+class PartialCache:
+    """The files made so far; another process cannot make any at the same time.
+
+    Every file is whole on the disk before `progress.json` names it, so a process may be killed at
+    any moment: what is named can be built upon, what is not is removed.
+
+    Attributes:
+        folder: where they are.
+        content: the manifest without the files; files of another one are removed.
+        claim: the place of the cache, and what was there when the build began.
+    """
+
+    def __init__(self, folder: Path, content: Mapping[str, Any], claim: Claim) -> None:
+        self.folder, self.content, self.claim = folder, dict(content), claim
+        self._head: dict[str, Any] | None = None
+        self._shards: list[dict[str, Any]] = []
+        for path in folder.iterdir():
+            if not is_cache_file(path.name) or (path.is_dir() and not path.is_symlink()):
+                raise CacheError(
+                    f"{str(path)!r} is in the way of the cache that is built in {str(folder)!r}, "
+                    "and palu did not write it; move it away"
+                )
+        self._take_over()
+        known = {PROGRESS, *(record["file"] for record in self._shards)}
+        known |= {HEAD} if self._head else set()
+        for path in folder.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    @property
+    def batches_done(self) -> int:
+        return sum(record["batches"] for record in self._shards)
+
+    def store_head(self, head: palu_kernels.LMHead) -> None:
+        """Writes the weight and the bias of the frozen head, unless they are there."""
+        if self._head is None:
+            tensors = {"weight": head.weight, "bias": head.bias}
+            tensors = {name: x for name, x in tensors.items() if x is not None}
+            self._head = write_tensors(self.folder / HEAD, tensors)
+            self._record()
+
+    def store_shard(self, source: str, tensors: Mapping[str, Tensor], *, batches: int) -> None:
+        """Writes the next shard, made of so many batches."""
+        path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
+        record = {"source": source, "batches": batches, "examples": len(tensors["example_ids"])}
+        for name in ("index_rows", "hidden_rows"):
+            record[name] = int(tensors[name].sum())
+        self._shards.append({**record, **write_tensors(path, tensors)})
+        self._record()
+
+    def finish(self) -> None:
+        """Puts the folder in its place; what was there goes away when it is."""
+        path = self.claim.path
+        try:
+            self.claim.check()
+            os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
+            settle(self.folder)
+            remove_abandoned(path)
+            aside = new_aside(path)
+            try:
+                put(self.folder, path, aside)
+            finally:
+                remove_aside(aside)
+        except OSError as error:
+            raise write_error(error, path) from error
+
+    def _record(self) -> None:
+        content = {**self.content, "head_file": self._head, "shards": self._shards}
+        write_sealed(self.folder / PROGRESS, content)
+
+    def _take_over(self) -> None:
+        """Finds what an interrupted build of the same cache left: the first shards that are whole,
+        and the head."""
+        # A build that ended between the last two renames left everything, under its final name.
+        with suppress(OSError):
+            os.replace(self.folder / MANIFEST, self.folder / PROGRESS)
+        try:
+            found = read_sealed(self.folder / PROGRESS)
+        except CacheError:
+            return
+        head, shards = found.pop("head_file"), found.pop("shards")
+        if {**found, "notes": None} != {**self.content, "notes": None}:
+            return
+        with suppress(CacheError):
+            if head is not None:
+                check_file(self.folder, head)
+                self._head = head
+        with suppress(CacheError):
+            for record in shards:
+                check_file(self.folder, record)
+                self._shards.append(record)
+
+
+@contextmanager
+def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCache]:
+    """The folder beside `path` that a cache is built in, for this process alone. It stays there
+    when the build fails.
+
+    Raises:
+        CacheError: another process is building the same cache.
+        CacheWriteError: the folder cannot be made.
+    """
+    path = path.resolve()
+    folder = beside(path, "partial")
+    if folder.is_symlink():
+        raise CacheError(f"{str(folder)!r}, where the cache is to be built, is a link; remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise write_error(error, folder) from error
+    try:
+        if lock is not None:
+            _lock(lock, folder)
+        try:
+            partial = PartialCache(folder, content, Claim(path))
+        except OSError as error:
+            raise write_error(error, folder) from error
+        yield partial
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(number: int, folder: Path) -> None:
+    """Holds the folder until its number is closed, be it by a kill."""
+    taken = False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another process may have finished, and moved the folder away, since it was opened.
+        taken = not folder.exists() or not os.path.samestat(os.fstat(number), folder.stat())
+    except BlockingIOError:
+        taken = True
+    except OSError:
+        pass  # a file system without locks
+    if taken:
+        raise CacheError(f"another process is building a cache in {str(folder)!r}: wait for it")

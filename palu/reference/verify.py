@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.wrappers import eval_mode
 from palu.reference.build import Source, batches_of, rows_of
 from palu.reference.cache import ReferenceCache, cache_info
-from palu.reference.rows import Rows, model_dtype, reference_head
+from palu.reference.rows import model_dtype, reference_head
 from palu.reference.store import CacheMismatch
 
 # How far numbers may be from those of the build, which another device, number of threads or version
@@ -101,18 +101,18 @@ def verify_cache(
     return worst
 
 
-def _errors(cache: ReferenceCache, rows: Rows, source: str) -> dict[str, float]:
-    found = {}
-    if rows.hidden is not None and rows.hidden.numel():
+def _errors(cache: ReferenceCache, rows: dict[str, Tensor], source: str) -> dict[str, float]:
+    errors, ids = {}, rows["example_ids"]
+    if "hidden" in rows and rows["hidden"].numel():
         read = cache.retain_hidden if source == "retain" else cache.preserve_hidden
-        now, then = rows.hidden.double(), read(rows.example_ids).double()
-        found["hidden"] = ((now - then).norm() / now.norm().clamp(min=1e-30)).item()
-    if rows.indices is not None and rows.indices.numel():
-        now, then = rows.indices.long(), cache.forget_indices(rows.example_ids).long()
+        now, then = rows["hidden"].double(), read(ids).double()
+        errors["hidden"] = ((now - then).norm() / now.norm().clamp(min=1e-30)).item()
+    if "indices" in rows and rows["indices"].numel():
+        now, then = rows["indices"].long(), cache.forget_indices(ids).long()
         width = int(torch.maximum(now, then).max()) + 1
         member = torch.zeros(len(now), width, dtype=torch.bool).scatter_(1, then, True)
-        found["indices"] = 1 - member.gather(1, now).double().mean().item()
-    return found
+        errors["indices"] = 1 - member.gather(1, now).double().mean().item()
+    return errors
 
 
 def _coarsest_dtype(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype:

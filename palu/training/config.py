@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 from palu.loss import PALULoss
 from palu.methods import METHODS, Method, check_options, make_method
 from palu.methods.base import RETAIN_LOSSES, check_number
+from palu.reference.model import REFERENCES
 from palu_kernels import validation as arguments
 
 NORMALIZATIONS = ("step", "micro_batch")
-REFERENCES = ("live", "adapter_off", "cached")
 METHOD_OPTIONS = ("beta", "beta1", "beta2", "delta", "ignore_first")
 METHOD_OPTIONS += ("retain_loss_eps", "dual_step_size", "dual_warmup_epochs")
 METHOD_OPTIONS += ("layer_id", "steering_coeff", "trainable_params_regex")

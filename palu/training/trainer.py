@@ -33,18 +33,14 @@ from palu.models.router_loss import warn_if_left_out
 from palu.models.wrappers import eos_token_ids, unwrap
 from palu.reference.cache import ReferenceCache
 from palu.reference.cached import (
+    CachedReference,
+    Reference,
     autocast_dtype,
     make_reference,
     open_run_cache,
     remember_starting_model,
 )
-from palu.reference.model import (
-    AdapterOffReference,
-    CachedReference,
-    LiveReference,
-    Reference,
-    vocabulary_size,
-)
+from palu.reference.model import AdapterOffReference, LiveReference, vocabulary_size
 from palu.storage.fingerprint import adapter_settings
 from palu.training import nonfinite as not_finite
 from palu.training.batching import DENOMINATORS

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from palu.data.collator import Collator
 from palu.methods.step_loss import in_turns
 from palu.models.forward import model_hidden_states
-from palu.reference.model import AdapterOffReference, CachedReference, LiveReference
+from palu.reference.cached import CachedReference
+from palu.reference.model import AdapterOffReference, LiveReference
 from tests.support import small
 from tests.support.training import config, trainer, weights
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import palu.reference.build
-import palu.reference.store
+import palu.reference.manifest
 from palu.data.template import Template
 from palu.reference.cache import (
     CacheDamaged,
@@ -291,7 +290,7 @@ def test_verify_sees_numbers_of_another_model(build, tok, rows, monkeypatch):
     # A cache that claims to be this model's and is not: only the numbers tell.
     model, other = small.model(tok), small.model(tok, seed=1)
     monkeypatch.setattr(
-        palu.reference.build, "model_fingerprint", lambda _: model_fingerprint(model)
+        palu.reference.manifest, "model_fingerprint", lambda _: model_fingerprint(model)
     )
     cache = build(other)
     with pytest.raises(CacheMismatch, match=r"differ from the model's: hidden by .*, indices by"):
