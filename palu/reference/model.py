@@ -2,8 +2,8 @@
 
 Each kind gives the reference's hidden states, its logits and its head for a batch (a cache, see
 `palu.reference.cached`, has no logits). The model that is trained comes with every call, wrapped as
-the trainer holds it. None of them is an `nn.Module`: nothing that walks the modules of the trainer or
-the model may find them, save them, or put them into training mode.
+the trainer holds it. None of them is an `nn.Module`: nothing that walks modules may find them, save
+them, or put them into training mode.
 """
 
 from __future__ import annotations
