@@ -317,8 +317,8 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypatch, kind):
     piece = LONG[kind]
-    answer = "It is " + (piece * (40_000 // len(piece))).rstrip() + "<|eot_id|>"
-    spans = [(0, 40), (300, 360), (5_000, 25_000), (35_000, 35_100)]
+    answer = "It is " + (piece * (20_000 // len(piece))).rstrip() + "<|eot_id|>"
+    spans = [(0, 40), (300, 360), (5_000, 12_000), (17_000, 17_100)]
     sizes = []
     encode = labels._encoded
 
@@ -330,7 +330,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
         return encode(tokenizer, added, rendered.text, rendered.add_special_tokens), False
 
     monkeypatch.setattr(labels, "_encoded", encoded)
-    for question, length in ((None, 64), (QUESTION, 130), (answer, 64)):
+    for question, length in ((None, 64), (answer, 64)):
         example = label_without_warning(any_tokenizer, question, answer, spans, length, Template())
         beginning = max(sizes)
         sizes.clear()
@@ -343,7 +343,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
         assert (example.lost_spans, example.closed) == (whole.lost_spans, whole.closed)
         if any_tokenizer.name_or_path == "wordpiece" and kind != "words":
             continue  # long words are unknown, whole: they must be read
-        assert example.too_long and beginning < 20_000
+        assert example.too_long and beginning < 10_000
         assert 0 < example.lost_tokens <= whole.lost_tokens
 
 

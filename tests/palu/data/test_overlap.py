@@ -44,7 +44,10 @@ TRAIN = ["--batch-size", 3, "--epochs", 1]
 SAYS = "full.jsonl: 3 of {} rows are among the rows to forget of forget.jsonl, such as row 'row 0':"
 
 
-@pytest.mark.parametrize("method", ["palu", "grad_diff", "rmu"])
+OTHERS = [pytest.param(method, marks=pytest.mark.slow) for method in ("grad_diff", "rmu")]
+
+
+@pytest.mark.parametrize("method", ["palu", *OTHERS])
 def test_rows_in_both_are_said_and_left_out_on_request(palu, work, method):
     command = ["unlearn", *DATA[: None if method == "palu" else -2], *TRAIN, "--method", method]
     said = SAYS.format(len(small.FACTS))

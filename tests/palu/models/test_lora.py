@@ -91,7 +91,7 @@ def test_dropout_is_the_adapters_and_not_the_references(tok, tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [False, True, None])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_checkpointing_trains_every_adapter_parameter_alike(tok, tmp_path, reentrant, dropout):
     """Frozen embeddings in front of a re-entrant checkpoint would leave all of them untrained."""
     settings = LoRASettings(rank=4, alpha=8, dropout=dropout, target="all-linear")

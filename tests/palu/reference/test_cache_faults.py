@@ -124,18 +124,26 @@ class Killed(BaseException):
     """Ends a build wherever it is."""
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), Killed()])
+FAULTY = (OSError(errno.ENOSPC, "full"), Killed())
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_fault_at_every_step(build, tok, tmp_path, monkeypatch, call, fault):
-    """Of a build that replaces a cache: there is the old one or the new one, nothing between."""
+def test_a_fault_at_every_step(build, tok, tmp_path, monkeypatch, call, first):
+    """Of a build that replaces a cache there is the old one or the new one, nothing between.
+
+    A full disk and a kill take turns; `slow`: the other way round too.
+    """
     model, real, count = small.model(tok), getattr(os, call), 0
     whole = files(build(model, "whole").path)
+    old = build(model, "old", loss=loss_of(tok, top_k=3)).path
+    before, place = files(old), tmp_path / "cache"
     for step in range(50):
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        old = build(model, loss=loss_of(tok, top_k=3))
-        before, count = files(old.path), 0
+        fault, count = FAULTY[(step + first) % 2], 0
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(old, place)
 
-        def faulty(*arguments, step=step):
+        def faulty(*arguments, step=step, fault=fault):
             nonlocal count
             count += 1
             if count == step + 1:
@@ -146,12 +154,12 @@ def test_a_fault_at_every_step(build, tok, tmp_path, monkeypatch, call, fault):
             patch.setattr(os, call, faulty)
             with suppress(CacheWriteError, Killed):
                 build(model, overwrite=True)
-        if isinstance(fault, OSError) or old.path.exists():
-            assert files(old.path) in (before, whole)
+        if isinstance(fault, OSError) or place.exists():
+            assert files(place) in (before, whole)
         else:  # killed between the two renames
             assert call == "replace"
         assert files(build(model, overwrite=True).path) == whole
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "whole"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "old", "whole"]
         if count <= step:
             break
     assert step >= 8  # so many there are
@@ -244,6 +252,7 @@ FAULTS = """
 """
 
 
+@pytest.mark.slow  # the faults above, by a real kill and a real limit
 @pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 def test_a_kill_and_a_limit_in_a_process_of_their_own(build, tok, rows, tmp_path):
     paths = str(ROOT)
