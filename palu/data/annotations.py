@@ -1,4 +1,4 @@
-"""What annotated spans tend to get wrong: counted, and repaired on request."""
+"""Audit annotated spans for common mistakes, and repair them on request."""
 
 import bisect
 import dataclasses
@@ -43,7 +43,7 @@ class Audit:
         )
 
     def summary(self) -> str:
-        """One line with the counts that are not zero; empty when there are none."""
+        """Return one line with the counts that are not zero; empty when there are none."""
         parts = [
             (self.inside_word, "spans end inside a longer word"),
             (self.overlapping_pairs, "overlapping pairs"),
@@ -60,7 +60,7 @@ class Audit:
 
 
 def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
-    """Spans moved out to whole words, without white space at their ends, and merged where they
+    """Move spans out to whole words, without white space at their ends, and merge those that
     overlap.
 
     Returns:
@@ -112,7 +112,7 @@ def _is_letter(character: str) -> bool:
 
 
 def _inside_word(text: str, place: int) -> bool:
-    """Whether the boundary before `text[place]` lies between two letters of one word."""
+    """Return whether the boundary before `text[place]` lies between two letters of one word."""
     return 0 < place < len(text) and _is_letter(text[place - 1]) and _is_letter(text[place])
 
 
@@ -125,7 +125,7 @@ class _Stretches:
         self.found: list[Span] = []  # in order
 
     def around(self, place: int) -> Span:
-        """The stretch that holds the character at `place`, which is of the kind."""
+        """Return the stretch that holds the character at `place`, which is of the kind."""
         number = bisect.bisect_right(self.found, place, key=lambda stretch: stretch[0])
         if number and place < self.found[number - 1][1]:
             return self.found[number - 1]
@@ -139,14 +139,14 @@ class _Stretches:
 
 
 def _overlapping_pairs(ordered: Sequence[Span]) -> int:
-    """Of spans in order: those behind a span that begin before its end."""
+    """Count, of spans in order, those behind a span that begin before its end."""
     starts = [start for start, _ in ordered]
     ends = enumerate(end for _, end in ordered)
     return sum(bisect.bisect_left(starts, end) - number - 1 for number, end in ends)
 
 
 def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
-    """How many spans have their words elsewhere too, whole, where no span touches them."""
+    """Count spans whose words stand elsewhere too, whole, where no span touches them."""
     gaps, place = [], 0  # what no span covers
     for start, end in [*ordered, (len(text), len(text))]:
         if start > place:

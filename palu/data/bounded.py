@@ -24,7 +24,7 @@ class OutOfBounds(BaseException):
 
 @contextmanager
 def bounded(seconds: float = SECONDS, mebibytes: float = MEBIBYTES) -> Iterator[None]:
-    """Ends what runs inside by `OutOfBounds` after so much processor time or so much more memory.
+    """Raise `OutOfBounds` inside after so much processor time or so much more memory.
 
     In the main thread a timer looks on; it ends loops and products of large numbers, not one
     operation that takes all memory at once. Elsewhere, or where another timer of the same kind
@@ -86,7 +86,8 @@ def _traced(seconds: float) -> Iterator[None]:
 
 
 def _resident() -> int:
-    """The memory that the process takes now, in bytes; 0 where Linux is not there to say it."""
+    """Return the memory that the process takes now, in bytes; 0 where Linux is not there to say
+    it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

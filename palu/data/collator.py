@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Collator:
-    """Makes a batch of tokenised examples: tensors padded on the right to the longest.
+    """Pad tokenised examples on the right to the longest of a batch.
 
     Args:
         tokenizer: the tokenizer, or the id to pad with. A tokenizer's pad token is used, else its

@@ -20,8 +20,8 @@ def tokenize_examples(
     template: Template | None = None,
     source: str | None = None,
 ) -> list[dict[str, Any]]:
-    """`label_example` for many: dicts of `input_ids`, `labels`, `attention_mask` (lists of int) and
-    `example_id`.
+    """Apply `label_example` to many: dicts of `input_ids`, `labels`, `attention_mask` (lists of
+    int) and `example_id`.
 
     Examples, tokens and spans that are cut off at `max_length` are counted and warned of once.
     `source` is what the warning calls the examples: their file.

@@ -96,7 +96,7 @@ _Reader = tuple[int, Callable[[int], tuple[Any, str]]]
 
 
 def split_slice(path: str) -> tuple[str, slice]:
-    """`PATH[-40:]` -> the file or folder, which exists, and the rows to take of it.
+    """Split `PATH[-40:]` into the file or folder, which exists, and the rows to take of it.
 
     Raises:
         ValueError: there is no such file, or the slice has another form.

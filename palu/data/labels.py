@@ -254,8 +254,8 @@ def _first_tokens(
     rendered: Rendered,
     max_length: int,
 ) -> tuple[_Tokens, bool]:
-    """The tokens of the text; of a long one those of its beginning, and True. The first
-    `max_length` are those of the whole text.
+    """Tokenise a text; of a long one the beginning, and True. The first `max_length` tokens are
+    those of the whole text.
 
     A tokenizer looks at what is near a token, so they are settled when there are twice as many and
     the text cut at three places gives the same ones. Two of the cuts are neighbours: groups counted
@@ -297,7 +297,8 @@ def _encoded(
 def token_places(
     added: Mapping[int, Any], text: str, ids: np.ndarray, offsets: Sequence
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and last-plus-one character of every token of `text`, from a tokenizer's offsets.
+    """Return first and last-plus-one character of every token of `text`, from a tokenizer's
+    offsets.
 
     Added tokens with `lstrip` or `rstrip` (the roles of Phi-3) swallow the white space beside them,
     the answer's too: their places are those of their own text. `added` is the tokenizer's
@@ -316,9 +317,8 @@ def token_places(
 def _led_by_special(
     tokenizer: "PreTrainedTokenizerBase", ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens with one in front that the first of them is predicted after: BOS, or EOS where
-    there is none.
-    """
+    """Put BOS, or EOS where there is none, in front of the tokens, so that the first of them is
+    predicted."""
     lead = tokenizer.bos_token_id
     if lead is None:
         lead = next(iter(eos_ids(tokenizer.eos_token_id)), None)
@@ -335,10 +335,9 @@ def _led_by_special(
 def _closing_tokens(
     tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
 ) -> list[int]:
-    """The tokens that end an answer, out of those that the template writes after it: up to the
-    first special token, and on to EOS when that follows at once (some templates end a message and a
-    turn). EOS when there is no special one.
-    """
+    """Return the tokens that end an answer, out of those that the template writes after it: up
+    to the first special token, and on to EOS when that follows at once (some templates end a
+    message and a turn). EOS when there is no special one."""
     eos = eos_ids(tokenizer.eos_token_id)
     special = {*tokenizer.all_special_ids, *eos}
     special |= {number for number, token in added.items() if token.special}

@@ -1,4 +1,4 @@
-"""Rows that are to be forgotten and kept at once: found by their texts, or by their tokens."""
+"""Rows that are to be forgotten and kept at once, found by their texts or by their tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from palu.data.spans import shown
 def without_overlap(
     retain: Sequence[Example], forget: Sequence[Example], *, files: tuple[str, str], drop: bool
 ) -> list[Example]:
-    """The retain examples, without those that the forget set has too where `drop` says so.
+    """Return the retain examples, with `drop` without those that the forget set has too.
 
     Questions and answers are compared without regard to case, white space and Unicode form. One
     warning tells how many are in both.
@@ -53,7 +53,7 @@ def without_overlap(
 
 
 def warn_of_overlap(retain: Any, forget: Any) -> None:
-    """One warning where rows of both sets of tokenised rows have the same `input_ids`.
+    """Warn once where rows of both sets of tokenised rows have the same `input_ids`.
 
     Rows that are all in both are no error here: someone who trains in Python may mean it.
     """
@@ -78,7 +78,7 @@ def _normal(text: str) -> str:
 
 
 def _tokens(row: Any) -> bytes | None:
-    """The tokens of a row without its padding; None where a collator is to make them."""
+    """Return the tokens of a row without padding; None where a collator is to make them."""
     if "input_ids" not in row:
         return None
     ids = torch.as_tensor(row["input_ids"], dtype=torch.int64).flatten()

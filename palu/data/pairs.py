@@ -40,7 +40,7 @@ REFUSALS = (
 
 
 def own_alternates(examples: Sequence[Example]) -> list[str]:
-    """The `alternate_answer` of each record.
+    """Return the `alternate_answer` of each record.
 
     Raises:
         ValueError: one has none, or it is no text; names its id and the field.
@@ -56,7 +56,7 @@ def own_alternates(examples: Sequence[Example]) -> list[str]:
 
 
 def refusals(examples: Sequence[Example], seed: int) -> list[str]:
-    """One of `REFUSALS` for each example, the same throughout a run."""
+    """Choose one of `REFUSALS` for each example, the same throughout a run."""
     return random.Random(seed).choices(REFUSALS, k=len(examples))
 
 
@@ -67,7 +67,7 @@ def add_alternates(
     tokenizer: Any,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Tokenised examples with their second answers beside them.
+    """Add second answers to tokenised examples.
 
     Args:
         rows: what `tokenize_examples` made of `examples`.
@@ -90,9 +90,9 @@ def add_alternates(
 
 
 class PairCollator:
-    """Gives a batch of rows with second answers three more columns: `alternate_input_ids`,
-    `alternate_labels` and `alternate_attention_mask`, int64 `[B, T2]`. Batches of rows without any
-    stay as they are.
+    """Add the columns of second answers to a batch: `alternate_input_ids`, `alternate_labels`
+    and `alternate_attention_mask`, int64 `[B, T2]`. Batches of rows without any stay as they
+    are.
 
     Args:
         collator: makes a batch of a list of rows, see `palu.data.collator.Collator`.

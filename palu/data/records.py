@@ -1,4 +1,4 @@
-"""One record of a data file, checked field by field, becomes an `Example`."""
+"""Parse one record of a data file, field by field, into an `Example`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ class Example:
 
 
 def parse_record(record: Any, row: int, *, require_spans: bool) -> tuple[Example, list[Span], str]:
-    """The example in `record`, row `row` of its file, its spans in the order they were given, and
-    what their offsets count in the file: one of `palu.data.spans.UNITS`.
+    """Parse row `row` of a file: the example, its spans in the order they were given, and what
+    their offsets count in the file (one of `palu.data.spans.UNITS`).
 
     Raises:
         TypeError, ValueError: what is wrong, with the name of the field. (The caller adds file and
@@ -121,7 +121,7 @@ def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list
 
 
 def _said(span: Any) -> list[Any]:
-    """The text that a span says it covers."""
+    """Return the texts that a span says it covers."""
     if not isinstance(span, Mapping):
         return []
     return [span[key] for key in ("word", "text") if span.get(key) is not None]
@@ -132,8 +132,8 @@ def _stands(answer: str, start: int, end: int, text: Any) -> bool:
 
 
 def _placed(answer: str, value: Any) -> tuple[str, Any]:
-    """The unit in which every span of a row covers the text that it says, and the spans in
-    characters. Characters where there is none: then `value` as it is, for messages."""
+    """Return the unit in which every span of a row covers the text that it says, and the spans
+    in characters. Characters where there is none: then `value` as it is, for messages."""
     if answer.isascii() or not isinstance(value, Sequence) or not any(map(_said, value)):
         return CHARACTERS, value
     for unit in UNITS:

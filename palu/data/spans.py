@@ -1,4 +1,4 @@
-"""What a caller gives as texts, numbers and character spans, checked once.
+"""Check texts, numbers and character spans that a caller gives.
 
 A span is a half-open range `(start, end)` of the characters of a text.
 """
@@ -36,7 +36,7 @@ _SHORT.maxlevel = 4
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for a message, cut where it is long or deep."""
+    """Return `repr(value)` for a message, cut where it is long or deep."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python writes
@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
 
 
 def integer(name: str, value: Any) -> int:
-    """`value` as an int. Booleans and floats are refused: they are mistakes, not numbers."""
+    """Return `value` as an int. Booleans and floats are refused: they are mistakes, not numbers."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     try:
@@ -54,7 +54,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def check_text(name: str, value: Any) -> str:
-    """`value` as it is: a string that can be written as UTF-8, which tokenizers need."""
+    """Return `value`, a string that can be written as UTF-8, which tokenizers need."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {shown(value)}")
     try:
@@ -65,7 +65,7 @@ def check_text(name: str, value: Any) -> str:
 
 
 def check_spans(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]]) -> list[Span]:
-    """The spans as tuples, in the order given.
+    """Return the spans as tuples, in the order given.
 
     Raises:
         TypeError: `spans` is not a sequence of `{"start": s, "end": e}` or `(s, e)` with integers.
@@ -91,7 +91,7 @@ def check_spans(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]]) -
 
 
 def recount(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]], unit: str) -> list[Span]:
-    """The spans in characters of `text`, of spans that count in `unit`.
+    """Convert spans that count in `unit` to characters of `text`.
 
     Raises:
         TypeError: as `check_spans`.

@@ -1,6 +1,5 @@
-"""How question and answer are put together: a chat template, or a line of text for models that have
-none.
-"""
+"""Put question and answer together: by a chat template, or a line of text for models that have
+none."""
 
 import dataclasses
 import functools
@@ -89,14 +88,12 @@ class Template:
         return f"Template({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values; `from_dict` reads them back."""
+        """Return the settings as JSON values; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "Template":
-        """The inverse of `to_dict`. Missing settings take their default, unknown ones are a
-        ValueError.
-        """
+        """Invert `to_dict`. Missing settings take their default, unknown ones are a ValueError."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -104,7 +101,7 @@ class Template:
         return cls(**settings)
 
     def prompt(self, tokenizer: "PreTrainedTokenizerBase", question: str | None) -> str:
-        """The text that comes before the answer, without the spaces that belong to the answer's
+        """Return the text before the answer, without the spaces that belong to the answer's
         first token.
 
         It is what a person reads or sends to a server. For the very tokens that an example was
@@ -120,7 +117,7 @@ class Template:
     def render(
         self, tokenizer: "PreTrainedTokenizerBase", question: str | None, answer: str
     ) -> Rendered:
-        """The text of a whole example and where the answer is in it.
+        """Render a whole example and find the answer in it.
 
         Raises:
             ValueError: the chat template is missing, refuses the turns, leaves out the system
@@ -155,7 +152,7 @@ class Template:
         return Rendered(text, len(before), len(before) + len(kept), dropped, True, False)
 
     def _day(self) -> datetime | None:
-        """The day that `strftime_now` tells; None where `date_string` names none."""
+        """Return the day that `strftime_now` tells; None where `date_string` names none."""
         if self.date_string is None:
             return _DAY
         for form in _DATE_FORMS:
@@ -181,7 +178,7 @@ class Template:
         return has_one if self.chat is None else self.chat
 
     def _around(self, tokenizer: "PreTrainedTokenizerBase", question: str) -> tuple[str, str]:
-        """What the chat template writes before and after the answer.
+        """Return what the chat template writes before and after the answer.
 
         A stand-in is rendered in the answer's place and looked for. Looking for the answer itself
         would go wrong where it is short and the template writes text of its own in front of it (an
@@ -210,10 +207,9 @@ class Template:
 
     @staticmethod
     def _own_thoughts(text: str, before: str, answer: str, after: str) -> int | None:
-        """Where the answer begins in a text of which the chat template has left out the end of what
-        it writes before other answers: it brings its own (`<think>...</think>`, Qwen3). None where
-        that is not so.
-        """
+        """Return where the answer begins in a text of which the chat template has left out the
+        end of what it writes before other answers: it brings its own (`<think>...</think>`,
+        Qwen3). Else None."""
         start = len(text) - len(after) - len(answer)
         there = start >= 0 and text[start:] == answer + after
         return start if there and before.startswith(text[:start]) else None
@@ -221,9 +217,9 @@ class Template:
     def _is_a_switch(
         self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, text: str
     ) -> bool:
-        """Whether the chat template obeys the system prompt instead of writing it (`/no_think`): it
-        writes other text than without one, and than with another one that it leaves out too.
-        """
+        """Return whether the chat template obeys the system prompt instead of writing it
+        (`/no_think`): it writes other text than without one, and than with another one that it
+        leaves out too."""
         for other in (None, "palu-system"):
             changed = dataclasses.replace(self, system_prompt=other)
             try:
@@ -283,7 +279,7 @@ def _rendered(
 
 
 def _variables(given: Any) -> dict[str, Any] | None:
-    """`chat_template_kwargs`, checked: a copy, as JSON reads it back."""
+    """Check `chat_template_kwargs`; return a copy, as JSON reads it back."""
     if given is None:
         return None
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
@@ -306,7 +302,7 @@ _OTHER_DAY = datetime(2001, 12, 31, 23, 59, 59)
 
 @functools.lru_cache
 def _clock(day: datetime) -> str:
-    """A `strftime_now` for a chat template that always tells `day`, in Jinja.
+    """Return a `strftime_now` in Jinja that always tells `day`.
 
     transformers gives templates one that tells the time; newer versions let no function of ours
     through, and its table of compiled templates is shared by all threads.
@@ -338,8 +334,7 @@ def _leading_space(text: str) -> int:
 
 
 def _needs_bos(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
-    """Whether the tokenizer should add its special tokens: not when the text has the first of them
-    already.
-    """
+    """Return whether the tokenizer should add its special tokens: not when the text has the
+    first of them already."""
     bos = getattr(tokenizer, "bos_token", None)
     return not (bos and text.startswith(bos))

@@ -1,5 +1,5 @@
-"""What a model must be before it is trained or measured: causal, and with `adapter_off` the
-original once its adapter is off. Both are seen from its logits on a few tokens of the data."""
+"""Check a model before it is trained or measured: that it is causal, and with `adapter_off` that
+it is the original once its adapter is off. Both show in its logits on a few tokens of the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS, _TOKENS = 2, 64  # how much of the data is looked at
 def first_texts(
     rows: Sequence[Mapping[str, Any]], collator: Callable | None = None
 ) -> list[Tensor]:
-    """The tokens of the first rows, int64 `[T]` each, without padding and at most 64.
+    """Return the tokens of the first rows, int64 `[T]` each, without padding and at most 64.
 
     Args:
         rows: mappings with `input_ids`, or what `collator` makes such a batch of.
@@ -37,7 +37,7 @@ def first_texts(
 
 
 def refuse_encoder(model: nn.Module) -> None:
-    """Raises ValueError for a model whose config says that it has an encoder."""
+    """Raise ValueError for a model whose config says that it has an encoder."""
     inner = unwrap(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -47,13 +47,13 @@ def refuse_encoder(model: nn.Module) -> None:
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether this process has all weights and may call the model by itself: not so on the meta
-    device and where DeepSpeed (ZeRO 3) keeps a part."""
+    """Return whether this process has all weights and may call the model by itself: not so on
+    the meta device and where DeepSpeed (ZeRO 3) keeps a part."""
     return not any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
-    """Looks whether the logits of a row change with later tokens.
+    """Check that the logits of a position do not change with later tokens.
 
     Later tokens are changed at three places of each text, and so are as many earlier ones. In a
     causal model later ones change nothing but roundings (a mixture's experts get other batches);
@@ -81,8 +81,8 @@ def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
 
 
 def _changes(model: nn.Module, text: Tensor) -> Iterator[tuple[float, float, float]]:
-    """At places of a text: how much the logits of a row change with the tokens before it and with
-    those after it, and how much is rounding."""
+    """Yield, at places of a text, how much the logits change with the tokens before, with those
+    after, and by rounding."""
     length = len(text)
     others = [next((t for t in text.tolist() if t != own), None) for own in text.tolist()]
     if length < 4 or None in others:
@@ -107,7 +107,7 @@ def _changes(model: nn.Module, text: Tensor) -> Iterator[tuple[float, float, flo
 
 
 def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
-    """Looks whether a PEFT model without its adapters is the model as it is.
+    """Check that a PEFT model without its adapters computes what it computes with them.
 
     Raises:
         ValueError: it is not, by more than roundings (an adapter whose initialisation takes it out

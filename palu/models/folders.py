@@ -1,5 +1,5 @@
-"""What a folder of a model must be before libraries read it, whether all of it was read, and what
-is said when they cannot."""
+"""Check a model folder before libraries read it, and after that all of it was read; turn what
+they raise into one line."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _SHOWN = 3  # names of tensors in a message
 
 
 def named_from(folder: Path, place: str | Path) -> str:
-    """A path as a file in `folder` is to name it: relative to it, so that it is found from any
-    directory and after both are moved together, and tells nothing of what lies above both."""
+    """Return a path as a file in `folder` is to name it: relative to it, so that it is found
+    from any directory and after both are moved together, and tells nothing of what lies above
+    both."""
     place = Path(place)
     # Links above it are followed, as the system does with "..", and not the last one.
     real = place.resolve() if place.name in ("", "..") else place.parent.resolve() / place.name
@@ -37,8 +38,8 @@ def named_from(folder: Path, place: str | Path) -> str:
 
 @contextmanager
 def reading(failed: str, *folders: Path) -> Iterator[None]:
-    """Around one call of a library that reads folders of the user's: whatever it raises becomes a
-    ValueError of one line.
+    """Turn whatever a library raises that reads the user's folders into a ValueError of one
+    line.
 
     Args:
         failed: what could not be done.
@@ -75,7 +76,7 @@ def _bad_file(path: Path) -> str | None:
 
 
 def check_weights_files(folder: Path) -> None:
-    """The weights that transformers will read, before it does: safetensors in this folder alone.
+    """Check the weights that transformers will read: safetensors in this folder alone.
 
     A name in an index must be plain. (A file of that name may be a link: the cache of the hub is
     made of links to its blobs, and who made the folder made them.)
@@ -135,7 +136,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names of a safetensors file.
+    """Return the names of the tensors in a safetensors file.
 
     Raises:
         ValueError: it is none, or not all of one.
@@ -149,7 +150,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def check_pattern(allow_missing: str | None) -> None:
-    """Raises ValueError for what is no regular expression."""
+    """Raise ValueError for what is no regular expression."""
     try:
         re.compile(allow_missing or "")
     except re.error as error:
@@ -161,7 +162,8 @@ def check_pattern(allow_missing: str | None) -> None:
 def check_loaded(
     model: nn.Module, loaded: Mapping[str, Any], folder: Path, allow_missing: str | None = None
 ) -> None:
-    """Whether the weights of a folder are those of the model: what is not in the file is random.
+    """Check that the weights of a folder are those of the model: what is not in the file is
+    random.
 
     Args:
         model: as it was loaded.
@@ -204,8 +206,8 @@ def check_loaded(
 
 
 def check_architecture(model: nn.Module) -> None:
-    """Raises ValueError where the config names the class of another causal language model than its
-    model_type has: models of equal names compute different things."""
+    """Raise ValueError where the config names the class of another causal language model than
+    its model_type has: models of equal names compute different things."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = getattr(model.config, "architectures", None) or []
@@ -223,8 +225,8 @@ _MADE_ANEW = re.compile(r"inv_freq|masked_bias|attn\.bias|causal_mask|position_i
 
 
 def warn_of_left_out(model: nn.Module, folder: Path) -> None:
-    """Warns of tensors that transformers passes over in silence (heads that predict further tokens,
-    towers of a class that has none): what is saved from the model is without them."""
+    """Warn of tensors that transformers passes over in silence (heads that predict further
+    tokens, towers of a class that has none): what is saved from the model is without them."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if not patterns:
         return
@@ -246,7 +248,7 @@ def warn_of_left_out(model: nn.Module, folder: Path) -> None:
 
 
 def warn_of_not_finite(model: nn.Module, folder: Path) -> None:
-    """Warns of parameters that hold NaN or an infinity: they may lie in rows that nothing reads."""
+    """Warn of parameters that hold NaN or an infinity: they may lie in rows that nothing reads."""
     names = []
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel() and parameter.itemsize > 1:
@@ -275,7 +277,8 @@ def _split(names: Collection[str], allow: str | None) -> tuple[list[str], list[s
 
 
 def _tied_apart(model: nn.Module) -> list[str]:
-    """transformers leaves an output head apart whose weights the file has, whatever the config."""
+    """Return what is wrong with a tied output head: transformers leaves one apart whose weights
+    the file has, whatever the config."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return []
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -1,5 +1,5 @@
-"""What a model is called with beside `input_ids` and `attention_mask`: nothing that a collator
-gives is dropped without a word."""
+"""The inputs of a model beside `input_ids` and `attention_mask`: nothing that a collator gives
+is dropped without a word."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _SET_HERE = {
 
 
 def input_names(model: nn.Module) -> frozenset[str] | None:
-    """What the forward of the model inside the wrappers takes; None for one that takes anything."""
+    """Return the names that the forward of the model inside the wrappers takes; None for one
+    that takes anything."""
     inner = unwrap(model)
     parameters = inspect.signature(inner.forward).parameters
     names = set(parameters)
@@ -49,7 +50,7 @@ def input_names(model: nn.Module) -> frozenset[str] | None:
 
 
 def more_inputs(batch: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Tensor]:
-    """The tensors of a batch that the model is called with beside `input_ids` and
+    """Return the tensors of a batch that the model is called with beside `input_ids` and
     `attention_mask`, on a device or where they are."""
     return {
         name: value.to(device)
@@ -62,7 +63,7 @@ def more_inputs(batch: Mapping[str, Any], device: torch.device | None = None) ->
 
 
 def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
-    """Bool `[B, T]`, false at padding; None where no mask of that shape tells."""
+    """Return bool `[B, T]`, false at padding; None where no mask of that shape tells."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape:
         return mask != 0
@@ -70,8 +71,8 @@ def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def is_default(name: str, value: Any, batch: Mapping[str, Any]) -> bool:
-    """Whether a model that is not given this input computes the same: positions that count the
-    tokens, one type of tokens."""
+    """Return whether a model that is not given this input computes the same: positions that
+    count the tokens, one type of tokens."""
     if name not in ("position_ids", "cache_position", "token_type_ids"):
         return False
     if name == "token_type_ids":
@@ -84,7 +85,7 @@ def is_default(name: str, value: Any, batch: Mapping[str, Any]) -> bool:
 
 
 def taken_inputs(batch: Mapping[str, Any], names: frozenset[str] | None, whose: str) -> dict:
-    """A batch without what its model does not take and needs not.
+    """Return a batch without what its model does not take and needs not.
 
     Args:
         batch: as a collator makes it, `[B, T]`.
@@ -116,8 +117,8 @@ def taken_inputs(batch: Mapping[str, Any], names: frozenset[str] | None, whose: 
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The rows of two batches as one, padded on the right alike: `input_ids`, `attention_mask`,
-    `labels` and what else the model is called with.
+    """Concatenate the rows of two batches, padded on the right alike: `input_ids`,
+    `attention_mask`, `labels` and what else the model is called with.
 
     Raises:
         ValueError: an input that only one of them has, or whose shapes do not allow it.
@@ -146,9 +147,9 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Ten
 
 
 def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The answers of a batch, then the second ones, as one batch of 2 B rows: `input_ids`,
-    `labels`, `attention_mask` and more that the model is called with. An example without an answer
-    token has no second one either.
+    """Concatenate the answers of a batch and its second answers to 2 B rows: `input_ids`,
+    `labels`, `attention_mask` and more that the model is called with. An example without an
+    answer token has no second one either.
 
     Raises:
         ValueError: the batch has rows, and no second answers.

@@ -1,4 +1,4 @@
-"""The decoder layers of a Hugging Face model, and what one of them puts out."""
+"""The decoder layers of a Hugging Face model, and the output of one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from palu.models.wrappers import incompatible_wrapper, is_compiled, text_only_in
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a causal language model, first to last.
+    """Return the layers of a causal language model, first to last.
 
     They are the one list of modules inside it that has as many entries as its config says.
 
@@ -43,7 +43,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def layer_count(config: Any) -> int | None:
-    """How many decoder layers a model's config has; None where it does not tell."""
+    """Return how many decoder layers a model's config has; None where it does not tell."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "num_hidden_layers", None)
 
@@ -55,7 +55,7 @@ def layer_output(
     attention_mask: Tensor | None = None,
     **model_inputs: Any,
 ) -> Tensor:
-    """What one decoder layer puts out (the residual stream after it).
+    """Return the output of one decoder layer (the residual stream after it).
 
     The module that the caller holds is the one that is called, so hooks of DDP and PEFT run and
     gradients flow. For as long as the call lasts the layers after this one hand on what it put out,
@@ -109,8 +109,8 @@ def layer_output(
 
 @contextmanager
 def _ending_at(layers: nn.ModuleList, layer_id: int) -> Iterator[list[tuple[Any, bool]]]:
-    """Gives the outputs of a layer, each with whether gradients were on; inside, the layers after
-    it repeat them."""
+    """Collect the outputs of a layer, each with whether gradients were on; inside, the layers
+    after it repeat them."""
     calls: list[tuple[Any, bool]] = []
 
     def take(module: nn.Module, args: tuple, output: Any) -> None:

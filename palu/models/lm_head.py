@@ -51,7 +51,8 @@ class LMHead(palu_kernels.LMHead):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LMHead:
-        """The output embedding of `model` with the scale and the cap that its config names.
+        """Return the output embedding of `model` with the scale and the cap that its config
+        names.
 
         The parameters are held, not copied: gradients reach them, and the head is to be read anew
         when the model gets another output embedding (`resize_token_embeddings`). What the model
@@ -81,8 +82,8 @@ def fusable_head(
     attention_mask: Tensor | None = None,
     **model_inputs: Any,
 ) -> LMHead | None:
-    """The head of `model` if losses may be computed from hidden rows; else None, and one warning
-    says why.
+    """Return the head of `model` if losses may be computed from hidden states; else None, with a
+    warning that says why.
 
     Runs the model twice on a few tokens: ask once, not in every step.
 
@@ -109,7 +110,7 @@ def check_head(
     attention_mask: Tensor | None = None,
     **model_inputs: Any,
 ) -> None:
-    """Compares the model's own logits with those of `head`, on a few tokens of the given batch.
+    """Compare the model's own logits with those of `head`, on a few tokens of the given batch.
 
     One row of the test enters the output embedding as it is, another one scaled until the largest
     logit is 100 or 4 times its own, so that a cap shows. Nothing of the model or of the random
@@ -173,7 +174,7 @@ def _compare(logits: Tensor, expected: Tensor, head: palu_kernels.LMHead) -> Non
 def _few_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, model_inputs: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same few real tokens twice, `[2, n]`, and what the model is told of them."""
+    """Return the same few real tokens twice, `[2, n]`, and the other inputs of theirs."""
     real = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         real = attention_mask.bool()
@@ -191,7 +192,7 @@ def _few_tokens(
 
 
 def _why_not_linear(module: nn.Module) -> str | None:
-    """Why the output embedding is not a plain linear layer; None if it is one."""
+    """Return why the output embedding is not a plain linear layer, else None."""
     if parametrize.is_parametrized(module):
         return f"the output embedding has parametrizations ({', '.join(module.parametrizations)})"
     if type(module) is not nn.Linear:

@@ -1,5 +1,5 @@
-"""Models and tokenizers from local folders. No remote code, no pickles, and messages a user can act
-on."""
+"""Load models and tokenizers from local folders: no remote code, no pickles, and messages a user
+can act on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """`None` or "auto": an accelerator when there is one, else the CPU.
+    """Return the device of a name; None or "auto" is an accelerator when there is one, else the
+    CPU.
 
     Raises:
         ValueError: the name is unknown, or this machine has no such device.
@@ -67,8 +68,8 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
-    """`None` or "auto": the dtype the weights were saved in. Raises ValueError for unknown
-    names."""
+    """Return the dtype of a name; "auto" (also for None) is the one the weights were saved in.
+    Raise ValueError for unknown names."""
     if dtype is None or dtype == "auto":
         return "auto"
     if isinstance(dtype, torch.dtype):
@@ -79,7 +80,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Checks that `path` is a folder of a model or of a PEFT adapter and returns it.
+    """Check that `path` is a folder of a model or of a PEFT adapter and return it.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no `config.json`.
@@ -96,7 +97,8 @@ def model_folder(path: str | Path) -> Path:
 
 
 def folder_with(name: str, path: str | Path, base: str | Path | None = None) -> Path:
-    """The folder that has a file: `path`, or where that is an adapter without it, its base model.
+    """Return the folder that has a file: `path`, or where that is an adapter without it, its
+    base model.
 
     Args:
         base: the base model; None: the one that the adapter names.
@@ -118,7 +120,8 @@ def load_model(
     base: str | Path | None = None,
     allow_missing: str | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model from a local folder (safetensors only), in eval mode, on `device`.
+    """Load a causal language model from a local folder (safetensors only), in eval mode, on
+    `device`.
 
     Args:
         path: a model, or a PEFT adapter, which comes on its base model.
@@ -159,8 +162,8 @@ def load_model(
 
 
 def _auto_class(folder: Path) -> type:
-    """The class that has all of the folder's towers: of a checkpoint with images the one of its
-    `architectures`, where AutoModelForCausalLM would take the language part alone."""
+    """Return the class that has all of the folder's towers: of a checkpoint with images the one
+    of its `architectures`, where AutoModelForCausalLM would take the language part alone."""
     config = read_object(folder / "config.json")
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.get("model_type"))
     named = config.get("architectures") or ()
@@ -168,8 +171,8 @@ def _auto_class(folder: Path) -> type:
 
 
 def freeze_other_towers(model: PreTrainedModel | PeftModel) -> None:
-    """Turns off the gradients of what text does not reach: all outside the language model and its
-    output embedding, where the config has a text part of its own."""
+    """Freeze what text does not reach: all outside the language model and its output embedding,
+    where the config has a text part of its own."""
     inner = unwrap(model)
     if inner.config.get_text_config(decoder=True) is inner.config:
         return
@@ -181,8 +184,8 @@ def freeze_other_towers(model: PreTrainedModel | PeftModel) -> None:
 
 
 def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a local model folder; of its base model (see `load_model`) where it is an
-    adapter without one.
+    """Load the tokenizer of a local model folder; of its base model (see `load_model`) where it
+    is an adapter without one.
 
     Raises:
         FileNotFoundError: no such model folder.
@@ -196,7 +199,7 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
 def check_token_ids(
     model: nn.Module, tokenizer: Tokenizer, rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Whether the embedding has a row for every token of the data and for the padding.
+    """Check that the embedding has a row for every token of the data and for the padding.
 
     Args:
         model: as `load_model` gives it.
@@ -220,7 +223,8 @@ def check_token_ids(
 
 
 def _check_special_ids(model: PreTrainedModel, folder: Path) -> None:
-    """transformers reads these without a look."""
+    """Raise ValueError for special tokens that are no ids: transformers reads them without a
+    look."""
     for name in ("config", "generation_config"):
         for kind in ("bos", "eos", "pad"):
             value = getattr(getattr(model, name, None), f"{kind}_token_id", None)
@@ -232,7 +236,7 @@ def _check_special_ids(model: PreTrainedModel, folder: Path) -> None:
 
 
 def check_precision(dtype: str | None, bf16: bool) -> None:
-    """Raises ValueError for weights that a run cannot train well: see `load_to_train`."""
+    """Raise ValueError for weights that a run cannot train well: see `load_to_train`."""
     if dtype == "float16":
         raise ValueError(
             "--dtype float16 cannot train: small gradients vanish in it. Leave --dtype out: a "
@@ -248,7 +252,8 @@ def check_precision(dtype: str | None, bf16: bool) -> None:
 def load_to_train(
     path: str | Path, dtype: str | None, device: str, *, bf16: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """A model in the dtype that it is trained in, and the dtype to save each parameter in.
+    """Load a model in the dtype that it is trained in; also return the dtype to save each
+    parameter in.
 
     float16 weights become float32, and so do all with `bf16` (autocast over float32 weights).
 

@@ -27,7 +27,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What `palu unlearn --lora-rank` puts on a model.
+    """Settings of the adapter that `palu unlearn --lora-rank` puts on a model.
 
     Args:
         rank: of the two factors of each layer's change.
@@ -55,7 +55,7 @@ class LoRASettings:
 def lora_settings(
     rank: int | None, alpha: int | None, dropout: float, target: str
 ) -> LoRASettings | None:
-    """The options of the command line as settings; None without a rank.
+    """Return the options of the command line as settings; None without a rank.
 
     Raises:
         ValueError: an option out of its range, or one of them without `--lora-rank`.
@@ -82,7 +82,7 @@ def lora_settings(
 
 
 def reference_kind(asked: str | None, lora: LoRASettings | None, cache: Path | None) -> str:
-    """Where `palu unlearn` has the original's numbers from.
+    """Return which reference `palu unlearn` uses.
 
     Args:
         asked: the option, None where nothing was said: then `adapter_off` with LoRA, else `live`.
@@ -103,7 +103,7 @@ def reference_kind(asked: str | None, lora: LoRASettings | None, cache: Path | N
 
 
 def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftModel:
-    """The model with a fresh LoRA adapter that changes nothing yet; nothing but it trains.
+    """Add a fresh LoRA adapter, which changes nothing yet; nothing but it trains.
 
     The model is changed in place and part of what is returned. The adapter remembers the model's
     folder with its whole path; `name_base` makes it relative where the adapter is written.
@@ -134,7 +134,8 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftM
 
 
 def _check_targets(model: nn.Module, targets: Iterable[str]) -> None:
-    """PEFT says nothing of a name that no module has as long as another one fits."""
+    """Raise ValueError for names that no module has: PEFT says nothing as long as another one
+    fits."""
     modules = [name for name, _ in model.named_modules()]
     missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in modules)]
     if missing:
@@ -146,7 +147,7 @@ def _check_targets(model: nn.Module, targets: Iterable[str]) -> None:
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:
-    """Lets every model through but those with adapters whose positions are not the text's.
+    """Refuse adapters that shift positions or cannot be switched off.
 
     Raises:
         ValueError: names the kind of adapter and the reason.
@@ -180,12 +181,13 @@ def _kind(config: Any) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter alone. (Some toolkits put a `config.json` beside it.)"""
+    """Return whether a folder holds an adapter alone. (Some toolkits put a `config.json` beside
+    it.)"""
     return (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises ValueError for an adapter folder where a whole model is needed."""
+    """Raise ValueError for an adapter folder where a whole model is needed."""
     if is_adapter(folder):
         raise ValueError(
             f"--model {str(folder)!r} is an adapter; unlearning starts from a whole model: merge "
@@ -194,8 +196,8 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def base_folder(folder: Path) -> Path:
-    """The base model that an adapter names in its `adapter_config.json`: a path from the adapter's
-    folder, or as it is.
+    """Return the base model that an adapter names in its `adapter_config.json`: a path from the
+    adapter's folder, or as it is.
 
     Raises:
         ValueError: the file names no folder that is here.
@@ -221,8 +223,8 @@ def base_folder(folder: Path) -> Path:
 
 
 def name_base(folder: Path) -> None:
-    """Has an adapter that was just written name its base model from where it lies: see
-    `named_from`. Whole paths tell who made them and are lost when both are moved."""
+    """Rewrite the base model that a new adapter names as a path from its folder (see
+    `named_from`): whole paths tell who made them and are lost when both are moved."""
     config = read_object(folder / ADAPTER_CONFIG)
     base = config["base_model_name_or_path"]
     if not base or not Path(base).is_dir():
@@ -237,7 +239,7 @@ def name_base(folder: Path) -> None:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter of a folder on it (safetensors only), to run and not to train.
+    """Put the adapter of a folder (safetensors only) on a model, to run and not to train.
 
     Raises:
         ValueError: the folder has no weights that can be read, they do not fit the model, or the
@@ -268,7 +270,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def check_adapter_names(model: nn.Module, checkpoint: Path) -> None:
-    """Raises ValueError where the adapter's file in a checkpoint lacks tensors of the model's
+    """Raise ValueError where the adapter's file in a checkpoint lacks tensors of the model's
     active adapter, or has others: `load_adapter`, which Trainer calls, says nothing of them."""
     if not hasattr(model, "peft_config") or not (checkpoint / ADAPTER_WEIGHTS).is_file():
         return
@@ -283,7 +285,7 @@ def check_adapter_names(model: nn.Module, checkpoint: Path) -> None:
 
 
 def fold_in(model: PeftModel) -> PreTrainedModel:
-    """The model with its adapter added to the weights, in place; no adapter is left.
+    """Add the adapter to the weights, in place; no adapter is left.
 
     Where the adapter is on an output head or an embedding that share one weight, they share it no
     more: the adapter belongs to one of them.
@@ -312,7 +314,7 @@ def fold_in(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def fold_in_measured(model: PeftModel, input_ids: Tensor) -> tuple[PreTrainedModel, float]:
-    """-> (`fold_in(model)`, the share of the adapter's effect that rounding takes).
+    """Return `fold_in(model)` and the share of the adapter's effect that rounding takes.
 
     The share is the distance between the logits with the adapter folded in and with it beside the
     weights, over the distance between those and the base model's: small changes of weights in

@@ -1,5 +1,5 @@
-"""A mixture's load-balancing loss, which the model's own loss adds to its cross-entropy where
-`config.output_router_logits` is true: the retain term has it too."""
+"""The router loss (load balancing) of a mixture of experts, which the model's own loss adds to
+its cross-entropy where `config.output_router_logits` is true: the retain term has it too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class RouterLoss:
-    """Takes the loss of the retain rows out of what a model gives.
+    """Compute the router loss of the retain rows from the model's outputs.
 
     The model's own function and coefficient are used, over the real tokens of the retain rows of a
     micro-batch. Micro-batches count by their answer tokens.
@@ -29,8 +29,8 @@ class RouterLoss:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[list[Any]]:
-        """Gives a list that what the model gives inside is put into; nothing for models whose
-        config does not ask for the loss."""
+        """Collect the model's outputs inside; nothing for models whose config does not ask for
+        the loss."""
         outputs: list[Any] = []
         if not wanted(model):
             yield outputs
@@ -42,7 +42,8 @@ class RouterLoss:
             handle.remove()
 
     def of(self, model: nn.Module, outputs: list[Any], mask: Tensor | None, own: int) -> Tensor:
-        """Coefficient times loss, a float32 scalar, of the rows after the first `own` ones.
+        """Return coefficient times loss, a float32 scalar, of the rows after the first `own`
+        ones.
 
         Args:
             outputs: of `watching`, whose first one counts.
@@ -68,19 +69,19 @@ class RouterLoss:
         return coefficient * loss.float()
 
     def take_mean(self) -> Tensor | None:
-        """The mean of the losses of training since the last call, without the coefficient; None
-        where there was none."""
+        """Return the mean of the losses of training since the last call, without the
+        coefficient; None where there was none."""
         seen, self._seen = self._seen, []
         return torch.stack(seen).mean() if seen else None
 
 
 def wanted(model: nn.Module) -> bool:
-    """Whether the model's own loss has a router loss."""
+    """Return whether the model's own loss has a router loss."""
     return any(getattr(c, "output_router_logits", False) is True for c in _configs(unwrap(model)))
 
 
 def warn_if_left_out(model: nn.Module, reason: str | None) -> None:
-    """Says so where the config asks for a router loss and the run has no place for it."""
+    """Warn where the config asks for a router loss and the run has no place for it."""
     if reason is not None and wanted(model):
         logger.warning(
             "config.output_router_logits is True; the router loss (router_aux_loss_coef) is not "
@@ -102,7 +103,7 @@ def _coefficient(inner: nn.Module) -> float | None:
 
 
 def _of_rows(inner: nn.Module, output: Any, mask: Tensor | None, own: int, whole: Tensor) -> Tensor:
-    """The model's function on the rows after `own`; it must give `whole` for all rows."""
+    """Call the model's function on the rows after `own`; it must give `whole` for all rows."""
     function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     gates = getattr(output, "router_logits", None)
     experts = next(

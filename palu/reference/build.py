@@ -23,7 +23,7 @@ AUTOCAST = (None, torch.bfloat16, torch.float16)
 
 
 class Source:
-    """One data set of a cache: which of its rows are distinct examples, and how they are named.
+    """One data set of a cache: its distinct examples and their ids.
 
     Attributes:
         name: `forget` or `retain`.
@@ -70,12 +70,12 @@ class Source:
 
     @property
     def unique(self) -> int:
-        """How many distinct examples there are."""
+        """The number of distinct examples."""
         return len(self._first)
 
     def batches(self, size: int) -> list[list[int]]:
-        """Row numbers of the distinct examples, of like length together; the same for any order of
-        the data set."""
+        """Return row numbers of the distinct examples, of like length together; the same for any
+        order of the data set."""
         order = sorted(self._first, key=lambda i: (self._lengths[i], self.ids[i]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -87,7 +87,7 @@ def check_options(
     batch_size: int,
     shard_bytes: int,
 ) -> None:
-    """What `ReferenceCache.build` may be asked for.
+    """Check the arguments of `ReferenceCache.build`.
 
     Raises:
         ValueError: names the argument.
@@ -110,7 +110,7 @@ def check_options(
 def batches_of(
     sources: Sequence[Source], loss: PALULoss, batch_size: int
 ) -> list[tuple[Source, list[int]]]:
-    """The batches of a pass over all that the loss needs: a data set and row numbers of it."""
+    """Return the batches of a pass over all that the loss needs: data set and row numbers."""
     wanted = [s for s in sources if s.name == "retain" or loss.needs_reference]
     return [(s, numbers) for s in wanted for numbers in s.batches(batch_size)]
 
@@ -123,7 +123,7 @@ def rows_of(
     loss: PALULoss,
     collator: Callable,
 ) -> dict[str, Tensor]:
-    """What the model says of one of these batches; call it in `eval_mode`.
+    """Compute `reference_rows` of one of these batches; call it in `eval_mode`.
 
     Raises:
         CacheError: a label is no token, or the collator does more than padding.
@@ -152,7 +152,7 @@ def store_rows(
     collator: Callable,
     report: Callable[..., None] | None,
 ) -> None:
-    """Computes and writes the shards that are not there yet; call it in `eval_mode`."""
+    """Compute and write the shards that are not there yet; call it in `eval_mode`."""
     batches = batches_of(sources, loss, partial.content["batch_size"])
     total, done = sum(len(numbers) for _, numbers in batches), 0
     pending: list[dict[str, Tensor]] = []

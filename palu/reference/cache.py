@@ -71,7 +71,7 @@ class ReferenceCache:
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        """Opens the files that the manifest names, which must have been checked."""
+        """Open the files that the manifest names, which must have been checked."""
         self.path, self.manifest = path, manifest
         self.device = torch.device("cpu")
         self.head: palu_kernels.LMHead | None = None
@@ -111,7 +111,7 @@ class ReferenceCache:
         notes: Mapping[str, Any] | None = None,
         report: Callable[..., None] | None = None,
     ) -> ReferenceCache:
-        """Runs the model over the data once and writes what the loss will ask for.
+        """Run the model over the data once and write what the loss will ask for.
 
         The model is run as it is now (an adapter that is active counts), in eval mode without
         gradients; its modes and the random state are as before afterwards. Batches are made of
@@ -187,7 +187,7 @@ class ReferenceCache:
         train_head: bool | None = None,
         starting_model: str | None = None,
     ) -> ReferenceCache:
-        """Opens a cache after reading every byte of it once and comparing it with what is given.
+        """Open a cache after reading every byte of it once and comparing it with what is given.
 
         Args:
             path: the folder.
@@ -235,7 +235,7 @@ class ReferenceCache:
         starting_model: str | None = None,
         **options: Any,
     ) -> ReferenceCache:
-        """`open` where there is a cache, `build` where there is none.
+        """`open` the cache, or `build` it where there is none.
 
         Args:
             model, dataset, path, starting_model: as there.
@@ -265,7 +265,7 @@ class ReferenceCache:
         return self.manifest["model"]
 
     def to(self, device: torch.device | str) -> ReferenceCache:
-        """Hands out rows on `device` from now on and moves the frozen head there; returns self."""
+        """Return rows on `device` from now on and move the frozen head there; returns self."""
         self.device = torch.device(device)
         if self.head is not None:
             head, bias = self.head, self.head.bias
@@ -278,8 +278,8 @@ class ReferenceCache:
         return self
 
     def forget_indices(self, example_ids: Tensor | Iterable[int]) -> Tensor:
-        """Indices of the k largest reference logits: int32 `[forget rows of these examples, k]`,
-        ascending along a row.
+        """Return the indices of the k largest reference logits: int32 `[forget rows of these
+        examples, k]`, ascending along a row.
 
         Args:
             example_ids: int64 `[B]`, or integers: the examples of a batch, in its order.
@@ -302,7 +302,7 @@ class ReferenceCache:
         return self._rows("retain", "hidden", example_ids)
 
     def info(self) -> dict[str, Any]:
-        """What `palu cache info` prints; see `cache_info`."""
+        """Return `cache_info` of this cache."""
         return cache_info(self.path)
 
     def _rows(self, source: str, kind: str, example_ids: Tensor | Iterable[int]) -> Tensor:
@@ -328,7 +328,7 @@ class ReferenceCache:
 
 
 def cache_info(path: Path) -> dict[str, Any]:
-    """What a cache is made of, from its manifest alone (no shard is read).
+    """Describe a cache from its manifest alone (no shard is read).
 
     Returns:
         the manifest's settings and fingerprints; `rows`: how many forget rows have indices, how
@@ -354,7 +354,7 @@ def cache_info(path: Path) -> dict[str, Any]:
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a cache whose files are all as they were written."""
+    """Read the manifest; check that every file it names is as it was written."""
     manifest = read_sealed(path / MANIFEST)
     if manifest["head_file"] is not None:
         check_file(path, manifest["head_file"])
@@ -364,7 +364,7 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped and not read."""
+    """Map all tensors of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -38,16 +38,16 @@ class CachedReference:
         return self.cache.head
 
     def to(self, device: torch.device | str) -> CachedReference:
-        """Where rows are handed out."""
+        """Return rows on this device."""
         self.cache.to(device)
         return self
 
     def has_fusable_head(self, inputs: Inputs) -> bool:
-        """Only such models can be cached."""
+        """Return True: only such models can be cached."""
         return True
 
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """By the ids of the examples, in batches and padding of any kind."""
+        """Look up the rows of the batch's examples by their ids."""
         ids = example_ids(batch)
         retain = batch.get("palu_retain") if self._retain else None
         return ReferenceRows(
@@ -64,7 +64,8 @@ Reference = LiveReference | AdapterOffReference | CachedReference
 def make_reference(
     kind: str, model: nn.Module, ref_model: nn.Module | None, *, needed: bool
 ) -> Reference | None:
-    """None where no term needs one, and for a cache, which is opened when training begins.
+    """Make the reference of a run; None where no term needs one, and for a cache, which is opened
+    when training begins.
 
     Raises:
         ValueError: `kind` is unknown, or a `ref_model` is given and `kind` is not live.
@@ -86,7 +87,7 @@ def make_reference(
 def open_run_cache(
     model: nn.Module, dataset: Any, place: str, checkpoint: str | None, **options: Any
 ) -> ReferenceCache:
-    """The cache at `place`. The main process alone builds it where there is none; the others open
+    """Open the cache at `place`; where there is none the main process builds it and the others open
     it then.
 
     Args:
@@ -119,13 +120,14 @@ def open_run_cache(
 
 
 def remember_starting_model(folder: Path, cache: ReferenceCache) -> None:
-    """Writes into a checkpoint which model its run's cache is of."""
+    """Write into a checkpoint which model its run's cache is of."""
     content = json.dumps({"starting_model": cache.starting_model})
     (folder / STARTING_MODEL).write_text(content, encoding="utf-8")
 
 
 def autocast_dtype(accelerator: Any) -> torch.dtype | None:
-    """What the accelerator runs the model in, by the training arguments' word or the launcher's."""
+    """Return the dtype that the accelerator runs the model in, by the training arguments or the
+    launcher; None without autocast."""
     kind = accelerator.device.type
     with accelerator.autocast():
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

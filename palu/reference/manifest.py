@@ -32,7 +32,7 @@ def describe(
     template: Any,
     autocast_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Everything that decides the numbers of a cache, as JSON values for its manifest."""
+    """Return everything that decides the numbers of a cache, as JSON values for its manifest."""
     data = {source.name: source for source in sources}
     return {
         "model": model_fingerprint(model),
@@ -54,7 +54,7 @@ def describe(
 
 
 def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
-    """The settings of a loss that decide which rows it asks a cache for, and what of them."""
+    """Return the loss settings that decide which rows it asks a cache for, and what of them."""
     eos = loss.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     chosen_by_reference = loss.select_from == "reference"
@@ -81,7 +81,7 @@ def check_match(
     train_head: bool | None,
     starting_model: str | None,
 ) -> None:
-    """Compares a manifest with everything that is given; see `ReferenceCache.open`.
+    """Compare a manifest with everything that is given; see `ReferenceCache.open`.
 
     Raises:
         CacheMismatch: names all that differs.
@@ -120,7 +120,7 @@ def _unlike(name: str, cached: Any, present: Any) -> list[str]:
 
 
 def _of_labels(manifest: Mapping[str, Any], loss: PALULoss) -> list[str]:
-    """What the loss asks for must be there; more may be."""
+    """Compare label settings: what the loss asks for must be there, more may be."""
     asked = label_settings(loss, manifest["head"]["vocab_size"])
     found = []
     for name in ("prefix_length", "eos_token_id"):

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class _ModelReference:
-    """A reference that is a model, or a part of one."""
+    """What `LiveReference` and `AdapterOffReference` share."""
 
     head: palu_kernels.LMHead | None = None  # None: the trained model's own
 
@@ -52,11 +52,11 @@ class _ModelReference:
         raise NotImplementedError
 
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """`[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
+        """Return `[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
         return self.of(model, lambda original: logits_at(original, *inputs[:3], **inputs.more))
 
     def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """The original's hidden states."""
+        """Return the original's hidden states, without gradient."""
         hidden = self.of(
             model,
             lambda original: model_hidden_states(original, *inputs[:2], **inputs.more)[inputs.keep],
@@ -145,11 +145,11 @@ class AdapterOffReference(_ModelReference):
                 )
 
     def to(self, device: torch.device | str) -> AdapterOffReference:
-        """The model is where it is."""
+        """Do nothing: the model is where it is."""
         return self
 
     def has_fusable_head(self, inputs: Inputs) -> bool:
-        """The head is the model's."""
+        """Return True: the head is the model's."""
         return True
 
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -158,7 +158,7 @@ class AdapterOffReference(_ModelReference):
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Entries of a row of logits, as the model's config tells; None where it does not."""
+    """Return the vocabulary size that the model's config tells, else None."""
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)

@@ -72,7 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON with a checksum over itself.
+    """Write JSON with a checksum over itself.
 
     Raises:
         CacheWriteError: the file system refused.
@@ -81,7 +81,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the seal.
+    """Read what `write_sealed` wrote, without the seal.
 
     Raises:
         CacheDamaged: there is no such file, or a byte of it was changed.
@@ -115,7 +115,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
-    """The path of a file that `write_tensors` wrote, whole and unchanged.
+    """Return the path of a file that `write_tensors` wrote, after reading it.
 
     Raises:
         CacheDamaged: it is missing, truncated, or a byte of it was changed.
@@ -148,7 +148,7 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def write_error(error: OSError, path: Path) -> CacheWriteError:
-    """The error to raise for one that the file system gave."""
+    """Turn an error of the file system into a CacheWriteError."""
     why = f"{error.strerror or error}; what is finished is kept, and building again goes on from it"
     return CacheWriteError(error.errno, why, str(path))
 
@@ -164,7 +164,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 
 class PartialCache:
-    """The files made so far; another process cannot make any at the same time.
+    """The files of a build so far; no other process can make any at the same time.
 
     Every file is whole on the disk before `progress.json` names it, so a process may be killed at
     any moment: what is named can be built upon, what is not is removed.
@@ -197,7 +197,7 @@ class PartialCache:
         return sum(record["batches"] for record in self._shards)
 
     def store_head(self, head: palu_kernels.LMHead) -> None:
-        """Writes the weight and the bias of the frozen head, unless they are there."""
+        """Write the weight and the bias of the frozen head, unless they are there."""
         if self._head is None:
             tensors = {"weight": head.weight, "bias": head.bias}
             tensors = {name: x for name, x in tensors.items() if x is not None}
@@ -205,7 +205,7 @@ class PartialCache:
             self._record()
 
     def store_shard(self, source: str, tensors: Mapping[str, Tensor], *, batches: int) -> None:
-        """Writes the next shard, made of so many batches."""
+        """Write the next shard, made of so many batches."""
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
         record = {"source": source, "batches": batches, "examples": len(tensors["example_ids"])}
         for name in ("index_rows", "hidden_rows"):
@@ -214,7 +214,7 @@ class PartialCache:
         self._record()
 
     def finish(self) -> None:
-        """Puts the folder in its place; what was there goes away when it is."""
+        """Move the folder to its place; what was there is removed after that."""
         path = self.claim.path
         try:
             self.claim.check()
@@ -234,8 +234,8 @@ class PartialCache:
         write_sealed(self.folder / PROGRESS, content)
 
     def _take_over(self) -> None:
-        """Finds what an interrupted build of the same cache left: the first shards that are whole,
-        and the head."""
+        """Take up what an interrupted build of the same cache left: the first whole shards, and the
+        head."""
         # A build that ended between the last two renames left everything, under its final name.
         with suppress(OSError):
             os.replace(self.folder / MANIFEST, self.folder / PROGRESS)
@@ -258,8 +258,7 @@ class PartialCache:
 
 @contextmanager
 def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCache]:
-    """The folder beside `path` that a cache is built in, for this process alone. It stays there
-    when the build fails.
+    """Hold the folder beside `path` that a cache is built in. It stays there when the build fails.
 
     Raises:
         CacheError: another process is building the same cache.
@@ -288,7 +287,7 @@ def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCac
 
 
 def _lock(number: int, folder: Path) -> None:
-    """Holds the folder until its number is closed, be it by a kill."""
+    """Lock the folder until its number is closed, be it by a kill."""
     taken = False
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,8 +38,8 @@ def verify_cache(
     tokenizer: Any = None,
     report: Callable[..., None] | None = None,
 ) -> dict[str, float]:
-    """Reads every byte of a cache, compares its fingerprints with what is given and, where both
-    model and data are, computes its numbers again.
+    """Read every byte of a cache, compare its fingerprints with what is given and, where both model
+    and data are, compute its numbers again.
 
     Label settings and autocast are those in the manifest.
 
@@ -116,6 +116,6 @@ def _errors(cache: ReferenceCache, rows: dict[str, Tensor], source: str) -> dict
 
 
 def _coarsest_dtype(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
-    """The dtype whose roundings decide."""
+    """Return the dtype whose roundings decide."""
     kinds = [model_dtype(model), autocast or torch.float64]
     return max(kinds, key=lambda kind: torch.finfo(kind).eps)

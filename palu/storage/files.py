@@ -34,7 +34,7 @@ class Changed(OSError):
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A hidden name beside `path`, for every path the same; short where the name is long."""
+    """Return a hidden name beside `path`, always the same; short where the name is long."""
     name = path.name
     if len(os.fsencode(name)) > 180:
         name = f"{name[:30]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
@@ -43,8 +43,8 @@ def beside(path: Path, ending: str) -> Path:
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write into, put at `path` when the block ends without an error. A link at `path` is
-    followed, so that the file it names is replaced.
+    """Open a file to write into, renamed to `path` when the block ends without an error. Where
+    `path` is a link the file it names is replaced.
 
     Args:
         mode: "w" (UTF-8, newlines as they are written) or "wb".
@@ -73,7 +73,7 @@ def new_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
 
 
 def check_regular(path: Path) -> None:
-    """Raises FileExistsError where `path` is a folder, device, FIFO or socket, or a link to one."""
+    """Raise FileExistsError where `path` is a folder, device, FIFO or socket, or a link to one."""
     with suppress(FileNotFoundError):  # a link to nowhere too
         if not stat.S_ISREG(path.stat().st_mode):
             raise FileExistsError(
@@ -82,7 +82,7 @@ def check_regular(path: Path) -> None:
 
 
 def check_json(path: Path, keys: set[str], writer: str) -> None:
-    """Whether a JSON file may be written: there is none, or an empty one, or one of ours.
+    """Check that a JSON file may be written: there is none, or an empty one, or one of ours.
 
     Args:
         keys: what an object of ours has.
@@ -106,7 +106,7 @@ def check_json(path: Path, keys: set[str], writer: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that is whole or absent.
+    """Write JSON that is whole or absent.
 
     Raises:
         ValueError: a number is not finite.
@@ -118,7 +118,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
         return
     number = os.open(path, os.O_RDONLY)
@@ -129,8 +129,8 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> list[Path]:
-    """Gives the files below `folder` the mode of new ones (safetensors writes 0600) and has all of
-    it on the disk.
+    """Give the files below `folder` the mode of new ones (safetensors writes 0600) and flush all of
+    it to the disk.
 
     Returns:
         the files, sorted.
@@ -148,8 +148,8 @@ def settle(folder: Path) -> list[Path]:
 
 
 def new_aside(path: Path) -> Path:
-    """A new folder beside `path` that holds nothing but a mark that it is palu's. Call it, and
-    `remove_abandoned`, with `path` locked or from the only process that writes it."""
+    """Make a folder beside `path` with a mark that it is palu's. Call it, and `remove_abandoned`,
+    with `path` locked or from the only process that writes it."""
     aside = beside(path, f"partial-{secrets.token_hex(8)}")
     aside.mkdir()
     (aside / MARK).write_bytes(os.fsencode(path.name))
@@ -157,8 +157,8 @@ def new_aside(path: Path) -> Path:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Folders that `new_aside` made for `path` in runs that were killed. What a run was about to
-    replace goes back to its place."""
+    """Remove the folders that killed runs left of `new_aside`; what such a run was about to replace
+    goes back to its place."""
     hidden = beside(path, "partial-").name
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         token = left.name.removeprefix(hidden)
@@ -174,14 +174,14 @@ def remove_abandoned(path: Path) -> None:
 
 
 def new_of(aside: Path) -> Path:
-    """Where the folder is written whose aside this is: beside its place, so that relative paths in
-    it are right."""
+    """Return where the folder of an aside is written: beside its final place, so that relative
+    paths in it are right."""
     start, _, token = aside.name.rpartition("partial-")
     return aside.with_name(f"{start}new-{token}")
 
 
 def remove_aside(aside: Path) -> None:
-    """Removes a folder of `new_aside` and what is at `new_of` it; the mark goes last, so that half
+    """Remove a folder of `new_aside` and what is at `new_of` it; the mark goes last, so that half
     of it is still known."""
     if "partial-" in aside.name:
         shutil.rmtree(new_of(aside), ignore_errors=True)
@@ -192,7 +192,7 @@ def remove_aside(aside: Path) -> None:
 
 
 def put(new: Path, path: Path, aside: Path) -> None:
-    """Renames a folder to `path`. What is there goes into `aside` first, and back after an error;
+    """Rename a folder to `path`. What is there goes into `aside` first, and back after an error;
     the caller removes `aside`.
 
     Raises:
@@ -213,7 +213,7 @@ def put(new: Path, path: Path, aside: Path) -> None:
 
 @contextmanager
 def replace_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A new folder to write into, put at `path` when the block ends without an error; what was
+    """Make a folder to write into, renamed to `path` when the block ends without an error; what was
     there stays until then.
 
     Args:
@@ -234,7 +234,7 @@ def replace_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iter
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an output for this process alone until the block ends, or the process, be it by a kill.
+    """Lock an output for this process until the block ends, or the process, be it by a kill.
 
     The lock is on a file beside it, which goes away at the end. File systems without locks have
     none.

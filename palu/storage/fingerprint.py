@@ -42,7 +42,7 @@ _NOT_IN_LOGITS = {
 
 
 def example_id(example: Mapping[str, Any]) -> int:
-    """A stable name of one example: 63 bits that depend on its tokens and labels alone.
+    """Return a stable name of one example: 63 bits that depend on its tokens and labels alone.
 
     Args:
         example: has `input_ids` and `labels`, integers `[T]` (lists, arrays or CPU tensors); where
@@ -53,14 +53,14 @@ def example_id(example: Mapping[str, Any]) -> int:
 
 
 def example_bytes(example: Mapping[str, Any]) -> bytes:
-    """The tokens and labels of an example without padding: what its id is made of."""
+    """Return the tokens and labels of an example without padding, of which its id is made."""
     values = np.array([np.asarray(example[key], "<i8") for key in ("input_ids", "labels")])
     mask = example.get("attention_mask")
     return (values if mask is None else values[:, np.asarray(mask) != 0]).tobytes()
 
 
 def example_ids(batch: Mapping[str, Any]) -> Tensor:
-    """`example_id` of every row of a padded batch: int64 `[B]` on the CPU.
+    """Return `example_id` of every row of a padded batch: int64 `[B]` on the CPU.
 
     Args:
         batch: `input_ids`, `labels` and `attention_mask`, `[B, T]` each, padded on any side.
@@ -75,13 +75,13 @@ def example_ids(batch: Mapping[str, Any]) -> Tensor:
 
 
 def data_fingerprint(ids: Iterable[int]) -> str:
-    """Of a set of examples: order and repetition do not matter."""
+    """Hash a set of examples; order and repetition do not matter."""
     unique = np.array(sorted(set(ids)), dtype="<i8")
     return hashlib.blake2b(unique.tobytes(), digest_size=32, person=b"palu.data").hexdigest()
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of what a model computes: every parameter and buffer (name, dtype, shape, bytes), its class
+    """Hash what a model computes: every parameter and buffer (name, dtype, shape, bytes), its class
     and the settings that change logits.
 
     Wrappers of DDP and `torch.compile` do not count; adapters of PEFT do, with their settings.
@@ -113,7 +113,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def tensor_fingerprint(*tensors: Tensor | None) -> str:
-    """Of dtype, shape and bytes; None stands for a tensor that is not there."""
+    """Hash dtype, shape and bytes; None stands for a tensor that is not there."""
     digest = hashlib.blake2b(digest_size=32, person=b"palu.tensor")
     for tensor in tensors:
         digest.update(_text(None if tensor is None else [str(tensor.dtype), list(tensor.shape)]))
@@ -123,7 +123,7 @@ def tensor_fingerprint(*tensors: Tensor | None) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes, hex, 256 bits."""
+    """Return BLAKE2b of a file's bytes, hex, 256 bits."""
     digest = hashlib.blake2b(digest_size=32)
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
@@ -132,7 +132,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of the files directly in a folder, their names and bytes, hex, 256 bits."""
+    """Hash the files directly in a folder, names and bytes, hex, 256 bits."""
     digest = hashlib.blake2b(digest_size=32, person=b"palu.folder")
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name} {file_digest(path)}\n".encode())
@@ -140,7 +140,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Of how a tokenizer turns text into tokens, its special tokens and its chat template. The
+    """Hash how a tokenizer turns text into tokens, its special tokens and its chat template. The
     padding and truncation that a call leaves behind in a fast tokenizer do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -155,7 +155,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in row-major order, at most `CHUNK_BYTES` at a time on the host."""
+    """Yield a tensor's bytes in row-major order, at most `CHUNK_BYTES` at a time on the host."""
     flat = tensor.detach().reshape(-1)
     step = max(CHUNK_BYTES // flat.element_size(), 1)
     for start in range(0, flat.numel(), step):
@@ -164,8 +164,8 @@ def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """What DDP or `torch.compile` wraps; None where the model itself was reached (PEFT's wrapper
-    is part of it: prompt tuning keeps weights there)."""
+    """Return what DDP or `torch.compile` wraps, else None (PEFT's wrapper is part of the model:
+    prompt tuning keeps weights there)."""
     if hasattr(model, "get_base_model"):
         return None
     for name in ("_orig_mod", "module"):
@@ -186,14 +186,14 @@ def _settings(model: nn.Module) -> list[Any]:
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """Every setting of the PEFT adapters of a model, as JSON values: `adapter default.r`, ..."""
+    """Return every setting of the model's PEFT adapters as JSON values: `adapter default.r`, ..."""
     configs = getattr(model, "peft_config", {})
     settings = {f"adapter {name}": _plain(config.to_dict()) for name, config in configs.items()}
     return {f"{name}.{key}": v for name, values in settings.items() for key, v in values.items()}
 
 
 def _plain(value: Any) -> Any:
-    """JSON values in one order only, without the settings that do not change logits."""
+    """Convert to JSON values in one order, without the settings that do not change logits."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if k not in _NOT_IN_LOGITS}
     if isinstance(value, set | frozenset):

@@ -37,7 +37,7 @@ _SPECIAL = (
 
 
 class NotJSON(ValueError):
-    """A text is no JSON that can be used.
+    """A text is not JSON that can be used.
 
     Attributes:
         line: where, from 1 on; None where that is not known.
@@ -49,8 +49,8 @@ class NotJSON(ValueError):
 
 
 def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raises ValueError where a path is not that of a regular file, without opening it: a pipe or a
-    device may have no end.
+    """Raise ValueError where a path is not a regular file's, without opening it: a pipe or a device
+    may have no end.
 
     Args:
         folder: whether it may be a folder.
@@ -71,7 +71,7 @@ def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a regular file of UTF-8, without a mark at its beginning.
+    """Read a regular file of UTF-8 text, without a byte order mark.
 
     Raises:
         ValueError: it is none; names the file and what it looks like.

@@ -29,7 +29,7 @@ _PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that decide what a run computes."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """The `palu.json` of a model folder, None where there is none.
+    """Read the `palu.json` of a model folder; None where there is none.
 
     Raises:
         ValueError: the file is no JSON object.
@@ -52,7 +52,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
-    """Decides whether a folder may be written (or replaced) before any work is done.
+    """Check that a folder may be written (or replaced), before any work is done.
 
     Args:
         path: the output folder.
@@ -105,7 +105,7 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: tuple[str | Path,
 
 
 def check_json(path: Path, *, inputs: tuple[str | Path | None, ...] = ()) -> None:
-    """Decides whether `palu evaluate --json` may write a file, before any work is done.
+    """Check that `palu evaluate --json` may write a file, before any work is done.
 
     Raises:
         FileExistsError: it is an input, no regular file, or one that palu evaluate did not write.
@@ -118,7 +118,7 @@ def check_json(path: Path, *, inputs: tuple[str | Path | None, ...] = ()) -> Non
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether it is the folder, or is somewhere in it; by what the file system says, which may not
+    """Return whether a path is the folder or in it, by what the file system says, which may not
     tell cases apart."""
     places = {
         p for one in (Path(os.path.abspath(path)), path.resolve()) for p in (one, *one.parents)
@@ -134,7 +134,7 @@ def is_cache_file(name: str) -> bool:
 
 
 def _foreign(folder: Path) -> str | None:
-    """Something in an output folder that palu did not write; None where there is nothing."""
+    """Return the name of something in an output folder that palu did not write, else None."""
     names = sorted(path.name for path in folder.iterdir())
     if all(map(is_cache_file, names)) and (
         "head.safetensors" in names
@@ -162,7 +162,7 @@ def _foreign(folder: Path) -> str | None:
 
 
 def _state(path: Path) -> tuple | None:
-    """What tells whether a folder was changed or replaced since: None where it is absent or
+    """Return what tells whether a folder was changed or replaced since; None where it is absent or
     empty."""
     if not path.exists():
         return None
@@ -172,13 +172,13 @@ def _state(path: Path) -> tuple | None:
 
 
 class Claim:
-    """An output that no other process writes: where it is, and what was there."""
+    """An output that no other process writes: its path, and what was there."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.before = path, _state(path)
 
     def check(self) -> None:
-        """Raises Changed where something else is there by now."""
+        """Raise Changed where something else is there by now."""
         if _state(self.path) != self.before:
             why = "was changed or made while this run was going on, and is left as it is"
             raise Changed(errno.EEXIST, why, str(self.path))
@@ -188,8 +188,8 @@ class Claim:
 def claim_output(
     path: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()
 ) -> Iterator[Claim]:
-    """Checks an output folder as `check_output` does and keeps it from other runs until the block
-    ends; `output_folder` takes what this gives.
+    """Check an output folder as `check_output` does and lock it until the block ends;
+    `output_folder` takes what this gives.
 
     Raises:
         FileExistsError, ValueError: as `check_output`; another process writes it.
@@ -204,8 +204,8 @@ def claim_output(
 
 
 def cache_place(reference: str, folder: Path | None, output: Path) -> Path | None:
-    """Where `palu unlearn` keeps its reference cache: beside the output, which is replaced as a
-    whole.
+    """Return where `palu unlearn` keeps its reference cache: beside the output, which is replaced
+    as a whole.
 
     Args:
         reference: live, adapter_off or cached.
@@ -238,7 +238,7 @@ def cache_place(reference: str, folder: Path | None, output: Path) -> Path | Non
 
 @contextmanager
 def output_folder(output: Path | Claim) -> Iterator[Path]:
-    """A new folder beside `output` to write into, put in its place when the block ends without an
+    """Make a folder beside `output` to write into, put in its place when the block ends without an
     error.
 
     What was there stays untouched until then; after an error the new folder is removed, and what a
