@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 import palu_kernels
 from palu.storage.files import (
+    InUse,
     beside,
+    locked,
     new_aside,
     new_file,
     put,
@@ -28,11 +30,6 @@ from palu.storage.files import (
 )
 from palu.storage.fingerprint import file_digest
 from palu.storage.output import CACHE_FORMAT, Claim, is_cache_file
-
-try:
-    import fcntl
-except ImportError:  # Windows: two builds of one cache at a time are not told apart there
-    fcntl = None
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -268,34 +265,15 @@ def partial_cache(path: Path, content: Mapping[str, Any]) -> Iterator[PartialCac
     folder = beside(path, "partial")
     if folder.is_symlink():
         raise CacheError(f"{str(folder)!r}, where the cache is to be built, is a link; remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY) if fcntl is not None else None
-    except OSError as error:
-        raise write_error(error, folder) from error
-    try:
-        if lock is not None:
-            _lock(lock, folder)
+    with ExitStack() as held:
         try:
+            held.enter_context(locked(folder))
+            folder.mkdir(exist_ok=True)
             partial = PartialCache(folder, content, Claim(path))
+        except InUse:
+            raise CacheError(
+                f"another process is building a cache in {str(folder)!r}: wait for it"
+            ) from None
         except OSError as error:
             raise write_error(error, folder) from error
         yield partial
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(number: int, folder: Path) -> None:
-    """Lock the folder until its number is closed, be it by a kill."""
-    taken = False
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another process may have finished, and moved the folder away, since it was opened.
-        taken = not folder.exists() or not os.path.samestat(os.fstat(number), folder.stat())
-    except BlockingIOError:
-        taken = True
-    except OSError:
-        pass  # a file system without locks
-    if taken:
-        raise CacheError(f"another process is building a cache in {str(folder)!r}: wait for it")
