@@ -21,12 +21,11 @@ def config(folder, **options):
         "disable_tqdm": True,
         "use_cpu": True,
         "dataloader_pin_memory": False,
-        "objective": "entropy",
-        "top_k": 7,
         "lr_scheduler_type": "constant",
-        **options,
     }
-    return PALUConfig(**settings)
+    if options.get("method", "palu") == "palu":
+        settings |= {"objective": "entropy", "top_k": 7}
+    return PALUConfig(**settings | options)
 
 
 def trainer(tok, args, *, forget=None, retain=True, model=None, **kwargs):

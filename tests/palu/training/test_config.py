@@ -6,7 +6,9 @@ from dataclasses import fields
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
+from palu.methods import METHODS
 from palu.training.config import PALUConfig
+from palu.training.options import MethodOptions, RunOptions, choices
 
 
 def test_center_and_preserve_survive_the_command_line(tmp_path):
@@ -72,6 +74,30 @@ def test_a_wrong_value_is_named(tmp_path, others, name, value):
         PALUConfig(output_dir=str(tmp_path), **others, **{name: value})
     said = str(caught.value)
     assert said.startswith(name) and repr(value) in said and " must be " in said, said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "npo", "top_k": 4}, "top_k is 4 and method 'npo' has no such option"),
+        ({"method": "rmu", "preserve": "none"}, "preserve is None and method 'rmu' has no such"),
+        ({"objective": "entropy", "center": 2.0}, "center is 2.0 and objective 'entropy' has no"),
+    ],
+)
+def test_options_that_are_not_read_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        PALUConfig(output_dir=str(tmp_path), **options)
+
+
+def test_options_say_which_methods_read_them_and_their_defaults():
+    assert choices(RunOptions, "method") == ("palu", *METHODS)
+    for option in fields(MethodOptions):
+        of = {
+            name: method.__dataclass_fields__[option.name].default
+            for name, method in METHODS.items()
+            if option.name in method.option_names()
+        }
+        assert option.metadata["help"].of == of, option.name
 
 
 def test_every_field_has_wrong_values_here():
