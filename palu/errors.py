@@ -1,9 +1,13 @@
-"""Telling a user's mistake from a bug: one clear line for the first, a traceback for the second."""
+"""Tell a user's mistake from a bug: one clear line for the first, a traceback for the second."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Not every system has all of them.
+_FULL = {getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG")} - {0}
 
 
 class UserError(Exception):
@@ -12,7 +16,7 @@ class UserError(Exception):
 
 
 def one_line(error: object, limit: int = 400) -> str:
-    """What an error of a library says, in one line that is not too long."""
+    """Return what an error of a library says, in one line that is not too long."""
     said = " ".join(str(error).split()) or type(error).__name__
     # The text of a KeyError is the key alone.
     said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
@@ -20,7 +24,7 @@ def one_line(error: object, limit: int = 400) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the machine or of its accelerator is used up."""
+    """Return whether an error says that a machine or its accelerator has no memory left."""
     if isinstance(error, MemoryError):
         return True
     said = str(error)
@@ -37,7 +41,7 @@ class WriteError(Exception):
 
 
 def failed_to_write(error: BaseException) -> bool:
-    """Whether an error is of a file system, by whichever library it comes."""
+    """Return whether an error is of a file system, by whichever library it comes."""
     said, kind = str(error), type(error).__name__  # without importing torch or safetensors
     return (
         isinstance(error, OSError)
@@ -48,8 +52,8 @@ def failed_to_write(error: BaseException) -> bool:
 
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Inside, bad values and files are the user's: ValueError, TypeError and OSError, or only the
-    errors that are named, become `UserError`.
+    """Turn ValueError, TypeError and OSError, or only the errors that are named, into `UserError`:
+    inside, bad values and files are the user's.
 
     Wrap reading of input and settings in it; around the work itself name what a user can cause
     there.
@@ -61,3 +65,24 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise  # who read what we print has seen enough
     except kinds as error:
         raise UserError(str(error)) from error
+
+
+def exit_status(error: Exception) -> tuple[int, str]:
+    """Return the exit status of an error that is no bug, and what to say of it; 0 for a bug."""
+    if isinstance(error, UserError | FloatingPointError):
+        return 2 if isinstance(error, UserError) else 1, str(error)
+    if isinstance(error, WriteError):
+        return 3, str(error)
+    # Another OSError may be a bug of ours.
+    if failed_to_write(error) and not (isinstance(error, OSError) and error.errno not in _FULL):
+        return 3, f"writing failed: {one_line(error)}"
+    if out_of_memory(error):
+        return 2, (
+            f"out of memory: {one_line(error, 200)}; lower --batch-size or --max-length, or take "
+            "--dtype bfloat16 or a smaller model (palu plan says what a step takes)"
+        )
+    if hasattr(error, "format_message"):  # typer's, of the command line
+        context = getattr(error, "ctx", None)
+        hint = "" if context is None else f" ({context.command_path} --help lists the options)"
+        return error.exit_code, one_line(error.format_message()) + hint
+    return 0, ""

@@ -83,13 +83,12 @@ def make_config(
     options["save_strategy"] = "no" if save_steps is None else "steps"
     if save_steps is not None:
         options |= {"save_steps": save_steps, "save_total_limit": 1}
+    defaults = {"report_to": "none", "dataloader_pin_memory": device.type != "cpu"}
     return PALUConfig(
         logging_steps=1,
-        report_to="none",
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-        **options,
+        **defaults | options,
     )
 
 
@@ -180,7 +179,7 @@ def unlearn(
             retain_dataset=retain_rows,
             processing_class=tokenizer,
         )
-        trainer.texts_compared = True  # by palu.cli.options.read_rows
+        trainer.texts_compared = True  # by palu.cli.data.read_rows
         trainer.remove_callback(PrinterCallback)
         if report is not None:
             trainer.add_callback(TrainingBar(report))

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Any
 
 import typer
 
-from palu.cli.options import (
-    BF16,
-    AllowMissing,
-    Backend,
-    ChatTemplateKwargs,
-    DateString,
-    Device,
-    DropOverlap,
-    Dtype,
-    ForceTemplate,
-    ForgetFile,
-    MaxLength,
-    ModelFolder,
-    Overwrite,
-    PrefixLength,
-    Preserve,
-    Repair,
-    RepairSpans,
-    RetainFile,
-    RetainLoss,
-    SelectFrom,
-    SystemPrompt,
-    TopK,
-    bars,
-    out,
+from palu.cli.data import (
+    data_notes,
     plain_warnings,
     quiet,
+    read_both,
     read_rows,
-    warn,
+    template_of,
+    without_slices,
 )
+from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
 from palu.errors import UserError, user_errors
+from palu.terminal import bars, out, warn
+from palu.training.options import LossOptions, RunOptions, TrainingOptions, option
 
 cache = typer.Typer(
     help="What the losses need of the original model, computed once instead of in every step.",
@@ -47,44 +31,52 @@ cache = typer.Typer(
 # What `palu cache info` tells first.
 FIRST = ("path", "bytes", "rows", "examples", "top_k", "prefix_length", "preserve", "select_from")
 
-CacheFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a reference cache.")]
-BatchSize = Annotated[int, typer.Option(help="Rows a forward pass.")]
+
+@dataclass(kw_only=True)
+class BuildOptions:
+    """What is built, and how."""
+
+    output: Path = option(MISSING, "Folder for the cache.", panel="Output")
+    train_head: bool = option(
+        True,
+        "Whether training may change the output head, as palu unlearn does: a copy of it is "
+        "stored.",
+        panel="What is stored",
+    )
+
+
+@dataclass(kw_only=True)
+class FolderOptions:
+    """Which cache is meant."""
+
+    path: Path = option(MISSING, "Folder of a reference cache.", argument=True)
+
+
+@dataclass(kw_only=True)
+class VerifyOptions:
+    """What a cache is compared with."""
+
+    model: Path | None = option(None, "Compare with this model's weights too.")
+    forget: str | None = option(None, "Compare with this file; with --model, compute again.")
+
+
+# The settings that decide what is stored.
+STORED = ("top_k", "prefix_length", "preserve", "select_from")
 
 
 @cache.command()
-def build(
-    context: typer.Context,
-    model: ModelFolder,
-    forget: ForgetFile,
-    output: Annotated[Path, typer.Option(help="Folder for the cache.")],
-    retain: RetainFile = None,
-    drop_overlap: DropOverlap = False,
-    top_k: TopK = 50,
-    prefix_length: PrefixLength = 3,
-    preserve: Preserve = "reverse_kl",
-    retain_loss: RetainLoss = None,
-    select_from: SelectFrom = "reference",
-    train_head: Annotated[
-        bool,
-        typer.Option(
-            help="Whether training may change the output head, as palu unlearn does: a copy of it "
-            "is stored."
-        ),
-    ] = True,
-    batch_size: BatchSize = 8,
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    bf16: BF16 = False,
-    device: Device = "auto",
-    allow_missing: AllowMissing = None,
-    max_length: MaxLength = 512,
-    system_prompt: SystemPrompt = None,
-    date_string: DateString = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    force_template: ForceTemplate = False,
-    repair: RepairSpans = Repair.none,
-    overwrite: Overwrite = False,
-) -> None:
+@with_options(
+    (TextOptions, "model"),
+    DataOptions,
+    TextOptions,
+    BuildOptions,
+    OutputOptions,
+    (LossOptions, *STORED),
+    (RunOptions, "retain_loss", "backend"),
+    (TrainingOptions, "batch_size", "bf16"),
+    WeightOptions,
+)
+def build(context: typer.Context, options: SimpleNamespace) -> None:
     """Run the original model over the data once and store what `palu unlearn` will ask of it.
 
     Give it the options of the run, which reads it with `--reference cached --reference-cache PATH`
@@ -92,176 +84,136 @@ def build(
     when it is started again.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.data.files import split_slice
-        from palu.run_record import choose_template
-        from palu.storage.output import claim_output
+        from palu.run_record import claim_output
 
-        files = [split_slice(path)[0] for path in (forget, retain) if path is not None]
-        context.with_resource(claim_output(output, overwrite=overwrite, inputs=(model, *files)))
-        import torch
-
-        from palu.loss import PALULoss
-        from palu.models.checks import check_causal, first_texts
-        from palu.models.loading import (
-            check_precision,
-            check_token_ids,
-            load_to_train,
-            load_tokenizer,
-            model_folder,
-            resolve_device,
+        files = without_slices(options.forget, options.retain)
+        claim = claim_output(
+            options.output, overwrite=options.overwrite, inputs=(options.model, *files)
         )
-        from palu.models.wrappers import eos_token_ids
-        from palu.progress import bar
-        from palu.reference.cache import CacheError, CacheWriteError, ReferenceCache
-        from palu.unlearn import make_config
-
-        quiet()
-        check_precision(dtype, bf16)
-        model_folder(model)
-        where = resolve_device(device)
-        if batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
-        config = make_config(
-            where,
-            top_k=top_k,
-            prefix_length=prefix_length,
-            preserve=preserve,
-            retain_loss=retain_loss,
-            select_from=select_from,
-            backend=backend,
-        )
-        if retain is None and config.retain_loss == "kl":
-            raise ValueError("--retain-loss kl needs a --retain file")
-        if retain is not None and config.retain_loss == "nll":
-            warn("--retain is not used: --retain-loss nll asks the original model nothing")
-            retain = None
-        template = choose_template(
-            model,
-            system_prompt=system_prompt,
-            date_string=date_string,
-            chat_template_kwargs=chat_template_kwargs,
-            force=force_template,
-        )
+        context.with_resource(claim)
+        config, template = _check_build(options)
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
-        tokenizer = load_tokenizer(model)
-        read = {"repair": repair.value, "max_length": max_length}
-        rows = read_rows(forget, tokenizer, template, require_spans=True, **read)
-        retain_rows = None
-        if retain is not None:
-            both = {"forget": forget, "drop_overlap": drop_overlap}
-            retain_rows = read_rows(
-                retain, tokenizer, template, require_spans=False, **both, **read
-            )
-        loaded, _ = load_to_train(model, dtype, device, bf16=bf16, allow_missing=allow_missing)
-        check_token_ids(loaded, tokenizer, [*rows, *(retain_rows or ())])
-        check_causal(loaded, first_texts(rows))
-        eos = eos_token_ids(loaded, tokenizer)
-        loss = PALULoss(**config.loss_options(), eos_token_id=eos)
-    notes = {"model": str(model), "forget": forget, "retain": retain, **read}
-    notes["drop_overlap"] = drop_overlap
+        given = _load_for_build(options, config, template)
+    from palu.progress import bar
+    from palu.reference.cache import CacheError, CacheWriteError, ReferenceCache
+
+    notes = {"model": str(options.model), **data_notes(options), "template": template.to_dict()}
     with bar(bars, "Building the cache") as report, user_errors(CacheError, CacheWriteError):
-        made = ReferenceCache.build(
-            loaded,
-            rows,
-            output,
-            loss=loss,
-            retain_dataset=retain_rows,
-            tokenizer=tokenizer,
+        cache = ReferenceCache.build(
+            **given,
             template=template,
-            batch_size=batch_size,
-            train_head=train_head,
-            autocast_dtype=torch.bfloat16 if bf16 else None,
-            overwrite=overwrite,
-            notes={**notes, "template": template.to_dict()},
+            batch_size=options.batch_size,
+            train_head=options.train_head,
+            overwrite=options.overwrite,
+            notes=notes,
             report=report,
         )
-    out.print(f"Written to {output}: {_summary(made.info())}", soft_wrap=True)
+    out.print(f"Written to {options.output}: {_summary(cache.info())}", soft_wrap=True)
+
+
+def _check_build(options: SimpleNamespace) -> tuple[Any, Any]:
+    """Refuse what no cache can be built with. Returns a `PALUConfig` and the template."""
+    from palu.models.loading import check_precision, model_folder, resolve_device
+    from palu.unlearn import make_config
+
+    quiet()
+    check_precision(options.dtype, options.bf16)
+    model_folder(options.model)
+    names = (*STORED, "retain_loss", "backend")
+    config = make_config(
+        resolve_device(options.device), **{name: getattr(options, name) for name in names}
+    )
+    if options.retain is None and config.retain_loss == "kl":
+        raise ValueError("--retain-loss kl needs a --retain file")
+    if options.retain is not None and config.retain_loss == "nll":
+        warn("--retain is not used: --retain-loss nll asks the original model nothing")
+        options.retain = None
+    return config, template_of(options)
+
+
+def _load_for_build(options: SimpleNamespace, config: Any, template: Any) -> dict[str, Any]:
+    """Return the model, the data and the loss as arguments of `ReferenceCache.build`."""
+    import torch
+
+    from palu.loss import PALULoss
+    from palu.models.checks import check_causal, first_texts
+    from palu.models.forward import end_tokens
+    from palu.models.loading import check_token_ids, load_to_train, load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    rows, retain_rows = read_both(options, tokenizer, template, require_spans=True)
+    model, _ = load_to_train(
+        options.model,
+        options.dtype,
+        options.device,
+        bf16=options.bf16,
+        allow_missing=options.allow_missing,
+    )
+    check_token_ids(model, tokenizer, [*rows, *(retain_rows or ())])
+    check_causal(model, first_texts(rows))
+    loss = PALULoss(**config.loss_options(), eos_token_id=end_tokens(model, tokenizer))
+    return {
+        "model": model,
+        "dataset": rows,
+        "path": options.output,
+        "loss": loss,
+        "retain_dataset": retain_rows,
+        "tokenizer": tokenizer,
+        "autocast_dtype": torch.bfloat16 if options.bf16 else None,
+    }
 
 
 @cache.command()
-def info(path: CacheFolder) -> None:
+@with_options(FolderOptions)
+def info(context: typer.Context, options: SimpleNamespace) -> None:
     """Print what a cache holds and what it was built from."""
     with user_errors():
         from palu.reference.cache import cache_info
 
-        found = cache_info(path)
-    found["bytes"] = f"{found['bytes']:,}"
-    found["notes"].pop("template", None)  # said above
-    files = {record["file"]: f"{record['bytes']:,} bytes" for record in found.pop("files")}
-    shown = [name for name in FIRST if name in found]
-    shown += [name for name in found if name not in FIRST]
-    for name, value in [*((name, found[name]) for name in shown), *files.items()]:
+        about = cache_info(options.path)
+    about["bytes"] = f"{about['bytes']:,}"
+    about["notes"].pop("template", None)  # said above
+    files = {record["file"]: f"{record['bytes']:,} bytes" for record in about.pop("files")}
+    first = {name: about[name] for name in FIRST if name in about}
+    for name, value in (first | about | files).items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         out.print(f"{name:26} {value}", soft_wrap=True, highlight=False)
 
 
 @cache.command()
-def verify(
-    path: CacheFolder,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Compare with this model's weights too.")
-    ] = None,
-    forget: Annotated[
-        str | None,
-        typer.Option("--forget", help="Compare with this file; with --model, compute again."),
-    ] = None,
-    retain: RetainFile = None,
-    device: Device = "auto",
-    allow_missing: AllowMissing = None,
-) -> None:
+@with_options(
+    FolderOptions,
+    VerifyOptions,
+    (DataOptions, "retain"),
+    (WeightOptions, "device", "allow_missing"),
+)
+def verify(context: typer.Context, options: SimpleNamespace) -> None:
     """Check every byte of a cache and, if they are given, the model, the data and the numbers.
 
     Data are read with the template, the length and the repair that the cache remembers.
     """
-    if model is None and (forget is not None or retain is not None):
+    forget, retain = options.forget, options.retain
+    if options.model is None and (forget is not None or retain is not None):
         raise UserError("--forget and --retain need a --model folder, which has the tokenizer")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        import torch
-
-        from palu.data.template import Template
-        from palu.models.loading import check_token_ids, load_model, load_tokenizer
         from palu.progress import bar
         from palu.reference.cache import CacheError, cache_info
         from palu.reference.verify import verify_cache
-        from palu.run_record import choose_template
 
         quiet()
-        found = cache_info(path)
+        about = cache_info(options.path)
     given: dict[str, Any] = {}
-    if model is not None:
+    if options.model is not None:
         with user_errors(), plain_warnings(), bars.status("Reading model and data"):
-            notes = found["notes"]
-            tokenizer = given["tokenizer"] = load_tokenizer(model)
-            template = choose_template(model)
-            if "template" in notes:
-                template = Template.from_dict(notes["template"])
-            read = {"repair": notes.get("repair", "none")}
-            read["max_length"] = notes.get("max_length", 512)
-            dropped = notes.get("drop_overlap", False)
-            if forget is not None:
-                given["dataset"] = read_rows(
-                    forget, tokenizer, template, require_spans=True, **read
-                )
-            if retain is not None:
-                if dropped and forget is None:
-                    raise ValueError("the cache was built with --drop-overlap: add --forget FILE")
-                read |= {"forget": forget if dropped else None, "drop_overlap": dropped}
-                given["retain_dataset"] = read_rows(
-                    retain, tokenizer, template, require_spans=False, **read
-                )
-            given["model"] = load_model(
-                model, getattr(torch, found["dtype"]), device, allow_missing=allow_missing
-            )
-            read_again = [*given.get("dataset", ()), *given.get("retain_dataset", ())]
-            check_token_ids(given["model"], tokenizer, read_again)
+            given = _load_for_verify(options, about)
     again = forget is not None
     shown: Any = bar(bars, "Computing again") if again else bars.status("Reading every byte")
     with shown as report, user_errors(CacheError):
-        worst = verify_cache(path, report=report if again else None, **given)
-    said = [f"Every byte of {path} is as it was written"]
-    same = [n for n, x in (("model", model), ("forget data", forget), ("retain data", retain)) if x]
-    if same:
+        worst = verify_cache(options.path, report=report if again else None, **given)
+    said = [f"Every byte of {options.path} is as it was written"]
+    compared = {"model": options.model, "forget data": forget, "retain data": retain}
+    if same := [name for name, value in compared.items() if value]:
         said.append(f"it was built from this {' and this '.join(same)}")
     if "hidden" in worst:
         said.append(f"hidden states computed again differ by {worst['hidden']:.2g} (relative)")
@@ -270,7 +222,38 @@ def verify(
     out.print("; ".join(said), soft_wrap=True, highlight=False)
 
 
-def _summary(found: dict[str, Any]) -> str:
-    rows = ", ".join(f"{count} {name} rows" for name, count in found["rows"].items() if count)
-    head = "with a frozen head" if found["head"]["stored"] else "without a frozen head"
-    return f"{rows} {head}, {found['bytes']:,} bytes"
+def _load_for_verify(options: SimpleNamespace, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the model and the data as arguments of `verify_cache`."""
+    import torch
+
+    from palu.data.labels import Template
+    from palu.models.loading import check_token_ids, load_model, load_tokenizer
+    from palu.run_record import choose_template
+
+    notes = about["notes"]
+    tokenizer, template = load_tokenizer(options.model), choose_template(options.model)
+    if "template" in notes:
+        template = Template.from_dict(notes["template"])
+    how: dict[str, Any] = {"repair": notes.get("repair", "none")}
+    how["max_length"] = notes.get("max_length", 512)
+    dropped = notes.get("drop_overlap", False)
+    given: dict[str, Any] = {"tokenizer": tokenizer}
+    if options.forget is not None:
+        data = read_rows(options.forget, tokenizer, template, require_spans=True, **how)
+        given["dataset"] = data
+    if options.retain is not None:
+        if dropped and options.forget is None:
+            raise ValueError("the cache was built with --drop-overlap: add --forget FILE")
+        how |= {"forget": options.forget if dropped else None, "drop_overlap": dropped}
+        data = read_rows(options.retain, tokenizer, template, require_spans=False, **how)
+        given["retain_dataset"] = data
+    dtype = getattr(torch, about["dtype"])
+    model = load_model(options.model, dtype, options.device, allow_missing=options.allow_missing)
+    check_token_ids(model, tokenizer, [*given.get("dataset", ()), *given.get("retain_dataset", ())])
+    return given | {"model": model}
+
+
+def _summary(about: dict[str, Any]) -> str:
+    rows = ", ".join(f"{count} {name} rows" for name, count in about["rows"].items() if count)
+    head = "with a frozen head" if about["head"]["stored"] else "without a frozen head"
+    return f"{rows} {head}, {about['bytes']:,} bytes"

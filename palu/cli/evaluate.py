@@ -2,237 +2,267 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Any
 
 import typer
 
-from palu.cli.options import (
-    AllowMissing,
-    ChatTemplateKwargs,
-    DateString,
-    Device,
-    Dtype,
-    ForceTemplate,
-    MaxLength,
-    ModelFolder,
-    Repair,
-    RepairSpans,
-    RetainFile,
-    SystemPrompt,
-    bars,
-    out,
-    plain_warnings,
-    quiet,
-)
+from palu.cli.data import plain_warnings, quiet, template_of, without_slices
+from palu.cli.options import DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
+from palu.terminal import bars, out
+from palu.training.options import option
 
 
-def evaluate(
-    context: typer.Context,
-    model: ModelFolder,
-    forget: Annotated[
-        str | None,
-        typer.Option(help="What was forgotten: JSON lines or a datasets folder; takes a slice."),
-    ] = None,
-    retain: RetainFile = None,
-    tofu: Annotated[
-        Path | None, typer.Option(help="Folder with TOFU's files, instead of --forget.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Of TOFU: forget01, forget10, ...")] = None,
-    holdout: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows like those to forget that no model saw: membership inference. Default with "
-            "--tofu: its holdoutNN.json for forgetNN, if there."
-        ),
-    ] = None,
-    retain_log: Annotated[
-        Path | None,
-        typer.Option(help="TOFU_EVAL.json of the retrained model: forget quality, privleak."),
-    ] = None,
-    reference_model: Annotated[
-        Path | None, typer.Option(help="Model folder that mia_reference compares with.")
-    ] = None,
-    fluency_classifier: Annotated[
-        Path | None, typer.Option(help="Classifier folder whose class 0 is fluent text.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for TOFU_EVAL.json and TOFU_SUMMARY.json; a run that was stopped goes on "
-            "from it. Default with --tofu: MODEL/evals_SPLIT; else none."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Measure anew what --output holds.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a greedy answer; 0: none.")] = 200,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    allow_missing: AllowMissing = None,
-    max_length: MaxLength = 512,
-    system_prompt: SystemPrompt = None,
-    date_string: DateString = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    force_template: ForceTemplate = False,
-    repair: RepairSpans = Repair.none,
-    json: Annotated[Path | None, typer.Option(help="Write every number to this file.")] = None,
-) -> None:
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """What is measured, with what, and where the numbers go."""
+
+    forget: str | None = option(
+        None, "What was forgotten: JSON lines or a datasets folder; takes a slice.", panel="Data"
+    )
+    tofu: Path | None = option(None, "Folder with TOFU's files, instead of --forget.", panel="Data")
+    split: str | None = option(None, "Of TOFU: forget01, forget10, ...", panel="Data")
+    holdout: str | None = option(
+        None,
+        "Examples like those to forget that no model saw: membership inference.",
+        shown="with --tofu its holdoutNN.json for forgetNN, if there",
+        panel="Data",
+    )
+    retain_log: Path | None = option(
+        None,
+        "TOFU_EVAL.json of the retrained model: forget quality, privleak.",
+        panel="Compared with",
+    )
+    reference_model: Path | None = option(
+        None, "Model folder that mia_reference compares with.", panel="Compared with"
+    )
+    fluency_classifier: Path | None = option(
+        None, "Classifier folder whose class 0 is fluent text.", panel="Compared with"
+    )
+    output: Path | None = option(
+        None,
+        "Folder for TOFU_EVAL.json and TOFU_SUMMARY.json; a run that was stopped goes on from it.",
+        shown="with --tofu MODEL/evals_SPLIT; else none",
+        panel="Output",
+    )
+    overwrite: bool = option(False, "Measure anew what --output holds.", panel="Output")
+    json: Path | None = option(None, "Write every number to this file.", panel="Output")
+    batch_size: int = option(16, "Examples in a forward pass.", least=1, panel="Machine")
+    max_new_tokens: int = option(200, "Limit of a greedy answer; 0: none.", least=0, panel="Data")
+
+
+@with_options(
+    (TextOptions, "model"),
+    EvaluateOptions,
+    (DataOptions, "retain"),
+    TextOptions,
+    WeightOptions,
+)
+def evaluate(context: typer.Context, options: SimpleNamespace) -> None:
     """Measure what a model still knows of a forget and a retain file, or TOFU's metrics."""
+    run = EvaluateRun(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        run.check()
+    with user_errors():
+        run.claim_places()
+    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
+        run.load()
+    run.measure()
+    run.write()
+    run.processes.leave()
+
+
+class EvaluateRun:
+    """One `palu evaluate`, whose steps are called in the order in which they stand here."""
+
+    def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
+        self.context, self.options = context, options
+
+    def check(self) -> None:
+        """Refuse options that do not go together, and find the files."""
         from palu.evaluation.batches import Processes
-        from palu.evaluation.fluency import FluencyClassifier
-        from palu.evaluation.logs import Log, LogError
-        from palu.evaluation.report import metrics_table, missing_inputs, summary_table
-        from palu.evaluation.runner import Evaluation, check_retrained
-        from palu.evaluation.sets import ANSWER
-        from palu.evaluation.store import FILES, Store, data_digest, summary
-        from palu.evaluation.tofu_data import read_sets, tofu_files
-        from palu.models.checks import check_causal, first_texts
-        from palu.models.loading import (
-            check_token_ids,
-            folder_with,
-            load_model,
-            load_tokenizer,
-            model_folder,
-            resolve_device,
-        )
-        from palu.progress import bar
-        from palu.run_record import RECORD, choose_template
-        from palu.storage.files import locked, write_json
-        from palu.storage.fingerprint import folder_digest, model_fingerprint, tokenizer_fingerprint
-        from palu.storage.output import check_json, versions
+        from palu.evaluation.tofu_data import tofu_files
+        from palu.models.loading import folder_with, model_folder, resolve_device
+        from palu.run_record import RECORD, check_json
 
         quiet()
-        for folder in (model, reference_model, fluency_classifier):
+        options = self.options
+        for folder in (options.model, options.reference_model, options.fluency_classifier):
             if folder is not None:
                 model_folder(folder)
-        if batch_size < 1 or max_new_tokens < 0 or max_length < 2:
-            raise ValueError(
-                "--batch-size must be at least 1, --max-new-tokens at least 0, "
-                "--max-length at least 2"
-            )
-        if json is not None and not json.resolve().parent.is_dir():
-            raise ValueError(f"--json: the folder {str(json.resolve().parent)!r} does not exist")
+        if options.max_length < 2:
+            raise ValueError(f"--max-length is {options.max_length}; it must be at least 2")
+        json = options.json
         if json is not None:
-            check_json(json, inputs=(*_without_slices(forget, retain, holdout), retain_log))
-        files = _own_files(forget, retain, tofu, split)
-        if tofu is not None:
-            files = tofu_files(tofu, split)
-            output = model / f"evals_{split}" if output is None else output
-        if holdout is not None:
-            files["holdout"] = holdout
-        if reference_model is not None and "holdout" not in files:
+            if not json.resolve().parent.is_dir():
+                raise ValueError(
+                    f"--json: the folder {str(json.resolve().parent)!r} does not exist"
+                )
+            inputs = without_slices(options.forget, options.retain, options.holdout)
+            check_json(json, inputs=(*inputs, options.retain_log))
+        self.files = _own_files(options.forget, options.retain, options.tofu, options.split)
+        if options.tofu is not None:
+            self.files = tofu_files(options.tofu, options.split)
+            if options.output is None:
+                options.output = options.model / f"evals_{options.split}"
+        if options.holdout is not None:
+            self.files["holdout"] = options.holdout
+        if options.reference_model is not None and "holdout" not in self.files:
             raise ValueError("--reference-model is for membership inference: add --holdout FILE")
-        template = choose_template(
-            folder_with(RECORD, model),
-            system_prompt=system_prompt,
-            date_string=date_string,
-            chat_template_kwargs=chat_template_kwargs,
-            force=force_template,
-        )
-        where = resolve_device(device)
-    processes = Processes.launched(cpu=where.type == "cpu")
-    bars.quiet = out.quiet = processes.rank > 0
-    if processes.rank == 0:  # the others write nothing
-        with user_errors():
-            written = [] if output is None else [output / name for name in sorted(FILES)]
-            if json is not None and json.resolve() in {path.resolve() for path in written}:
-                raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
-            for place in (json, output):
-                if place is not None:
-                    context.with_resource(locked(place))
-    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
-        tokenizer = load_tokenizer(model)
-        sets = read_sets(
-            files, tokenizer, template=template, max_length=max_length, repair=repair.value
-        )
-        retrained = None if retain_log is None else Log.read(retain_log, "--retain-log")
-        check_retrained(retrained, sets)
-        if reference_model is not None:
-            _check_reference(tokenizer, load_tokenizer(reference_model), reference_model)
-        classifier = None
-        if fluency_classifier is not None:
-            classifier = FluencyClassifier(fluency_classifier, where)
-        loaded = load_model(model, dtype, device, allow_missing=allow_missing)
-        answers = [row for data in sets.values() for row in data.every_row()]
-        check_token_ids(loaded, tokenizer, answers)
-        check_causal(loaded, first_texts([row for row, *_ in sets["forget"].rows[ANSWER][:2]]))
-        store = None
-        if output is not None:
-            settings = {
-                "model": model_fingerprint(loaded),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-                "template": template.to_dict(),
-                "max_length": max_length,
-                "max_new_tokens": max_new_tokens,
-                **{f"data_{name}": data_digest(data) for name, data in sets.items()},
-            }
-            for name, path in (
-                ("reference_model", reference_model),
-                ("fluency_classifier", fluency_classifier),
-            ):
-                if path is not None:
-                    settings[name] = str(path.resolve())
-                    settings[f"{name}_files"] = folder_digest(path)  # it may be replaced there
-            store = Store(output, settings, overwrite=overwrite)
+        self.template = template_of(options, folder_with(RECORD, options.model))
+        self.device = resolve_device(options.device)
+        self.processes = Processes.launched(cpu=self.device.type == "cpu")
+        self.is_main = self.processes.rank == 0  # the others write nothing
 
-    def load_reference() -> Any:
+    def claim_places(self) -> None:
+        """Keep other runs from what this one writes."""
+        from palu.evaluation.store import FILES
+        from palu.storage.files import locked
+
+        bars.quiet = out.quiet = not self.is_main
+        json, output = self.options.json, self.options.output
+        if not self.is_main:
+            return
+        written = [] if output is None else [output / name for name in sorted(FILES)]
+        if json is not None and json.resolve() in {path.resolve() for path in written}:
+            raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
+        for place in (json, output):
+            if place is not None:
+                self.context.with_resource(locked(place))
+
+    def load(self) -> None:
+        """Read the data, the models and what an earlier run left."""
+        from palu.evaluation.fluency import FluencyClassifier
+        from palu.evaluation.logs import Log
+        from palu.evaluation.runner import check_retrained
+        from palu.evaluation.sets import ANSWER
+        from palu.evaluation.tofu_data import read_sets
+        from palu.models.checks import check_causal, first_texts
+        from palu.models.loading import check_token_ids, load_tokenizer
+
+        options = self.options
+        self.tokenizer = load_tokenizer(options.model)
+        self.sets = read_sets(
+            self.files,
+            self.tokenizer,
+            template=self.template,
+            max_length=options.max_length,
+            repair=options.repair,
+        )
+        log = options.retain_log
+        self.retrained = None if log is None else Log.read(log, "--retain-log")
+        check_retrained(self.retrained, self.sets)
+        if options.reference_model is not None:
+            other = load_tokenizer(options.reference_model)
+            _check_reference(self.tokenizer, other, options.reference_model)
+        folder = options.fluency_classifier
+        self.classifier = None if folder is None else FluencyClassifier(folder, self.device)
+        self.model = self._load_model(options.model)
+        self.answers = [row for data in self.sets.values() for row in data.every_row()]
+        check_token_ids(self.model, self.tokenizer, self.answers)
+        check_causal(
+            self.model, first_texts([row for row, *_ in self.sets["forget"].rows[ANSWER][:2]])
+        )
+        self.store = None if options.output is None else self._open_store()
+
+    def _load_model(self, folder: Path) -> Any:
+        from palu.models.loading import load_model
+
+        options = self.options
+        return load_model(
+            folder, options.dtype, options.device, allow_missing=options.allow_missing
+        )
+
+    def _load_reference(self) -> Any:
+        from palu.models.loading import check_token_ids
+
         with user_errors():
-            other = load_model(reference_model, dtype, device, allow_missing=allow_missing)
-            check_token_ids(other, tokenizer, answers)
+            other = self._load_model(self.options.reference_model)
+            check_token_ids(other, self.tokenizer, self.answers)
             return other
 
-    evaluation = Evaluation(
-        loaded,
-        tokenizer,
-        sets,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        processes=processes,
-        bar=lambda title: bar(bars, title),
-        reference=reference_model and load_reference,
-        classifier=classifier,
-    )
-    # One process writes, and what it found is what all of them start from.
-    log: dict[str, Any] = processes.gather({} if store is None else store.log)[0]
-    writes = store is not None and processes.rank == 0
-    if writes:
-        with user_errors():
-            store.begin()
-    with user_errors(LogError), plain_warnings():
-        evaluation.run(
-            log,
-            retrained,
-            store.save if writes else lambda log: None,
-            "log" if store is None else store.place,
+    def _open_store(self) -> Any:
+        """Return the numbers that an earlier run of the same settings left in `--output`."""
+        from palu.evaluation.store import Store, data_digest
+        from palu.storage.fingerprint import folder_digest, model_fingerprint, tokenizer_fingerprint
+
+        options = self.options
+        settings = {
+            "model": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "template": self.template.to_dict(),
+            "max_length": options.max_length,
+            "max_new_tokens": options.max_new_tokens,
+            **{f"data_{name}": data_digest(data) for name, data in self.sets.items()},
+        }
+        for name in ("reference_model", "fluency_classifier"):
+            path = getattr(options, name)
+            if path is not None:
+                settings[name] = str(path.resolve())
+                settings[f"{name}_files"] = folder_digest(path)  # it may be replaced there
+        return Store(options.output, settings, overwrite=options.overwrite)
+
+    def measure(self) -> None:
+        """Measure what the log does not have yet."""
+        from palu.evaluation.logs import LogError
+        from palu.evaluation.runner import Evaluation
+        from palu.progress import bar
+
+        options, store = self.options, self.store
+        self.evaluation = Evaluation(
+            self.model,
+            self.tokenizer,
+            self.sets,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            processes=self.processes,
+            bar=lambda title: bar(bars, title),
+            reference=options.reference_model and self._load_reference,
+            classifier=self.classifier,
         )
-    shown = [name for name in ("forget", "retain") if name in sets]
-    shown = shown if json is not None or tofu is None else []
-    results = {name: evaluation.results(name) for name in shown}
-    if processes.rank == 0:
-        if tofu is None:
-            lines = [(model.name, name, result) for name, result in results.items()]
-            out.print(metrics_table(str(model), lines))
-        out.print(summary_table(str(model), summary(log)))
-        for note in missing_inputs(log, sets, retrained, tofu=tofu is not None):
+        # One process writes, and what it has is what all of them start from.
+        self.log: dict[str, Any] = self.processes.gather({} if store is None else store.log)[0]
+        writes = store is not None and self.is_main
+        if writes:
+            with user_errors():
+                store.begin()
+        with user_errors(LogError), plain_warnings():
+            self.evaluation.run(
+                self.log,
+                self.retrained,
+                store.save if writes else lambda log: None,
+                "log" if store is None else store.place,
+            )
+
+    def write(self) -> None:
+        """Print the tables and write `--json`."""
+        from palu.evaluation.report import metrics_table, missing_inputs, summary_table
+        from palu.evaluation.store import summary
+        from palu.run_record import check_json, versions, write_json
+
+        options, json = self.options, self.options.json
+        by_tofu = options.tofu is not None
+        shown = [name for name in ("forget", "retain") if name in self.sets]
+        shown = shown if json is not None or not by_tofu else []
+        results = {name: self.evaluation.results(name) for name in shown}
+        if not self.is_main:
+            return
+        model = str(options.model)
+        if not by_tofu:
+            lines = [(options.model.name, name, result) for name, result in results.items()]
+            out.print(metrics_table(model, lines))
+        out.print(summary_table(model, summary(self.log)))
+        for note in missing_inputs(self.log, self.sets, self.retrained, tofu=by_tofu):
             out.print(f"Not measured: {note}", soft_wrap=True)
-        if store is not None:
-            out.print(f"Written to {store.folder}", soft_wrap=True)
+        if self.store is not None:
+            out.print(f"Written to {self.store.folder}", soft_wrap=True)
         if json is not None:
-            content = {"model": str(model), "template": template.to_dict(), "versions": versions()}
+            content = {"model": model, "template": self.template.to_dict(), "versions": versions()}
             check_json(json)
-            write_json(json, {**content, **results, "summary": summary(log)})
-    processes.leave()
-
-
-def _without_slices(*files: str | None) -> list[str]:
-    """The paths of data as a user names them, without their slices."""
-    from palu.data.files import split_slice
-
-    return [split_slice(file)[0] for file in files if file is not None]
+            write_json(json, {**content, **results, "summary": summary(self.log)})
 
 
 def _own_files(

@@ -1,67 +1,205 @@
-"""`palu inspect`: what a run would do to each token."""
+"""`palu inspect`: what a run would do to each token, in colour and in plain text."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from itertools import groupby
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from palu.cli.options import (
-    ChatTemplateKwargs,
-    DateString,
-    ForceTemplate,
-    MaxLength,
-    ModelFolder,
-    PrefixLength,
-    Repair,
-    RepairSpans,
-    SystemPrompt,
-    bars,
-    out,
-    plain_warnings,
-)
+from palu.cli.data import plain_warnings, template_of
+from palu.cli.options import TextOptions, with_options
 from palu.errors import user_errors
+from palu.terminal import bars, out
+from palu.training.options import LossOptions, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from palu.data.template import Template
+
+__all__ = ["inspect_file", "legend", "render"]
+
+# Kind of token: style, and marks that say the same without colour.
+_KINDS = {
+    "prompt": ("dim", "", ""),
+    "forget": ("bold white on red", "[[", "]]"),
+    "past the prefix": ("black on yellow", "((", "))"),
+    "preserve": ("green", "", ""),
+    "never predicted": ("magenta", "<<", ">>"),
+}
 
 
-def inspect(
-    file: Annotated[
-        str, typer.Argument(help="JSON lines or a datasets folder; PATH[-40:] takes a slice.")
-    ],
-    model: ModelFolder,
-    limit: Annotated[int, typer.Option(help="How many examples; 0: all.")] = 5,
-    prefix_length: PrefixLength = 3,
-    max_length: MaxLength = 512,
-    system_prompt: SystemPrompt = None,
-    date_string: DateString = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    force_template: ForceTemplate = False,
-    repair: RepairSpans = Repair.none,
-) -> None:
+@dataclass(kw_only=True)
+class InspectOptions:
+    """What is shown."""
+
+    file: str = option(
+        MISSING, "JSON lines or a datasets folder; PATH[-40:] takes a slice.", argument=True
+    )
+    limit: int = option(5, "How many examples; 0: all.", least=0)
+
+
+@with_options(InspectOptions, TextOptions, (LossOptions, "prefix_length"))
+def inspect(context: typer.Context, options: SimpleNamespace) -> None:
     """Print examples with their tokens coloured by what a run would do to them."""
     with user_errors(), plain_warnings():
         with bars.status("Loading the tokenizer"):
-            from palu.cli.inspect_examples import inspect_file
             from palu.models.loading import folder_with, load_tokenizer
-            from palu.run_record import RECORD, choose_template
+            from palu.run_record import RECORD
 
-            if limit < 0:
-                raise ValueError(f"--limit must be at least 0, not {limit}")
-            tokenizer = load_tokenizer(model)
-            home = folder_with(RECORD, model)
-            template = choose_template(
-                home,
-                system_prompt=system_prompt,
-                date_string=date_string,
-                chat_template_kwargs=chat_template_kwargs,
-                force=force_template,
-            )
+            tokenizer = load_tokenizer(options.model)
+            template = template_of(options, folder_with(RECORD, options.model))
         inspect_file(
-            file,
+            options.file,
             tokenizer,
-            limit=limit or None,
-            prefix_length=prefix_length,
-            max_length=max_length,
+            limit=options.limit or None,
+            prefix_length=options.prefix_length,
+            max_length=options.max_length,
             template=template,
-            repair=repair.value,
+            repair=options.repair,
             console=out,
         )
+
+
+def legend() -> Text:
+    """Return one line that explains the colours and marks."""
+    parts = [Text("")]
+    words = {
+        "prompt": "prompt",
+        "forget": "forget, token by token",
+        "past the prefix": "sensitive, past the prefix: no loss",
+        "preserve": "preserve",
+        "never predicted": "first token of a text: never predicted",
+    }
+    for kind, (style, left, right) in _KINDS.items():
+        parts.append(Text(f"{left}{words[kind]}{right}", style=style))
+    return Text("  ").join(parts[1:])
+
+
+def render(
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix_length: int,
+    eos_token_id: int | Iterable[int] | None = None,
+) -> Text:
+    """Return the tokens of one example, coloured by role, and a line of counts.
+
+    Tokens to forget stand in `[[a|b]]`, sensitive tokens after the prefix in `((a|b))`, both with
+    `|` between tokens, an answer's token that is never predicted, since nothing is before it, in
+    `<<a>>`; so it can be read without colour. The bytes of one character stay together,
+    at the last of its tokens.
+
+    Args:
+        example: `input_ids` and `labels`, lists of int, as `label_example` makes them.
+        tokenizer: the one that made them.
+        prefix_length, eos_token_id: as in `token_roles`.
+
+    Raises:
+        ValueError: `input_ids` and `labels` differ in length.
+    """
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    if len(ids) != len(labels):
+        raise ValueError(f"the example has {len(ids)} input_ids but {len(labels)} labels")
+    kinds = _kinds(labels, prefix_length, eos_token_id)
+    text = Text()
+    pieces = zip(kinds, _pieces(tokenizer, ids), strict=True)
+    for kind, group in groupby(pieces, key=lambda piece: piece[0]):
+        style, left, right = _KINDS[kind]
+        text.append(
+            left + ("|" if left else "").join(piece for _, piece in group) + right, style=style
+        )
+    counts = ", ".join(
+        f"{kinds.count(kind)} {kind}"
+        for kind in ("forget", "past the prefix", "preserve", "prompt", "never predicted")
+        if kind != "never predicted" or kind in kinds
+    )
+    text.append(f"\n{len(ids)} tokens: {counts}", style="bold")
+    return text
+
+
+def inspect_file(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = 5,
+    prefix_length: int = 3,
+    max_length: int = 512,
+    template: Template | None = None,
+    repair: Literal["none", "snap"] = "none",
+    eos_token_id: int | Iterable[int] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the first `limit` examples of a data file (all when None) as `render` shows them, with
+    a legend.
+
+    `eos_token_id` is the tokenizer's when None. Rows need no spans: without any, everything is
+    preserved. Raises what `load_examples` and `tokenize_examples` raise.
+    """
+    from palu.data.examples import load_examples, tokenize_examples
+
+    console = console or Console()
+    examples = load_examples(path, require_spans=False, repair=repair, limit=limit)
+    options = {"max_length": max_length, "template": template}
+    rows = tokenize_examples(examples, tokenizer, source=os.fspath(path), **options)
+    if eos_token_id is None:
+        eos_token_id = tokenizer.eos_token_id
+    console.print(legend())
+    for example, row in zip(examples, rows, strict=True):
+        spans = f"{len(example.spans)} span" + "s" * (len(example.spans) != 1)
+        console.print(Text(f"\n--- {example.id} ({spans}) ---", style="bold"))
+        console.print(render(row, tokenizer, prefix_length, eos_token_id))
+
+
+def _kinds(labels: list[int], prefix_length: int, eos_token_id: Any) -> list[str]:
+    import torch
+
+    from palu.data.labels import FORGET, KEEP, PRESERVE, token_roles
+
+    roles = token_roles(torch.tensor([labels], dtype=torch.int64), prefix_length, eos_token_id)[0]
+    kinds = []
+    for position, (label, role) in enumerate(zip(labels, roles.tolist(), strict=True)):
+        if role == FORGET:
+            kinds.append("forget")
+        elif position == 0 and (label >= 0 or label == KEEP):
+            kinds.append("never predicted")
+        elif role == PRESERVE:
+            kinds.append("preserve")
+        elif label >= 0:
+            kinds.append("past the prefix")
+        else:
+            kinds.append("prompt")
+    return kinds
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Return the text of each token; joined, they read as the whole does.
+
+    Each token is decoded behind the ones before it, since decoders drop a leading space and hold
+    back bytes of an unfinished character.
+    """
+    pieces = [""] * len(ids)
+    context = shown = 0  # the tokens before `shown` are written; decoding starts at `context`
+    for end in range(1, len(ids) + 1):
+        before = _decode(tokenizer, ids[context:shown])
+        text = _decode(tokenizer, ids[context:end])
+        if text.endswith("\ufffd") and end < len(ids) and end - shown < 4:
+            continue  # within a character
+        pieces[shown] = _visible(text[len(before) :] if text.startswith(before) else text)
+        context, shown = shown, end
+    return pieces
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _visible(text: str) -> str:
+    """Spell out control characters: a data file must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
 
 import typer
 
-from palu.cli.options import (
-    AllowMissing,
-    Device,
-    Dtype,
-    Overwrite,
-    bars,
-    out,
-    plain_warnings,
-    quiet,
-    warn,
-)
+from palu.cli.data import plain_warnings, quiet
+from palu.cli.options import OutputOptions, WeightOptions, with_options
 from palu.errors import user_errors
+from palu.terminal import bars, out, warn
+from palu.training.options import option
 
 # Rounding is measured on these tokens and said aloud from this share of the adapter's effect on.
 PROBE, LOUD = "Question: Who wrote it, and when?\nAnswer: It was written in 1991 by", 0.05
 
 
-def merge(
-    context: typer.Context,
-    adapter: Annotated[Path, typer.Option(help="Folder of a PEFT adapter.")],
-    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of its base model; default: the one that its adapter_config.json names."
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    allow_missing: AllowMissing = None,
-    overwrite: Overwrite = False,
-) -> None:
+@dataclass(kw_only=True)
+class MergeOptions:
+    """What is folded into what."""
+
+    adapter: Path = option(MISSING, "Folder of a PEFT adapter.")
+    output: Path = option(MISSING, "Folder for the merged model.")
+    model: Path | None = option(
+        None,
+        "Folder of its base model.",
+        shown="the one that its adapter_config.json names",
+    )
+
+
+@with_options(MergeOptions, OutputOptions, WeightOptions)
+def merge(context: typer.Context, options: SimpleNamespace) -> None:
     """Fold an adapter into its base model: a model folder that needs no PEFT.
 
     In bfloat16 and float16 the sums are rounded, and small changes are lost in part; it says how
@@ -53,14 +47,15 @@ def merge(
         from palu.storage.output import claim_output, output_folder, versions
 
         quiet()
+        adapter, output = options.adapter, options.output
         if not is_adapter(adapter):
             raise ValueError(
                 f"--adapter {str(adapter)!r} is no folder of a PEFT adapter (one with "
                 f"{ADAPTER_CONFIG} and no model in it)"
             )
-        base = base_folder(adapter) if model is None else model
+        base = base_folder(adapter) if options.model is None else options.model
         claim = context.with_resource(
-            claim_output(output, overwrite=overwrite, inputs=(adapter, base))
+            claim_output(output, overwrite=options.overwrite, inputs=(adapter, base))
         )
         known = read_record(folder_with(RECORD, adapter, base)) or {}
         record = {"template": known["template"]} if "template" in known else {}
@@ -68,7 +63,13 @@ def merge(
         record["adapter_record"] = read_record(adapter)
     with user_errors(), plain_warnings(), bars.status("Adding the adapter to the weights"):
         tokenizer = load_tokenizer(adapter, base=base)
-        loaded = load_model(adapter, dtype, device, base=base, allow_missing=allow_missing)
+        loaded = load_model(
+            adapter,
+            options.dtype,
+            options.device,
+            base=base,
+            allow_missing=options.allow_missing,
+        )
         with reading(f"the tokenizer of {str(adapter)!r} cannot be used"):
             ids = tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
         # Tokens that the embedding has no row for are no matter here.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import MISSING, dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 
-from palu.cli.options import bars, out
+from palu.cli.options import with_options
 from palu.errors import user_errors
+from palu.terminal import bars, out
+from palu.training.options import option
 
 if TYPE_CHECKING:
     from palu.planning.model import ModelSizes
@@ -26,36 +29,38 @@ NOTE = (
 )
 
 
-def plan(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Model folder, a name on the hub, or Llama-3.1-8B, Llama-3.2-1B, gemma-2-9b, "
-            "Qwen2.5-7B."
-        ),
-    ],
-    gpu_memory: Annotated[float, typer.Option(help="Memory of the GPU in GiB.")],
-    batch_size: Annotated[int, typer.Option(help="Forget rows, and as many retain rows.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a padded row.")] = 512,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, or autocast (bfloat16 over float32 weights); default: the "
-            "config's."
-        ),
-    ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Of adapters on all linear layers.")] = 16,
-    headroom: Annotated[
-        float, typer.Option(help="Share of the memory that is left for what is not predicted.")
-    ] = 0.1,
-) -> None:
-    """Print which ways of unlearning fit on a GPU, and with how many rows a batch.
+@dataclass(kw_only=True)
+class PlanOptions:
+    """A model, a GPU and a batch."""
 
-    Reads the model's config and no weights. Status 1 if not even one row fits.
+    model: str = option(
+        MISSING,
+        "Model folder, a name on the hub, or Llama-3.1-8B, Llama-3.2-1B, gemma-2-9b, Qwen2.5-7B.",
+    )
+    gpu_memory: float = option(MISSING, "Memory of the GPU in GiB.")
+    batch_size: int = option(8, "Forget examples, and as many retain examples.")
+    length: int = option(512, "Tokens of a padded example.")
+    dtype: str | None = option(
+        None,
+        "float32, bfloat16, or autocast (bfloat16 over float32 weights).",
+        shown="the config's",
+    )
+    lora_rank: int = option(16, "Of adapters on all linear layers.")
+    headroom: float = option(0.1, "Share of the memory that is left for what is not predicted.")
+
+
+@with_options(PlanOptions)
+def plan(context: typer.Context, options: SimpleNamespace) -> None:
+    """Print which ways of unlearning fit on a GPU, and with how many examples a batch.
+
+    Reads the model's config and no weights. Status 1 if not even one example fits.
     """
-    with user_errors(), bars.status("Loading PyTorch and transformers"):
+    with user_errors(), bars.status("Reading the config"):
         from palu.planning.model import ModelSizes, read_config
-        from palu.planning.step import GIB, REFERENCES, Setup, largest_batch, predict
+        from palu.planning.step import GIB, REFERENCES, Setup
+
+        gpu_memory, headroom, dtype = options.gpu_memory, options.headroom, options.dtype
+        lora_rank = options.lora_rank
 
         if not 0 < gpu_memory < float("inf"):
             raise ValueError(f"--gpu-memory must be a number of GiB above 0, not {gpu_memory}")
@@ -63,19 +68,36 @@ def plan(
             raise ValueError(f"--headroom must be at least 0 and below 1, not {headroom}")
         if lora_rank < 1:
             raise ValueError(f"--lora-rank must be at least 1, not {lora_rank}")
-        config = read_config(model)
+        config = read_config(options.model)
         sizes = ModelSizes.from_config(config)
         if dtype is None:  # float16 takes what bfloat16 does
             dtype = "float32" if str(config.dtype) == "torch.float32" else "bfloat16"
         setups = [
-            Setup(batch_size, length, dtype, rank, reference, checkpointing)
+            Setup(options.batch_size, options.length, dtype, rank, reference, checkpointing)
             for rank, reference, checkpointing in itertools.product(
                 (0, lora_rank), REFERENCES, (False, True)
             )
             if rank or reference != "adapter_off"
         ]
     limit = int(gpu_memory * (1 - headroom) * GIB)
-    lengths = sorted({*LENGTHS, length})
+    _say(
+        f"{options.model}: {sizes.parameters:,} parameters, {dtype}; {limit / GIB:.1f} of "
+        f"{gpu_memory:g} GiB to use. GiB: at {options.batch_size} x {options.length}. Then the "
+        "most rows a batch by tokens a row:"
+    )
+    out.print(_table(sizes, setups, limit))
+    fits, advice = _advice(sizes, setups, limit)
+    _say(advice)
+    _say(NOTE)
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _table(sizes: ModelSizes, setups: list[Setup], limit: int) -> Table:
+    """Return the peak of every setup, and the largest batch by length."""
+    from palu.planning.step import GIB, largest_batch, predict
+
+    lengths = sorted({*LENGTHS, setups[0].length})
     table = Table(box=None, pad_edge=False)
     for name in ("trains", "reference", "checkpointing"):
         table.add_column(name)
@@ -85,20 +107,11 @@ def plan(
         most = (largest_batch(sizes, replace(setup, length=n), limit) for n in lengths)
         peak = predict(sizes, setup).peak / GIB
         table.add_row(*_words(setup), f"{peak:.1f}", *(f"{rows or '-'}" for rows in most))
-    _say(
-        f"{model}: {sizes.parameters:,} parameters, {dtype}; {limit / GIB:.1f} of {gpu_memory:g} "
-        f"GiB to use. GiB: at {batch_size} x {length}. Then the most rows a batch by tokens a row:"
-    )
-    out.print(table)
-    fits, advice = _advice(sizes, setups, limit)
-    _say(advice)
-    _say(NOTE)
-    if not fits:
-        raise typer.Exit(1)
+    return table
 
 
 def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, str]:
-    """Whether anything fits, and what to take or to change."""
+    """Return whether anything fits, and what to take or to change."""
     from palu.planning.step import largest_batch, predict
 
     shape = f"{setups[0].batch_size} x {setups[0].length}"
@@ -128,17 +141,16 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
 def _described(sizes: ModelSizes, setup: Setup) -> str:
     from palu.planning.step import GIB, predict
 
-    found = predict(sizes, setup)
+    moment = predict(sizes, setup)
     options = f"--batch-size {setup.batch_size} --max-length {setup.length}"
     options += f" --reference {setup.reference}"
     options += f" --lora-rank {setup.lora_rank}" if setup.lora_rank else ""
     options += " --bf16" if setup.dtype == "autocast" else ""
     options += " --gradient-checkpointing" if setup.checkpointing else ""
-    largest = sorted(found.items.items(), key=lambda item: -item[1])[:5]
+    largest = sorted(moment.items.items(), key=lambda item: -item[1])[:5]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    return (
-        f"palu unlearn {options}\n{found.peak / GIB:.1f} GiB, most in the {found.moment}: {parts}."
-    )
+    peak = f"{moment.peak / GIB:.1f} GiB, most in the {moment.moment}: {parts}."
+    return f"palu unlearn {options}\n{peak}"
 
 
 def _words(setup: Setup) -> tuple[str, str, str]:

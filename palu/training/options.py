@@ -6,7 +6,7 @@ loaded, and `PALUConfig` inherits three of them beside `TrainingArguments`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import groupby
@@ -26,7 +26,9 @@ class Help(str):
         least, above: bounds of a number, which must also be finite.
         trainer: its name in `TrainingArguments`, where that is another.
         shown: what `--help` shows as the default, where that is not the value.
+        metavar: what stands for the value in `--help`, where that is not its type.
         argument: a positional argument of the command line.
+        callback: called with its value before the other options are read.
     """
 
     panel: str = "Options"
@@ -36,7 +38,9 @@ class Help(str):
     above: float | None = None
     trainer: str | None = None
     shown: str | bool = True
+    metavar: str | None = None
     argument: bool = False
+    callback: Callable[..., Any] | None = None
 
 
 def option(default: Any, text: str, **known: Any) -> Any:

@@ -6,9 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from palu.cli.inspect_examples import inspect_file, legend, render
-from palu.data.labels import label_example
-from palu.data.roles import KEEP
+from palu.cli.inspect import inspect_file, legend, render
+from palu.data.labels import KEEP, label_example
 
 ANSWER = "It is Basil Mahfouz Al-Kuwaiti of 東京."
 SPANS = [(6, 30), (34, 36)]

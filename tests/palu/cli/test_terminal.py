@@ -169,7 +169,7 @@ def test_a_reader_that_leaves_is_no_error(palu, monkeypatch):
     def leave(*args, **kwargs):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("palu.cli.inspect_examples.inspect_file", leave)
+    monkeypatch.setattr("palu.cli.inspect.inspect_file", leave)
     status, _, error = palu("inspect", "forget.jsonl", "--model", "model")
     assert "error:" not in error and status in (0, 1)
     assert sys.stdout is not None

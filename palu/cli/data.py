@@ -1,0 +1,120 @@
+"""What several commands do first: read data, choose the template, keep libraries quiet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from palu.terminal import warn
+
+
+def template_of(options: SimpleNamespace, folder: Any = None) -> Any:
+    """Return the template to use with `options.model`; see `palu.run_record.choose_template`.
+
+    Args:
+        folder: where its `palu.json` is, if not there.
+    """
+    from palu.run_record import choose_template
+
+    return choose_template(
+        options.model if folder is None else folder,
+        system_prompt=options.system_prompt,
+        date_string=options.date_string,
+        chat_template_kwargs=options.chat_template_kwargs,
+        force=options.force_template,
+    )
+
+
+def without_slices(*files: str | None) -> list[str]:
+    """Return the paths of data as a user names them, without their slices."""
+    from palu.data.examples import split_slice
+
+    return [split_slice(file)[0] for file in files if file is not None]
+
+
+def read_rows(
+    path: str,
+    tokenizer: Any,
+    template: Any,
+    *,
+    require_spans: bool,
+    repair: str,
+    max_length: int,
+    second_answers: Callable[[list], list[str]] | None = None,
+    forget: str | None = None,
+    drop_overlap: bool = False,
+) -> list[dict]:
+    """Return the tokenised examples of a file; with the second answers that `second_answers` gives
+    to its examples, if any.
+
+    Args:
+        forget: of a retain file the forget file, in whose examples its own must not all be.
+        drop_overlap: leave those out that are.
+    """
+    from palu.data.examples import load_examples, tokenize_examples
+    from palu.data.overlap import without_overlap
+    from palu.data.pairs import add_alternates
+
+    examples = load_examples(path, require_spans=require_spans, repair=repair)
+    if forget is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was read before, and its warnings were said
+            forgotten = load_examples(forget, require_spans=False)
+        examples = without_overlap(examples, forgotten, files=(path, forget), drop=drop_overlap)
+    how = {"max_length": max_length, "template": template}
+    rows = tokenize_examples(examples, tokenizer, source=path, **how)
+    if second_answers is None:
+        return rows
+    try:
+        texts = second_answers(examples)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    source = f"{path}, second answers"
+    return add_alternates(rows, examples, texts, tokenizer, source=source, **how)
+
+
+def read_both(
+    options: SimpleNamespace, tokenizer: Any, template: Any, **of_forget: Any
+) -> tuple[list[dict], list[dict] | None]:
+    """Return the tokenised examples of `options.forget` and of `options.retain`, if there is one.
+
+    Args:
+        **of_forget: arguments of `read_rows` for the forget file.
+    """
+    how = {"repair": options.repair, "max_length": options.max_length}
+    rows = read_rows(options.forget, tokenizer, template, **of_forget, **how)
+    if options.retain is None:
+        return rows, None
+    both = {"forget": options.forget, "drop_overlap": options.drop_overlap}
+    retain = read_rows(options.retain, tokenizer, template, require_spans=False, **both, **how)
+    return rows, retain
+
+
+def data_notes(options: SimpleNamespace) -> dict[str, Any]:
+    """Return what a record says of the data of a run."""
+    names = ("forget", "retain", "drop_overlap", "repair", "max_length")
+    return {name: getattr(options, name) for name in names}
+
+
+@contextmanager
+def plain_warnings(often: str = "always") -> Iterator[None]:
+    """Print warnings about the user's data as one line each, without the place in our source.
+
+    Args:
+        often: of `warnings.simplefilter`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(often, UserWarning)
+        warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
+        yield
+
+
+def quiet() -> None:
+    """Silence transformers: our own bars are enough."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

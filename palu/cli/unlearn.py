@@ -1,0 +1,371 @@
+"""`palu unlearn`: check, load, train, write."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import typer
+
+from palu import distributed
+from palu.cli.config_file import (
+    ConfigOptions,
+    as_config,
+    config_text,
+    given_trainer_options,
+    trainer_options,
+)
+from palu.cli.data import (
+    data_notes,
+    plain_warnings,
+    quiet,
+    read_both,
+    template_of,
+    without_slices,
+)
+from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
+from palu.errors import failed_to_write, user_errors
+from palu.terminal import bars, out, warn
+from palu.training.options import (
+    LoRAOptions,
+    LossOptions,
+    MethodOptions,
+    RunOptions,
+    TrainingOptions,
+    check_read,
+    option,
+)
+
+
+@dataclass(kw_only=True)
+class PlaceOptions:
+    """Where a run writes."""
+
+    output: Path = option(MISSING, "Folder for the new model.", panel="Output")
+    rescue: Path | None = option(
+        None,
+        "Folder for the model if it cannot be written to --output.",
+        shown=False,
+        panel="Output",
+    )
+    resume: bool = option(
+        False,
+        "Go on from the last checkpoint of an interrupted run with the same settings, data and "
+        "model; from the beginning where there is none.",
+        panel="Output",
+    )
+
+
+@with_options(
+    (TextOptions, "model"),
+    DataOptions,
+    TextOptions,
+    PlaceOptions,
+    OutputOptions,
+    RunOptions,
+    LossOptions,
+    MethodOptions,
+    LoRAOptions,
+    TrainingOptions,
+    WeightOptions,
+    ConfigOptions,
+)
+def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
+    """Make a model forget the marked spans (or, by other methods, the answers) of one file and keep
+    the answers of another."""
+    with user_errors():
+        options.set = given_trainer_options(context, options.set)
+        if options.print_config:
+            out.print(config_text(options), end="", soft_wrap=True, highlight=False)
+            return
+    run = Run(context, options)
+    with user_errors(), bars.status("Loading PyTorch and transformers"):
+        run.check_places()
+        run.check_settings()
+    with user_errors(), plain_warnings(), bars.status("Reading model and data"):
+        run.load()
+        run.check_room()
+    run.announce()
+    run.train_and_write()
+    run.report()
+
+
+class Run:
+    """One `palu unlearn`, whose steps are called in the order in which they stand here."""
+
+    def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
+        self.context, self.options = context, options
+        self.is_main = distributed.rank() == 0  # the others write nothing
+
+    def check_places(self) -> None:
+        """Refuse an output that may not be written, and keep it from other runs."""
+        from palu.models.lora import lora_settings, reference_kind, refuse_adapter
+        from palu.run_record import cache_place, check_output, claim_output
+
+        options = self.options
+        if options.drop_overlap and options.retain is None:
+            raise ValueError("--drop-overlap leaves out retain rows: it needs a --retain file")
+        files = without_slices(options.forget, options.retain)
+        wanted = {"overwrite": options.overwrite, "inputs": (options.model, *files)}
+        check_output(options.output, **wanted)
+        if options.rescue is not None:
+            check_output(options.rescue, overwrite=False)
+            if options.rescue.resolve().is_relative_to(options.output.resolve()):
+                raise ValueError(
+                    f"--rescue {str(options.rescue)!r} lies in --output {str(options.output)!r}; "
+                    "name another place"
+                )
+        if self.is_main:
+            self.claim = self.context.with_resource(claim_output(options.output, **wanted))
+        refuse_adapter(options.model)
+        self.lora = lora_settings(
+            options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_target
+        )
+        cache = None if options.reference_cache is None else Path(options.reference_cache)
+        asked = options.reference if "reference" in options.given else None
+        self.reference = reference_kind(asked, self.lora, cache)
+        self.cache = cache_place(self.reference, cache, options.output)
+
+    def check_settings(self) -> None:
+        """Refuse settings that no run can have, and make its `PALUConfig`."""
+        import torch
+
+        from palu import unlearn as run
+        from palu.models.loading import check_precision, model_folder, resolve_device
+        from palu.reference.cache import cache_info
+        from palu.training import checkpoints
+        from palu_kernels.backend import resolve as resolve_backend
+
+        quiet()
+        options = self.options
+        check_precision(options.dtype, options.bf16)
+        model_folder(options.model)
+        self.device = distributed.own_device(resolve_device(options.device))
+        resolve_backend(options.backend, self.device, torch.float32)
+        self.checkpoints = checkpoints.folder_beside(
+            options.output,
+            save_steps=options.save_steps,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+        if not 0 <= options.seed < 2**32:
+            raise ValueError(f"--seed is {options.seed}; it must be 0 to 2**32 - 1")
+        self.config = run.make_config(self.device, **self._settings())
+        check_read(options, options.given)  # defaults too, where they were given
+        run.check_method(self.config, options.model, retain=options.retain is not None)
+        _check_reports(self.config, options.output)
+        self.resume_from = checkpoints.last_checkpoint(self.checkpoints) if options.resume else None
+        self.template = template_of(options)
+        self.had_cache = (
+            self.cache is not None and self.cache.is_dir() and any(self.cache.iterdir())
+        )
+        if self.had_cache:
+            cache_info(self.cache)  # what is no cache is found out before the model is loaded
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `make_config`."""
+        settings = {
+            one.metadata["help"].trainer or one.name: getattr(self.options, one.name)
+            for kind in (RunOptions, LossOptions, MethodOptions, TrainingOptions)
+            for one in fields(kind)
+        }
+        settings["reference"] = self.reference
+        settings["reference_cache"] = None if self.cache is None else str(self.cache)
+        settings["report_to"] = [name.strip() for name in settings["report_to"].split(",")]
+        return settings | trainer_options(self.options.set)
+
+    def load(self) -> None:
+        """Read the data, load the model and put what trains on it."""
+        import torch
+
+        from palu import unlearn as run
+        from palu.models.checks import check_causal, first_texts
+        from palu.models.loading import (
+            check_token_ids,
+            freeze_other_towers,
+            load_to_train,
+            load_tokenizer,
+        )
+        from palu.models.lora import add_lora
+        from palu.training.trainer_checks import marks_something
+
+        options, config = self.options, self.config
+        self.tokenizer = load_tokenizer(options.model)
+        by_span = options.method == "palu"
+        self.rows, self.retain_rows = read_both(
+            options,
+            self.tokenizer,
+            self.template,
+            require_spans=by_span,
+            second_answers=run.second_answers(config),
+        )
+        if by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
+            raise ValueError(
+                f"{options.forget} marks nothing to forget: no span is left in any row"
+            )
+        model, self.saved = load_to_train(
+            options.model,
+            options.dtype,
+            str(config.device),
+            bf16=options.bf16,
+            allow_missing=options.allow_missing,
+        )
+        self.compute_dtype = torch.bfloat16 if options.bf16 else model.dtype
+        check_token_ids(model, self.tokenizer, [*self.rows, *(self.retain_rows or ())])
+        check_causal(model, first_texts(self.rows))
+        if self.lora is not None:
+            model, self.saved = add_lora(model, self.lora, options.seed), None  # stays float32
+        freeze_other_towers(model)
+        run.prepare_model(config, model)
+        self.model = model
+
+    def check_room(self) -> None:
+        """Refuse to begin where the disk has no room for what is written at the end."""
+        from palu.training.room import check_room, checkpoint_bytes, model_bytes, small_files
+
+        options = self.options
+        self.size = model_bytes(self.model, self.saved) + small_files(options.model)
+        needs = {"the model": (options.output, self.size)}
+        if self.config.save_strategy != "no":
+            one = checkpoint_bytes(self.model, adapter=self.lora is not None)
+            needs["checkpoints"] = (self.checkpoints, one * (self.config.save_total_limit + 1))
+        if self.is_main:
+            check_room(needs)
+            if options.rescue is not None:  # instead of the other, not beside it
+                check_room({"the rescued model": (options.rescue, self.size)})
+
+    def announce(self) -> None:
+        """Say what holds the model in place and where a resumed run begins."""
+        from palu.training import checkpoints
+
+        if self.retain_rows is None:
+            by_span = self.options.method == "palu"
+            hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
+            warn(f"no --retain file: {hold} the model in place")
+        if self.options.resume:
+            text = f"Resuming from {self.resume_from}"
+            if self.resume_from is None:
+                text = f"Nothing to resume from in {self.checkpoints}: starting from the beginning"
+            out.print(text, soft_wrap=True)
+        elif self.checkpoints is not None and self.is_main:
+            checkpoints.remove_all(self.checkpoints)
+
+    def train_and_write(self) -> None:
+        """Train, and write the model; keep it somewhere else where it cannot be written."""
+        from palu.run_record import output_folder
+        from palu.training import checkpoints
+        from palu.training.room import keep
+
+        def write_whole(place: Path) -> None:
+            with output_folder(place) as folder:
+                self._write(folder)
+
+        self.outcome = None
+        try:
+            with output_folder(self.claim) if self.is_main else nullcontext() as folder:
+                self._train()
+                if self.is_main:
+                    with bars.status("Writing the model"):
+                        self._write(folder)
+        except Exception as error:
+            if self.outcome is None or not failed_to_write(error):
+                raise
+            kept = self.checkpoints
+            raise keep(
+                error,
+                self.options.output,
+                write_whole,
+                rescue=self.options.rescue,
+                checkpoint=None if kept is None else checkpoints.last_checkpoint(kept),
+                size=self.size,
+            ) from error
+
+    def _train(self) -> None:
+        from palu import unlearn as run
+        from palu.progress import bar
+        from palu.reference.cache import CacheError, CacheWriteError
+        from palu.training.checkpoints import CheckpointError
+
+        notes = {"model": str(self.options.model), **data_notes(self.options)}
+        notes["template"] = self.template.to_dict()
+        mistakes = user_errors(CacheError, CacheWriteError, CheckpointError)
+        with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
+            self.outcome = run.unlearn(
+                self.model,
+                self.tokenizer,
+                self.rows,
+                self.retain_rows,
+                self.config,
+                report,
+                cache_options={"template": self.template, "notes": notes},
+                checkpoints=self.checkpoints,
+                resume=self.resume_from,
+                saved=self.saved,
+            )
+
+    def _write(self, folder: Path) -> None:
+        from palu import unlearn as run
+        from palu.models.folders import named_from
+        from palu.reference.rows import dtype_name
+
+        options, saved = self.options, self.saved
+        run.save_model(
+            folder,
+            self.model,
+            self.tokenizer,
+            self.template,
+            saved=saved,
+            made_by="palu unlearn",
+            seed=options.seed,
+            base_model=named_from(folder, options.model),
+            data=data_notes(options),
+            dtype=dtype_name(next(iter(saved.values())) if saved else self.model.dtype),
+            compute_dtype=dtype_name(self.compute_dtype),
+            master_weights=self.outcome.master_weights,
+            rounded_back=self.outcome.rounded_back,
+            device=str(self.device),
+            processes=distributed.count(),
+            settings=run.settings_of(self.config),
+            options=as_config(options, of_one_run=False),
+            lora=None if self.lora is None else vars(self.lora),
+            loss_curve=self.outcome.curve,
+        )
+
+    def report(self) -> None:
+        """Remove the checkpoints, which are of no more use, and say what was done."""
+        from palu.training import checkpoints
+
+        if not self.is_main:
+            return
+        if self.checkpoints is not None:
+            checkpoints.remove_all(self.checkpoints)
+        curve = self.outcome.curve
+        last = {name: round(curve[-1][name], 4) for name in ("forget", "preserve", "retain")}
+        written = f"Written to {self.options.output} after {len(curve)} steps. Last terms: {last}"
+        out.print(written, soft_wrap=True)
+        if self.cache is not None:
+            verb = "was read from" if self.had_cache else "is kept in"
+            text = f"The reference cache {verb} {self.cache}"
+            if self.config.reference_cache is None:
+                text = "No reference cache: these settings ask the original model nothing"
+            out.print(text, soft_wrap=True)
+
+
+def _check_reports(config: Any, output: Path) -> None:
+    """Refuse a log that cannot be written to, and say where TensorBoard's files go and what a run
+    is called: the Trainer's own folder is a temporary one."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for kind in get_reporting_integration_callbacks(config.report_to):
+            kind()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--report-to {','.join(config.report_to)}: {error}") from None
+    if "tensorboard" in config.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{output}-logs")
+    if config.run_name is None:
+        config.run_name = output.name
