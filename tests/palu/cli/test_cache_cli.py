@@ -90,7 +90,7 @@ def test_build_info_verify(palu_cache, work):
         (" ".join([*BUILD, "--output", "x", "--top-k", "0"]), "top_k"),
         (
             " ".join([*BUILD, "--output", "x", "--batch-size", "0"]),
-            "--batch-size must be at least 1",
+            "--batch-size is 0; it must be at least 1",
         ),
         (" ".join([*BUILD, "--output", "x", "--retain-loss", "kl"]), "needs a --retain file"),
         (
