@@ -41,8 +41,9 @@ class BuildOptions:
         True,
         "Whether training may change the output head, as palu unlearn does: a copy of it is "
         "stored.",
-        panel="What is stored",
+        panel="Method",
     )
+    batch_size: int = option(8, "Examples in a forward pass.", least=1, panel="Machine")
 
 
 @dataclass(kw_only=True)
@@ -66,14 +67,13 @@ STORED = ("top_k", "prefix_length", "preserve", "select_from")
 
 @cache.command()
 @with_options(
-    (TextOptions, "model"),
     DataOptions,
     TextOptions,
     BuildOptions,
     OutputOptions,
     (LossOptions, *STORED),
     (RunOptions, "retain_loss", "backend"),
-    (TrainingOptions, "batch_size", "bf16"),
+    (TrainingOptions, "bf16"),
     WeightOptions,
 )
 def build(context: typer.Context, options: SimpleNamespace) -> None:

@@ -55,7 +55,6 @@ class EvaluateOptions:
 
 
 @with_options(
-    (TextOptions, "model"),
     EvaluateOptions,
     (DataOptions, "retain"),
     TextOptions,

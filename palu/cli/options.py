@@ -16,6 +16,10 @@ import typer
 from palu.errors import user_errors
 from palu.training.options import Help, check_choice, choices, option
 
+# The order in which `--help` shows the panels; others come first.
+PANELS = ("Model", "Data", "Compared with", "Output", "Method", "PALU's loss", "Other methods")
+PANELS += ("Reference model", "LoRA", "Training", "Machine", "Chat template", "Configuration")
+
 Body = Callable[[typer.Context, SimpleNamespace], None]
 
 
@@ -96,6 +100,11 @@ def with_options(*sources: type | tuple[Any, ...]) -> Callable[[Body], Callable[
         kind, *names = source if isinstance(source, tuple) else (source,)
         chosen |= {f.name: (kind, f) for f in fields(kind) if not names or f.name in names}
 
+    def panel(one: Field) -> int:
+        return PANELS.index(help.panel) if (help := one.metadata["help"]).panel in PANELS else -1
+
+    ordered = sorted(chosen.values(), key=lambda pair: panel(pair[1]))
+
     def decorate(body: Body) -> Callable[..., None]:
         @functools.wraps(body)
         def command(context: typer.Context, **values: Any) -> None:
@@ -111,9 +120,11 @@ def with_options(*sources: type | tuple[Any, ...]) -> Callable[[Body], Callable[
         first = inspect.Parameter(
             "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
         )
-        parameters = [first, *(_parameter(kind, one) for kind, one in chosen.values())]
+        parameters = [first, *(_parameter(kind, one) for kind, one in ordered)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {}
+        paragraphs = (body.__doc__ or "").split("\n\n")  # typer keeps the lines of each
+        command.__doc__ = "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
         return command
 
     return decorate

@@ -61,7 +61,6 @@ class PlaceOptions:
 
 
 @with_options(
-    (TextOptions, "model"),
     DataOptions,
     TextOptions,
     PlaceOptions,
