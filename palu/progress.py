@@ -18,7 +18,6 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
-from transformers import TrainerCallback
 
 from palu.terminal import visible
 
@@ -31,7 +30,7 @@ class TimeLeft(ProgressColumn):
     when nothing more comes."""
 
     def render(self, task: Task) -> Text:
-        """One task's estimate."""
+        """Return one task's estimate."""
         seconds = task.time_remaining
         if seconds is None or task.finished or task.stop_time is not None:
             return Text("")
@@ -42,8 +41,8 @@ class TimeLeft(ProgressColumn):
 
 @contextmanager
 def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., None]]:
-    """One progress bar with an estimate of the time left. Yields `report(done, total, note="")`;
-    the finished bar stays on the screen.
+    """Show one progress bar with an estimate of the time left; the finished bar stays on the
+    screen. Yields `report(done, total, note="")`.
 
     On a terminal it is redrawn in place. In a file or a pipe it is the finished bar alone, after a
     few lines on the way where that is long.
@@ -82,30 +81,3 @@ def bar(console: Console, title: str, note: str = "") -> Iterator[Callable[..., 
             yield report
         finally:
             progress.stop_task(number)
-
-
-class TrainingBar(TrainerCallback):
-    """Shows a Trainer's steps and the last logged terms through `report`."""
-
-    SHOWN = ("forget", "preserve", "retain", "forget_prob")
-
-    def __init__(self, report: Callable[..., None]) -> None:
-        self.report = report
-        self.values: dict[str, float] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """A new total, and where a resumed run goes on from."""
-        self._show(state)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """One step further."""
-        self._show(state)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """The last terms."""
-        self.values |= {n: logs[n] for n in self.SHOWN if n in (logs or {})}
-        self._show(state)
-
-    def _show(self, state) -> None:
-        note = "  ".join(f"{n} {self.values[n]:.3g}" for n in self.SHOWN if n in self.values)
-        self.report(state.global_step, state.max_steps, note)

@@ -13,16 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from palu.data.examples import Example
+from palu.data.labels import Template
 from palu.data.pairs import own_alternates, refusals
-from palu.data.records import Example
-from palu.data.template import Template
 from palu.methods import Method
 from palu.models.layers import layer_count
 from palu.models.lora import name_base
-from palu.progress import TrainingBar
-from palu.reference.cached import CachedReference
+from palu.reference.model import CachedReference
 from palu.run_record import write_record
 from palu.training.callbacks import FORGET_PROB
 from palu.training.config import PALUConfig
@@ -43,6 +48,11 @@ CURVE = (
     FORGET_PROB,
 )
 
+
+# What `palu.json` tells of the Trainer's settings.
+TRAINER_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+TRAINER_SETTINGS += ("gradient_accumulation_steps", "gradient_checkpointing")
+TRAINER_SETTINGS += ("lr_scheduler_type", "weight_decay", "max_grad_norm")
 
 # Newer versions of transformers warn of the first name.
 _CHECKPOINTING = (
@@ -67,7 +77,7 @@ def make_config(
     save_steps: int | None = None,
     **options: Any,
 ) -> PALUConfig:
-    """A `PALUConfig` that logs every step and trains on `device`.
+    """Return a `PALUConfig` that logs every step and trains on `device`.
 
     Args:
         save_steps: steps between checkpoints, of which the last one is kept; None: nothing is
@@ -93,7 +103,7 @@ def make_config(
 
 
 def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
-    """Raises ValueError where the method or a setting lacks something, before anything is loaded:
+    """Raise ValueError where the method or a setting lacks something, before anything is loaded:
     see `Method.check_run`, `Method.check_layers` and `PALUConfig.check_retain`.
 
     Args:
@@ -114,8 +124,8 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
 
 
 def prepare_model(config: PALUConfig, model: nn.Module) -> None:
-    """Has the method settle what it trains of a model, and `config.layer_id`; `PALUTrainer` does
-    the first again, to no effect.
+    """Let the method choose what it trains of a model, and set `config.layer_id`; `PALUTrainer`
+    does the first again, to no effect.
 
     Raises:
         ValueError: the model will not do: see `Method.prepare`.
@@ -127,8 +137,8 @@ def prepare_model(config: PALUConfig, model: nn.Module) -> None:
 
 
 def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:
-    """What gives the examples the second answers that the method needs; None where it needs
-    none."""
+    """Return a function from examples to the second answers that the method needs; None where it
+    needs none."""
     refuse = partial(refusals, seed=config.seed)
     return {"dpo": own_alternates, "idk_dpo": refuse}.get(config.method)
 
@@ -146,7 +156,7 @@ def unlearn(
     resume: str | None = None,
     saved: Mapping[str, torch.dtype] | None = None,
 ) -> Outcome:
-    """Trains `model` in place to forget the sensitive tokens (or the answers, see
+    """Train `model` in place to forget the sensitive tokens (or the answers, see
     `PALUConfig.method`) of `forget_rows`.
 
     Args:
@@ -197,22 +207,47 @@ def unlearn(
     for config_, value in use_cache:
         config_.use_cache = value
     model.eval()
-    history = trainer.state.log_history
+    return Outcome(_curve(trainer.state.log_history), trainer.has_masters, share)
+
+
+def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the entries of `CURVE` of every step; an epoch's measurement goes to its last step."""
     measured = {e["step"]: {FORGET_PROB: e[FORGET_PROB]} for e in history if FORGET_PROB in e}
     steps = [entry | measured.get(entry["step"], {}) for entry in history if "forget" in entry]
-    curve = [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
-    return Outcome(curve, trainer.has_masters, share)
+    return [{name: entry[name] for name in CURVE if name in entry} for entry in steps]
+
+
+class TrainingBar(TrainerCallback):
+    """Shows a Trainer's steps and the last logged terms through `report`."""
+
+    SHOWN = ("forget", "preserve", "retain", FORGET_PROB)
+
+    def __init__(self, report: Callable[..., None]) -> None:
+        self.report = report
+        self.values: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Show a new total, and where a resumed run goes on from."""
+        self._show(state)
+
+    on_step_end = on_train_begin
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the last terms."""
+        self.values |= {n: logs[n] for n in self.SHOWN if n in (logs or {})}
+        self._show(state)
+
+    def _show(self, state) -> None:
+        note = "  ".join(f"{n} {self.values[n]:.3g}" for n in self.SHOWN if n in self.values)
+        self.report(state.global_step, state.max_steps, note)
 
 
 def settings_of(config: PALUConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes, for `palu.json`: PALU's own and the main ones
-    of the Trainer."""
+    """Return the settings that decide what a run computes, for `palu.json`: PALU's own and the main
+    ones of the Trainer."""
     inherited = {field.name for field in fields(TrainingArguments)}
     own = [field.name for field in fields(PALUConfig) if field.name not in inherited]
-    trainer = ["learning_rate", "num_train_epochs", "per_device_train_batch_size"]
-    trainer += ["gradient_accumulation_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm"]
-    trainer += ["gradient_checkpointing"]
-    values = {name: getattr(config, name) for name in [*own, *trainer]}
+    values = {name: getattr(config, name) for name in (*own, *TRAINER_SETTINGS)}
     if config.method != "palu":
         loss = config.make_loss()  # its options, where the config leaves them to it
         values |= {name: getattr(loss, name) for name in loss.option_names()}
@@ -228,7 +263,7 @@ def save_model(
     saved: Mapping[str, torch.dtype] | None = None,
     **record: Any,
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
+    """Write a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
     `palu.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(model.device).manual_seed(0)

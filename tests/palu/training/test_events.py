@@ -21,6 +21,7 @@ from palu.evaluation import evaluate_examples
 from palu.training import step_log
 from palu.training.nonfinite import example_names
 from palu.training.step_log import StepLog, peak_memory_mib
+from palu.unlearn import TrainingBar
 from tests.support import small, training
 from tests.support.command import palu_in, write_data, write_model
 from tests.support.training import logged, sure_model, trainer, weights
@@ -530,7 +531,7 @@ def test_the_time_left_follows_the_pace():
 def test_the_bar_shows_steps_and_all_terms(tok, tmp_path):
     shown = []
     made = trainer(tok, config(tmp_path, stop_at_forget_prob=1e-30))
-    made.add_callback(progress.TrainingBar(lambda *words: shown.append(words)))
+    made.add_callback(TrainingBar(lambda *words: shown.append(words)))
     made.train()
     assert shown[0] == (0, 2, "")
     assert shown[-1][:2] == (2, 2)
