@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 from palu.cli import app as cli
@@ -9,6 +10,12 @@ from palu.data.template import Template
 from palu.demo.people import write_jsonl
 from palu.unlearn import save_model
 from tests.support import small
+
+DATA = "--forget forget.jsonl --retain retain.jsonl --device cpu "
+UNLEARN = (
+    f"unlearn --model model {DATA}"
+    "--batch-size 2 --learning-rate 0.01 --objective entropy --top-k 5 "
+)
 
 
 def write_data(folder):
@@ -27,13 +34,16 @@ def write_model(folder, model, template=None):
 
 
 def palu_in(folder, monkeypatch, capsys):
-    """A function that runs a command line there: (exit status, stdout, stderr)."""
+    """A function that runs a command line there: (exit status, stdout, stderr).
+
+    It takes a line, which is split at white space, and words, which are not.
+    """
     monkeypatch.chdir(folder)
     for console in (cli.out, cli.bars):
         monkeypatch.setattr(console, "_width", 300)
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["palu", *map(str, words)])
+    def run(line="", *words):
+        monkeypatch.setattr(sys, "argv", ["palu", *line.split(), *map(str, words)])
         status = 0
         try:
             cli.main()
@@ -42,4 +52,27 @@ def palu_in(folder, monkeypatch, capsys):
         said = capsys.readouterr()
         return status, said.out, said.err
 
+    run.folder = folder
     return run
+
+
+def refusal(palu, line="", *words, keep=()):
+    """The one line that says why a command line is refused; nothing else may be said or left.
+
+    Args:
+        keep: names of what it may leave nevertheless.
+    """
+    before = {p: p.stat().st_mtime_ns for p in palu.folder.rglob("*") if p.is_file()}
+    names = set(palu.folder.iterdir())
+    status, said, error = palu(line, *words)
+    assert status == 2 and said == "" and "Traceback" not in error, error
+    lines = [one for one in error.splitlines() if one.startswith("error: ")]
+    assert len(lines) == 1 and error.endswith(f"{lines[0]}\n"), error
+    assert set(palu.folder.iterdir()) - names <= {palu.folder / name for name in keep}
+    after = {p: p.stat().st_mtime_ns for p in palu.folder.rglob("*") if p.is_file()}
+    assert {p: t for p, t in after.items() if p in before} == before
+    return lines[0]
+
+
+def record(folder):
+    return json.loads((folder / "palu.json").read_text())
