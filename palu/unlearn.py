@@ -21,13 +21,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from palu.data.examples import Example
-from palu.data.labels import Template
 from palu.data.pairs import own_alternates, refusals
+from palu.data.records import Example
+from palu.data.template import Template
 from palu.methods import Method
 from palu.models.layers import layer_count
 from palu.models.lora import name_base
-from palu.reference.model import CachedReference
+from palu.reference.cached import CachedReference
 from palu.run_record import write_record
 from palu.training.callbacks import FORGET_PROB
 from palu.training.config import PALUConfig

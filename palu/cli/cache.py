@@ -84,7 +84,7 @@ def build(context: typer.Context, options: SimpleNamespace) -> None:
     when it is started again.
     """
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.run_record import claim_output
+        from palu.storage.output import claim_output
 
         files = without_slices(options.forget, options.retain)
         claim = claim_output(
@@ -137,8 +137,8 @@ def _load_for_build(options: SimpleNamespace, config: Any, template: Any) -> dic
 
     from palu.loss import PALULoss
     from palu.models.checks import check_causal, first_texts
-    from palu.models.forward import end_tokens
     from palu.models.loading import check_token_ids, load_to_train, load_tokenizer
+    from palu.models.wrappers import eos_token_ids
 
     tokenizer = load_tokenizer(options.model)
     rows, retain_rows = read_both(options, tokenizer, template, require_spans=True)
@@ -151,7 +151,7 @@ def _load_for_build(options: SimpleNamespace, config: Any, template: Any) -> dic
     )
     check_token_ids(model, tokenizer, [*rows, *(retain_rows or ())])
     check_causal(model, first_texts(rows))
-    loss = PALULoss(**config.loss_options(), eos_token_id=end_tokens(model, tokenizer))
+    loss = PALULoss(**config.loss_options(), eos_token_id=eos_token_ids(model, tokenizer))
     return {
         "model": model,
         "dataset": rows,
@@ -226,7 +226,7 @@ def _load_for_verify(options: SimpleNamespace, about: dict[str, Any]) -> dict[st
     """Return the model and the data as arguments of `verify_cache`."""
     import torch
 
-    from palu.data.labels import Template
+    from palu.data.template import Template
     from palu.models.loading import check_token_ids, load_model, load_tokenizer
     from palu.run_record import choose_template
 

@@ -30,7 +30,7 @@ def template_of(options: SimpleNamespace, folder: Any = None) -> Any:
 
 def without_slices(*files: str | None) -> list[str]:
     """Return the paths of data as a user names them, without their slices."""
-    from palu.data.examples import split_slice
+    from palu.data.files import split_slice
 
     return [split_slice(file)[0] for file in files if file is not None]
 
@@ -54,7 +54,8 @@ def read_rows(
         forget: of a retain file the forget file, in whose examples its own must not all be.
         drop_overlap: leave those out that are.
     """
-    from palu.data.examples import load_examples, tokenize_examples
+    from palu.data.examples import tokenize_examples
+    from palu.data.files import load_examples
     from palu.data.overlap import without_overlap
     from palu.data.pairs import add_alternates
 

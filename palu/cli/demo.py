@@ -31,7 +31,7 @@ class DemoOptions:
 def demo(context: typer.Context, options: SimpleNamespace) -> None:
     """A model made on the spot learns about invented people, then forgets some of them."""
     with user_errors():
-        from palu.run_record import claim_output, output_folder
+        from palu.storage.output import claim_output, output_folder
 
         claim = context.with_resource(claim_output(options.output, overwrite=options.overwrite))
     with bars.status("Loading PyTorch and transformers"):

@@ -85,7 +85,8 @@ class EvaluateRun:
         from palu.evaluation.batches import Processes
         from palu.evaluation.tofu_data import tofu_files
         from palu.models.loading import folder_with, model_folder, resolve_device
-        from palu.run_record import RECORD, check_json
+        from palu.run_record import RECORD
+        from palu.storage.output import check_json
 
         quiet()
         options = self.options
@@ -240,7 +241,8 @@ class EvaluateRun:
         """Print the tables and write `--json`."""
         from palu.evaluation.report import metrics_table, missing_inputs, summary_table
         from palu.evaluation.store import summary
-        from palu.run_record import check_json, versions, write_json
+        from palu.storage.files import write_json
+        from palu.storage.output import check_json, versions
 
         options, json = self.options, self.options.json
         by_tofu = options.tofu is not None

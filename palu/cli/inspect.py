@@ -142,7 +142,8 @@ def inspect_file(
     `eos_token_id` is the tokenizer's when None. Rows need no spans: without any, everything is
     preserved. Raises what `load_examples` and `tokenize_examples` raise.
     """
-    from palu.data.examples import load_examples, tokenize_examples
+    from palu.data.examples import tokenize_examples
+    from palu.data.files import load_examples
 
     console = console or Console()
     examples = load_examples(path, require_spans=False, repair=repair, limit=limit)
@@ -160,7 +161,7 @@ def inspect_file(
 def _kinds(labels: list[int], prefix_length: int, eos_token_id: Any) -> list[str]:
     import torch
 
-    from palu.data.labels import FORGET, KEEP, PRESERVE, token_roles
+    from palu.data.roles import FORGET, KEEP, PRESERVE, token_roles
 
     roles = token_roles(torch.tensor([labels], dtype=torch.int64), prefix_length, eos_token_id)[0]
     kinds = []

@@ -103,7 +103,7 @@ class Run:
     def check_places(self) -> None:
         """Refuse an output that may not be written, and keep it from other runs."""
         from palu.models.lora import lora_settings, reference_kind, refuse_adapter
-        from palu.run_record import cache_place, check_output, claim_output
+        from palu.storage.output import cache_place, check_output, claim_output
 
         options = self.options
         if options.drop_overlap and options.retain is None:
@@ -255,7 +255,7 @@ class Run:
 
     def train_and_write(self) -> None:
         """Train, and write the model; keep it somewhere else where it cannot be written."""
-        from palu.run_record import output_folder
+        from palu.storage.output import output_folder
         from palu.training import checkpoints
         from palu.training.room import keep
 

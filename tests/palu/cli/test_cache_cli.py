@@ -10,7 +10,7 @@ import torch
 import typer
 
 from palu.cli.app import app
-from palu.data.labels import Template
+from palu.data.template import Template
 from palu.reference.cache import ReferenceCache
 from palu.unlearn import make_config, unlearn
 from tests.support import small

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from palu import unlearn as palu_unlearn
 from palu.cli.app import app
-from palu.data.labels import Template
-from palu.run_record import check_output, choose_template, output_folder
+from palu.data.template import Template
+from palu.run_record import choose_template
+from palu.storage.output import check_output, output_folder
 from palu.training.config import PALUConfig
 from tests.support.command import DATA, UNLEARN, record, refusal
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from palu.cli.inspect import inspect_file, legend, render
-from palu.data.labels import KEEP, label_example
+from palu.data.labels import label_example
+from palu.data.roles import KEEP
 
 ANSWER = "It is Basil Mahfouz Al-Kuwaiti of 東京."
 SPANS = [(6, 30), (34, 36)]

@@ -267,6 +267,6 @@ def test_models_that_are_none(plan, tmp_path, monkeypatch):
 
 
 def test_references_are_the_trainers():
-    from palu.training import config
+    from palu.training.options import RunOptions, choices
 
-    assert set(REFERENCES) == set(config.REFERENCES)
+    assert set(REFERENCES) == set(choices(RunOptions, "reference"))

@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from palu.methods import METHODS
+from palu.reference.model import REFERENCES
 from palu.training.config import PALUConfig
 from palu.training.options import MethodOptions, RunOptions, choices
 
@@ -91,6 +92,7 @@ def test_options_that_are_not_read_are_refused(tmp_path, options, message):
 
 def test_options_say_which_methods_read_them_and_their_defaults():
     assert choices(RunOptions, "method") == ("palu", *METHODS)
+    assert choices(RunOptions, "reference") == REFERENCES
     for option in fields(MethodOptions):
         of = {
             name: method.__dataclass_fields__[option.name].default
