@@ -1,0 +1,1 @@
+"""What can be found out without running anything for long: compiled kernels, bytes, calls."""
