@@ -179,13 +179,9 @@ def main() -> int:
         counting, steps, batches, waits = trainer(folder)
         counting.train()
     step, whole = Count.of(*steps), Count.of(*steps, *batches)
-    print(
-        ", ".join(
-            f"{a} {name} [{b}]" for name, a, b in zip(Count._fields, step, whole, strict=True)
-        )
-        + f", {sum(w.gathers for w in waits)} boolean gathers"
-        + f", {sum(w.reads for w in waits)} reads by the host"
-    )
+    numbers = [f"{a} {n} [{b}]" for n, a, b in zip(Count._fields, step, whole, strict=True)]
+    numbers.append(f"{sum(w.gathers for w in waits)} boolean gathers")
+    print(*numbers, f"{sum(w.reads for w in waits)} reads by the host", sep=", ")
     return 0
 
 
