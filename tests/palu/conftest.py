@@ -21,6 +21,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from tests.support import small
+
 FAMILIES = (
     "byte_bpe",  # GPT-2: offsets leave out the leading space; no special tokens added
     "byte_bpe_full",  # Llama 3: offsets hold it, digits in threes; adds BOS; chat template
@@ -229,3 +231,9 @@ def llama3_tokenizer(all_tokenizers) -> PreTrainedTokenizerFast:
 def chatml_tokenizer(all_tokenizers) -> PreTrainedTokenizerFast:
     """ChatML template; EOS, end of turn and padding are one token."""
     return all_tokenizers["chatml"]
+
+
+@pytest.fixture(scope="session")
+def tok():
+    """The tokenizer of `tests.support.small`. Shared: make another one to change it."""
+    return small.tokenizer()

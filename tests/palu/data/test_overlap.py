@@ -16,11 +16,6 @@ from tests.support.training import trainer as small_trainer
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def work(tmp_path_factory, tok):
     """A tiny model, and `full.jsonl` whose rows are those of both files, as TOFU's full.json."""
     folder = tmp_path_factory.mktemp("overlap")

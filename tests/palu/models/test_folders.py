@@ -18,11 +18,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def work(tmp_path_factory, tok):
     folder = tmp_path_factory.mktemp("folders")
     write_model(folder / "plain", small.model(tok))

@@ -14,11 +14,6 @@ from tests.support.adapters import PROMPTS, adapted, inputs
 peft = pytest.importorskip("peft")
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def trainer(tok, tmp_path, model, **options):
     """One step over all rows, forget rows in one batch."""
     settings = {

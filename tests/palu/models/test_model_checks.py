@@ -17,11 +17,6 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def texts(tok):
     return first_texts(small.rows(tok))
 

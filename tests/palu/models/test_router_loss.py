@@ -37,11 +37,6 @@ MIXTURES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def mixture(tok, name="Mixtral", **settings):
     settings = {"vocab_size": len(tok), **SMALL, **MIXTURES[name], **settings}
     torch.manual_seed(0)

@@ -26,22 +26,7 @@ from palu.reference.cache import (
 from palu.reference.verify import verify_cache
 from palu.storage.fingerprint import model_fingerprint
 from tests.support import ROOT, small
-from tests.support.caches import builder, files, loss_of
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def rows(tok):
-    return small.rows(tok)
-
-
-@pytest.fixture
-def build(tok, tmp_path):
-    return builder(tok, tmp_path)
+from tests.support.caches import files, loss_of
 
 
 def test_every_flipped_bit_is_seen(build, tok, rows):
