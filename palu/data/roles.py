@@ -17,9 +17,7 @@ NONE, FORGET, PRESERVE = 0, 1, 2  # roles, as `token_roles` returns them
 
 
 def token_roles(
-    labels: torch.Tensor,
-    prefix_length: int,
-    eos_token_id: int | Iterable[int] | None = None,
+    labels: torch.Tensor, prefix_length: int, eos_token_id: int | Iterable[int] | None = None
 ) -> torch.Tensor:
     """Return the role of every label: `NONE`, `FORGET` or `PRESERVE`.
 

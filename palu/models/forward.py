@@ -95,10 +95,7 @@ def logits_at(
 
 
 def model_hidden_states(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    **model_inputs: Any,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
 ) -> Tensor:
     """Return the hidden states that enter the output embedding (after the final norm), without
     computing logits.

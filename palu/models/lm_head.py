@@ -77,10 +77,7 @@ class LMHead(palu_kernels.LMHead):
 
 
 def fusable_head(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    **model_inputs: Any,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
 ) -> LMHead | None:
     """Return the head of `model` if losses may be computed from hidden states; else None, with a
     warning that says why.

@@ -13,11 +13,7 @@ from palu.data.roles import check_labels
 from palu.loss import PALULoss
 from palu.reference.rows import reference_rows
 from palu.reference.store import CacheError, PartialCache
-from palu.storage.fingerprint import (
-    example_bytes,
-    example_id,
-    example_ids,
-)
+from palu.storage.fingerprint import example_bytes, example_id, example_ids
 
 AUTOCAST = (None, torch.bfloat16, torch.float16)
 

@@ -130,11 +130,7 @@ class AdapterOffReference(_ModelReference):
                 "reference='adapter_off' and an adapter is merged into the weights: call "
                 "model.unmerge_adapter() first, or use reference='live' or 'cached'"
             )
-        names = (
-            "modules_to_save",
-            "trainable_tokens_",
-            getattr(model.base_model, "prefix", ""),
-        )
+        names = ("modules_to_save", "trainable_tokens_", getattr(model.base_model, "prefix", ""))
         for name, parameter in model.named_parameters():
             adapter = any(part and part in name for part in names)
             if parameter.requires_grad and not adapter:

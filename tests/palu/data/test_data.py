@@ -332,10 +332,7 @@ LINES = [json.dumps({**QA, "spans": [[0, 5]]})] * 2
             {"text": "💩 Ada", "spans": [{"start": 0, "end": 3, "text": "Ada"}]},
             r"says 'Ada', but \[0, 3\) of the answer is '💩 A'",
         ),
-        (
-            {**QA, "spans": [[0, 10**20]]},
-            r"\[0, 100000000000000000000\), it must",
-        ),
+        ({**QA, "spans": [[0, 10**20]]}, r"\[0, 100000000000000000000\), it must"),
         ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 4000), r"\[0, 9+\.\.\.9+\), it must satisfy"),
         ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 5000), "an integer has too many digits"),
         ('{"text": "x", "spans": [[NaN, 1]]}', "start must be an integer, got nan"),

@@ -361,11 +361,7 @@ class SlowTokenizer:
         ({"answer": "a\ud83d"}, ValueError, "answer is not valid Unicode"),
         ({"max_length": 1}, ValueError, "max_length must be 2 or more, got 1"),
         ({"max_length": 9.0}, TypeError, "max_length must be an integer, got 9.0"),
-        (
-            {"template": "chat"},
-            TypeError,
-            "template must be a palu.Template, got str",
-        ),
+        ({"template": "chat"}, TypeError, "template must be a palu.Template, got str"),
         ({"spans": None}, TypeError, "spans must be a list of spans, got NoneType"),
         ({"spans": {"start": 0, "end": 1}}, TypeError, "spans must be a list of spans, got dict"),
         ({"spans": [(0, 2), (3, 99)]}, ValueError, r"spans\[1\] is \[3, 99\), .* <= 12"),

@@ -461,11 +461,7 @@ def test_bad_arguments(build, tok, rows, tmp_path):
         (ValueError, "shard_bytes is 0", {"shard_bytes": 0}),
         (ValueError, "autocast_dtype is torch.int8", {"autocast_dtype": torch.int8}),
         (CacheError, "the forget set must have at least one row", {"data": []}),
-        (
-            CacheError,
-            "row 1 of the forget set has no 'labels'",
-            {"data": [rows[0], no_labels]},
-        ),
+        (CacheError, "row 1 of the forget set has no 'labels'", {"data": [rows[0], no_labels]}),
         (CacheError, "row 0 of the forget set has 2 input_ids but 1 labels", {"data": [ragged]}),
         (CacheError, "the collator changes examples", {"collator": lambda b: Collator(0)(b[::-1])}),
     ]:
