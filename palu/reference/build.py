@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import palu_kernels
 from palu.data.roles import check_labels
 from palu.loss import PALULoss
-from palu.reference.rows import reference_rows
+from palu.reference.rows import reference_head, reference_rows
 from palu.reference.store import CacheError, PartialCache
 from palu.storage.fingerprint import example_bytes, example_id, example_ids
 
@@ -103,65 +102,70 @@ def check_options(
         )
 
 
-def batches_of(
-    sources: Sequence[Source], loss: PALULoss, batch_size: int
-) -> list[tuple[Source, list[int]]]:
-    """Return the batches of a pass over all that the loss needs: data set and row numbers."""
-    wanted = [s for s in sources if s.name == "retain" or loss.needs_reference]
-    return [(s, numbers) for s in wanted for numbers in s.batches(batch_size)]
+class ReferencePass:
+    """One pass of the frozen starting model over data; call its methods in `eval_mode`.
 
+    Args:
+        model: the starting model, in wrappers or not.
+        sources: the forget set, and the retain set where its term is a KL.
+        loss: says which rows matter and what of them is needed.
+        collator: pads a list of examples.
 
-def rows_of(
-    model: nn.Module,
-    head: palu_kernels.LMHead,
-    source: Source,
-    numbers: Sequence[int],
-    loss: PALULoss,
-    collator: Callable,
-) -> dict[str, Tensor]:
-    """Compute `reference_rows` of one of these batches; call it in `eval_mode`.
+    Attributes:
+        head: the model's output head.
 
     Raises:
-        CacheError: a label is no token, or the collator does more than padding.
-        FloatingPointError: a hidden state is infinite or NaN.
+        CacheError: the model's head is none that can be cached.
     """
-    batch = collator([source.dataset[i] for i in numbers])
-    ids = [source.ids[i] for i in numbers]
-    if example_ids(batch).tolist() != ids:
-        raise CacheError(
-            f"the collator changes examples of the {source.name} set, reorders them or leaves out "
-            "attention_mask: it must only pad"
-        )
-    try:
-        check_labels(batch["labels"], head.vocab_size)
-    except ValueError as error:
-        raise CacheError(f"{source.name} set: {error}") from None
-    return reference_rows(model, head, batch, ids, source.name, loss)
 
+    def __init__(
+        self, model: nn.Module, sources: Sequence[Source], loss: PALULoss, collator: Callable
+    ) -> None:
+        self.model, self.sources, self.loss, self.collator = model, sources, loss, collator
+        self.head = reference_head(model, collator([sources[0].dataset[0]]))
 
-def store_rows(
-    partial: PartialCache,
-    model: nn.Module,
-    head: palu_kernels.LMHead,
-    sources: Sequence[Source],
-    loss: PALULoss,
-    collator: Callable,
-    report: Callable[..., None] | None,
-) -> None:
-    """Compute and write the shards that are not there yet; call it in `eval_mode`."""
-    batches = batches_of(sources, loss, partial.content["batch_size"])
-    total, done = sum(len(numbers) for _, numbers in batches), 0
-    pending: list[dict[str, Tensor]] = []
-    for number, (source, numbers) in enumerate(batches):
-        done += len(numbers)
-        if number < partial.batches_done:
-            continue
-        pending.append(rows_of(model, head, source, numbers, loss, collator))
-        size = sum(rows[n].nbytes for rows in pending for n in ("indices", "hidden") if n in rows)
-        last = number + 1 == len(batches) or batches[number + 1][0] is not source
-        if last or size >= partial.content["shard_bytes"]:
-            shard = {name: torch.cat([rows[name] for rows in pending]) for name in pending[0]}
-            partial.store_shard(source.name, shard, batches=len(pending))
-            pending = []
-        if report is not None:
-            report(done, total)
+    def batches(self, size: int) -> list[tuple[Source, list[int]]]:
+        """Return the batches of all that the loss needs: data set and row numbers."""
+        wanted = [s for s in self.sources if s.name == "retain" or self.loss.needs_reference]
+        return [(s, numbers) for s in wanted for numbers in s.batches(size)]
+
+    def rows(self, source: Source, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Compute `reference_rows` of one of these batches.
+
+        Raises:
+            CacheError: a label is no token, or the collator does more than padding.
+            FloatingPointError: a hidden state is infinite or NaN.
+        """
+        batch = self.collator([source.dataset[i] for i in numbers])
+        ids = [source.ids[i] for i in numbers]
+        if example_ids(batch).tolist() != ids:
+            raise CacheError(
+                f"the collator changes examples of the {source.name} set, reorders them or leaves "
+                "out attention_mask: it must only pad"
+            )
+        try:
+            check_labels(batch["labels"], self.head.vocab_size)
+        except ValueError as error:
+            raise CacheError(f"{source.name} set: {error}") from None
+        return reference_rows(self.model, self.head, batch, ids, source.name, self.loss)
+
+    def store(self, partial: PartialCache, report: Callable[..., None] | None) -> None:
+        """Compute and write the shards that are not there yet."""
+        batches = self.batches(partial.content["batch_size"])
+        total, done = sum(len(numbers) for _, numbers in batches), 0
+        pending: list[dict[str, Tensor]] = []
+        for number, (source, numbers) in enumerate(batches):
+            done += len(numbers)
+            if number < partial.batches_done:
+                continue
+            pending.append(self.rows(source, numbers))
+            size = sum(
+                rows[n].nbytes for rows in pending for n in ("indices", "hidden") if n in rows
+            )
+            last = number + 1 == len(batches) or batches[number + 1][0] is not source
+            if last or size >= partial.content["shard_bytes"]:
+                shard = {name: torch.cat([rows[name] for rows in pending]) for name in pending[0]}
+                partial.store_shard(source.name, shard, batches=len(pending))
+                pending = []
+            if report is not None:
+                report(done, total)

@@ -21,9 +21,9 @@ from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
 from palu.models.wrappers import eval_mode
-from palu.reference.build import Source, check_options, store_rows
+from palu.reference.build import ReferencePass, Source, check_options
 from palu.reference.manifest import check_match, describe
-from palu.reference.rows import head_may_train, reference_head
+from palu.reference.rows import head_may_train
 from palu.reference.store import (
     MANIFEST,
     CacheDamaged,
@@ -158,17 +158,17 @@ class ReferenceCache:
             collator = Collator(tokenizer if tokenizer is not None else 0)
         with eval_mode(model, autocast=autocast_dtype or False):
             check_causal(model, first_texts(dataset))
-            head = reference_head(model, collator([dataset[0]]))
+            run = ReferencePass(model, sources, loss, collator)
             if train_head is None:
                 train_head = head_may_train(model)
-            content = describe(model, head, sources, loss, tokenizer, template, autocast_dtype)
+            content = describe(run, tokenizer, template, autocast_dtype)
             content["head"]["stored"] = train_head
             content |= {"batch_size": batch_size, "shard_bytes": shard_bytes}
             content |= {"versions": versions(), "notes": dict(notes or {})}
             with partial_cache(path, content) as partial:
                 if train_head:
-                    partial.store_head(head)
-                store_rows(partial, model, head, sources, loss, collator, report)
+                    partial.store_head(run.head)
+                run.store(partial, report)
                 partial.finish()
         return cls.open(path)
 

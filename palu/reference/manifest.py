@@ -3,16 +3,15 @@ with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-import palu_kernels
 from palu.loss import PALULoss
 from palu.models.wrappers import unwrap
-from palu.reference.build import Source
+from palu.reference.build import ReferencePass, Source
 from palu.reference.rows import dtype_name, head_may_train, model_dtype
 from palu.reference.store import CacheMismatch
 from palu.storage.fingerprint import (
@@ -24,25 +23,19 @@ from palu.storage.fingerprint import (
 
 
 def describe(
-    model: nn.Module,
-    head: palu_kernels.LMHead,
-    sources: Sequence[Source],
-    loss: PALULoss,
-    tokenizer: Any,
-    template: Any,
-    autocast_dtype: torch.dtype | None,
+    run: ReferencePass, tokenizer: Any, template: Any, autocast_dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Return everything that decides the numbers of a cache, as JSON values for its manifest."""
-    data = {source.name: source for source in sources}
+    head, data = run.head, {source.name: source for source in run.sources}
     return {
-        "model": model_fingerprint(model),
-        "dtype": dtype_name(model_dtype(model)),
+        "model": model_fingerprint(run.model),
+        "dtype": dtype_name(model_dtype(run.model)),
         "autocast": dtype_name(autocast_dtype),
         "data": {name: data_fingerprint(source.ids) for name, source in data.items()},
         "examples": {name: source.unique for name, source in data.items()},
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "template": None if template is None else repr(template),
-        **label_settings(loss, head.vocab_size),
+        **label_settings(run.loss, head.vocab_size),
         "head": {
             "fingerprint": tensor_fingerprint(head.weight, head.bias),
             "vocab_size": head.vocab_size,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.wrappers import eval_mode
-from palu.reference.build import Source, batches_of, rows_of
+from palu.reference.build import ReferencePass, Source
 from palu.reference.cache import ReferenceCache, cache_info
-from palu.reference.rows import model_dtype, reference_head
+from palu.reference.rows import model_dtype
 from palu.reference.store import CacheMismatch
 
 # How far numbers may be from those of the build, which another device, number of threads or version
@@ -79,13 +79,12 @@ def verify_cache(
     collator = Collator(tokenizer if tokenizer is not None else 0)
     sources = [Source("forget", dataset)]
     sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
-    batches = batches_of(sources, loss, content["batch_size"])
     worst: dict[str, float] = {}
     with eval_mode(model, autocast=autocast or False):
-        head = reference_head(model, collator([dataset[0]]))
+        run = ReferencePass(model, sources, loss, collator)
+        batches = run.batches(content["batch_size"])
         for done, (source, numbers) in enumerate(batches, 1):
-            rows = rows_of(model, head, source, numbers, loss, collator)
-            for kind, error in _errors(cache, rows, source.name).items():
+            for kind, error in _errors(cache, run.rows(source, numbers), source.name).items():
                 worst[kind] = max(worst.get(kind, 0.0), error)
             if report is not None:
                 report(done, len(batches))
