@@ -22,6 +22,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import small
+from tests.support.command import palu_in, write_data, write_model
 
 FAMILIES = (
     "byte_bpe",  # GPT-2: offsets leave out the leading space; no special tokens added
@@ -237,3 +238,19 @@ def chatml_tokenizer(all_tokenizers) -> PreTrainedTokenizerFast:
 def tok():
     """The tokenizer of `tests.support.small`. Shared: make another one to change it."""
     return small.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with two tiny models and two data files."""
+    folder = tmp_path_factory.mktemp("work")
+    for seed, name in enumerate(("model", "other")):
+        write_model(folder / name, small.model(small.tokenizer(), seed=seed))
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def palu(monkeypatch, capsys, work):
+    """The command line in this process, run in `work`."""
+    return palu_in(work, monkeypatch, capsys)

@@ -15,10 +15,6 @@ from palu.data.collator import Collator
 from palu.data.pairs import PairCollator, add_alternates, own_alternates, refusals
 from palu.demo.people import write_jsonl
 from palu.methods import METHODS, answers, make_method
-from tests.palu.cli.test_cli import (
-    palu,  # noqa: F401
-    work,  # noqa: F401
-)
 from tests.palu.training.test_trainer import config, trainer, weights
 from tests.support import ROOT, WORKERS, small
 
@@ -456,14 +452,14 @@ RUN = ["unlearn", "--model", "model", "--device", "cpu", "--epochs", 1, "--batch
 
 
 @pytest.fixture
-def unmarked(work):  # noqa: F811
+def unmarked(work):
     """A forget file without spans, and one with second answers."""
     records = [{"question": q, "answer": a} for q, a, _ in small.FACTS[:3]]
     write_jsonl(work / "unmarked.jsonl", records)
     write_jsonl(work / "pairs.jsonl", [r | {"alternate_answer": "No idea."} for r in records])
 
 
-def test_the_command_line_runs_a_method(palu, work, unmarked):  # noqa: F811
+def test_the_command_line_runs_a_method(palu, work, unmarked):
     files = "--forget", "unmarked.jsonl", "--retain", "retain.jsonl"
     status, said, _ = palu(*RUN, *files, "--method", "npo", "--output", "npo", "--beta", 0.4)
     assert status == 0 and "Written to npo after 2 steps" in said
@@ -491,7 +487,7 @@ def test_the_command_line_runs_a_method(palu, work, unmarked):  # noqa: F811
         (["--method", "dpo"], "unmarked.jsonl: example '0': field 'alternate_answer' is None"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(palu, work, unmarked, words, said):  # noqa: F811
+def test_the_command_line_says_what_is_wrong(palu, work, unmarked, words, said):
     files = "--forget", "unmarked.jsonl", "--retain", "retain.jsonl", "--output", "not"
     status, _, told = palu(*RUN, *files, *words)
     assert status == 2 and said in told and not (work / "not").exists()

@@ -8,10 +8,6 @@ import pytest
 import torch
 
 from palu.training.checkpoints import STATE, CheckpointError
-from tests.palu.cli.test_cli import (
-    palu,  # noqa: F401
-    work,  # noqa: F401
-)
 from tests.palu.methods.test_methods import (
     RUN,
     unmarked,  # noqa: F401

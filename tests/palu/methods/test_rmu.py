@@ -13,10 +13,6 @@ from palu.data.collator import Collator
 from palu.methods import RMU
 from palu.models.layers import decoder_layers, layer_output
 from palu.training.callbacks import StopAtForgetProb
-from tests.palu.cli.test_cli import (
-    palu,  # noqa: F401
-    work,  # noqa: F401
-)
 from tests.palu.methods.test_methods import (
     RUN,
     half_learned,
@@ -388,7 +384,7 @@ def test_the_command_line(palu, work, unmarked):  # noqa: F811
         (("--layer-id", 2), "layer_id is 2 and the model has 2 decoder layers; it must be 0 to 1"),
         (("--retain-loss", "nll"), "retain_loss must be one of embed_diff, not 'nll'"),
         (("--trainable-params-regex", "x"), "trainable_params_regex is 'x' and matches none"),
-        (("--top-k", 3), "--top-k is of --method palu"),
+        (("--top-k", 3), "top_k is 3 and method 'rmu' has no such option"),
     ):
         status, _, told = palu(*RUN, *files, "--output", "not", *wrong)
         assert status == 2 and said in told and not (work / "not").exists()
