@@ -135,10 +135,10 @@ class EvaluateRun:
 
     def load(self) -> None:
         """Read the data, the models and what an earlier run left."""
+        from palu.evaluation.datasets import ANSWER
+        from palu.evaluation.eval_log import Log
+        from palu.evaluation.evaluator import check_retrained
         from palu.evaluation.fluency import FluencyClassifier
-        from palu.evaluation.logs import Log
-        from palu.evaluation.runner import check_retrained
-        from palu.evaluation.sets import ANSWER
         from palu.evaluation.tofu_data import read_sets
         from palu.models.checks import check_causal, first_texts
         from palu.models.loading import check_token_ids, load_tokenizer
@@ -207,8 +207,8 @@ class EvaluateRun:
 
     def measure(self) -> None:
         """Measure what the log does not have yet."""
-        from palu.evaluation.logs import LogError
-        from palu.evaluation.runner import Evaluation
+        from palu.evaluation.eval_log import LogError
+        from palu.evaluation.evaluator import Evaluation
         from palu.progress import bar
 
         options, store = self.options, self.store

@@ -1,6 +1,6 @@
 """How much a model still knows."""
 
-from palu.evaluation.metrics import METRICS, evaluate_examples
+from palu.evaluation.examples import METRICS, evaluate_examples
 from palu.evaluation.report import metrics_table
 from palu.evaluation.tofu import summarize
 

@@ -48,7 +48,7 @@ def min_k_plus_plus_score(standardised: Sequence[float], k: float = MIN_K) -> fl
     al. 2024, arXiv 2404.02936).
 
     mu and sigma^2 are mean and variance of `log p` over the vocabulary under the model's own
-    distribution at that place: see `palu.evaluation.forward.AnswerScores`.
+    distribution at that place: see `palu.evaluation.inference.AnswerScores`.
     """
     return min_k_score(standardised, k)
 

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from palu.evaluation.metrics import METRICS
-from palu.evaluation.sets import PARAPHRASED, PERTURBED
+from palu.evaluation.datasets import PARAPHRASED, PERTURBED
+from palu.evaluation.examples import METRICS
 from palu.evaluation.tofu import UTILITY
 from palu.terminal import visible
 

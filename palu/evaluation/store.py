@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from palu.evaluation.logs import Log, LogError
-from palu.evaluation.sets import EvalSet
+from palu.evaluation.datasets import EvalSet
+from palu.evaluation.eval_log import Log, LogError
 from palu.storage.files import write_json
 from palu.storage.output import EVALUATION_FILES, versions
 

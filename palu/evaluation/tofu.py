@@ -21,7 +21,7 @@ from palu.evaluation.definitions import (
     rouge,
     truth_ratio,
 )
-from palu.evaluation.logs import Log, LogError, Rows, mean
+from palu.evaluation.eval_log import Log, LogError, Rows, mean
 from palu.evaluation.membership import auc, privleak
 
 __all__ = ["TRUTH_RATIOS", "UTILITY", "aggregate", "derived_entries", "summarize"]

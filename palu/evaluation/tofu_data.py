@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from palu.data.files import load_examples
-from palu.evaluation.sets import PARAPHRASED, PERTURBED, EvalSet
+from palu.evaluation.datasets import PARAPHRASED, PERTURBED, EvalSet
 
 _FILES = {
     "retain": "retain_perturbed.json",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palu.evaluation.logs import LogError
+from palu.evaluation.eval_log import LogError
 from palu.evaluation.store import Store
 from palu.storage.files import (
     LOCK_TEXT,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from palu.evaluation.logs import Log, LogError
+from palu.evaluation.eval_log import Log, LogError
 from palu.evaluation.tofu import UTILITY, derived_entries, summarize
 
 TOFU = Path(os.environ.get("PALU_TOFU", Path(__file__).parents[4] / "shared/data/tofu"))

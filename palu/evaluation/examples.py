@@ -12,15 +12,15 @@ from torch import nn
 from palu.data.labels import LabeledExample
 from palu.data.records import Example
 from palu.data.template import Template
+from palu.evaluation.datasets import ANSWER, EvalSet
 from palu.evaluation.definitions import (
     exact_memorization,
     extraction_strength,
     probability,
     rouge,
 )
-from palu.evaluation.forward import AnswerScores, score_answers
 from palu.evaluation.generation import greedy_answers
-from palu.evaluation.sets import ANSWER, EvalSet
+from palu.evaluation.inference import AnswerScores, score_answers
 from palu.models.wrappers import eos_token_ids, eval_mode
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")

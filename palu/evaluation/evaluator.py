@@ -10,19 +10,19 @@ import numpy as np
 from torch import nn
 
 from palu.evaluation.batches import ALONE, Processes
+from palu.evaluation.datasets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.definitions import exact_memorization, extraction_strength, rouge
+from palu.evaluation.eval_log import Log, LogError
+from palu.evaluation.examples import check_finite, prompt, results, stops
 from palu.evaluation.fluency import FluencyClassifier
-from palu.evaluation.forward import AnswerScores, score_answers
 from palu.evaluation.generation import greedy_answers
-from palu.evaluation.logs import Log, LogError
+from palu.evaluation.inference import AnswerScores, score_answers
 from palu.evaluation.membership import (
     min_k_plus_plus_score,
     min_k_score,
     reference_score,
     zlib_score,
 )
-from palu.evaluation.metrics import check_finite, prompt, results, stops
-from palu.evaluation.sets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.tofu import aggregate, derived_entries
 from palu.models.wrappers import eval_mode
 

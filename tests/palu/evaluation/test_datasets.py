@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from palu.data.template import Template
 from palu.demo.people import write_jsonl
-from palu.evaluation.sets import EvalSet
+from palu.evaluation.datasets import EvalSet
 from palu.evaluation.tofu_data import read_sets, tofu_files
 from palu.unlearn import save_model
 from tests.support import small, tofu_small
