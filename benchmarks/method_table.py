@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from palu.evaluation.definitions import model_utility
+from palu.evaluation.metrics import model_utility
 
 ENTROPY = "--objective entropy"
 LOCAL = "--objective flatten --center local_mean"

@@ -11,7 +11,6 @@ from torch import nn
 
 from palu.evaluation.batches import ALONE, Processes
 from palu.evaluation.datasets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
-from palu.evaluation.definitions import exact_memorization, extraction_strength, rouge
 from palu.evaluation.eval_log import Log, LogError
 from palu.evaluation.examples import check_finite, prompt, results, stops
 from palu.evaluation.fluency import FluencyClassifier
@@ -23,6 +22,7 @@ from palu.evaluation.membership import (
     reference_score,
     zlib_score,
 )
+from palu.evaluation.metrics import exact_memorization, extraction_strength, rouge
 from palu.evaluation.tofu import aggregate, derived_entries
 from palu.models.wrappers import eval_mode
 

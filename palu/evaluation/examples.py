@@ -13,14 +13,14 @@ from palu.data.labels import LabeledExample
 from palu.data.records import Example
 from palu.data.template import Template
 from palu.evaluation.datasets import ANSWER, EvalSet
-from palu.evaluation.definitions import (
+from palu.evaluation.generation import greedy_answers
+from palu.evaluation.inference import AnswerScores, score_answers
+from palu.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
     probability,
     rouge,
 )
-from palu.evaluation.generation import greedy_answers
-from palu.evaluation.inference import AnswerScores, score_answers
 from palu.models.wrappers import eos_token_ids, eval_mode
 
 METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
@@ -41,7 +41,7 @@ def evaluate_examples(
 ) -> dict[str, Any]:
     """Measures a causal language model on examples. Neither the model nor the tokenizer is changed.
 
-    Per example (`palu.evaluation.definitions` has the formulas):
+    Per example (`palu.evaluation.metrics` has the formulas):
         answer_probability: of the answer's tokens, the closing end token included.
         sensitive_probability: of its sensitive tokens; None for an example without any.
         rougeL_recall, rougeL_f1, rouge1_recall, rouge1_f1: of the greedy answer, words stemmed;

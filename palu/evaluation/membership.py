@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from palu.evaluation.definitions import EPSILON, finite_numbers
+from palu.evaluation.metrics import EPSILON, finite_numbers
 
 MIN_K = 0.4
 """Share of the tokens that min-k and min-k++ look at."""

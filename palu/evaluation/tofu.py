@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from palu.evaluation.definitions import (
+from palu.evaluation.eval_log import Log, LogError, Rows, mean
+from palu.evaluation.membership import auc, privleak
+from palu.evaluation.metrics import (
     forget_quality,
     forget_truth_ratio,
     kept_truth_ratio,
@@ -21,8 +23,6 @@ from palu.evaluation.definitions import (
     rouge,
     truth_ratio,
 )
-from palu.evaluation.eval_log import Log, LogError, Rows, mean
-from palu.evaluation.membership import auc, privleak
 
 __all__ = ["TRUTH_RATIOS", "UTILITY", "aggregate", "derived_entries", "summarize"]
 

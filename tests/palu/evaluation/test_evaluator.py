@@ -14,7 +14,7 @@ import torch
 
 from palu.data.labels import label_example
 from palu.demo.people import write_jsonl
-from palu.evaluation import definitions as d
+from palu.evaluation import metrics as d
 from palu.evaluation.evaluator import Evaluation
 from palu.evaluation.tofu import UTILITY, summarize
 from tests.support import tofu_small

@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
-from palu.evaluation import definitions as d
 from palu.evaluation import membership as m
+from palu.evaluation import metrics as d
 
 
 def test_probability_is_the_geometric_mean():
