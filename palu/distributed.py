@@ -1,14 +1,14 @@
-"""Runs of several processes: which of them speaks and writes, and how the others wait for it.
+"""Ranks of a distributed run: which process writes, and how the others wait or share the work.
 
-`torchrun` and `accelerate launch` start a process for each device and tell it its number in
-environment variables, which are read here without importing torch.
+`torchrun` and `accelerate launch` start a process for each device and set `RANK` and `WORLD_SIZE`,
+which are read here without importing torch.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -17,18 +17,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process, 0 where there is only one."""
+    """Return the rank of this process, 0 where there is only one."""
     return int(os.environ.get("RANK", 0))
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def own_device(device: torch.device) -> torch.device:
-    """A device as the user named it, which must leave the choice of one among several to the
-    launcher.
+    """Return the device that the user named; among several processes it may have no index.
 
     Raises:
         ValueError: it has an index, and there are several processes.
@@ -42,13 +41,13 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def main_first(make: Callable[[], T], take: Callable[[], T], *, failed: type[Exception]) -> T:
-    """`make()` in the main process; when it has succeeded, `take()` in the others.
+    """Run `make()` in the main process and, once it has succeeded, `take()` in the others.
 
     The others wait as long as the process group allows (`ddp_timeout`, half an hour by default).
 
     Raises:
-        Exception: what `make` or `take` raised; in the others a `failed` that repeats what the main
-            process said.
+        Exception: what `make` or `take` raised; in the others a `failed` with the main process's
+            message.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -58,14 +57,56 @@ def main_first(make: Callable[[], T], take: Callable[[], T], *, failed: type[Exc
         return make()
     if state.is_main_process:
         try:
-            made = make()
+            result = make()
         except Exception as error:
             broadcast_object_list([str(error)])
             raise
         broadcast_object_list([None])
-        return made
-    said: list[str | None] = [None]
-    broadcast_object_list(said)
-    if said[0] is not None:
-        raise failed(f"the main process failed: {said[0]}")
+        return result
+    message: list[str | None] = [None]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise failed(f"the main process failed: {message[0]}")
     return take()
+
+
+class Processes(NamedTuple):
+    """The rank of this process and the number of those that share the work."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def launched(cls, *, cpu: bool) -> Processes:
+        """Join the process group of `accelerate launch` or `torchrun` and take this process's
+        device; without a launcher there is one process.
+
+        Args:
+            cpu: stay on the CPU.
+        """
+        if count() == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=cpu)
+        return cls(state.process_index, state.num_processes)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every process, in order of rank; all of them must call."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        """Leave the process group."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
+
+
+ALONE = Processes()

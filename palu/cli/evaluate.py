@@ -82,8 +82,8 @@ class EvaluateRun:
 
     def check(self) -> None:
         """Refuse options that do not go together, and find the files."""
-        from palu.evaluation.batches import Processes
-        from palu.evaluation.tofu_data import tofu_files
+        from palu.distributed import Processes
+        from palu.evaluation.datasets import tofu_files
         from palu.models.loading import folder_with, model_folder, resolve_device
         from palu.run_record import RECORD
         from palu.storage.output import check_json
@@ -119,14 +119,14 @@ class EvaluateRun:
 
     def claim_places(self) -> None:
         """Keep other runs from what this one writes."""
-        from palu.evaluation.store import FILES
         from palu.storage.files import locked
+        from palu.storage.output import EVALUATION_FILES
 
         bars.quiet = out.quiet = not self.is_main
         json, output = self.options.json, self.options.output
         if not self.is_main:
             return
-        written = [] if output is None else [output / name for name in sorted(FILES)]
+        written = [] if output is None else [output / name for name in EVALUATION_FILES]
         if json is not None and json.resolve() in {path.resolve() for path in written}:
             raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
         for place in (json, output):
@@ -135,11 +135,10 @@ class EvaluateRun:
 
     def load(self) -> None:
         """Read the data, the models and what an earlier run left."""
-        from palu.evaluation.datasets import ANSWER
+        from palu.evaluation.datasets import ANSWER, read_sets
         from palu.evaluation.eval_log import Log
         from palu.evaluation.evaluator import check_retrained
         from palu.evaluation.fluency import FluencyClassifier
-        from palu.evaluation.tofu_data import read_sets
         from palu.models.checks import check_causal, first_texts
         from palu.models.loading import check_token_ids, load_tokenizer
 
@@ -186,7 +185,7 @@ class EvaluateRun:
 
     def _open_store(self) -> Any:
         """Return the numbers that an earlier run of the same settings left in `--output`."""
-        from palu.evaluation.store import Store, data_digest
+        from palu.evaluation.eval_log import LogFolder
         from palu.storage.fingerprint import folder_digest, model_fingerprint, tokenizer_fingerprint
 
         options = self.options
@@ -196,23 +195,23 @@ class EvaluateRun:
             "template": self.template.to_dict(),
             "max_length": options.max_length,
             "max_new_tokens": options.max_new_tokens,
-            **{f"data_{name}": data_digest(data) for name, data in self.sets.items()},
+            **{f"data_{name}": data.digest() for name, data in self.sets.items()},
         }
         for name in ("reference_model", "fluency_classifier"):
             path = getattr(options, name)
             if path is not None:
                 settings[name] = str(path.resolve())
                 settings[f"{name}_files"] = folder_digest(path)  # it may be replaced there
-        return Store(options.output, settings, overwrite=options.overwrite)
+        return LogFolder(options.output, settings, overwrite=options.overwrite)
 
     def measure(self) -> None:
         """Measure what the log does not have yet."""
         from palu.evaluation.eval_log import LogError
-        from palu.evaluation.evaluator import Evaluation
+        from palu.evaluation.evaluator import Evaluator
         from palu.progress import bar
 
         options, store = self.options, self.store
-        self.evaluation = Evaluation(
+        self.evaluator = Evaluator(
             self.model,
             self.tokenizer,
             self.sets,
@@ -230,7 +229,7 @@ class EvaluateRun:
             with user_errors():
                 store.begin()
         with user_errors(LogError), plain_warnings():
-            self.evaluation.run(
+            self.evaluator.run(
                 self.log,
                 self.retrained,
                 store.save if writes else lambda log: None,
@@ -239,8 +238,8 @@ class EvaluateRun:
 
     def write(self) -> None:
         """Print the tables and write `--json`."""
+        from palu.evaluation.eval_log import summary
         from palu.evaluation.report import metrics_table, missing_inputs, summary_table
-        from palu.evaluation.store import summary
         from palu.storage.files import write_json
         from palu.storage.output import check_json, versions
 
@@ -248,7 +247,7 @@ class EvaluateRun:
         by_tofu = options.tofu is not None
         shown = [name for name in ("forget", "retain") if name in self.sets]
         shown = shown if json is not None or not by_tofu else []
-        results = {name: self.evaluation.results(name) for name in shown}
+        results = {name: self.evaluator.results(name) for name in shown}
         if not self.is_main:
             return
         model = str(options.model)

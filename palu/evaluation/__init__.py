@@ -1,6 +1,6 @@
-"""How much a model still knows."""
+"""How much a model still knows: TOFU's metrics of models, and aggregates of evaluation logs."""
 
-from palu.evaluation.examples import METRICS, evaluate_examples
+from palu.evaluation.evaluator import METRICS, evaluate_examples
 from palu.evaluation.report import metrics_table
 from palu.evaluation.tofu import summarize
 

@@ -1,19 +1,33 @@
-"""The examples of an evaluation and the tokens of the answers that are scored: the true one and,
-where the records have them, a paraphrased one and perturbed (wrong) ones, as TOFU names them."""
+"""Evaluation sets: examples and the tokens of the answers to score, from TOFU's files or the
+user's own.
+
+An example has a true answer and, where its record has them, a paraphrased one and perturbed (wrong)
+ones, as TOFU names them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from palu.data.files import load_examples
 from palu.data.labels import LabeledExample, label_without_warning
 from palu.data.records import Example
 from palu.data.spans import check_text
 from palu.data.template import Template
 
 ANSWER, PARAPHRASED, PERTURBED = "answer", "paraphrased_answer", "perturbed_answer"
+
+_FILES = {
+    "retain": "retain_perturbed.json",
+    "ra": "real_authors_perturbed.json",
+    "wf": "world_facts_perturbed.json",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,7 @@ class EvalSet:
     rows: dict[str, list[list[LabeledExample]]]
 
     @classmethod
-    def tokenise(
+    def tokenize(
         cls,
         source: str,
         examples: Sequence[Example],
@@ -43,7 +57,7 @@ class EvalSet:
         required: Sequence[str] = (),
         optional: Sequence[str] = (),
     ) -> EvalSet:
-        """Tokenises the answers. Answers cut at `max_length` are warned of, once a field.
+        """Tokenize the answers; warn once a field of answers cut at `max_length`.
 
         Args:
             required: fields beside `answer` that every record must have.
@@ -51,7 +65,7 @@ class EvalSet:
 
         Raises:
             ValueError, TypeError: no examples, a field that is missing or is no text (perturbed
-                answers: no list of texts), an answer that cannot be tokenised or of which nothing
+                answers: no list of texts), an answer that cannot be tokenized or of which nothing
                 is left within `max_length`. Names source, row and field.
         """
         if not examples:
@@ -59,18 +73,14 @@ class EvalSet:
         fields = [ANSWER]
         for field in (*required, *optional):
             lacking = [e for e in examples if e.extra.get(field) is None]
-            if field in required or 0 < len(lacking) < len(examples):
-                for example in lacking:
-                    raise ValueError(_place(source, example, field) + " is missing")
+            if lacking and (field in required or len(lacking) < len(examples)):
+                raise ValueError(_place(source, lacking[0], field) + " is missing")
             if not lacking:
                 fields.append(field)
         rows = {}
         for field in fields:
             rows[field] = [
-                [
-                    _row(source, example, field, text, tokenizer, template, max_length)
-                    for text in _texts(source, example, field)
-                ]
+                _rows(source, example, field, tokenizer, template, max_length)
                 for example in examples
             ]
             ends = [(len(row["input_ids"]), row.closed) for some in rows[field] for row in some]
@@ -83,11 +93,19 @@ class EvalSet:
         return cls(source, examples, rows)
 
     def every_row(self) -> list[LabeledExample]:
-        """The rows of every field and example."""
+        """Return the rows of every field and example."""
         return [row for lists in self.rows.values() for rows in lists for row in rows]
 
+    def digest(self) -> str:
+        """Return an order-sensitive hash of the set's questions and answers."""
+        digest = hashlib.blake2b(digest_size=16, person=b"palu.evaluate")
+        for example in self.examples:
+            answers = [example.answer, *(example.extra.get(field) for field in sorted(self.rows))]
+            digest.update(json.dumps([example.question, answers]).encode())
+        return digest.hexdigest()
+
     def place(self, number: int, field: str) -> str:
-        """What messages call field `field` of example `number`."""
+        """Return the name of a field of example `number` in messages."""
         return _place(self.source, self.examples[number], field)
 
 
@@ -107,24 +125,90 @@ def _texts(source: str, example: Example, field: str) -> list[str]:
     return [check_text(_place(source, example, field), text) for text in texts]
 
 
-def _row(
-    source: str,
-    example: Example,
-    field: str,
-    text: str,
-    tokenizer: Any,
-    template: Template,
-    max_length: int,
-) -> LabeledExample:
+def _rows(
+    source: str, example: Example, field: str, tokenizer: Any, template: Template, max_length: int
+) -> list[LabeledExample]:
     spans = example.spans if field == ANSWER else ()
-    try:
-        row = label_without_warning(tokenizer, example.question, text, spans, max_length, template)
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{_place(source, example, field)}: {error}") from error
-    if row.answer_start == len(row["input_ids"]):
-        raise ValueError(
-            f"{_place(source, example, field)}: max_length={max_length} leaves no token of the "
-            "answer; raise max_length or shorten the text before it"
+    place = _place(source, example, field)
+    rows = []
+    for text in _texts(source, example, field):
+        try:
+            row = label_without_warning(
+                tokenizer, example.question, text, spans, max_length, template
+            )
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{place}: {error}") from error
+        if row.answer_start == len(row["input_ids"]):
+            raise ValueError(
+                f"{place}: max_length={max_length} leaves no token of the answer; raise max_length "
+                "or shorten the text before it"
+            )
+        rows.append(row)
+    return rows
+
+
+def tofu_files(folder: Path, split: str) -> dict[str, str]:
+    """Return the files of a split in a folder of TOFU's: set -> path.
+
+    `forget` is `SPLIT_perturbed.json`, or `SPLIT.json` where that is not there (then without truth
+    ratio); `retain`, `ra` and `wf` are left out where their files are; `holdout` is
+    `holdoutNN.json` of `forgetNN`.
+
+    Raises:
+        ValueError: no such folder, or none of the split in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--tofu {str(folder)!r}: no such folder")
+    if split in ("", ".", "..") or Path(split).name != split:
+        raise ValueError(f"--split must be a name such as forget10, not {split!r}")
+    candidates = [folder / f"{split}_perturbed.json", folder / f"{split}.json"]
+    forget = next((path for path in candidates if path.is_file()), None)
+    if forget is None:
+        raise ValueError(f"--split {split!r}: neither {candidates[0]} nor {candidates[1]} is there")
+    files = {"forget": str(forget)}
+    names = dict(_FILES)
+    if split.startswith("forget"):
+        names["holdout"] = f"holdout{split.removeprefix('forget')}.json"
+    return files | {
+        name: str(folder / file) for name, file in names.items() if (folder / file).is_file()
+    }
+
+
+def read_sets(
+    files: dict[str, str],
+    tokenizer: Any,
+    *,
+    template: Any,
+    max_length: int,
+    repair: str = "none",
+) -> dict[str, EvalSet]:
+    """Read and tokenize files: set -> examples.
+
+    Records of forget and retain files may have `paraphrased_answer` (a text) and
+    `perturbed_answer` (a list of texts), all of a file or none; those of a file that is called
+    `*_perturbed.json`, as TOFU's are, must have them. Real authors and world facts must have
+    `perturbed_answer`; a holdout set needs neither.
+
+    Args:
+        files: set (`forget`, `retain`, `ra`, `wf`, `holdout`) -> path, slices allowed.
+
+    Raises:
+        ValueError, TypeError: as `palu.load_examples` and `EvalSet.tokenize`: names
+            file, row and field.
+    """
+    sets = {}
+    for name, path in files.items():
+        fields = {"ra": (PERTURBED,), "wf": (PERTURBED,), "holdout": ()}
+        wanted = fields.get(name, (PARAPHRASED, PERTURBED))
+        must = name in fields or path.endswith("_perturbed.json")
+        sets[name] = EvalSet.tokenize(
+            path,
+            load_examples(path, require_spans=False, repair=repair),
+            tokenizer,
+            template=template,
+            max_length=max_length,
+            required=wanted if must else (),
+            optional=() if must else wanted,
         )
-    return row
+    return sets

@@ -1,20 +1,29 @@
-"""Reading evaluation logs in open-unlearning's format, and saying what is wrong with one.
+"""Evaluation logs in open-unlearning's format: read and checked, and written to a folder.
 
 A log is `{metric: {"agg_value": number, "value_by_index": {"0": {field: value}}}}`; a value is a
 number, a list of numbers (one for each perturbed answer) or a text. The entry of a membership
-attack holds two such parts, `forget` and `holdout`, and the AUC.
+attack holds two such parts, `forget` and `holdout`, and the AUC. A folder has the log as
+`TOFU_EVAL.json`, its aggregates as `TOFU_SUMMARY.json`, and in `palu_evaluate.json` what they were
+measured with.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from palu.data.spans import shown
+from palu.storage.files import write_json
 from palu.storage.json_files import NotJSON, parse, read_text
+from palu.storage.output import EVALUATION_FILES, versions
+
+EVAL, SUMMARY, RECORD = EVALUATION_FILES
 
 Value = float | list[float]
 
@@ -24,14 +33,14 @@ class LogError(ValueError):
 
 
 class Log(NamedTuple):
-    """The content of a log and what to call it in messages."""
+    """The content of a log and its name in messages."""
 
     metrics: Mapping[str, Any]
     place: str
 
     @classmethod
     def read(cls, log: Mapping[str, Any] | str | os.PathLike[str], name: str) -> Log:
-        """A log that is in memory (`name` is then what messages call it) or in a JSON file.
+        """Take a log that is in memory (called `name` in messages) or read a JSON file.
 
         Raises:
             LogError: the file cannot be read, or does not hold an object.
@@ -52,7 +61,7 @@ class Log(NamedTuple):
         return cls(log, place)
 
     def entry(self, metric: str, needed_by: str | None = None) -> Mapping[str, Any]:
-        """The entry of a metric.
+        """Return the entry of a metric.
 
         Raises:
             LogError: there is none, or it is no object.
@@ -70,7 +79,7 @@ class Log(NamedTuple):
         return entry
 
     def rows(self, metric: str, part: str | None = None, needed_by: str | None = None) -> Rows:
-        """The rows of a metric, or of one part of an attack.
+        """Return the rows of a metric, or of one part of an attack.
 
         Raises:
             LogError: there are none.
@@ -87,13 +96,13 @@ class Log(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The per-example values of one metric and what to call them in messages."""
+    """The per-example values of one metric and their name in messages."""
 
     rows: Mapping[str, Any]
     place: str
 
     def values(self, field: str) -> dict[str, Value]:
-        """Field `field` of every row that has a value there.
+        """Return field `field` of every row that has a value there.
 
         A row that is None or whose field is None was not measured and is left out; so is a None
         in a list. Numbers that JSON writes as texts are no numbers.
@@ -102,7 +111,7 @@ class Rows(NamedTuple):
             LogError: a row without the field, a value that is no finite number, or no row with
                 a value.
         """
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for index, row in self.rows.items():
             if row is None:
                 continue
@@ -112,15 +121,15 @@ class Rows(NamedTuple):
             if isinstance(value, list):
                 value = [self._number(v, index, field) for v in value if v is not None]
                 if value:
-                    found[index] = value
+                    values[index] = value
             elif value is not None:
-                found[index] = self._number(value, index, field)
-        if not found:
+                values[index] = self._number(value, index, field)
+        if not values:
             raise LogError(f"{self.place}: no row has a value in field {field!r}")
-        return found
+        return values
 
     def numbers(self, field: str) -> dict[str, float]:
-        """As `values`; a list becomes its mean."""
+        """Return `values`, each list as its mean."""
         return {index: mean(value) for index, value in self.values(field).items()}
 
     def _number(self, value: Any, index: str, field: str) -> float:
@@ -138,10 +147,112 @@ class Rows(NamedTuple):
 
 
 def mean(value: Value) -> float:
-    """The mean of a list; a number is its own."""
+    """Return the mean of a list; a number is its own."""
     if not isinstance(value, list):
         return value
     try:
         return math.fsum(value) / len(value)
     except OverflowError:
         return math.fsum(part / len(value) for part in value)
+
+
+class LogFolder:
+    """The log in a folder. What is there is kept, so that a stopped run goes on and metrics that
+    open-unlearning measured stay.
+
+    Args:
+        folder: made where it is not there.
+        settings: what the numbers depend on, as JSON values. Those that the record in the folder
+            names too must be the same.
+        overwrite: start anew.
+
+    Attributes:
+        log: metric -> entry.
+
+    Raises:
+        LogError: what is there was measured with other settings, or is no log.
+        ValueError: `folder` is a file.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.folder, self.settings = folder, dict(settings)
+        self.overwrite = overwrite
+        self.log: dict[str, Any] = {}
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {str(folder)!r} is a file; name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite and (folder / EVAL).exists() and not (folder / RECORD).exists():
+            raise LogError(
+                f"--overwrite: {self.place} was not written by palu, and is left as it is; name "
+                "another --output"
+            )
+        if overwrite or not (folder / EVAL).exists():
+            return
+        self.log = dict(Log.read(folder / EVAL, EVAL).metrics)
+        for metric, entry in self.log.items():
+            self._check_writable(metric, entry)
+        self._compare_settings()
+
+    def _check_writable(self, metric: str, entry: Any) -> None:
+        """Raise LogError for an entry that could not be written again as JSON."""
+        try:
+            json.dumps(entry, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise LogError(f"{self.place}: metric {metric!r} is not valid Unicode") from None
+        except ValueError:
+            raise LogError(
+                f"{self.place}: metric {metric!r} holds a number that is not finite; name "
+                "another --output or add --overwrite"
+            ) from None
+
+    def _compare_settings(self) -> None:
+        """Raise LogError where the log was measured with other settings."""
+        folder, settings = self.folder, self.settings
+        if not (folder / RECORD).exists():
+            warnings.warn(
+                f"{folder / EVAL} was not written by palu: its metrics are kept as they are, "
+                "trusting that they are of this model and these data",
+                stacklevel=3,
+            )
+            return
+        before = Log.read(folder / RECORD, RECORD).entry("settings")
+        if "model" in settings and "model" not in before:
+            raise LogError(
+                f"{folder / RECORD} does not say of which model {EVAL} is; name another --output "
+                "or add --overwrite"
+            )
+        for name, value in before.items():
+            if settings.setdefault(name, value) != value:
+                raise LogError(
+                    f"{folder / EVAL} was measured with {name} = {value!r}, this run has "
+                    f"{settings[name]!r}; name another --output or add --overwrite"
+                )
+
+    @property
+    def place(self) -> str:
+        """Name of the log in messages."""
+        return str(self.folder / EVAL)
+
+    def begin(self) -> None:
+        """Remove the values of an evaluation that is measured anew, and then what they were
+        measured with: a run that is interrupted must not be resumed with them. Call it in one
+        process, after every process has opened the folder."""
+        stopped = (self.folder / RECORD).exists() and not (self.folder / EVAL).exists()
+        if self.overwrite or stopped:
+            for name in (EVAL, SUMMARY, RECORD):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def save(self, log: Mapping[str, Any]) -> None:
+        """Write all three files, each whole or not at all."""
+        write_json(self.folder / RECORD, {"settings": self.settings, "versions": versions()})
+        write_json(self.folder / EVAL, dict(sorted(log.items())))
+        write_json(self.folder / SUMMARY, summary(log))
+
+
+def summary(log: Mapping[str, Any]) -> dict[str, float]:
+    """Return metric -> aggregate of the metrics that have one, sorted by name."""
+    values = {
+        name: entry.get("agg_value") for name, entry in log.items() if isinstance(entry, Mapping)
+    }
+    return {name: value for name, value in sorted(values.items()) if value is not None}

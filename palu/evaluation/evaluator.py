@@ -1,45 +1,111 @@
-"""Every metric that a model and some sets of examples allow, as entries of a log."""
+"""Measure every metric that a model and some sets of examples allow, as entries of a log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from palu.evaluation.batches import ALONE, Processes
+from palu.data.labels import LabeledExample
+from palu.data.records import Example
+from palu.data.template import Template
+from palu.distributed import ALONE, Processes
 from palu.evaluation.datasets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.eval_log import Log, LogError
-from palu.evaluation.examples import check_finite, prompt, results, stops
 from palu.evaluation.fluency import FluencyClassifier
-from palu.evaluation.generation import greedy_answers
-from palu.evaluation.inference import AnswerScores, score_answers
-from palu.evaluation.membership import (
-    min_k_plus_plus_score,
+from palu.evaluation.inference import AnswerScores, greedy_answers, score_answers
+from palu.evaluation.metrics import (
+    exact_memorization,
+    extraction_strength,
     min_k_score,
+    probability,
     reference_score,
+    rouge,
     zlib_score,
 )
-from palu.evaluation.metrics import exact_memorization, extraction_strength, rouge
 from palu.evaluation.tofu import aggregate, derived_entries
-from palu.models.wrappers import eval_mode
+from palu.models.wrappers import eos_token_ids, eval_mode
+
+METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
+"""Columns of the table of `palu.evaluation.metrics_table`."""
+MORE_METRICS = ("extraction_strength", "rouge1_recall", "rouge1_f1", "rougeL_f1")
 
 Entry = dict[str, Any]
-Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
+Report = Callable[[int, int], None]
 
 
-class Evaluation:
-    """Measures a model on the sets `forget`, `retain`, `ra`, `wf` and `holdout`, any of them.
+def evaluate_examples(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    template: Template | None = None,
+    max_length: int = 512,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Measure a causal language model on examples. Neither the model nor the tokenizer is changed.
+
+    Per example (`palu.evaluation.metrics` has the formulas):
+        answer_probability: of the answer's tokens, the closing end token included.
+        sensitive_probability: of its sensitive tokens; None for an example without any.
+        rougeL_recall, rougeL_f1, rouge1_recall, rouge1_f1: of the greedy answer, words stemmed;
+            None for a plain document (no question).
+        exact_memorization, extraction_strength: of the answer's tokens, end token left out; exact
+            memorization is None when no token is left.
+
+    Args:
+        examples: see `palu.load_examples`; at least one.
+        template: how questions are put; `Template()` when None.
+        max_length: tokens; longer examples are cut, with a warning.
+        batch_size: examples a forward pass.
+        max_new_tokens: limit of a greedy answer; 0 leaves ROUGE out (None everywhere).
+        progress: called with (examples done, of how many), forward passes and answers counted
+            alike.
+
+    Returns:
+        `{"count", "mean": {metric: float | None}, "examples": [{"id", metric: ..., "generated"}]}`;
+        means are plain means over the examples that have the number, None where none has.
+
+    Raises:
+        ValueError: no examples, or a size below its minimum.
+        FloatingPointError: a loss that is not finite; names the example.
+    """
+    if batch_size < 1 or max_new_tokens < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and max_new_tokens at least 0, "
+            f"not {batch_size} and {max_new_tokens}"
+        )
+    data = EvalSet.tokenize(
+        "examples", examples, tokenizer, template=template or Template(), max_length=max_length
+    )
+    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    starts = iter((0, len(examples)))  # the scores' progress, then the answers'
+
+    def bar(title: str) -> AbstractContextManager[Report | None]:
+        start = next(starts)
+        total = len(examples) + len(evaluator.asked("examples"))
+        return nullcontext(progress and (lambda done, _: progress(start + done, total)))
+
+    evaluator = Evaluator(model, tokenizer, {"examples": data}, bar=bar, **sizes)
+    return evaluator.results("examples")
+
+
+class Evaluator:
+    """Measure a model on the sets `forget`, `retain`, `ra`, `wf` and `holdout`, any of them.
 
     A forward pass or a greedy answer is computed once, when the first metric asks for it, however
-    many metrics are made of it.
+    many metrics it serves.
 
     Args:
         model: a causal language model. Not changed.
         sets: name -> examples.
-        batch_size: rows a forward pass.
+        batch_size: examples a forward pass.
         max_new_tokens: limit of a greedy answer; 0 leaves ROUGE and fluency out.
         processes: those that share the work; all of them must do the same.
         bar: makes a progress bar with a title: a context that gives `report(done, total)`.
@@ -56,14 +122,14 @@ class Evaluation:
         batch_size: int,
         max_new_tokens: int,
         processes: Processes = ALONE,
-        bar: Bar = lambda title: nullcontext(),
+        bar: Callable[[str], AbstractContextManager[Report | None]] = lambda title: nullcontext(),
         reference: Callable[[], nn.Module] | None = None,
         classifier: FluencyClassifier | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sets = model, tokenizer, sets
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.processes, self.bar = processes, bar
+        self.max_new_tokens, self.bar = max_new_tokens, bar
         self.reference, self.classifier = reference, classifier
+        self._batching = {"batch_size": batch_size, "processes": processes}
         self._scores: dict[tuple[str, str], list[list[AnswerScores]]] = {}
         self._answers: dict[str, dict[int, str]] = {}
         self.metrics = self._metrics()
@@ -75,14 +141,14 @@ class Evaluation:
         save: Callable[[dict[str, Entry]], None],
         place: str = "log",
     ) -> None:
-        """Fills `log` with what it lacks, one metric after the other.
+        """Add to `log` what it lacks, one metric after the other.
 
         Args:
-            log: entries that are there are kept, and what is made of them is made anew.
+            log: entries that are there are kept, and what is derived from them is computed anew.
             retrained: log of the retrained model, for forget quality and privleak. Where it is
                 None, numbers against an earlier one stay.
             save: called after every metric and at the end.
-            place: what messages call the log.
+            place: name of the log in messages.
 
         Raises:
             FloatingPointError: a loss that is not finite; names file, row and field.
@@ -90,9 +156,9 @@ class Evaluation:
         """
         self._check(Log(log, place))
         with eval_mode(self.model):
-            for metric, make in self.metrics.items():
+            for metric, measure in self.metrics.items():
                 if not log.get(metric):
-                    log[metric] = make()
+                    log[metric] = measure()
                     log[metric]["agg_value"] = aggregate(Log(log, place), metric)
                     log[metric] = dict(sorted(log[metric].items()))
                     save(log)
@@ -105,116 +171,135 @@ class Evaluation:
         save(log)
 
     def results(self, name: str) -> dict[str, Any]:
-        """The numbers of a set as `palu.evaluation.evaluate_examples` gives them."""
+        """Return the numbers of a set as `evaluate_examples` does."""
         data = self.sets[name]
         with eval_mode(self.model):
             scores = [score for (score,) in self.scores(name, ANSWER)]
             answers = self.answers(name)
-        generated = [answers.get(i) for i in range(len(data.examples))]
-        return results(data.examples, scores, generated)
+        results = []
+        for i, (example, score) in enumerate(zip(data.examples, scores, strict=True)):
+            text = answers.get(i)
+            rouges = {} if text is None else rouge(example.answer, text)
+            correct = score.without_end(score.argmax_correct)
+            result = {
+                "id": example.id,
+                "answer_probability": _probability(score.nll),
+                "sensitive_probability": _probability(score.nll[score.sensitive]),
+                "exact_memorization": exact_memorization(correct),
+                "extraction_strength": extraction_strength(correct),
+                "generated": text,
+            }
+            names = [n for n in (*METRICS, *MORE_METRICS) if n.startswith("rouge")]
+            results.append(result | {n: rouges.get(n) for n in names})
+        means = {}
+        for metric in (*METRICS, *MORE_METRICS):
+            values = [result[metric] for result in results if result[metric] is not None]
+            means[metric] = math.fsum(values) / len(values) if values else None
+        return {"count": len(results), "mean": means, "examples": results}
 
     def scores(
         self, name: str, field: str, model: nn.Module | None = None
     ) -> list[list[AnswerScores]]:
-        """Scores of every answer in a field of a set, one list an example; under another model
-        when one is given."""
+        """Return the scores of every answer in a field of a set, one list an example; under another
+        model when one is given."""
         if model is None and (name, field) in self._scores:
             return self._scores[name, field]
         data = self.sets[name]
-        of_example = data.rows[field]
         title = f"{name}: {field}" + (" (reference)" if model is not None else "")
         with self.bar(title) as report:
             flat = score_answers(
                 self.model if model is None else model,
                 self.tokenizer,
-                [row for rows in of_example for row in rows],
-                batch_size=self.batch_size,
-                # Min-k++ is of both sides of membership inference.
+                [row for rows in data.rows[field] for row in rows],
+                # Both sides of membership inference need min-k++.
                 standardise=model is None
                 and "holdout" in self.sets
                 and name in ("forget", "holdout"),
-                processes=self.processes,
                 report=report,
+                **self._batching,
             )
-        each = iter(flat)
-        found = [[next(each) for _ in rows] for rows in of_example]
-        check_finite(data, field, found)
+        remaining = iter(flat)
+        scores = [[next(remaining) for _ in rows] for rows in data.rows[field]]
+        _check_finite(data, field, scores)
         if model is None:
-            self._scores[name, field] = found
-        return found
+            self._scores[name, field] = scores
+        return scores
 
     def answers(self, name: str) -> dict[int, str]:
-        """The greedy answer of every example of a set that has a question, by its number."""
-        if name not in self._answers:
-            data = self.sets[name]
-            rows = [row for (row,) in data.rows[ANSWER]]
-            if not (asked := self._asked(name)):
-                return {}
+        """Return the greedy answer of every example of a set that has a question, by its number."""
+        asked = self.asked(name)
+        if name not in self._answers and asked:
+            rows = [row for (row,) in self.sets[name].rows[ANSWER]]
+            # A template may close answers with a token that neither tokenizer nor model name.
+            closing = {row["input_ids"][-1] for row in rows if row.closed}
             with self.bar(f"{name}: greedy answers") as report:
                 texts = greedy_answers(
                     self.model,
                     self.tokenizer,
-                    [prompt(rows[i]) for i in asked],
-                    eos_token_ids=stops(self.model, self.tokenizer, rows),
+                    [_prompt(rows[i]) for i in asked],
+                    eos_token_ids=sorted({*eos_token_ids(self.model, self.tokenizer), *closing}),
                     max_new_tokens=self.max_new_tokens,
-                    batch_size=self.batch_size,
-                    processes=self.processes,
                     report=report,
+                    **self._batching,
                 )
             self._answers[name] = dict(zip(asked, texts, strict=True))
-        return self._answers[name]
+        return self._answers.get(name, {})
+
+    def asked(self, name: str) -> list[int]:
+        """Return the numbers of the examples whose greedy answers are wanted."""
+        examples = self.sets[name].examples if self.max_new_tokens else ()
+        return [i for i, example in enumerate(examples) if example.question is not None]
 
     def _metrics(self) -> dict[str, Callable[[], Entry]]:
-        """What the sets allow, in the order it is run."""
-        made: dict[str, Callable[[], Entry]] = {}
+        """Return what measures each metric that the sets allow, in the order of the run."""
+        metrics: dict[str, Callable[[], Entry]] = {}
         kinds = {ANSWER: "", PARAPHRASED: "PARA_", PERTURBED: "PERT_"}
         known = [name for name in self.sets if name != "holdout"]
         for name in known:
             for field in self.sets[name].rows:
-                made[f"{name}_Q_A_{kinds[field]}Prob"] = lambda n=name, f=field: self._prob(n, f)
+                metrics[f"{name}_Q_A_{kinds[field]}Prob"] = lambda n=name, f=field: self._prob(n, f)
             if name == "forget":
-                made["exact_memorization"] = lambda: self._of_hits(exact_memorization)
-                made["extraction_strength"] = lambda: self._of_hits(extraction_strength)
+                metrics["exact_memorization"] = lambda: self._memorized(exact_memorization)
+                metrics["extraction_strength"] = lambda: self._memorized(extraction_strength)
         if {"forget", "holdout"} <= set(self.sets):
-            made |= {
+            metrics |= {
                 "mia_loss": lambda: self._attack(lambda row, score: score.loss),
                 "mia_zlib": lambda: self._attack(self._zlib),
                 "mia_min_k": lambda: self._attack(_min_k),
                 "mia_min_k_plus_plus": lambda: self._attack(_min_k_plus_plus),
             }
             if self.reference is not None:
-                made["mia_reference"] = self._reference_attack
+                metrics["mia_reference"] = self._reference_attack
         for name in known:
-            if self._asked(name):
-                made[f"{name}_Q_A_ROUGE"] = lambda n=name: self._rouge(n)
-        if self.classifier is not None and "forget_Q_A_ROUGE" in made:
-            made["forget_Q_A_gibberish"] = self._fluency
-        return made
-
-    def _asked(self, name: str) -> list[int]:
-        examples = self.sets[name].examples if self.max_new_tokens else ()
-        return [i for i, example in enumerate(examples) if example.question is not None]
+            if self.asked(name):
+                metrics[f"{name}_Q_A_ROUGE"] = lambda n=name: self._rouge(n)
+        if self.classifier is not None and "forget_Q_A_ROUGE" in metrics:
+            metrics["forget_Q_A_gibberish"] = self._fluency
+        return metrics
 
     def _check(self, log: Log) -> None:
+        """Raise LogError for an entry of other rows than its set has."""
         for metric in self.metrics:
             if not log.metrics.get(metric):
                 continue
             name = metric.split("_")[0]
             data = self.sets[name if name in self.sets else "forget"]
-            found = log.rows(metric, "forget" if metric.startswith("mia_") else None).rows
-            asked = metric.endswith(("_ROUGE", "_gibberish"))
+            rows = log.rows(metric, "forget" if metric.startswith("mia_") else None).rows
+            by_answer = metric.endswith(("_ROUGE", "_gibberish"))
             wanted = {
-                str(i) for i, e in enumerate(data.examples) if e.question is not None or not asked
+                str(i)
+                for i, example in enumerate(data.examples)
+                if example.question is not None or not by_answer
             }
-            if {*map(str, found)} != wanted:
+            if {*map(str, rows)} != wanted:
                 raise LogError(
-                    f"{log.place}: metric {metric!r} has {len(found)} rows and is not of the "
+                    f"{log.place}: metric {metric!r} has {len(rows)} rows and is not of the "
                     f"{len(wanted)} rows of {data.source}; name another --output or add "
                     "--overwrite"
                 )
 
     def _recall_answers(self, metric: str, entry: Entry) -> None:
-        """Takes the greedy answers of an entry that was in the log: they are not made again."""
+        """Take the greedy answers of an entry that was in the log instead of generating them."""
         rows = entry["value_by_index"]
         texts = {
             int(i): row.get("generation") for i, row in rows.items() if isinstance(row, Mapping)
@@ -223,31 +308,28 @@ class Evaluation:
             self._answers[metric.split("_")[0]] = texts
 
     def _prob(self, name: str, field: str) -> Entry:
-        rows = {}
-        for number, scores in enumerate(self.scores(name, field)):
+        rows = []
+        for scores in self.scores(name, field):
             losses = [score.loss for score in scores]
             probs = [None if loss is None else float(np.exp(-loss)) for loss in losses]
-            listed = field == PERTURBED
-            rows[str(number)] = {
-                "prob": probs if listed else probs[0],
-                "avg_loss": losses if listed else losses[0],
-            }
-        return {"value_by_index": rows}
+            if field != PERTURBED:
+                probs, losses = probs[0], losses[0]
+            rows.append({"prob": probs, "avg_loss": losses})
+        return _by_index(rows)
 
-    def _of_hits(self, measure: Callable[[np.ndarray], float | None]) -> Entry:
+    def _memorized(self, measure: Callable[[np.ndarray], float | None]) -> Entry:
         scores = [score for (score,) in self.scores("forget", ANSWER)]
-        values = [measure(score.without_end(score.hits)) for score in scores]
-        return {"value_by_index": _scored(values)}
+        return _scored([measure(score.without_end(score.argmax_correct)) for score in scores])
 
     def _rouge(self, name: str) -> Entry:
         data, rows = self.sets[name], {}
         for number, text in self.answers(name).items():
             truth = data.examples[number].answer.strip()
-            numbers = rouge(truth, text)
-            asked = prompt(data.rows[ANSWER][number][0])
+            values = rouge(truth, text)
+            prompt = _prompt(data.rows[ANSWER][number][0])
             rows[str(number)] = {
-                **{key: numbers[key] for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall")},
-                "input": self.tokenizer.decode(asked, skip_special_tokens=True),
+                **{key: values[key] for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall")},
+                "input": self.tokenizer.decode(prompt, skip_special_tokens=True),
                 "ground_truth": truth,
                 "generation": text,
             }
@@ -256,44 +338,41 @@ class Evaluation:
     def _fluency(self) -> Entry:
         answers = self.answers("forget")
         with self.bar("forget: fluency") as report:
-            scores = self.classifier.scores(
-                [*answers.values()],
-                batch_size=self.batch_size,
-                processes=self.processes,
-                report=report,
-            )
-        each = zip(answers.items(), scores, strict=True)
-        return {
-            "value_by_index": {
-                str(i): {"score": score, "generation": text} for (i, text), score in each
-            }
-        }
+            scores = self.classifier.scores([*answers.values()], report=report, **self._batching)
+        pairs = zip(answers.items(), scores, strict=True)
+        rows = {str(i): {"score": score, "generation": text} for (i, text), score in pairs}
+        return {"value_by_index": rows}
 
-    def _attack(self, measure: Callable[[Any, AnswerScores], float | None]) -> Entry:
-        values = {}
+    def _attack(
+        self, measure: Callable[..., float | None], reference: nn.Module | None = None
+    ) -> Entry:
+        """Return the entry of an attack: `measure(row, score)`, or `measure(row, score, score of
+        the reference)`, of forget and holdout answers, and their AUC."""
+        entry: Entry = {}
         for name in ("forget", "holdout"):
-            pairs = zip(self.sets[name].rows[ANSWER], self.scores(name, ANSWER), strict=True)
-            values[name] = [measure(row, score) for (row,), (score,) in pairs]
-        return _attack_entry(values)
+            columns = [self.sets[name].rows[ANSWER], self.scores(name, ANSWER)]
+            if reference is not None:
+                columns.append(self.scores(name, ANSWER, reference))
+            scores = [
+                measure(*(value for (value,) in cells)) for cells in zip(*columns, strict=True)
+            ]
+            known = [score for score in scores if score is not None]
+            entry[name] = {"agg_value": float(np.mean(known)) if known else None, **_scored(scores)}
+        entry["auc"] = aggregate(Log({"mia_": entry}, "this run"), "mia_")
+        return entry
 
     def _reference_attack(self) -> Entry:
-        reference, values = self.reference(), {}
+        reference = self.reference()
         with eval_mode(reference):
-            for name in ("forget", "holdout"):
-                pairs = zip(
-                    self.scores(name, ANSWER), self.scores(name, ANSWER, reference), strict=True
-                )
-                losses = [(one.loss, other.loss) for (one,), (other,) in pairs]
-                values[name] = [None if a is None else reference_score(a, b) for a, b in losses]
-        return _attack_entry(values)
+            return self._attack(_reference_score, reference)
 
-    def _zlib(self, row: Any, score: AnswerScores) -> float | None:
+    def _zlib(self, row: LabeledExample, score: AnswerScores) -> float | None:
         text = self.tokenizer.decode(row["input_ids"][row.answer_start :], skip_special_tokens=True)
         return None if score.loss is None else zlib_score(score.loss, text)
 
 
 def check_retrained(retrained: Log | None, sets: Mapping[str, EvalSet]) -> None:
-    """Raises LogError where the retrained model's log lacks what forget quality (forget records
+    """Raise LogError where the retrained model's log lacks what forget quality (forget records
     with perturbed answers) or privleak (a holdout set) compares with: before any work."""
     if retrained is None:
         return
@@ -304,25 +383,43 @@ def check_retrained(retrained: Log | None, sets: Mapping[str, EvalSet]) -> None:
         aggregate(retrained, "mia_min_k")
 
 
-def _min_k(row: Any, score: AnswerScores) -> float:
+def _prompt(row: LabeledExample) -> list[int]:
+    """Return the very tokens before the answer."""
+    return row["input_ids"][: row.answer_start]
+
+
+def _min_k(row: LabeledExample, score: AnswerScores) -> float:
     return min_k_score(-score.without_end(score.nll))
 
 
-def _min_k_plus_plus(row: Any, score: AnswerScores) -> float:
-    return min_k_plus_plus_score(score.without_end(score.standardised))
+def _min_k_plus_plus(row: LabeledExample, score: AnswerScores) -> float:
+    return min_k_score(score.without_end(score.standardised))
 
 
-def _scored(values: list[float | None]) -> dict[str, dict[str, float | None]]:
-    return {str(number): {"score": value} for number, value in enumerate(values)}
+def _reference_score(row: LabeledExample, score: AnswerScores, other: AnswerScores) -> float | None:
+    return None if score.loss is None else reference_score(score.loss, other.loss)
 
 
-def _attack_entry(values: Mapping[str, list[float | None]]) -> Entry:
-    entry: Entry = {}
-    for name, scores in values.items():
-        known = [score for score in scores if score is not None]
-        entry[name] = {
-            "agg_value": float(np.mean(known)) if known else None,
-            "value_by_index": _scored(scores),
-        }
-    entry["auc"] = aggregate(Log({"mia_": entry}, "this run"), "mia_")
-    return entry
+def _by_index(rows: Sequence[Entry]) -> Entry:
+    return {"value_by_index": {str(number): row for number, row in enumerate(rows)}}
+
+
+def _scored(values: Sequence[float | None]) -> Entry:
+    return _by_index([{"score": value} for value in values])
+
+
+def _probability(nll: np.ndarray) -> float | None:
+    return probability(nll) if nll.size else None
+
+
+def _check_finite(data: EvalSet, field: str, scores: Sequence[Sequence[AnswerScores]]) -> None:
+    """Raise FloatingPointError that names file, row and field of the first loss that is not
+    finite."""
+    for number, of_example in enumerate(scores):
+        for score in of_example:
+            wrong = np.flatnonzero(~np.isfinite(score.nll))
+            if wrong.size:
+                raise FloatingPointError(
+                    f"{data.place(number, field)}: the model's loss is not finite "
+                    f"({score.nll[wrong[0]]} at token {wrong[0]} of the answer)"
+                )

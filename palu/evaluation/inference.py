@@ -1,11 +1,10 @@
-"""What a model says of given answers: one forward pass, logits only for the rows that predict
-them."""
+"""Batched inference for evaluation: scores of given answers, and greedy answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,23 +13,62 @@ from torch import Tensor, nn
 from palu.data.collator import Collator
 from palu.data.labels import LabeledExample
 from palu.data.roles import IGNORE
-from palu.evaluation.batches import ALONE, Processes, in_batches
+from palu.distributed import ALONE, Processes
 from palu.models.forward import logits_at, shift_to_logits
+from palu.models.wrappers import unwrap
 from palu_kernels import cross_entropy_loss
 
-# Rows of logits whose distribution is made at a time, in float32: 64 of them take 33 MB at a
-# vocabulary of 128,256.
+T = TypeVar("T")
+
+# Logits are standardised in float32 so many tokens at a time: 64 take 33 MB at V = 128,256.
 _CHUNK = 64
+
+
+def in_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    work: Callable[[list[int]], Sequence[T]],
+    *,
+    processes: Processes = ALONE,
+    report: Callable[[int, int], None] | None = None,
+) -> list[T]:
+    """Call `work` on batches of examples of similar length, longest first: what does not fit in
+    memory fails at once.
+
+    Whole batches go to processes in turn, so an example's padding does not depend on their number,
+    and every process gets every result.
+
+    Args:
+        lengths: one an example.
+        work: returns one result for each example number of the batch.
+        report: called with (examples done, of how many), this process's only.
+
+    Returns:
+        one result an example, in the order of `lengths`.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches[processes.rank :: processes.count]
+    total = sum(map(len, batches))
+    results: dict[int, T] = {}
+    for batch in batches:
+        results.update(zip(batch, work(batch), strict=True))
+        if report is not None:
+            report(len(results), total)
+    gathered: dict[int, T] = {}
+    for part in processes.gather(results):
+        gathered.update(part)
+    return [gathered[i] for i in range(len(lengths))]
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """The tokens of one answer under a model, given the true ones before them. T tokens: all of
-    the answer, its end token included (a text without prompt: but the first).
+    """Scores of one answer's T tokens, each given the true ones before it: all of the answer, its
+    end token included (a text without prompt: but the first).
 
     Attributes:
         nll: float64 [T], negative log-likelihood.
-        hits: bool [T], whether the token is the likeliest.
+        argmax_correct: bool [T], whether the token is the likeliest.
         sensitive: bool [T], whether it lies in a marked span.
         closed: whether the last token is the one that ends the answer.
         standardised: float64 [T], `(log p - mu) / sqrt(max(sigma^2, 1e-6))` with mean and variance
@@ -39,13 +77,13 @@ class AnswerScores:
     """
 
     nll: np.ndarray
-    hits: np.ndarray
+    argmax_correct: np.ndarray
     sensitive: np.ndarray
     closed: bool
     standardised: np.ndarray | None
 
     def without_end(self, values: np.ndarray) -> np.ndarray:
-        """`values` [T] of this answer but for its end token."""
+        """Return `values` [T] of this answer without the end token's."""
         return values[:-1] if self.closed else values
 
     @property
@@ -62,37 +100,35 @@ def score_answers(
     *,
     batch_size: int,
     standardise: bool = False,
-    processes: Processes = ALONE,
-    report: Callable[[int, int], None] | None = None,
+    **sharing: Any,
 ) -> list[AnswerScores]:
-    """The scores of every row, in order. Call it in `eval_mode(model)`.
+    """Score answers in one forward pass each. The model must be in eval mode.
 
     Args:
         rows: see `palu.data.labels.label_example`.
-        batch_size: rows a forward pass.
-        standardise: also make `AnswerScores.standardised` (min-k++).
-        processes, report: see `in_batches`.
+        batch_size: examples a forward pass.
+        standardise: also compute `AnswerScores.standardised` (min-k++).
+        **sharing: `processes` and `report` of `in_batches`.
     """
     collate = Collator(tokenizer)
     device = next(model.parameters()).device
 
     def work(chosen: list[int]) -> list[AnswerScores]:
         batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-        answer = batch["labels"] != IGNORE
-        logits = logits_at(
-            model, batch["input_ids"], batch["attention_mask"], shift_to_logits(answer)
-        )
-        answer = answer[:, 1:]
-        targets = batch["input_ids"][:, 1:][answer]
-        found = [
+        ids, labels = batch["input_ids"], batch["labels"]
+        predicted = labels != IGNORE
+        logits = logits_at(model, ids, batch["attention_mask"], shift_to_logits(predicted))
+        predicted = predicted[:, 1:]
+        targets = ids[:, 1:][predicted]
+        columns = [
             cross_entropy_loss(logits, targets, reduction="none").double(),
             logits.argmax(-1) == targets,
-            batch["labels"][:, 1:][answer] >= 0,
+            labels[:, 1:][predicted] >= 0,
         ]
         if standardise:
-            found.append(_standardised(logits, targets).double())
-        sizes = answer.sum(1).tolist()
-        parts = zip(*(values.cpu().split(sizes) for values in found), strict=True)
+            columns.append(_standardised(logits, targets).double())
+        sizes = predicted.sum(1).tolist()
+        parts = zip(*(values.cpu().split(sizes) for values in columns), strict=True)
         return [
             AnswerScores(
                 *(values.numpy() for values in part[:3]),
@@ -102,13 +138,12 @@ def score_answers(
             for i, part in zip(chosen, parts, strict=True)
         ]
 
-    lengths = [len(row["input_ids"]) for row in rows]
-    return in_batches(lengths, batch_size, work, processes=processes, report=report)
+    return in_batches([len(row["input_ids"]) for row in rows], batch_size, work, **sharing)
 
 
 def _standardised(logits: Tensor, targets: Tensor) -> Tensor:
-    """float32 `[N]` of logits `[N, V]` and targets `[N]`."""
-    made = [logits.new_zeros(0, dtype=torch.float32)]
+    """Return float32 `[N]` of logits `[N, V]` and targets `[N]`."""
+    chunks = [logits.new_zeros(0, dtype=torch.float32)]
     for rows, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
         log_p = rows.float().log_softmax(-1)
         p = log_p.exp()
@@ -116,5 +151,80 @@ def _standardised(logits: Tensor, targets: Tensor) -> Tensor:
         mean = (p * known).sum(-1)
         variance = (p * known.square()).sum(-1) - mean.square()
         log_p = log_p.gather(-1, ids[:, None]).squeeze(-1)
-        made.append((log_p - mean) / variance.clamp(min=1e-6).sqrt())
-    return torch.cat(made)
+        chunks.append((log_p - mean) / variance.clamp(min=1e-6).sqrt())
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    **sharing: Any,
+) -> list[str]:
+    """Continue each prompt with the likeliest token until an end token or `max_new_tokens`.
+
+    Prompts of a batch are padded on the left under a mask that comes from their lengths, so a
+    padding token that is also an end token harms nothing, and positions are counted from the first
+    real token. Sampling settings stored with the model have no effect.
+
+    Args:
+        prompts: token ids, each at least one token long.
+        eos_token_ids: ids that end an answer.
+        **sharing: `processes` and `report` of `in_batches`.
+
+    Returns:
+        the new text of each prompt, special tokens and outer white space removed.
+    """
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = eos_token_ids[0] if eos_token_ids else 0
+
+    def work(chosen: list[int]) -> list[str]:
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.full((len(chosen), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            start = width - len(prompts[i])
+            ids[row, start:] = torch.tensor(prompts[i], dtype=torch.long)
+            mask[row, start:] = 1
+        new = _generate(model, ids.to(device), mask.to(device), set(eos_token_ids), max_new_tokens)
+        answers = []
+        for tokens in new.tolist():
+            ends = [n for n, token in enumerate(tokens) if token in eos_token_ids]
+            tokens = tokens[: ends[0]] if ends else tokens
+            answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        return answers
+
+    return in_batches([len(prompt) for prompt in prompts], batch_size, work, **sharing)
+
+
+def _generate(model: nn.Module, ids: Tensor, mask: Tensor, eos: set[int], limit: int) -> Tensor:
+    """Return the greedy continuation, int64 `[B, new]`, whatever sampling settings are stored."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        eos_token_id=sorted(eos) or None,
+        # The mask says what is padding; rows that ended are cut at their end token.
+        pad_token_id=min(eos) if eos else 0,
+        use_cache=True,
+    )
+    # PEFT's wrapper passes its inner model's settings on: they are replaced in there.
+    inner = unwrap(model)
+    stored = inner.generation_config
+    try:
+        # `generate` fills in what `settings` leaves out (temperature, penalties) from the stored
+        # ones: an empty config has none.
+        inner.generation_config = GenerationConfig()
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    finally:
+        inner.generation_config = stored
+    return out[:, ids.shape[1] :]

@@ -1,12 +1,16 @@
-"""What the numbers of an evaluation are: one small function each, on plain numbers.
+"""Metric formulas, one function each, on plain numbers.
 
-Sources: TOFU (Maini et al. 2024, arXiv 2401.06121) and open-unlearning, whose definitions these
-are. A loss is a mean negative log-likelihood in nats. Every function raises ValueError for an empty
-input and for a number that is not finite.
+Definitions are those of TOFU (Maini et al. 2024, arXiv 2401.06121) and open-unlearning. A loss is a
+mean negative log-likelihood in nats. Every function raises ValueError for an empty input and for a
+number that is not finite.
+
+Scores of membership inference are signed as a loss is: the higher, the less likely the text was
+trained on; signs, defaults and the AUC's direction are open-unlearning's.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -15,10 +19,12 @@ import numpy as np
 
 EPSILON = 1e-10
 """What TOFU adds to a divisor that may be 0."""
+MIN_K = 0.4
+"""Share of the tokens that min-k and min-k++ look at."""
 
 
 def probability(nll: Sequence[float]) -> float:
-    """`exp(-mean(nll))`: an answer's probability, to the power of 1 over its length.
+    """Return `exp(-mean(nll))`: an answer's probability, to the power of 1 over its length.
 
     Args:
         nll: negative log-likelihood of each token of the answer, its end token included.
@@ -27,7 +33,8 @@ def probability(nll: Sequence[float]) -> float:
 
 
 def rouge(answer: str, generated: str) -> dict[str, float]:
-    """ROUGE-1 and ROUGE-L of `generated` against `answer` (Lin 2004; rouge-score, stemmer on).
+    """Return ROUGE-1 and ROUGE-L of `generated` against `answer` (Lin 2004; rouge-score, stemmer
+    on).
 
     Recall is the share of the answer's words that are found again (ROUGE-L: in the longest common
     subsequence), precision the share of the generated words, F1 their harmonic mean. Words are runs
@@ -45,8 +52,8 @@ def rouge(answer: str, generated: str) -> dict[str, float]:
 
 
 def truth_ratio(perturbed_losses: Sequence[float], paraphrase_loss: float) -> float:
-    """`exp(-mean(perturbed_losses)) / (exp(-paraphrase_loss) + 1e-10)`: how likely wrong answers
-    are beside the right one in other words (TOFU; the wrong answers' geometric mean).
+    """Return `exp(-mean(perturbed_losses)) / (exp(-paraphrase_loss) + 1e-10)`: the geometric mean
+    of the wrong answers' probabilities over that of the paraphrased right one (TOFU).
 
     Args:
         perturbed_losses: loss of each wrong answer.
@@ -58,20 +65,20 @@ def truth_ratio(perturbed_losses: Sequence[float], paraphrase_loss: float) -> fl
 
 
 def forget_truth_ratio(ratios: Sequence[float]) -> float:
-    """`mean(min(r, 1 / (r + 1e-10)))`: near 1 where right and wrong answers are alike, as they
-    should be once a set is forgotten."""
+    """Return `mean(min(r, 1 / (r + 1e-10)))`: near 1 where right and wrong answers are equally
+    likely, as they should be once a set is forgotten."""
     r = finite_numbers("ratios", ratios)
     return float(np.minimum(r, 1 / (r + EPSILON)).mean())
 
 
 def kept_truth_ratio(ratios: Sequence[float]) -> float:
-    """`mean(max(0, 1 - r))`: near 1 where right answers are likelier than wrong ones, as they
-    should be in every set but the forgotten one."""
+    """Return `mean(max(0, 1 - r))`: near 1 where right answers are likelier than wrong ones, as
+    they should be in every set but the forgotten one."""
     return float(np.maximum(0, 1 - finite_numbers("ratios", ratios)).mean())
 
 
 def normalised_probability(right: float, wrong: Sequence[float]) -> float:
-    """`p / (p + sum of wrong + 1e-10)`: the right answer's share among the choices (TOFU).
+    """Return `p / (p + sum of wrong + 1e-10)`: the right answer's share among the choices (TOFU).
 
     Args:
         right: probability of the answer.
@@ -81,35 +88,34 @@ def normalised_probability(right: float, wrong: Sequence[float]) -> float:
     return float(p / (p + finite_numbers("wrong", wrong).sum() + EPSILON))
 
 
-def exact_memorization(hits: Sequence[bool]) -> float | None:
-    """Share of the answer's tokens that are the likeliest next one after the true ones before them
-    (Tirumala et al. 2022, arXiv 2205.10770).
+def exact_memorization(argmax_correct: Sequence[bool]) -> float | None:
+    """Return the share of the answer's tokens that are the likeliest after the true ones before
+    them (Tirumala et al. 2022, arXiv 2205.10770); None when there is no token.
 
     Args:
-        hits: whether the argmax is right, for each token but the end token. None when there is
-            none.
+        argmax_correct: whether the argmax is right, for each token but the end token.
     """
-    return float(np.mean(np.asarray(hits, dtype=bool))) if len(hits) else None
+    return float(np.mean(np.asarray(argmax_correct, dtype=bool))) if len(argmax_correct) else None
 
 
-def extraction_strength(hits: Sequence[bool]) -> float:
-    """`1 - s / T`, with s the smallest start from which every argmax to the end is right, and the
-    last index where there is none (Carlini et al. 2021, arXiv 2012.07805, as open-unlearning
-    measures it).
+def extraction_strength(argmax_correct: Sequence[bool]) -> float:
+    """Return `1 - s / T`, with s the smallest start from which every argmax to the end is right, or
+    the last index where there is none (Carlini et al. 2021, arXiv 2012.07805, as open-unlearning
+    measures it); 0 when there is no token.
 
     Args:
-        hits: as for `exact_memorization`; T of them. 0 when there is none.
+        argmax_correct: as for `exact_memorization`; T of them.
     """
-    if not len(hits):
+    if not len(argmax_correct):
         return 0.0
-    wrong = np.flatnonzero(~np.asarray(hits, dtype=bool))
-    start = min(wrong[-1] + 1, len(hits) - 1) if wrong.size else 0
-    return float(1 - start / len(hits))
+    wrong = np.flatnonzero(~np.asarray(argmax_correct, dtype=bool))
+    start = min(wrong[-1] + 1, len(argmax_correct) - 1) if wrong.size else 0
+    return float(1 - start / len(argmax_correct))
 
 
 def forget_quality(ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
-    """p-value of the two-sample Kolmogorov-Smirnov test (`scipy.stats.ks_2samp`): whether forget
-    truth ratios look like those of a model that never saw the forget set (TOFU).
+    """Return the p-value of the two-sample Kolmogorov-Smirnov test (`scipy.stats.ks_2samp`):
+    whether forget truth ratios look like those of a model that never saw the forget set (TOFU).
 
     Args:
         ratios: truth ratios of the forget set under the model.
@@ -117,15 +123,12 @@ def forget_quality(ratios: Sequence[float], retain_ratios: Sequence[float]) -> f
     """
     from scipy.stats import ks_2samp
 
-    model, retrained = (
-        finite_numbers("ratios", ratios),
-        finite_numbers("retain_ratios", retain_ratios),
-    )
-    return float(ks_2samp(model, retrained).pvalue)
+    model = finite_numbers("ratios", ratios)
+    return float(ks_2samp(model, finite_numbers("retain_ratios", retain_ratios)).pvalue)
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean `n / sum(1 / v)` of the utility numbers (TOFU: nine of them, see
+    """Return the harmonic mean `n / sum(1 / v)` of the utility numbers (TOFU: nine of them, see
     `palu.evaluation.tofu.UTILITY`); 0 when one is 0.
 
     Raises:
@@ -137,6 +140,67 @@ def model_utility(values: Sequence[float]) -> float:
     return 0.0 if (v == 0).any() else float(len(v) / (1 / v).sum())
 
 
+def zlib_score(loss: float, text: str) -> float:
+    """Return `loss / bytes of zlib-compressed text` (Carlini et al. 2021, arXiv 2012.07805).
+
+    Args:
+        loss: mean negative log-likelihood of the answer, end token included.
+        text: the answer, UTF-8 when compressed.
+    """
+    return float(finite_numbers("loss", [loss])[0] / len(zlib.compress(text.encode("utf-8"))))
+
+
+def min_k_score(log_probs: Sequence[float], k: float = MIN_K) -> float:
+    """Return `-mean of the max(1, floor(k T)) lowest log-probabilities` (Shi et al. 2023, arXiv
+    2310.16789); 0 where there is no token.
+
+    Of standardised ones, `(log p - mu) / sqrt(max(sigma^2, 1e-6))` as in `AnswerScores`, it is
+    min-k++ (Zhang et al. 2024, arXiv 2404.02936).
+
+    Args:
+        log_probs: of the answer's T tokens, end token left out.
+        k: share of the tokens, in (0, 1].
+    """
+    if not 0 < k <= 1:
+        raise ValueError(f"k must be above 0 and at most 1, got {k}")
+    if not len(log_probs):
+        return 0.0
+    ordered = np.sort(finite_numbers("log_probs", log_probs))
+    return float(-ordered[: max(1, int(len(ordered) * k))].mean())
+
+
+def reference_score(loss: float, reference_loss: float) -> float:
+    """Return `loss - reference_loss`: beside a model that was not trained on the text (Carlini et
+    al. 2021, arXiv 2012.07805)."""
+    model, other = finite_numbers("losses", [loss, reference_loss])
+    return float(model - other)
+
+
+def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
+    """Return the area under the ROC curve of scores with forget = 0 and holdout = 1: the chance
+    that a holdout score is above a forget score, ties counting half.
+
+    1: the model knows the forget set and not the holdout set; 0.5: no difference.
+    """
+    low, high = np.sort(finite_numbers("forget", forget)), finite_numbers("holdout", holdout)
+    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
+    return float(below.sum() / (2 * low.size * high.size))
+
+
+def privleak(auc_value: float, auc_ref: float = 0.5) -> float:
+    """Return `100 (auc_ref - auc) / (1 - auc_ref + 1e-10)` on the min-k AUC (MUSE, Shi et al. 2024,
+    arXiv 2407.06460; its AUC is 1 minus ours).
+
+    0 is right; far below 0 the forget set is still known, far above it shows that it was removed.
+
+    Args:
+        auc_value: AUC of the model.
+        auc_ref: AUC of the retrained model; 0.5 where none is known.
+    """
+    value, ref = finite_numbers("auc values", [auc_value, auc_ref])
+    return float(100 * (ref - value) / (1 - ref + EPSILON))
+
+
 @cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
@@ -145,7 +209,7 @@ def _scorer() -> Any:
 
 
 def finite_numbers(name: str, values: Sequence[float]) -> np.ndarray:
-    """`values` as float64 `[N]`. Raises ValueError, with `name`, for none and for one that is not
+    """Return `values` as float64 `[N]`; raise ValueError for none and for one that is not
     finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as a table."""
+"""Tables of evaluation results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palu.evaluation.datasets import PARAPHRASED, PERTURBED
-from palu.evaluation.examples import METRICS
+from palu.evaluation.evaluator import METRICS
 from palu.evaluation.tofu import UTILITY
 from palu.terminal import visible
 
@@ -22,8 +22,7 @@ TITLES = {
 
 
 def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table:
-    """A table with one line for each (model, data set, result of `evaluate_examples`); a rule where
-    the set changes."""
+    """Return a table with one line for each (model, data set, result of `evaluate_examples`)."""
     table = Table(
         title=Text(visible(title), style="table.title"),
         title_justify="left",
@@ -49,7 +48,7 @@ def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table
 
 
 def summary_table(title: str, summary: Mapping[str, float]) -> Table:
-    """A line for each metric of a log's summary."""
+    """Return a table with one line for each metric of a log's summary."""
     table = Table("metric", title=Text(visible(title), style="table.title"), title_justify="left")
     table.add_column("value", justify="right")
     for name, value in summary.items():
@@ -60,7 +59,7 @@ def summary_table(title: str, summary: Mapping[str, float]) -> Table:
 def missing_inputs(
     log: Mapping[str, Any], sets: Mapping[str, Any], retrained: Any, *, tofu: bool
 ) -> list[str]:
-    """What a log lacks, each with the input it would have taken.
+    """Return what a log lacks, each with the input that would give it.
 
     Args:
         log: metric -> entry.

@@ -1,4 +1,4 @@
-"""TOFU's numbers from the per-example values of a log, as open-unlearning names them.
+"""Aggregate TOFU's metrics from the per-example values of a log, named as in open-unlearning.
 
 A set's prefix is `forget`, `retain`, `ra` (real authors) or `wf` (world facts). `*_Q_A_Prob`,
 `*_Q_A_PARA_Prob` and `*_Q_A_PERT_Prob` hold probability and loss of the answer, of the paraphrased
@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palu.evaluation.eval_log import Log, LogError, Rows, mean
-from palu.evaluation.membership import auc, privleak
 from palu.evaluation.metrics import (
+    auc,
     forget_quality,
     forget_truth_ratio,
     kept_truth_ratio,
     model_utility,
     normalised_probability,
+    privleak,
     rouge,
     truth_ratio,
 )
@@ -45,8 +46,8 @@ TRUTH_RATIOS = {
     "ra_Truth_Ratio": ("ra_Q_A_Prob", "ra_Q_A_PERT_Prob"),
     "wf_Truth_Ratio": ("wf_Q_A_Prob", "wf_Q_A_PERT_Prob"),
 }
-"""Each truth ratio, with the metrics of the right and of the wrong answers it is made of. (TOFU has
-no paraphrases of real authors and world facts.)"""
+"""Truth ratio -> metrics of the right and of the wrong answers. (TOFU has no paraphrases of real
+authors and world facts.)"""
 
 _SETS = ("forget", "retain", "ra", "wf")
 _MEANS = {f"{s}_Q_A_{kind}Prob": "prob" for s in _SETS for kind in ("", "PARA_", "PERT_")}
@@ -59,14 +60,14 @@ _Path = Mapping[str, Any] | str | os.PathLike[str]
 
 
 def summarize(eval_log: _Path, retain_log: _Path | None = None) -> dict[str, float | None]:
-    """Every aggregate of an evaluation log, computed anew from its per-example values.
+    """Compute every aggregate of an evaluation log anew from its per-example values.
 
     Stored aggregates are not read. `*_Prob`, exact memorization, extraction strength and fluency
     (`forget_Q_A_gibberish`) are means, over rows of means over a row's perturbed answers. ROUGE is
     the mean ROUGE-L recall of the stored `generation` against `ground_truth`, measured anew; where
     a row has no texts, its stored number counts, and where both are there and differ a warning
-    says so. Truth ratios, forget quality, model utility and privleak are as `definitions` and
-    `membership` say; every `mia_*` is the AUC of its scores.
+    says so. Truth ratios, forget quality, model utility and privleak are defined in
+    `palu.evaluation.metrics`; every `mia_*` is the AUC of its scores.
 
     A row, a value or an item of a list that is None was not measured and is left out. A metric
     whose definition is not known here is left out, with one warning that names all of them.
@@ -107,39 +108,40 @@ def summarize(eval_log: _Path, retain_log: _Path | None = None) -> dict[str, flo
 
 
 def aggregate(log: Log, metric: str, retrained: Log | None = None) -> float | None:
-    """The aggregate of one metric, which must be one of TOFU's; errors as `summarize`."""
+    """Return the aggregate of one of TOFU's metrics; errors as `summarize`."""
     return _definition(metric)(log, retrained, metric)
 
 
 def derived_entries(log: Log, retrained: Log | None = None) -> dict[str, dict[str, Any]]:
-    """The log entries that are made of other entries, of all that this log allows: truth ratios,
+    """Return the entries that derive from other entries, as far as the log has those: truth ratios,
     normalised probabilities, forget quality, model utility, privleak.
 
     Raises:
         LogError: as `summarize`; two metrics that hold different rows.
     """
-    made: dict[str, dict[str, Any]] = {}
+    derived: dict[str, dict[str, Any]] = {}
     for metric, (right, wrong) in TRUTH_RATIOS.items():
         if right in log.metrics and wrong in log.metrics:
             pairs = _pairs(log, right, wrong, "avg_loss").items()
             scores = {i: {"score": truth_ratio(w, r)} for i, (r, w) in pairs}
-            made[metric] = {"value_by_index": scores}
+            derived[metric] = {"value_by_index": scores}
     for name in ("ra", "wf"):
         right, wrong = f"{name}_Q_A_Prob", f"{name}_Q_A_PERT_Prob"
         if right in log.metrics and wrong in log.metrics:
             pairs = _pairs(log, right, wrong, "prob").items()
             scores = {i: {"prob": normalised_probability(r, w)} for i, (r, w) in pairs}
-            made[f"{name}_Q_A_Prob_normalised"] = {"value_by_index": scores}
-    whole = Log({**log.metrics, **made}, log.place)
-    if "forget_truth_ratio" in whole.metrics:
-        made["forget_quality"] = {}
-    if all(name in whole.metrics for name in UTILITY):
-        made["model_utility"] = {}
-    if "mia_min_k" in whole.metrics:
-        made["privleak"] = {}
-    for metric, entry in made.items():
+            derived[f"{name}_Q_A_Prob_normalised"] = {"value_by_index": scores}
+    whole = Log({**log.metrics, **derived}, log.place)
+    for metric, needed in (
+        ("forget_quality", ("forget_truth_ratio",)),
+        ("model_utility", UTILITY),
+        ("privleak", ("mia_min_k",)),
+    ):
+        if all(name in whole.metrics for name in needed):
+            derived[metric] = {}
+    for metric, entry in derived.items():
         entry["agg_value"] = aggregate(whole, metric, retrained)
-    return {metric: dict(sorted(entry.items())) for metric, entry in made.items()}
+    return {metric: dict(sorted(entry.items())) for metric, entry in derived.items()}
 
 
 _Definition = Callable[[Log, "Log | None", str], "float | None"]
@@ -162,11 +164,7 @@ def _definition(metric: str) -> _Definition | None:
 
 
 def _mean(log: Log, retrained: Log | None, metric: str) -> float:
-    return _mean_of(log.rows(metric).numbers(_MEANS[metric]))
-
-
-def _mean_of(values: Mapping[str, float]) -> float:
-    return mean([*values.values()])
+    return mean([*log.rows(metric).numbers(_MEANS[metric]).values()])
 
 
 def _rouge(log: Log, retrained: Log | None, metric: str) -> float:
@@ -174,12 +172,8 @@ def _rouge(log: Log, retrained: Log | None, metric: str) -> float:
     again, differing = {}, []
     for index, row in rows.rows.items():
         recall = _recall_of_texts(row)
-        stored = row.get("rougeL_recall") if isinstance(row, Mapping) else None
-        if recall is None:
-            again[index] = row
-            continue
-        again[index] = {"rougeL_recall": recall}
-        if stored is not None and stored != recall:
+        again[index] = row if recall is None else {"rougeL_recall": recall}
+        if recall is not None and row.get("rougeL_recall") not in (None, recall):
             differing.append(index)
     if differing:
         warnings.warn(
@@ -187,23 +181,22 @@ def _rouge(log: Log, retrained: Log | None, metric: str) -> float:
             f"the stored texts, which is taken (first: row {differing[0]!r})",
             stacklevel=4,
         )
-    return _mean_of(Rows(again, rows.place).numbers("rougeL_recall"))
+    return mean([*Rows(again, rows.place).numbers("rougeL_recall").values()])
 
 
 def _recall_of_texts(row: Any) -> float | list[float] | None:
-    """ROUGE-L recall of the texts of a row (lists of texts for perturbed answers); None where it
-    has none."""
+    """Return ROUGE-L recall of the texts of a row (lists of texts for perturbed answers), None
+    where it has none."""
     if not isinstance(row, Mapping):
         return None
     truth, text = row.get("ground_truth"), row.get("generation")
     if isinstance(truth, str) and isinstance(text, str):
         return rouge(truth, text)["rougeL_recall"]
-    if not (isinstance(truth, list) and isinstance(text, list) and len(truth) == len(text)):
+    if not (isinstance(truth, list) and isinstance(text, list) and len(truth) == len(text) > 0):
         return None
-    pairs = [*zip(truth, text, strict=True)]
-    if not pairs or not all(isinstance(t, str) for pair in pairs for t in pair):
+    if not all(isinstance(t, str) for t in (*truth, *text)):
         return None
-    return [rouge(*pair)["rougeL_recall"] for pair in pairs]
+    return [rouge(*pair)["rougeL_recall"] for pair in zip(truth, text, strict=True)]
 
 
 def _truth_ratio(log: Log, retrained: Log | None, metric: str) -> float:
@@ -247,15 +240,14 @@ def _privleak(log: Log, retrained: Log | None, metric: str) -> float:
 
 
 def _pairs(log: Log, right: str, wrong: str, field: str) -> dict[str, tuple[float, list[float]]]:
-    """Field `field` of right and wrong answers, of the rows that have both."""
-    rows = [log.rows(right), log.rows(wrong)]
-    lacking = set(rows[0].rows) ^ set(rows[1].rows)
-    if lacking:
+    """Return a field of right and of wrong answers, for the rows that have both."""
+    rights, wrongs = log.rows(right), log.rows(wrong)
+    if lacking := set(rights.rows) ^ set(wrongs.rows):
         raise LogError(
             f"{log.place}: metrics {right!r} and {wrong!r} must hold the same rows; row "
             f"{min(lacking, key=str)!r} is in one of them only"
         )
-    one, other = rows[0].numbers(field), rows[1].values(field)
+    one, other = rights.numbers(field), wrongs.values(field)
     both = {
         i: (one[i], other[i] if isinstance(other[i], list) else [other[i]])
         for i in one

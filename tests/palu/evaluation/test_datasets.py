@@ -5,8 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from palu.data.template import Template
 from palu.demo.people import write_jsonl
-from palu.evaluation.datasets import EvalSet
-from palu.evaluation.tofu_data import read_sets, tofu_files
+from palu.evaluation.datasets import EvalSet, read_sets, tofu_files
 from palu.unlearn import save_model
 from tests.support import small, tofu_small
 from tests.support.tofu_small import SMALL, records
@@ -117,7 +116,7 @@ def test_a_loss_that_is_not_finite_is_named(palu, work):
 
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="file: must hold at least one example"):
-        EvalSet.tokenise("file", [], small.tokenizer(), template=Template(), max_length=9)
+        EvalSet.tokenize("file", [], small.tokenizer(), template=Template(), max_length=9)
 
 
 def test_own_records_have_a_field_all_or_none(work):

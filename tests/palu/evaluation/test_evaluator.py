@@ -15,7 +15,7 @@ import torch
 from palu.data.labels import label_example
 from palu.demo.people import write_jsonl
 from palu.evaluation import metrics as d
-from palu.evaluation.evaluator import Evaluation
+from palu.evaluation.evaluator import Evaluator
 from palu.evaluation.tofu import UTILITY, summarize
 from tests.support import tofu_small
 from tests.support.tofu_small import SMALL, records
@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on(palu, work, log, monkeypatch):
     """Stopped after some metrics; what is there is not measured again, and the end is the same."""
     words = [*ALL, "--output", "stopped"]
     asked = []
-    real = Evaluation.answers
+    real = Evaluator.answers
 
     def stops(self, name):
         if name == "ra":
@@ -167,13 +167,13 @@ def test_a_stopped_run_goes_on(palu, work, log, monkeypatch):
         return real(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluation, "answers", stops)
+        patch.setattr(Evaluator, "answers", stops)
         with pytest.raises(RuntimeError, match="stopped"):
             palu(*words)
     there = load(work / "stopped")
     assert "retain_Q_A_ROUGE" in there and "ra_Q_A_ROUGE" not in there
-    scores = Evaluation.scores
-    monkeypatch.setattr(Evaluation, "scores", lambda self, *a: asked.append(a) or scores(self, *a))
+    scores = Evaluator.scores
+    monkeypatch.setattr(Evaluator, "scores", lambda self, *a: asked.append(a) or scores(self, *a))
     assert palu(*words)[0] == 0 and not asked
     whole = {k: v for k, v in log.items() if k != "mia_reference"}
     assert load(work / "stopped") == whole

@@ -10,7 +10,7 @@ from rich.console import Console
 from palu.data.labels import label_example
 from palu.data.records import Example
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
-from palu.evaluation.generation import greedy_answers
+from palu.evaluation.inference import greedy_answers
 from palu.evaluation.metrics import extraction_strength, rouge
 from tests.support import small
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palu.evaluation.eval_log import LogError
-from palu.evaluation.store import Store
+from palu.evaluation.eval_log import LogError, LogFolder
 from palu.storage.files import (
     LOCK_TEXT,
     InUse,
@@ -195,9 +194,9 @@ def test_what_looks_like_palus_is_left(tmp_path):
             check_output(place, overwrite=True)
     (tmp_path / "TOFU_EVAL.json").write_text("{}")
     with pytest.raises(LogError, match="was not written by palu"):
-        Store(tmp_path, {}, overwrite=True)
-    Store(tmp_path / "new", {}, overwrite=True).save({"a": {"agg_value": 1.0}})
-    again = Store(tmp_path / "new", {"model": "another"}, overwrite=True)
+        LogFolder(tmp_path, {}, overwrite=True)
+    LogFolder(tmp_path / "new", {}, overwrite=True).save({"a": {"agg_value": 1.0}})
+    again = LogFolder(tmp_path / "new", {"model": "another"}, overwrite=True)
     again.begin()  # a kill from here on leaves no number of the old model
     assert not list((tmp_path / "new").iterdir())
 
@@ -223,7 +222,7 @@ def test_numbers_of_an_evaluation_are_of_the_model_its_settings_name(tmp_path, e
         with monkeypatch.context() as patch:
             patch.setattr("palu.storage.files.os.replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
-            store = Store(tmp_path, {"model": f"model {number}"}, overwrite=True)
+            store = LogFolder(tmp_path, {"model": f"model {number}"}, overwrite=True)
             store.begin()
             for name in ("a", "b"):  # a log grows metric by metric
                 store.log[name] = {"agg_value": float(number)}
@@ -238,17 +237,17 @@ def test_numbers_of_an_evaluation_are_of_the_model_its_settings_name(tmp_path, e
             measure(2, step)
         for number in (1, 2):
             try:
-                found = Store(tmp_path, {"model": f"model {number}"}, overwrite=False).log
+                found = LogFolder(tmp_path, {"model": f"model {number}"}, overwrite=False).log
             except LogError:
                 continue
             assert {entry["agg_value"] for entry in found.values()} <= {float(number)}, step
         if not (tmp_path / "TOFU_EVAL.json").exists():
-            Store(tmp_path, {"model": "model 3"}, overwrite=False).begin()
+            LogFolder(tmp_path, {"model": "model 3"}, overwrite=False).begin()
             assert not list(tmp_path.iterdir())  # nor a summary for a reader's eyes
-    Store(tmp_path, {"model": "model 1"}, overwrite=True).save({"a": {"agg_value": 1.0}})
+    LogFolder(tmp_path, {"model": "model 1"}, overwrite=True).save({"a": {"agg_value": 1.0}})
     (tmp_path / "palu_evaluate.json").write_text('{"settings": {"modem": "model 1"}}')
     with pytest.raises(LogError, match="does not say of which model"):
-        Store(tmp_path, {"model": "model 2"}, overwrite=False)
+        LogFolder(tmp_path, {"model": "model 2"}, overwrite=False)
 
 
 def test_a_lock_that_a_killed_run_left_is_taken_over(tmp_path):
