@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 
 from palu.data.spans import UTF8, UTF16, Span
 
-__all__ = ["Audit", "snap"]
-
 
 @dataclasses.dataclass
 class Audit:
@@ -111,9 +109,9 @@ def _is_letter(character: str) -> bool:
     return not unicodedata.name(character, "").startswith(_UNSPACED)
 
 
-def _inside_word(text: str, place: int) -> bool:
+def _inside_word(text: str, index: int) -> bool:
     """Return whether the boundary before `text[place]` lies between two letters of one word."""
-    return 0 < place < len(text) and _is_letter(text[place - 1]) and _is_letter(text[place])
+    return 0 < index < len(text) and _is_letter(text[index - 1]) and _is_letter(text[index])
 
 
 class _Stretches:
@@ -122,19 +120,19 @@ class _Stretches:
 
     def __init__(self, text: str, kind: Callable[[str], bool]) -> None:
         self.text, self.kind = text, kind
-        self.found: list[Span] = []  # in order
+        self.known: list[Span] = []  # in order
 
-    def around(self, place: int) -> Span:
+    def around(self, index: int) -> Span:
         """Return the stretch that holds the character at `place`, which is of the kind."""
-        number = bisect.bisect_right(self.found, place, key=lambda stretch: stretch[0])
-        if number and place < self.found[number - 1][1]:
-            return self.found[number - 1]
-        start = end = place
+        number = bisect.bisect_right(self.known, index, key=lambda stretch: stretch[0])
+        if number and index < self.known[number - 1][1]:
+            return self.known[number - 1]
+        start = end = index
         while start > 0 and self.kind(self.text[start - 1]):
             start -= 1
         while end < len(self.text) and self.kind(self.text[end]):
             end += 1
-        self.found.insert(number, (start, end))
+        self.known.insert(number, (start, end))
         return start, end
 
 
@@ -147,26 +145,26 @@ def _overlapping_pairs(ordered: Sequence[Span]) -> int:
 
 def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
     """Count spans whose words stand elsewhere too, whole, where no span touches them."""
-    gaps, place = [], 0  # what no span covers
+    gaps, covered = [], 0  # what no span covers
     for start, end in [*ordered, (len(text), len(text))]:
-        if start > place:
-            gaps.append((place, start))
-        place = max(place, end)
+        if start > covered:
+            gaps.append((covered, start))
+        covered = max(covered, end)
     longest = max((end - start for start, end in gaps), default=0)
     stretches = _Stretches(text, _is_letter)
     known: dict[str, bool] = {}
 
     def repeats(words: str) -> bool:
         for start, end in gaps:
-            found = text.find(words, start, end)
-            while found >= 0:
-                if _inside_word(text, found):  # and so is every place before the word ends
-                    following = stretches.around(found)[1]
-                elif _inside_word(text, found + len(words)):
-                    following = found + 1
+            at = text.find(words, start, end)
+            while at >= 0:
+                if _inside_word(text, at):  # and so is every place before the word ends
+                    following = stretches.around(at)[1]
+                elif _inside_word(text, at + len(words)):
+                    following = at + 1
                 else:
                     return True
-                found = text.find(words, following, end)
+                at = text.find(words, following, end)
         return False
 
     count = 0

@@ -62,14 +62,14 @@ def load_examples(
     audit = Audit()
     examples, row_of_id = [], {}
     for row in chosen:
-        record, place = read(row)
+        record, where = read(row)
         try:
             example, spans, unit = parse_record(record, row, require_spans=require_spans)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
         if example.id in row_of_id:
             raise ValueError(
-                f"{place}: field 'id' is {shown(example.id)}, which row "
+                f"{where}: field 'id' is {shown(example.id)}, which row "
                 f"{row_of_id[example.id]} has already: ids must differ (rename or "
                 "remove the field to use row numbers)"
             )
@@ -82,9 +82,9 @@ def load_examples(
             audit.snapped, audit.merged = audit.snapped + moved, audit.merged + merged
             example = dataclasses.replace(example, spans=tuple(snapped))
         examples.append(example)
-    if found := audit.summary():
+    if summary := audit.summary():
         warnings.warn(
-            f"{os.fspath(path)}: {len(examples)} rows with {audit.spans} spans: {found}",
+            f"{os.fspath(path)}: {len(examples)} rows with {audit.spans} spans: {summary}",
             stacklevel=2,
         )
     return examples

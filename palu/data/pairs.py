@@ -81,11 +81,11 @@ def add_alternates(
         dataclasses.replace(example, answer=text, spans=())
         for example, text in zip(examples, texts, strict=True)
     ]
-    found = tokenize_examples(others, tokenizer, **options)
+    tokenised = tokenize_examples(others, tokenizer, **options)
     names = ("input_ids", "labels")
     return [
         {**row, **{PREFIX + name: other[name] for name in names}}
-        for row, other in zip(rows, found, strict=True)
+        for row, other in zip(rows, tokenised, strict=True)
     ]
 
 

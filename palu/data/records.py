@@ -7,8 +7,6 @@ from typing import Any
 from palu.data.spans import CHARACTERS, UNITS, Span, check_spans, check_text, recount, shown
 from palu.storage.json_files import NotJSON, parse
 
-__all__ = ["Example", "parse_record"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -85,24 +83,7 @@ def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list
         return [], CHARACTERS
     if len(given) == 2:
         raise ValueError("fields 'spans' and 'target_words' are both given: which one holds?")
-    name, value = given[0], fields[given[0]]
-    if name == "target_words" and isinstance(value, str):
-        try:
-            value = parse(value)
-        except NotJSON as error:
-            raise ValueError(f"field 'target_words' is not JSON: {error}") from None
-    if (
-        isinstance(value, Mapping)
-        and value
-        and all(isinstance(part, list) for part in value.values())
-    ):
-        # `datasets` may store a list of objects as an object of lists.
-        lengths = {len(part) for part in value.values()}
-        if len(lengths) > 1:
-            raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
-        value = [
-            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
-        ]
+    name, value = given[0], _as_list(given[0], fields[given[0]])
     try:
         unit, placed = _placed(answer, value)
         spans = check_spans(answer, placed)
@@ -118,6 +99,22 @@ def _spans(fields: Mapping[str, Any], answer: str, required: bool) -> tuple[list
         if name == "target_words" and span.get("word") is None:
             raise ValueError(f"field {name!r}: spans[{number}] has no 'word': {shown(span)}")
     return spans, unit
+
+
+def _as_list(name: str, value: Any) -> Any:
+    """Return the spans of a field as a list: the released format is JSON text, and `datasets` may
+    store a list of objects as an object of lists."""
+    if name == "target_words" and isinstance(value, str):
+        try:
+            value = parse(value)
+        except NotJSON as error:
+            raise ValueError(f"field 'target_words' is not JSON: {error}") from None
+    lists = list(value.values()) if isinstance(value, Mapping) else []
+    if not lists or not all(isinstance(part, list) for part in lists):
+        return value
+    if len({len(part) for part in lists}) > 1:
+        raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*lists, strict=True)]
 
 
 def _said(span: Any) -> list[Any]:

@@ -10,17 +10,6 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = [
-    "CHARACTERS",
-    "UNITS",
-    "Span",
-    "check_spans",
-    "check_text",
-    "integer",
-    "recount",
-    "shown",
-]
-
 Span = tuple[int, int]
 
 # What offsets of a file may count. JavaScript, Java and C# count UTF-16 code units, of which a
@@ -104,9 +93,11 @@ def recount(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]], unit:
         widths = (1 + (character > "\uffff") for character in text)
     else:
         widths = (len(character.encode()) for character in text)
-    places = {place: number for number, place in enumerate(itertools.accumulate(widths, initial=0))}
+    number_of = {
+        offset: number for number, offset in enumerate(itertools.accumulate(widths, initial=0))
+    }
     try:
-        return [(places[start], places[end]) for start, end in ends]
+        return [(number_of[start], number_of[end]) for start, end in ends]
     except KeyError as error:
         raise ValueError(f"no character begins or ends at {error} in {unit}") from None
 

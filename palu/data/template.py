@@ -15,8 +15,6 @@ from palu.errors import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Rendered", "Template"]
-
 _PLACE = "{question}"
 _DATE = "10 Apr 2025"
 _DATE_FORMS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%Y/%m/%d", "%d.%m.%Y")

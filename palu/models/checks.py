@@ -84,22 +84,22 @@ def _changes(model: nn.Module, text: Tensor) -> Iterator[tuple[float, float, flo
     """Yield, at places of a text, how much the logits change with the tokens before, with those
     after, and by rounding."""
     length = len(text)
-    others = [next((t for t in text.tolist() if t != own), None) for own in text.tolist()]
+    others = [next((t for t in text.tolist() if t != token), None) for token in text.tolist()]
     if length < 4 or None in others:
         return
     other = torch.tensor(others, dtype=text.dtype, device=text.device)
     logits = _logits(model, text)
     if logits is None:
         return
-    for place in sorted({length // 3, length // 2, 2 * length // 3} - {0}):
-        count = min(place, length - 1 - place)
+    for position in sorted({length // 3, length // 2, 2 * length // 3} - {0}):
+        count = min(position, length - 1 - position)
         if count < 1:
             continue
         sizes = []
-        for start in (place - count, place + 1):
+        for start in (position - count, position + 1):
             changed = text.clone()
             changed[start : start + count] = other[start : start + count]
-            sizes.append(_distance(_logits(model, changed)[place], logits[place]))
+            sizes.append(_distance(_logits(model, changed)[position], logits[position]))
         yield *sizes, max(_eps(model, logits) / 8, 1e-5)
 
 
@@ -146,10 +146,10 @@ def _logits(model: nn.Module, text: Tensor) -> Tensor | None:
     return logits[0] if isinstance(logits, Tensor) and logits.dim() == 3 else None
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
+def _distance(logits: Tensor, other: Tensor) -> float:
     """Between logits up to a constant in each row, relative to their spread."""
-    found, wanted = (x.float() - x.float().mean(-1, keepdim=True) for x in (found, wanted))
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+    logits, other = (x.float() - x.float().mean(-1, keepdim=True) for x in (logits, other))
+    return ((logits - other).norm() / other.norm().clamp(min=1e-30)).item()
 
 
 def _eps(model: nn.Module, logits: Tensor) -> float:

@@ -23,17 +23,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 3  # names of tensors in a message
 
 
-def named_from(folder: Path, place: str | Path) -> str:
+def named_from(folder: Path, path: str | Path) -> str:
     """Return a path as a file in `folder` is to name it: relative to it, so that it is found
     from any directory and after both are moved together, and tells nothing of what lies above
     both."""
-    place = Path(place)
+    path = Path(path)
     # Links above it are followed, as the system does with "..", and not the last one.
-    real = place.resolve() if place.name in ("", "..") else place.parent.resolve() / place.name
+    real = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
     try:
         return Path(os.path.relpath(real, folder.resolve())).as_posix()
     except ValueError:  # another drive
-        return str(place)
+        return str(path)
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def reading(failed: str, *folders: Path) -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         if out_of_memory(error) or not (panic or isinstance(error, Exception)):
             raise
-        found = (_bad_file(path) for folder in folders for path in sorted(folder.glob("*.json*")))
-        cause = next((said for said in found if said), None) or one_line(error)
+        faults = (_bad_file(path) for folder in folders for path in sorted(folder.glob("*.json*")))
+        cause = next((fault for fault in faults if fault), None) or one_line(error)
         raise ValueError(f"{failed}: {cause}") from error
 
 
@@ -116,9 +116,9 @@ def check_weights_files(folder: Path) -> None:
 def _shards(folder: Path) -> list[str]:
     index = folder / INDEX
     if not index.is_file():
-        found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
-        pickles = f" ({found[0]} is a pickle, which is not read)" if found else ""
-        raise ValueError(f"{str(folder)!r} has no {WEIGHTS} and no {INDEX}{pickles}")
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
+        shown = f" ({pickles[0]} is a pickle, which is not read)" if pickles else ""
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS} and no {INDEX}{shown}")
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index} has no weight_map from names of tensors to names of files")
@@ -184,10 +184,10 @@ def check_loaded(
     }
     tied = _tied_apart(model)
     wrong, allowed = [], []
-    for said, found in kinds.items():
-        for names, into in zip(_split(found, allow_missing), (wrong, allowed), strict=True):
+    for said, shown_as in kinds.items():
+        for names, into in zip(_split(shown_as, allow_missing), (wrong, allowed), strict=True):
             if names:
-                shown = ", ".join(found[name] for name in names[:_SHOWN])
+                shown = ", ".join(shown_as[name] for name in names[:_SHOWN])
                 into.append(f"{said}: {shown}{_more(names)}")
     for messages in (loaded.get("error_msgs") or (), tied):
         wrong += [one_line(message) for message in messages]

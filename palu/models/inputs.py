@@ -168,6 +168,6 @@ def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = {name: batch[name] for name in COLUMNS if batch.get(name) is not None}
-    found.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    return found
+    columns = {name: batch[name] for name in COLUMNS if batch.get(name) is not None}
+    columns.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    return columns

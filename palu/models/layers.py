@@ -28,18 +28,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     count = layer_count(getattr(inner, "config", None))
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
-    found = {
+    matches = {
         name: module
         for name, module in lists.items()
         if len(module) == count and not any(name.startswith(f"{other}.") for other in lists)
     }
-    if len(found) != 1:
+    if len(matches) != 1:
         raise ValueError(
             f"the decoder layers of a {type(inner).__name__} were not found: its config has "
             f"num_hidden_layers={count}, and the lists of so many modules in it are "
-            f"{', '.join(found) or 'none'}"
+            f"{', '.join(matches) or 'none'}"
         )
-    return next(iter(found.values()))
+    return next(iter(matches.values()))
 
 
 def layer_count(config: Any) -> int | None:
@@ -121,7 +121,7 @@ def _ending_at(layers: nn.ModuleList, layer_id: int) -> Iterator[list[tuple[Any,
 
     later: Sequence[nn.Module] = layers[layer_id + 1 :]
     # accelerate's dispatch and offloading put a forward of their own into a module.
-    own = [vars(layer).get("forward") for layer in later]
+    forwards = [vars(layer).get("forward") for layer in later]
     handle = layers[layer_id].register_forward_hook(take)
     try:
         for layer in later:
@@ -129,7 +129,7 @@ def _ending_at(layers: nn.ModuleList, layer_id: int) -> Iterator[list[tuple[Any,
         yield calls
     finally:
         handle.remove()
-        for layer, forward in zip(later, own, strict=True):
+        for layer, forward in zip(later, forwards, strict=True):
             if forward is None:
                 del layer.forward
             else:

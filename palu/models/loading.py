@@ -177,9 +177,9 @@ def freeze_other_towers(model: PreTrainedModel | PeftModel) -> None:
     if inner.config.get_text_config(decoder=True) is inner.config:
         return
     parts = [inner.get_decoder(), inner.get_output_embeddings(), inner.get_input_embeddings()]
-    own = {p for part in parts if part is not None for p in part.parameters()}
+    trained = {p for part in parts if part is not None for p in part.parameters()}
     for parameter in inner.parameters():
-        if parameter not in own:
+        if parameter not in trained:
             parameter.requires_grad_(False)
 
 

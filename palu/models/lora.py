@@ -204,22 +204,22 @@ def base_folder(folder: Path) -> Path:
     """
     path = folder / ADAPTER_CONFIG
     name = read_object(path).get("base_model_name_or_path")
-    place = None
+    base = None
     if isinstance(name, str) and name:
         beside = Path(os.path.normpath(folder.resolve() / name))
         here = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
-        place = next((one for one in (here, Path(name)) if one.is_dir()), None)
-    if place is None:
+        base = next((one for one in (here, Path(name)) if one.is_dir()), None)
+    if base is None:
         raise ValueError(
             f"the base model {name!r} that {path} names (base_model_name_or_path) is not a folder "
             "here: put the model there, write its place into that file, or merge (palu merge "
             f"--adapter {folder} --model BASE --output MERGED)"
         )
-    if is_adapter(place):
+    if is_adapter(base):
         raise ValueError(
             f"the base model {name!r} that {path} names is an adapter itself; merge that one first"
         )
-    return place
+    return base
 
 
 def name_base(folder: Path) -> None:

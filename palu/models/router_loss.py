@@ -41,14 +41,15 @@ class RouterLoss:
         finally:
             handle.remove()
 
-    def of(self, model: nn.Module, outputs: list[Any], mask: Tensor | None, own: int) -> Tensor:
-        """Return coefficient times loss, a float32 scalar, of the rows after the first `own`
-        ones.
+    def of(
+        self, model: nn.Module, outputs: list[Any], mask: Tensor | None, forget_rows: int
+    ) -> Tensor:
+        """Return coefficient times loss, a float32 scalar, of the rows after the forget rows.
 
         Args:
             outputs: of `watching`, whose first one counts.
             mask: `[B, T]`, the attention mask of the call.
-            own: forget rows of the call.
+            forget_rows: of the call.
 
         Raises:
             ValueError: the model gives no such loss, or none of some of its rows.
@@ -62,8 +63,8 @@ class RouterLoss:
                 "loss (aux_loss and router_aux_loss_coef) to add to the retain term; set it to "
                 "False to train without"
             )
-        if own:
-            loss = _of_rows(inner, outputs[0], mask, own, loss)
+        if forget_rows:
+            loss = _of_rows(inner, outputs[0], mask, forget_rows, loss)
         if model.training:
             self._seen.append(loss.detach().float())
         return coefficient * loss.float()
@@ -98,12 +99,15 @@ def _configs(inner: nn.Module) -> list[Any]:
 
 def _coefficient(inner: nn.Module) -> float | None:
     holders = [inner, *reversed(_configs(inner))]
-    found = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
-    return next((value for value in found if isinstance(value, (int, float))), None)
+    values = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
+    return next((value for value in values if isinstance(value, (int, float))), None)
 
 
-def _of_rows(inner: nn.Module, output: Any, mask: Tensor | None, own: int, whole: Tensor) -> Tensor:
-    """Call the model's function on the rows after `own`; it must give `whole` for all rows."""
+def _of_rows(
+    inner: nn.Module, output: Any, mask: Tensor | None, first_row: int, whole: Tensor
+) -> Tensor:
+    """Call the model's function on the rows from `first_row` on; it must give `whole` for all
+    rows."""
     function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     gates = getattr(output, "router_logits", None)
     experts = next(
@@ -123,7 +127,7 @@ def _of_rows(inner: nn.Module, output: Any, mask: Tensor | None, own: int, whole
             return function(parts, gates[0].shape[-1], experts, mask[first:])
 
         if torch.allclose(of(0).float(), whole.float(), rtol=1e-3):
-            return of(own)
+            return of(first_row)
     raise ValueError(
         f"config.output_router_logits is True, and the router loss of {type(inner).__name__} is "
         "not known for the retain rows of a batch alone; set it to False to train without"

@@ -90,10 +90,10 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
         tokenizer: or None, where there is none.
     """
     inner = unwrap(model)
-    found: set[int] = set()
+    ids: set[int] = set()
     for holder in (getattr(inner, "generation_config", None), getattr(inner, "config", None)):
-        found |= _eos_of(holder)
-    return sorted(found | _eos_of(tokenizer))
+        ids |= _eos_of(holder)
+    return sorted(ids | _eos_of(tokenizer))
 
 
 def _eos_of(holder: Any) -> set[int]:

@@ -85,10 +85,10 @@ def make_reference(
 
 
 def open_run_cache(
-    model: nn.Module, dataset: Any, place: str, checkpoint: str | None, **options: Any
+    model: nn.Module, dataset: Any, folder: str, checkpoint: str | None, **options: Any
 ) -> ReferenceCache:
-    """Open the cache at `place`; where there is none the main process builds it and the others open
-    it then.
+    """Open the cache in `folder`; where there is none the main process builds it before the
+    others open it.
 
     Args:
         model, dataset, **options: of `ReferenceCache.build`.
@@ -105,13 +105,13 @@ def open_run_cache(
 
     def make() -> ReferenceCache:
         return ReferenceCache.open_or_build(
-            model, dataset, place, starting_model=starting_model, **options
+            model, dataset, folder, starting_model=starting_model, **options
         )
 
     def take() -> ReferenceCache:
-        if not Path(place).is_dir():
+        if not Path(folder).is_dir():
             raise CacheError(
-                f"process {rank()} does not see the reference cache {place!r} that the main "
+                f"process {rank()} does not see the reference cache {folder!r} that the main "
                 "process has; reference_cache must be a folder that all processes share"
             )
         return make()

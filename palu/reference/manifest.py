@@ -86,8 +86,8 @@ def check_match(
         if rows is not None:
             differences += _of_data(manifest, name, rows)
     if tokenizer is not None and manifest["tokenizer"] is not None:
-        found = tokenizer_fingerprint(tokenizer)
-        differences += _unlike("tokenizer", manifest["tokenizer"][:12], found[:12])
+        present = tokenizer_fingerprint(tokenizer)
+        differences += _unlike("tokenizer", manifest["tokenizer"][:12], present[:12])
     if template is not None and manifest["template"] is not None:
         differences += _unlike("template", manifest["template"], repr(template))
     if model is not None:
@@ -115,17 +115,17 @@ def _unlike(name: str, cached: Any, present: Any) -> list[str]:
 def _of_labels(manifest: Mapping[str, Any], loss: PALULoss) -> list[str]:
     """Compare label settings: what the loss asks for must be there, more may be."""
     asked = label_settings(loss, manifest["head"]["vocab_size"])
-    found = []
+    differences = []
     for name in ("prefix_length", "eos_token_id"):
-        found += _unlike(name, manifest[name], asked[name])
+        differences += _unlike(name, manifest[name], asked[name])
     if asked["select_from"] == "reference":
         if manifest["select_from"] == "reference":
-            found += _unlike("top_k", manifest["top_k"], asked["top_k"])
+            differences += _unlike("top_k", manifest["top_k"], asked["top_k"])
         else:
-            found += _unlike("select_from", manifest["select_from"], asked["select_from"])
+            differences += _unlike("select_from", manifest["select_from"], asked["select_from"])
     if asked["preserve"] is not None and manifest["preserve"] is None:
-        found += _unlike("preserve", manifest["preserve"], asked["preserve"])
-    return found
+        differences += _unlike("preserve", manifest["preserve"], asked["preserve"])
+    return differences
 
 
 def _of_data(manifest: Mapping[str, Any], name: str, rows: Any) -> list[str]:
@@ -148,16 +148,16 @@ def _of_model(
     autocast_dtype: torch.dtype | None,
     starting_model: str | None,
 ) -> list[str]:
-    found = _unlike("autocast", manifest["autocast"], dtype_name(autocast_dtype))
+    differences = _unlike("autocast", manifest["autocast"], dtype_name(autocast_dtype))
     other_dtype = _unlike("dtype", manifest["dtype"], dtype_name(model_dtype(model)))
     if other_dtype:
-        return found + other_dtype  # then all weights differ as well
+        return differences + other_dtype  # then all weights differ as well
     if starting_model is None:
-        return found + _unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
-    found += _unlike("model", manifest["model"][:12], starting_model[:12])
+        return differences + _unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
+    differences += _unlike("model", manifest["model"][:12], starting_model[:12])
     if not manifest["head"]["stored"]:
         # The head of the trained model stands for the reference's: training must have left it.
         head = unwrap(model).get_output_embeddings()
         present = tensor_fingerprint(head.weight, getattr(head, "bias", None))
-        found += _unlike("head", manifest["head"]["fingerprint"][:12], present[:12])
-    return found
+        differences += _unlike("head", manifest["head"]["fingerprint"][:12], present[:12])
+    return differences

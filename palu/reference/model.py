@@ -61,8 +61,8 @@ class _ModelReference:
             model,
             lambda original: model_hidden_states(original, *inputs[:2], **inputs.more)[inputs.keep],
         )
-        own, retain = hidden.split([len(inputs.is_forget), len(hidden) - len(inputs.is_forget)])
-        return ReferenceRows(own[inputs.is_forget], None, own[~inputs.is_forget], retain)
+        forget, retain = hidden.split([len(inputs.is_forget), len(hidden) - len(inputs.is_forget)])
+        return ReferenceRows(forget[inputs.is_forget], None, forget[~inputs.is_forget], retain)
 
 
 class LiveReference(_ModelReference):

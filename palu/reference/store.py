@@ -237,11 +237,11 @@ class PartialCache:
         with suppress(OSError):
             os.replace(self.folder / MANIFEST, self.folder / PROGRESS)
         try:
-            found = read_sealed(self.folder / PROGRESS)
+            content = read_sealed(self.folder / PROGRESS)
         except CacheError:
             return
-        head, shards = found.pop("head_file"), found.pop("shards")
-        if {**found, "notes": None} != {**self.content, "notes": None}:
+        head, shards = content.pop("head_file"), content.pop("shards")
+        if {**content, "notes": None} != {**self.content, "notes": None}:
             return
         with suppress(CacheError):
             if head is not None:

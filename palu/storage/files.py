@@ -136,13 +136,13 @@ def settle(folder: Path) -> list[Path]:
         the files, sorted.
     """
     mode = folder.stat().st_mode & 0o666  # of a folder that was made under this umask
-    found = sorted(folder.rglob("*"))
-    files = [path for path in found if path.is_file() and not path.is_symlink()]
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file() and not path.is_symlink()]
     for path in files:
         with suppress(PermissionError):  # a file system without modes
             path.chmod(mode)
         sync(path)
-    for path in [*(path for path in found if path.is_dir()), folder]:
+    for path in [*(path for path in paths if path.is_dir()), folder]:
         sync(path)
     return files
 
@@ -244,12 +244,12 @@ def locked(path: Path) -> Iterator[None]:
         OSError: nothing can be written there.
     """
     path = Path(os.path.realpath(path))
-    place, text = beside(path, "palu-lock"), os.fsencode(LOCK_TEXT.format(path.name))
+    lock, text = beside(path, "palu-lock"), os.fsencode(LOCK_TEXT.format(path.name))
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            number = os.open(place, flags, 0o666)
+            number = os.open(lock, flags, 0o666)
         except OSError as error:
             raise OSError(
                 f"nothing can be written beside {str(path)!r}: {error.strerror or error}"
@@ -257,10 +257,10 @@ def locked(path: Path) -> Iterator[None]:
         try:
             regular = stat.S_ISREG(os.fstat(number).st_mode)
             if not regular or not text.startswith(os.read(number, len(text) + 1)):
-                raise FileExistsError(errno.EEXIST, "is in the place of palu's lock", str(place))
+                raise FileExistsError(errno.EEXIST, "is in the place of palu's lock", str(lock))
             _hold(number, path)
             # Its holder may have removed it since it was opened.
-            if place.exists() and os.path.samestat(os.fstat(number), place.stat()):
+            if lock.exists() and os.path.samestat(os.fstat(number), lock.stat()):
                 os.lseek(number, 0, os.SEEK_SET)
                 os.write(number, text)
                 break
@@ -272,7 +272,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            place.unlink()
+            lock.unlink()
         os.close(number)
 
 

@@ -176,13 +176,16 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 def _settings(model: nn.Module) -> list[Any]:
     config = getattr(model, "config", None)
-    found = [type(model).__name__, config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}]
+    settings = [
+        type(model).__name__,
+        config.to_diff_dict() if hasattr(config, "to_diff_dict") else {},
+    ]
     if hasattr(model, "peft_config"):
-        found += [{name: c.to_dict() for name, c in model.peft_config.items()}]
-        found += [list(model.active_adapters)]
+        settings += [{name: c.to_dict() for name, c in model.peft_config.items()}]
+        settings += [list(model.active_adapters)]
         # `disable_adapter()` is in force while it is asked.
-        found += [any(getattr(m, "disable_adapters", False) is True for m in model.modules())]
-    return [_plain(part) for part in found]
+        settings += [any(getattr(m, "disable_adapters", False) is True for m in model.modules())]
+    return [_plain(part) for part in settings]
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:

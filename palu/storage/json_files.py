@@ -138,8 +138,8 @@ def parse(text: str, *, unique_keys: bool = True) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise NotJSON(f"an object has the key {one_line(repr(twice), 100)} twice")
-    return found
+    return content

@@ -30,13 +30,13 @@ _PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -167,8 +167,8 @@ def _state(path: Path) -> tuple | None:
     if not path.exists():
         return None
     names = sorted(entry.name for entry in path.iterdir())
-    found = path.stat()
-    return (found.st_dev, found.st_ino, *names) if names else None
+    status = path.stat()
+    return (status.st_dev, status.st_ino, *names) if names else None
 
 
 class Claim:
@@ -224,16 +224,16 @@ def cache_place(reference: str, folder: Path | None, output: Path) -> Path | Non
                 f"--reference-cache {str(folder)!r} needs --reference cached, not {reference!r}"
             )
         return None
-    place = Path(f"{output}-reference-cache") if folder is None else folder
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"the reference cache {str(place)!r} is a file; name a folder")
-    one, other = place.resolve(), output.resolve()
+    cache = Path(f"{output}-reference-cache") if folder is None else folder
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"the reference cache {str(cache)!r} is a file; name a folder")
+    one, other = cache.resolve(), output.resolve()
     if one.is_relative_to(other) or other.is_relative_to(one):
         raise ValueError(
-            f"the reference cache {str(place)!r} and the output {str(output)!r} lie in one "
+            f"the reference cache {str(cache)!r} and the output {str(output)!r} lie in one "
             "another; name another --reference-cache, since the output is replaced as a whole"
         )
-    return place
+    return cache
 
 
 @contextmanager
