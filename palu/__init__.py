@@ -1,6 +1,7 @@
 """PALU: make a language model forget chosen spans and keep the rest (arXiv 2601.03190)."""
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +58,21 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+try:
+    __version__ = metadata.version("palu-unlearning")
+except metadata.PackageNotFoundError:  # imported from a clone that is not installed
+    __version__ = "0+unknown"
+
+
+def __dir__() -> list[str]:
+    """Return the public names too, whether imported already or not."""
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # a type checker would take any attribute as there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value

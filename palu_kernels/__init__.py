@@ -1,5 +1,7 @@
 """Fused losses for unlearning and distillation: tensors in, tensors out."""
 
+from importlib import metadata
+
 from palu_kernels.functional import cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
 from palu_kernels.linear.head import LMHead
 from palu_kernels.linear_operators import (
@@ -18,3 +20,8 @@ __all__ = [
     "local_entropy_loss",
     "topk_indices",
 ]
+
+try:
+    __version__ = metadata.version("palu-unlearning")
+except metadata.PackageNotFoundError:  # imported from a clone that is not installed
+    __version__ = "0+unknown"

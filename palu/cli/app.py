@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import warnings
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from palu import distributed
+from palu import __version__, distributed
 from palu.cli.cache import cache
 from palu.cli.demo import demo
 from palu.cli.evaluate import evaluate
@@ -43,7 +42,7 @@ app.add_typer(cache, name="cache")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"palu {metadata.version('palu')}", highlight=False)
+        out.print(f"palu {__version__}", highlight=False)
         raise typer.Exit
 
 

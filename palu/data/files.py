@@ -145,7 +145,7 @@ def _open_folder(folder: str) -> _Reader:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{folder}: reading a folder takes `datasets`: pip install 'palu[train]'"
+            f"{folder}: reading a folder takes `datasets`: pip install datasets"
         ) from error
     try:
         table = datasets.load_from_disk(folder)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palu import __version__
 from palu.storage import files
 from palu.storage.files import Changed, locked, remove_abandoned, replace_folder, write_json
 from palu.storage.json_files import read_object
@@ -25,12 +26,12 @@ _CACHE_FILES = (
     r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
     r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
 )
-_PACKAGES = ("palu", "torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
+_PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what a run computes."""
-    result = {"python": platform.python_version()}
+    result = {"python": platform.python_version(), "palu": __version__}
     for name in _PACKAGES:
         try:
             result[name] = metadata.version(name)

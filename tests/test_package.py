@@ -1,0 +1,117 @@
+"""The two packages as a tool or another project finds them: names, version, files, dependencies."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pydoc
+import re
+import subprocess
+import sys
+
+import pytest
+
+import palu
+import palu_kernels
+from tests.support import ROOT
+
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def names_for_type_checkers() -> dict[str, str]:
+    """Name to module, as the `if TYPE_CHECKING` block of `palu/__init__.py` imports them."""
+    tree = ast.parse((ROOT / "palu" / "__init__.py").read_text())
+    blocks = [
+        n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+    ]
+    imports = [n for block in blocks for n in block.body]
+    return {alias.name: n.module for n in imports for alias in n.names}
+
+
+def test_public_names_are_stated_alike():
+    assert names_for_type_checkers() == palu._HOMES
+    assert sorted(palu.__all__) == sorted(palu._HOMES)
+
+
+@pytest.mark.parametrize("name", palu.__all__)
+def test_public_name_is_defined_where_it_is_said_to_live(name):
+    module = importlib.import_module(palu._HOMES[name])
+    value = vars(module)[name]
+    assert value is getattr(palu, name) and value.__module__ == palu._HOMES[name]
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="PALULos"):
+        palu.PALULos  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [palu, palu_kernels], ids=lambda p: p.__name__)
+def test_help_and_dir_show_public_names(package):
+    text = pydoc.render_doc(package, renderer=pydoc.plaintext)
+    for name in package.__all__:
+        assert name in dir(package) and re.search(rf"^    (class )?{name}\(", text, re.MULTILINE)
+
+
+def test_one_version():
+    stated = re.search(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
+    assert palu.__version__ == palu_kernels.__version__
+    assert palu.__version__ in (stated, "0+unknown")  # the second: a clone that is not installed
+
+
+def test_nobody_is_told_to_install_another_project():
+    """`palu` on PyPI is not this one."""
+    tracked = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / ".ci" / "run"]
+    for folder in ("palu", "palu_kernels", "docs", "benchmarks"):
+        tracked += [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md", ".sh"}]
+    wrong = re.compile(
+        r"pip install[^\n&;#|`]*\s['\"]?palu(\[|['\"]?\s|['\"]?$)|[\"']palu\[", re.MULTILINE
+    )
+    assert not [f for f in tracked if wrong.search(f.read_text())]
+
+
+def test_every_data_file_is_in_the_wheel():
+    patterns = dict(re.findall(r"^(palu\w*) = (\[.*\])$", PYPROJECT, re.MULTILINE))
+    for package, globs in patterns.items():
+        folder = ROOT / package
+        packed = {p for glob in ast.literal_eval(globs) for p in folder.glob(glob)}
+        here = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}}
+        assert here == packed, package
+    assert patterns.keys() == {"palu", "palu_kernels"}
+
+
+def in_process_without(modules: str, code: str) -> str:
+    """What `code` prints in a Python of its own that finds none of `modules`."""
+    blocked = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Hiding(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        f"        hidden = name.partition('.')[0] in {modules.split()}\n"
+        "        return None if hidden else super().find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding\n"
+    )
+    command = [sys.executable, "-c", blocked + code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_kernels_need_no_transformers():
+    code = (
+        "import torch, palu_kernels\n"
+        "logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)\n"
+        "palu_kernels.kl_loss(logits, torch.zeros(1, 3), backend='torch').backward()\n"
+        "print(logits.grad.shape, sorted(m for m in sys.modules if m.partition('.')[0] == 'palu'))"
+    )
+    said = in_process_without("transformers accelerate datasets peft tokenizers typer", code)
+    assert said == "torch.Size([1, 3]) []\n"
+
+
+def test_all_but_the_trainer_needs_no_extra():
+    code = (
+        "import palu\n"
+        "print({n for n in palu.__all__ if n != 'PALUTrainer' and not getattr(palu, n)})"
+    )
+    said = in_process_without("accelerate datasets peft typer rich scipy matplotlib", code)
+    assert said == "set()\n"
