@@ -17,24 +17,9 @@ from palu.cli import app as cli
 from palu.evaluation.report import metrics_table, summary_table
 from palu.progress import bar
 from palu.terminal import PlainConsole, visible
-from tests.support import small
-from tests.support.command import palu_in, write_data, write_model
 
 STEERS = "\x1b]0;owned\x07\x1b[2K\x9b31m\x7f\u202egnp\u2066\udc80 [/] [red]x[/red] :warning:"
 SHOWN = "\\x1b]0;owned\\x07\\x1b[2K\\x9b31m\\x7f\\u202egnp\\u2066\\udc80 [/] [red]x[/red] :warning:"
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("terminal")
-    write_model(folder / "model", small.model(small.tokenizer()))
-    write_data(folder)
-    return folder
-
-
-@pytest.fixture
-def palu(monkeypatch, capsys, work):
-    return palu_in(work, monkeypatch, capsys)
 
 
 def test_text_of_every_language_stays():
@@ -159,8 +144,8 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, error):
 def test_an_interrupt_leaves_nothing_behind(palu, work, monkeypatch, place):
     monkeypatch.setattr(place, interrupts)
     before = sorted(work.iterdir())
-    words = "unlearn --model model --forget forget.jsonl --device cpu --output new"
-    status, _, error = palu(*words.split())
+    line = "unlearn --model model --forget forget.jsonl --device cpu --output new"
+    status, _, error = palu(line)
     assert status == 130 and error.endswith("interrupted: stopped by Ctrl-C\n")
     assert "Traceback" not in error and sorted(work.iterdir()) == before
 
