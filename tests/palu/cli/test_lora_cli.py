@@ -28,12 +28,10 @@ def tok():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tok):
-    """A folder with a tiny model, one with tied embeddings, two data files and an adapter."""
+    """A folder with a tiny model and two data files."""
     folder = tmp_path_factory.mktemp("lora")
-    for name, tied in (("model", False), ("tied", True)):
-        made = small.model(tok, tie_word_embeddings=tied)
-        template = Template(question="Q {question} A", date_string="1 May 2020")
-        write_model(folder / name, made, template)
+    template = Template(question="Q {question} A", date_string="1 May 2020")
+    write_model(folder / "model", small.model(tok), template)
     write_data(folder)
     return folder
 
@@ -43,11 +41,11 @@ EVALUATE = "evaluate --forget forget.jsonl --device cpu --max-new-tokens 3 "
 
 
 def adapter(palu, name="adapter", options=""):
-    """The adapter folder of this name, made when it is not there."""
-    status, _, error = palu(
-        LORA_RUN + f"--model model --output {name} --overwrite --lora-rank 4 {options}"
-    )
-    assert status == 0, error
+    """Make an adapter folder of this name where it is not there yet."""
+    if not (palu.folder / name).exists():
+        line = f"--model model --output {name} --lora-rank 4 {options}"
+        status, _, error = palu(LORA_RUN + line)
+        assert status == 0, error
 
 
 def means(work, model):
@@ -56,8 +54,8 @@ def means(work, model):
 
 def test_unlearn_evaluate_merge(palu, work, monkeypatch):
     before = load_file(work / "model" / "model.safetensors")
-    adapter(palu, options="--lora-dropout 0.1 --seed 5")
-    folder = work / "adapter"
+    adapter(palu, "dropped", "--lora-dropout 0.1 --seed 5")
+    folder = work / "dropped"
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "palu.json"} <= {
         p.name for p in folder.iterdir()
     }
@@ -72,7 +70,7 @@ def test_unlearn_evaluate_merge(palu, work, monkeypatch):
     assert known["settings"]["reference"] == "adapter_off" and known["base_model"] == "../model"
     assert known["template"]["question"] == "Q {question} A"
 
-    status, said, _ = palu("merge --adapter adapter --output merged --device cpu")
+    status, said, _ = palu("merge --adapter dropped --output merged --device cpu")
     assert status == 0 and "Written to merged" in said
     known = record(work / "merged")
     assert known["template"]["question"] == "Q {question} A"
@@ -95,13 +93,13 @@ def test_unlearn_evaluate_merge(palu, work, monkeypatch):
         assert torch.equal(tensor, before[name])  # the base stays
 
     monkeypatch.chdir(work.parent)  # the adapter finds its base from anywhere
-    for name in ("adapter", "merged"):
+    for name in ("dropped", "merged"):
         status, _, error = palu(
             f"evaluate --forget {work}/forget.jsonl --device cpu --max-new-tokens 3 "
             f"--model {work}/{name} --json {work}/{name}.json"
         )
         assert status == 0, error
-    for name, value in means(work, "adapter").items():
+    for name, value in means(work, "dropped").items():
         assert value == pytest.approx(means(work, "merged")[name], rel=1e-4)
 
 
@@ -162,7 +160,7 @@ def test_gradient_checkpointing_from_the_command_line(palu, work):
 
 def test_the_seed_makes_the_adapter(palu, work):
     for name, seed in (("one", 1), ("two", 2), ("again", 1)):
-        adapter(palu, name, f"--seed {seed}")
+        adapter(palu, name, f"--seed {seed} --epochs 1")
     one, two, again = (
         load_file(work / name / "adapter_model.safetensors") for name in ("one", "two", "again")
     )
@@ -242,8 +240,7 @@ def test_what_cannot_be_merged_says_so(tok):
 def test_mistakes_are_one_line_and_status_2(palu, work, line, message):
     if "--model" not in line:
         line += " --model model"
-    elif not (work / "adapter").exists():
-        adapter(palu)
+    adapter(palu)
     partial = ".unmade-reference-cache.partial"
     assert message in refusal(palu, LORA_RUN + "--output unmade " + line, keep=[partial])
 
@@ -288,8 +285,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_adapters_that_cannot_be_read(palu, work, fault):
     spoil, message = FAULTS[fault]
-    if not (work / "adapter").exists():
-        adapter(palu)
+    adapter(palu)
     shutil.rmtree(work / "spoilt", ignore_errors=True)
     shutil.copytree(work / "adapter", work / "spoilt")
     spoil(work / "spoilt")
