@@ -25,11 +25,12 @@ FOLDER = Path(__file__).parent
 def scripts() -> dict[str, str]:
     """Name -> the question, for every script of this folder; none of them is imported."""
     found = {}
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in sorted(FOLDER.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if '\nif __name__ == "__main__":\n    sys.exit(' in text and path.stem != "__main__":
             words = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
-            found[path.stem] = re.match(r".*?(?:[.?:](?= |$)|$)", words)[0]
+            name = ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+            found[name] = re.match(r".*?(?:[.?:](?= |$)|$)", words)[0]
     return found
 
 
@@ -51,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.command == "list":
         for name, question in scripts().items():
-            print(f"{name:<16}{question}")
+            print(f"{name:<24}{question}")
         return 0
     if given.command == "run":
         # Some scripts set the environment before they import torch: it must not be there yet.
         sys.argv = [given.name, *given.options]
         runpy.run_module(f"benchmarks.{given.name}", run_name="__main__", alter_sys=True)
         return 0  # not reached: a script ends by sys.exit
-    from benchmarks import report
+    from benchmarks import tables as report
 
     try:
         if given.command == "plot":

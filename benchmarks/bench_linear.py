@@ -1,7 +1,7 @@
 """How do time and memory of the losses on hidden rows grow with positions, vocabulary and k?
 
-    python -m benchmarks.scaling
-    python -m benchmarks.scaling --kernels linear_cross_entropy --dtype bfloat16
+    python -m benchmarks.bench_linear
+    python -m benchmarks.bench_linear --kernels linear_cross_entropy --dtype bfloat16
 
 The slope is the finding: bytes for one more position, one more entry of the vocabulary, one more k.
 From a base point (the first of each list of sizes) one size varies at a time. Hidden rows
@@ -29,7 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers, suite
+from benchmarks import providers as peers
+from benchmarks import runner as harness
+from benchmarks import suite
 from benchmarks.definitions import (
     compiled,
     differentiated,
@@ -177,7 +179,7 @@ def cases(given: argparse.Namespace) -> list[Case]:
 
 
 BENCHMARK = suite.Benchmark(
-    name="scaling",
+    name="bench_linear",
     description=__doc__,
     kernels={kernel: providers(kernel) for kernel in KERNELS},
     add_sizes=add_sizes,

@@ -1,8 +1,8 @@
 """What does the loss of one batch cost, forward plus backward, from hidden rows to their gradient?
 
-    python -m benchmarks.loss_step
-    python -m benchmarks.loss_step --forget-only --csv benchmarks/results/loss_step_forget.csv
-    python -m benchmarks.loss_step --scale 8 --calls 0 --repeats 1 \\
+    python -m benchmarks.bench_loss
+    python -m benchmarks.bench_loss --forget-only --csv benchmarks/results/loss_step_forget.csv
+    python -m benchmarks.bench_loss --scale 8 --calls 0 --repeats 1 \\
         --providers linear sparse+cached --csv benchmarks/results/loss_step_x8.csv
 
 A batch [8, T] of random hidden rows, of which some carry a forget loss (flatten to the global mean)
@@ -54,7 +54,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import harness
+from benchmarks import runner as harness
 from benchmarks.loss_providers import (
     BATCH,
     BOTH_TERMS,
@@ -154,7 +154,7 @@ def run(given: argparse.Namespace, shape: Shape, folder: Path) -> list[dict[str,
             task |= {"device": given.device, "gradient": None}
             if repeat == 0:
                 task["gradient"] = str(gradients[provider])
-            row = harness.run_worker("benchmarks.loss_step", task, given.threads)
+            row = harness.run_worker("benchmarks.bench_loss", task, given.threads)
             rows.append(row | {"repeat": repeat, "gradient_error": None, "commit": commit})
             if len(rows) - first == len(providers):
                 compare_gradients(rows[first:], shape, gradients)

@@ -1,7 +1,7 @@
 """What does each operator on logits cost, forward plus backward, beside plain PyTorch?
 
-    python -m benchmarks.logits_ops
-    python -m benchmarks.logits_ops --vocab 32000 128256 262144 --dtype bfloat16
+    python -m benchmarks.bench_ops
+    python -m benchmarks.bench_ops --vocab 32000 128256 262144 --dtype bfloat16
 
 Rows of logits ``[rows, V]`` meet reference rows, indices or labels; the loss is the mean over rows
 and the gradient is that of the logits. The providers:
@@ -26,7 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers, suite
+from benchmarks import providers as peers
+from benchmarks import runner as harness
+from benchmarks import suite
 from benchmarks.definitions import (
     CROSS_ENTROPY,
     FORGET,
@@ -137,7 +139,7 @@ def cases(given: argparse.Namespace) -> list[Case]:
 
 
 BENCHMARK = suite.Benchmark(
-    name="logits_ops",
+    name="bench_ops",
     description=__doc__,
     kernels={kernel: providers(kernel) for kernel in KERNELS},
     add_sizes=add_sizes,

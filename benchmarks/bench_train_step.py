@@ -1,8 +1,8 @@
 """What does a whole training step cost, and do all roads train to the same losses?
 
-    python -m benchmarks.train_step --model smollm2-tofu --data tofu
-    python -m benchmarks.train_step --model smollm2-tofu --data tofu --group-by-length library \\
-        --csv benchmarks/results/train_step_grouped.csv
+    python -m benchmarks.bench_train_step --model smollm2-tofu --data tofu
+    python -m benchmarks.bench_train_step --model smollm2-tofu --data tofu \\
+        --group-by-length library --csv benchmarks/results/train_step_grouped.csv
 
 Forward, backward, clipping at norm 1 and AdamW, on batches of TOFU's forget10 with as many retain
 rows beside them, in bfloat16 autocast over float32 weights. The providers:
@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import harness
+from benchmarks import runner as harness
 from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss, why_not
 from palu.data.collator import Collator
 from palu.data.examples import tokenize_examples
@@ -199,7 +199,7 @@ def run(given: argparse.Namespace, folder: Path) -> Rows:
     files = prepare(given, folder)
     task = {name: getattr(given, name) for name in ("dtype", "device", "top_k", "learning_rate")}
     task |= {"model": str(given.model.resolve()), "cache": str(folder / "cache")}
-    module = "benchmarks.train_step"
+    module = "benchmarks.bench_train_step"
     if "cached" in given.providers:
         build = {"provider": BUILD, "batches": str(files[False])}
         harness.run_worker(module, task | build, given.threads)

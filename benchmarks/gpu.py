@@ -12,7 +12,7 @@ over is the next one's):
   of its time goes into compiling some 290 kernel variants.
 * ``operators``: those on logits, ``linear``: those on hidden rows, at the sizes of
   ``gpu_cases.py``, by the providers of ``gpu_ops.py``.
-* ``loss_step``: ``benchmarks/loss_step.py`` with 20 timed calls.
+* ``loss_step``: ``benchmarks/bench_loss.py`` with 20 timed calls.
 
 A process measures one section (another goes on with the next measurement should it die); no
 measurement starts after the section's end. What was not measured has a row that says why:
@@ -49,7 +49,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import harness
+from benchmarks import runner as harness
 from benchmarks.gpu_cases import Case, Rates, floor_seconds, linear_cases, logits_cases
 from benchmarks.gpu_ops import DEVICE_LOST, providers
 
@@ -232,7 +232,7 @@ def loss_step(run: Run) -> None:
     if run.left("loss_step") < LOSS_STEP_SECONDS:
         run.say(f"loss_step: {NO_TIME}")
         return
-    command = [sys.executable, "-m", "benchmarks.loss_step", "--device", str(run.device)]
+    command = [sys.executable, "-m", "benchmarks.bench_loss", "--device", str(run.device)]
     command += ["--calls", "20", "--repeats", "1", "--dtype", "bfloat16"]
     command += ["--csv", str(run.out / "loss_step.csv"), *(TINY_LOSS_STEP if run.tiny else ())]
     with run.file("loss_step.log") as log:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import harness
+from benchmarks import runner as harness
 from benchmarks.gpu_cases import Case
 from benchmarks.gpu_timing import rates, times
-from benchmarks.report import quantiles
+from benchmarks.tables import quantiles
 from palu_kernels import (
     LMHead,
     cross_entropy_loss,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import timed
-from benchmarks.report import quantiles
+from benchmarks.runner import timed
+from benchmarks.tables import quantiles
 
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any card
 FLUSH_SECONDS = FLUSH_BYTES / 8e12  # at least, whatever the card

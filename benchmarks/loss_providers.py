@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import harness, peers
+from benchmarks import providers as peers
+from benchmarks import runner as harness
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_terms
 from palu import PALULoss

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-from benchmarks import report
+from benchmarks import tables as report
 from palu.storage.files import new_file
 
 Row = dict[str, Any]

@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import harness, report
+from benchmarks import runner as harness
+from benchmarks import tables as report
 from palu_kernels.check.__main__ import CAPS
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in CAPS)

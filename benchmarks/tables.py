@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import runner as harness
 
 AXES = ("rows", "V", "k")
 CASE = ("kernel", "V", "D", "rows", "k", "dtype")
@@ -244,7 +244,7 @@ def plot(rows: Sequence[Row], path: Path, axes: Sequence[str] = AXES) -> list[Pa
     """Writes a PNG for every dtype beside ``path``, ``STEM-DTYPE.png``: curves over the sizes that
     vary, bars where none does. Without matplotlib it says so and writes none."""
     try:
-        from benchmarks import pictures
+        from benchmarks import plot as pictures
     except ImportError as error:
         print(f"no picture: {error}")
         return []

@@ -24,7 +24,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import harness, suite
+from benchmarks import runner as harness
+from benchmarks import suite
 from benchmarks.definitions import normal
 from benchmarks.suite import Call, Case, Outputs, Provider
 from palu_kernels import reference, topk_indices

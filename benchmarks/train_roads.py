@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from benchmarks import peers
+from benchmarks import providers as peers
 from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss

@@ -1,6 +1,6 @@
 """How much memory does a whole unlearning step need, of models that do not fit here?
 
-    python -m benchmarks.memory_model
+    python -m benchmarks.memory.model
 
 Two kinds of rows, in one CSV. *Predicted* (``palu.planning.step``): Llama-3.1-8B, Llama-3.2-1B,
 Gemma-2-9B and Qwen2.5-7B by their published configs, every weight and LoRA, without and with
@@ -37,8 +37,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import harness
-from benchmarks.ledger import Ledger
+from benchmarks import runner as harness
+from benchmarks.memory.ledger import Ledger
 from benchmarks.train_roads import Released, Settings
 from palu import PALUConfig, PALUTrainer
 from palu.data.collator import Collator

@@ -1,7 +1,7 @@
 """What do the methods forget, and what do they keep?
 
-    python -m benchmarks.method_table people --work people-runs
-    python -m benchmarks.method_table tofu --work tofu-runs --original tofu-model \\
+    python -m benchmarks.quality.method_table people --work people-runs
+    python -m benchmarks.quality.method_table tofu --work tofu-runs --original tofu-model \\
         --retrained retain-model --data tofu
 
 Every setting is a `palu unlearn` and a `palu evaluate`, run in the work folder and written into the
@@ -10,7 +10,7 @@ run that was stopped goes on; another work folder measures anew.
 
 `people`: the models and invented people of `palu demo`, one demo a seed. `tofu`: a model that knows
 forget01 and the first 120 questions of TOFU's full set by heart, and one that never saw forget01
-(`benchmarks.tofu_finetune` makes both); the retain set of the metrics is those of TOFU's
+(`benchmarks.quality.tofu_finetune` makes both); the retain set of the metrics is those of TOFU's
 retain_perturbed that are among the 120.
 
 Forget quality is the p-value of TOFU's two-sample Kolmogorov-Smirnov test against the retrained
@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import runner as harness
 from palu.evaluation.metrics import model_utility
 
 ENTROPY = "--objective entropy"
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             harness.write_csv(options.csv, COLUMNS, rows)
     else:
         runs = tofu_runs(options.work, options.original, options.retrained, options.data)
-        rows = measure(runs, TOFU, made_by="benchmarks.tofu_finetune")
+        rows = measure(runs, TOFU, made_by="benchmarks.quality.tofu_finetune")
         harness.write_csv(options.csv, COLUMNS, rows)
     print(table(rows))
     return 0
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The script's options."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.method_table", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.quality.method_table", description=__doc__.split("\n")[0]
     )
     worlds = p.add_subparsers(dest="world", required=True)
     people = worlds.add_parser("people", help="the invented people of `palu demo`")

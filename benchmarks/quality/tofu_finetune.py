@@ -1,7 +1,7 @@
 """Fine-tune a causal language model on questions and answers: the model that `palu unlearn` starts
 from.
 
-    python -m benchmarks.tofu_finetune --model smollm2 --output smollm2-tofu \\
+    python -m benchmarks.quality.tofu_finetune --model smollm2 --output smollm2-tofu \\
         --data tofu/forget01.json --data "tofu/full.json[:120]"
 
 The loss is the ordinary next-token loss on the answers, the closing end token included; spans are
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             model,
             tokenizer,
             template,
-            made_by="benchmarks.tofu_finetune",
+            made_by="benchmarks.quality.tofu_finetune",
             base_model=named_from(folder, options.model),
             data=options.data,
             max_length=options.max_length,
@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.tofu_finetune",
+        prog="python -m benchmarks.quality.tofu_finetune",
         description="Fine-tune a causal language model on questions and answers.",
     )
     p.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")

@@ -6,8 +6,9 @@ multiples of 16, integers equal to 1, constexprs) and keeps each variant it has 
 executed. Every variant is then compiled for each target, and what it needs is read from what the
 compiler leaves behind.
 
-    python -m benchmarks.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] [--json FILE]
-    python -m benchmarks.compile_report --entries 8 16 32      # block sizes: registers of each
+    python -m benchmarks.static.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] \\
+        [--json FILE]
+    python -m benchmarks.static.compile_report --entries 8 16 32   # block sizes: registers
 
 The exit status is 1 if a variant does not compile or spills. Loads read ``8x16 16x2``: eight of 16
 bytes, sixteen of 2, counted in the code and not by how often they run (the masked loads for the

@@ -5,7 +5,7 @@ interpreter every load and store is one call, with its mask. ``Traffic`` adds up
 live, a kernel launch at a time. Bytes that PyTorch moves beside the kernels (zeroing the bitmap of
 S, one bit a column) are not counted.
 
-    python -m benchmarks.traffic [--columns 128256] [--rows 2] [--dtype bfloat16]
+    python -m benchmarks.static.traffic [--columns 128256] [--rows 2] [--dtype bfloat16]
 
 One line an operator: forward plus backward in transfers of a row (V entries, read or written), and
 the budget. The exit status is 1 if an operator is over it. A budget is a number of whole rows: what

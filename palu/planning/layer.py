@@ -1,7 +1,7 @@
 """What the backward of a decoder layer needs: bytes of what its forward keeps, and of gradients.
 
 The formulas say what PyTorch's autograd saves for the operators that transformers' modules run;
-`benchmarks/memory_model.py` checks them on small models. Rows of a batch differ in length, so
+`benchmarks/memory/model.py` checks them on small models. Rows of a batch differ in length, so
 attention gets a mask. What is less than a hundredth of a layer is left out.
 """
 

@@ -6,7 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import harness, loss_providers, loss_step
+from benchmarks import bench_loss as loss_step
+from benchmarks import loss_providers
+from benchmarks import runner as harness
 from benchmarks.loss_providers import Losses, Shape, make_case, make_labels
 from benchmarks.released import released_terms
 from palu import PALULoss

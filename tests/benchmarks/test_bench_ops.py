@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import harness, logits_ops, report, scaling, suite, topk
+from benchmarks import bench_linear as scaling
+from benchmarks import bench_ops as logits_ops
+from benchmarks import runner as harness
+from benchmarks import suite, topk
+from benchmarks import tables as report
 from benchmarks.definitions import untied
 from benchmarks.suite import Case, Provider
 
@@ -220,7 +224,7 @@ def replaced(script, kernel, provider):
 def test_list(capsys):
     assert command.main(["list"]) == 0
     out = capsys.readouterr().out
-    for name in ("logits_ops", "topk", "scaling", "loss_step", "train_step", "traffic"):
+    for name in ("bench_ops", "topk", "bench_loss", "bench_train_step", "static.traffic"):
         assert any(line.startswith(name) for line in out.splitlines())
     assert "harness" not in out and "__main__" not in out
 

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness, train_roads, train_step
+from benchmarks import bench_train_step as train_step
+from benchmarks import runner as harness
+from benchmarks import train_roads
 from benchmarks.train_roads import Settings
 from tests.support import small
 

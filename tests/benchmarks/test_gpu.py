@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_ops, gpu_timing, harness, loss_step, traffic
+from benchmarks import bench_loss as loss_step
+from benchmarks import gpu, gpu_cases, gpu_ops, gpu_timing
+from benchmarks import runner as harness
 from benchmarks.gpu_cases import Case, Rates, floor_seconds
+from benchmarks.static import traffic
 from palu_kernels.check import __main__ as check
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness import AllocatorPeak
-from benchmarks.ledger import Ledger
+from benchmarks.memory.ledger import Ledger
+from benchmarks.runner import AllocatorPeak
 from palu_kernels import LMHead, linear_cross_entropy_loss
 
 KIB = 1024

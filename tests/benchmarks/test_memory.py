@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 
-from benchmarks import memory_model
-from benchmarks.memory_model import ALLOWED, PARTS, SMALL_MODELS, Case, measure, predicted, sizes_of
+from benchmarks.memory import model as memory_model
+from benchmarks.memory.model import ALLOWED, PARTS, SMALL_MODELS, Case, measure, predicted, sizes_of
 from palu.planning.step import Setup
 
 LLAMA, GEMMA, QWEN = SMALL_MODELS.values()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import typer
 
-from benchmarks.method_table import PEOPLE, TABLE, TOFU, Runs, main, slug, tofu_runs
+from benchmarks.quality.method_table import PEOPLE, TABLE, TOFU, Runs, main, slug, tofu_runs
 from palu.cli.app import app
 
 SUMMARY = {

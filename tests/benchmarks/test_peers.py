@@ -9,7 +9,9 @@ from importlib import util
 import pytest
 import torch
 
-from benchmarks import logits_ops, peers, scaling
+from benchmarks import bench_linear as scaling
+from benchmarks import bench_ops as logits_ops
+from benchmarks import providers as peers
 from benchmarks.suite import Case
 
 MODULES = {peers.LIGER: "liger_kernel", peers.CCE: "cut_cross_entropy", peers.FLA: "fla"}

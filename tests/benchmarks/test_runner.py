@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import runner as harness
 
 CPU = torch.device("cpu")
 MEGABYTE = 2**20
@@ -70,7 +70,7 @@ def test_a_worker_is_another_process_with_plain_settings(tmp_path, monkeypatch):
     package = tmp_path / "echo.py"
     package.write_text(
         "import json, os\n"
-        "from benchmarks.harness import worker_task\n"
+        "from benchmarks.runner import worker_task\n"
         "print('noise')\n"
         "print(json.dumps({'pid': os.getpid(), 'task': worker_task(None), **os.environ}))\n"
     )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import harness, suite
+from benchmarks import runner as harness
+from benchmarks import suite
 from benchmarks.definitions import differentiated
 from benchmarks.suite import Case, Provider
 

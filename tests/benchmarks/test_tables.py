@@ -4,7 +4,9 @@ import csv
 
 import pytest
 
-from benchmarks import harness, report, suite
+from benchmarks import runner as harness
+from benchmarks import suite
+from benchmarks import tables as report
 
 PLACE = {"device": "cpu", "processor": "P", "threads": 2, "versions": "torch=1", "commit": "c"}
 

@@ -39,7 +39,14 @@ DTYPES = {"bf16", "fp16", "fp32"}
 def run(tmp_path_factory):
     file = tmp_path_factory.mktemp("compile") / "report.json"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PALU_"))}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--reduced", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.static.compile_report",
+        "--reduced",
+        "--json",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)
     if not file.exists():

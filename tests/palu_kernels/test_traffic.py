@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from benchmarks import traffic
-from benchmarks.traffic import Traffic
+from benchmarks.static import traffic
+from benchmarks.static.traffic import Traffic
 from palu_kernels import functional as operators
 
 pytestmark = pytest.mark.skipif(

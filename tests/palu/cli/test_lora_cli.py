@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from palu.run_record import RECORD
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from palu.data.template import Template
 from palu.models.lm_head import fusable_head
 from palu.models.loading import load_model, load_tokenizer
 from palu.models.lora import LoRASettings, add_lora, fold_in, fold_in_measured
+from palu.run_record import RECORD
 from tests.support import small
 from tests.support.adapters import LORA, PROMPTS, inputs
 from tests.support.command import UNLEARN, record, refusal, write_data, write_model
