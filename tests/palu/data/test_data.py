@@ -278,92 +278,81 @@ def test_snap_covers_and_separates(text, places):
 LINES = [json.dumps({**QA, "spans": [[0, 5]]})] * 2
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{'question': 1}", r"a.json:4: malformed JSON, .* at column 2"),
-        ('{"question": "x"', r"a.json:4: malformed JSON"),
-        ("", None),
-        ("3", r"a.json:4 \(row 2\): a record must be an object with fields, got int"),
-        ("null", "a record must be an object with fields, got NoneType"),
-        ({"answer": "x", "spans": []}, r"a.json:4 \(row 2\): field 'question' is missing"),
-        ({"question": "x", "spans": []}, "field 'answer' is missing"),
-        (
-            {"question": "x", "text": "y", "spans": []},
-            "field 'answer' is missing beside 'question'",
-        ),
-        ({"spans": []}, r"field 'question' is missing \(or 'text' for a plain document\)"),
-        ({**QA}, "field 'spans' is missing"),
-        ({**QA, "spans": None}, "field 'spans' is missing"),
-        ({**QA, "question": 3, "spans": []}, "field 'question' must be a string, got 3"),
-        ({**QA, "answer": ["x"], "spans": []}, "field 'answer' must be a string, got \\['x'\\]"),
-        ({**QA, "answer": "  ", "spans": []}, "field 'answer' is empty"),
-        ({"text": "", "spans": []}, "field 'text' is empty"),
-        (
-            '{"question": "x", "answer": "\\ud83d", "spans": []}',
-            "field 'answer' is not valid Unicode",
-        ),
-        ({**QA, "spans": "x"}, "field 'spans': spans must be a list of spans, got str"),
-        (
-            {**QA, "spans": {"start": 0, "end": 5}},
-            "field 'spans': spans must be a list of spans, got dict",
-        ),
-        ({**QA, "spans": [{"start": 0}]}, r"field 'spans': spans\[0\] has no 'end'"),
-        ({**QA, "spans": [[0, 5], [6, 99]]}, r"field 'spans': spans\[1\] is \[6, 99\)"),
-        ({**QA, "spans": [[-2, 5]]}, r"spans\[0\] is \[-2, 5\)"),
-        ({**QA, "spans": [[5, 5]]}, r"spans\[0\] is \[5, 5\)"),
-        ({**QA, "spans": [["0", 5]]}, r"spans\[0\] start must be an integer, got '0'"),
-        (
-            {**QA, "spans": [{"start": 0, "end": 5, "word": "Mahfouz"}]},
-            r"says 'Mahfouz', but \[0, 5\) of the answer is 'Basil'",
-        ),
-        (
-            {
-                **QA,
-                "spans": [
-                    {"start": 0, "end": 5, "text": "Basil"},
-                    {"start": 5, "end": 12, "text": "Mahfouz"},
-                ],
-            },
-            r"spans\[1\] says 'Mahfouz', but \[5, 12\) of the answer is ' Mahfou'",
-        ),
-        ({**QA, "spans": [{"start": 0, "end": 5, "text": 7}]}, r"says 7, but \[0, 5\)"),
-        (
-            {"text": "💩 Ada", "spans": [{"start": 0, "end": 3, "text": "Ada"}]},
-            r"says 'Ada', but \[0, 3\) of the answer is '💩 A'",
-        ),
-        ({**QA, "spans": [[0, 10**20]]}, r"\[0, 100000000000000000000\), it must"),
-        ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 4000), r"\[0, 9+\.\.\.9+\), it must satisfy"),
-        ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 5000), "an integer has too many digits"),
-        ('{"text": "x", "spans": [[NaN, 1]]}', "start must be an integer, got nan"),
-        ('{"text": "x", "spans": [[0, 1e400]]}', "end must be an integer, got inf"),
-        ('{"text": NaN, "spans": []}', "field 'text' must be a string, got nan"),
-        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
-        ('{"text": "x", "a": %s}' % ("[" * 100_000), "nested too deeply"),
-        ('{"text": %s, "spans": []}' % ("[" * 900 + "]" * 900), "must be a string, got .{1,100}$"),
-        ({"text": ["x" * 10**6], "spans": []}, "must be a string, got .{1,300}$"),
-        (released("Basil", target_words="[" * 100_000), "is not JSON: nested too deeply"),
-        ('{"text": "x", "spans": [], "text": "y"}', "an object has the key 'text' twice"),
-        ('{"text": "x", "spans": [], "a": [{"b": 1, "b": 1}]}', "has the key 'b' twice"),
-        ('{"text": "x", "spans": [{"start": 0, "end": 1, "end": 1}]}', "has the key 'end' twice"),
-        (
-            released("Basil", target_words='[{"word": "B", "start": 0, "end": 1, "end": 1}]'),
-            "field 'target_words' is not JSON: an object has the key 'end' twice",
-        ),
-        ('{"text": "x", "spans": [], "id": "\\ud800"}', "field 'id' is not valid Unicode"),
-        (released("Basil", ("Basil", 0), target_words="[{"), "field 'target_words' is not JSON"),
-        (released("Basil", target_words="{}"), "field 'target_words': spans must be a list"),
-        (
-            released("Basil", target_words='[{"start": 0, "end": 5}]'),
-            r"'target_words': spans\[0\] has no 'word'",
-        ),
-        (released("Basil", ("Basix", 0)), "field 'target_words': spans.* says 'Basix'"),
-        (released("Basil", ("Basil", 1)), r"field 'target_words': spans\[0\] is \[1, 6\)"),
-        (released("Basil", spans=[]), "fields 'spans' and 'target_words' are both given"),
-        ({**QA, "spans": [], "id": 1.5}, "field 'id' must be a string or an integer, got 1.5"),
-        ({**QA, "spans": [], "id": "1"}, "field 'id' is '1', which row 1 has already"),
-    ],
-)
+def row(**fields):
+    return {**QA, "spans": [], **fields}
+
+
+def with_spans(*spans):
+    return {**QA, "spans": [*spans]}
+
+
+def covers(start, end, **said):
+    return {"start": start, "end": end, **said}
+
+
+TARGET = '[{"word": "B", "start": 0, "end": 1, "end": 1}]'
+WRONG = [
+    ("{'question': 1}", r"a.json:4: malformed JSON, .* at column 2"),
+    ('{"question": "x"', r"a.json:4: malformed JSON"),
+    ("", None),
+    ("3", r"a.json:4 \(row 2\): a record must be an object with fields, got int"),
+    ("null", "a record must be an object with fields, got NoneType"),
+    ({"answer": "x", "spans": []}, r"a.json:4 \(row 2\): field 'question' is missing"),
+    ({"question": "x", "spans": []}, "field 'answer' is missing"),
+    ({"question": "x", "text": "y", "spans": []}, "field 'answer' is missing beside 'question'"),
+    ({"spans": []}, r"field 'question' is missing \(or 'text' for a plain document\)"),
+    (QA, "field 'spans' is missing"),
+    (row(spans=None), "field 'spans' is missing"),
+    (row(question=3), "field 'question' must be a string, got 3"),
+    (row(answer=["x"]), r"field 'answer' must be a string, got \['x'\]"),
+    (row(answer="  "), "field 'answer' is empty"),
+    ({"text": "", "spans": []}, "field 'text' is empty"),
+    ('{"question": "x", "answer": "\\ud83d", "spans": []}', "field 'answer' is not valid Unicode"),
+    (row(spans="x"), "field 'spans': spans must be a list of spans, got str"),
+    (row(spans=covers(0, 5)), "field 'spans': spans must be a list of spans, got dict"),
+    (with_spans({"start": 0}), r"field 'spans': spans\[0\] has no 'end'"),
+    (with_spans([0, 5], [6, 99]), r"field 'spans': spans\[1\] is \[6, 99\)"),
+    (with_spans([-2, 5]), r"spans\[0\] is \[-2, 5\)"),
+    (with_spans([5, 5]), r"spans\[0\] is \[5, 5\)"),
+    (with_spans(["0", 5]), r"spans\[0\] start must be an integer, got '0'"),
+    (with_spans(covers(0, 5, word="Mahfouz")), r"'Mahfouz', but \[0, 5\) of the answer is 'Basil'"),
+    (
+        with_spans(covers(0, 5, text="Basil"), covers(5, 12, text="Mahfouz")),
+        r"spans\[1\] says 'Mahfouz', but \[5, 12\) of the answer is ' Mahfou'",
+    ),
+    (with_spans(covers(0, 5, text=7)), r"says 7, but \[0, 5\)"),
+    ({"text": "💩 Ada", "spans": [covers(0, 3, text="Ada")]}, r"\[0, 3\) of the answer is '💩 A'"),
+    (with_spans([0, 10**20]), r"\[0, 100000000000000000000\), it must"),
+    ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 4000), r"\[0, 9+\.\.\.9+\), it must satisfy"),
+    ('{"text": "x", "spans": [[0, %s]]}' % ("9" * 5000), "an integer has too many digits"),
+    ('{"text": "x", "spans": [[NaN, 1]]}', "start must be an integer, got nan"),
+    ('{"text": "x", "spans": [[0, 1e400]]}', "end must be an integer, got inf"),
+    ('{"text": NaN, "spans": []}', "field 'text' must be a string, got nan"),
+    ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    ('{"text": "x", "a": %s}' % ("[" * 100_000), "nested too deeply"),
+    ('{"text": %s, "spans": []}' % ("[" * 900 + "]" * 900), "must be a string, got .{1,100}$"),
+    ({"text": ["x" * 10**6], "spans": []}, "must be a string, got .{1,300}$"),
+    (released("Basil", target_words="[" * 100_000), "is not JSON: nested too deeply"),
+    ('{"text": "x", "spans": [], "text": "y"}', "an object has the key 'text' twice"),
+    ('{"text": "x", "spans": [], "a": [{"b": 1, "b": 1}]}', "has the key 'b' twice"),
+    ('{"text": "x", "spans": [{"start": 0, "end": 1, "end": 1}]}', "has the key 'end' twice"),
+    (released("Basil", target_words=TARGET), "'target_words' is not JSON: .* the key 'end' twice"),
+    ('{"text": "x", "spans": [], "id": "\\ud800"}', "field 'id' is not valid Unicode"),
+    (released("Basil", ("Basil", 0), target_words="[{"), "field 'target_words' is not JSON"),
+    (released("Basil", target_words="{}"), "field 'target_words': spans must be a list"),
+    (
+        released("Basil", target_words=json.dumps([covers(0, 5)])),
+        r"'target_words': spans\[0\] has no 'word'",
+    ),
+    (released("Basil", ("Basix", 0)), "field 'target_words': spans.* says 'Basix'"),
+    (released("Basil", ("Basil", 1)), r"field 'target_words': spans\[0\] is \[1, 6\)"),
+    (released("Basil", spans=[]), "fields 'spans' and 'target_words' are both given"),
+    (row(id=1.5), "field 'id' must be a string or an integer, got 1.5"),
+    (row(id="1"), "field 'id' is '1', which row 1 has already"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG)
 def test_what_is_wrong_is_named(tmp_path, line, words):
     # Behind two good rows and an empty line: line 4, row 2.
     line = line if isinstance(line, str) else json.dumps(line)
