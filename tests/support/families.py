@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 import transformers
 from torch import nn
@@ -76,10 +79,15 @@ def _config_class(name: str) -> str:
 FAMILIES = [name for name in _MAKERS if hasattr(transformers, _config_class(name))]
 
 
-def make(name: str, seed: int = 0) -> nn.Module:
+def make(name: str) -> nn.Module:
     """In float32 and evaluation mode, no parameter zero or one everywhere."""
+    return copy.deepcopy(_made(name))
+
+
+@functools.cache
+def _made(name: str) -> nn.Module:
     kind, settings = _MAKERS[name]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = getattr(transformers, _config_class(name))(**settings)
     model_class = "GPT2LMHeadModel" if name == "gpt2" else f"{kind}ForCausalLM"
     model = getattr(transformers, model_class)(config).eval()

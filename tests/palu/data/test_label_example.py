@@ -79,26 +79,8 @@ def check_against_offsets(tokenizer, question, answer, spans):
 
 @st.composite
 def answers_with_spans(draw):
-    pieces = st.sampled_from(
-        [
-            "Kuwait",
-            " City",
-            "  ",
-            "é",
-            "e\u0301",
-            "東京",
-            "😀",
-            "👩‍👧",
-            ",",
-            " 1991",
-            "\n",
-            " the",
-            "Zoë",
-            "\u00a0x",
-            "ﬁ",
-            "\t",
-        ]
-    )
+    pieces = ["Kuwait", " City", "  ", "é", "e\u0301", "東京", "😀", "👩‍👧", ",", " 1991", "\n"]
+    pieces = st.sampled_from([*pieces, " the", "Zoë", "\u00a0x", "ﬁ", "\t"])
     answer = "".join(draw(st.lists(pieces, min_size=1, max_size=10)))
     if not answer.strip():
         answer += "x"
@@ -122,19 +104,8 @@ def test_any_answer_any_spans(any_tokenizer, drawn, question):
         assert any_tokenizer.name_or_path in ("unigram", "wordpiece")
 
 
-WORDS = [
-    "Zoë Müller",
-    "Müller  (cafe\u0301",
-    "東京",
-    "京",
-    "👩‍👩‍👧",
-    "😀 in",
-    "Kuwait",
-    "City, 05",
-    "1991",
-    "Été",
-    "won.",
-]
+WORDS = ["Zoë Müller", "Müller  (cafe\u0301", "東京", "京", "👩‍👩‍👧", "😀 in"]
+WORDS += ["Kuwait", "City, 05", "1991", "Été", "won."]
 
 
 @pytest.mark.parametrize("question", [None, QUESTION])
@@ -145,21 +116,10 @@ def test_each_word_of_a_hard_answer(any_tokenizer, question, word):
     example = check_against_offsets(any_tokenizer, question, ANSWER, [span])
     sensitive = [i for i, label in enumerate(example["labels"]) if label >= 0]
     assert sensitive == list(range(sensitive[0], sensitive[-1] + 1)), "a span is one run"
-
-
-@pytest.mark.parametrize("family", ["byte_bpe", "byte_bpe_full", "chatml", "spm_bpe"])
-@pytest.mark.parametrize("word", WORDS)
-def test_the_sensitive_tokens_spell_the_span(all_tokenizers, family, word):
-    tokenizer = all_tokenizers[family]
-    start = ANSWER.index(word)
-    example = label_example(
-        tokenizer, QUESTION, ANSWER, [(start, start + len(word))], max_length=999
-    )
-    text = text_of(tokenizer, [label for label in example["labels"] if label >= 0])
-    assert word in text
-    # These tokenizers put at most the space before a word, or its neighbours' letters, into one
-    # token.
-    assert len(text) <= len(word) + 6
+    if any_tokenizer.name_or_path in ("byte_bpe", "byte_bpe_full", "chatml", "spm_bpe"):
+        text = text_of(any_tokenizer, [example["labels"][i] for i in sensitive])
+        # They put at most the space before a word, or its neighbours' letters, into one token.
+        assert word in text and len(text) <= len(word) + 6
 
 
 def test_the_shape_of_an_example(byte_tokenizer):

@@ -45,11 +45,13 @@ def assert_same_gradients(got, want):
 
 @every_family
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_logits_are_those_of_the_model(name, left):
+def test_logits_are_those_of_the_model(name, left, caplog):
     model = families.make(name)
     ids, mask = families.batch(left)
     want = model(input_ids=ids, attention_mask=mask).logits
-    head = LMHead.from_model(model)
+    head = fusable_head(model, ids, mask)
+    assert isinstance(head, LMHead) and isinstance(head, palu_kernels.LMHead)
+    assert not [record for record in caplog.records if record.name.startswith("palu")]
     hidden = model_hidden_states(model, ids, mask)
     assert hidden.shape == (3, 9, head.hidden_size)
     torch.testing.assert_close(head.logits(hidden), want, rtol=1e-5, atol=1e-5)
@@ -67,15 +69,6 @@ def test_gradients_are_those_of_the_model(name):
     logits = LMHead.from_model(model).logits(model_hidden_states(model, ids, mask))
     got = gradients(model, cross_entropy(logits, ids, mask))
     assert_same_gradients(got, want)
-
-
-@every_family
-def test_the_check_passes(name, caplog):
-    ids, mask = families.batch()
-    head = fusable_head(families.make(name), ids, mask)
-    assert isinstance(head, LMHead)
-    assert isinstance(head, palu_kernels.LMHead)
-    assert not caplog.records
 
 
 @every_family
@@ -140,9 +133,9 @@ def test_no_logits_are_computed():
                 largest = max(largest, 0 if turned_weight else out.numel())
             return out
 
-    with Sizes():
-        model_hidden_states(model, ids, mask)
-    assert largest == 0
+    with Sizes(), torch.no_grad():
+        assert not model_hidden_states(model, ids, mask).requires_grad
+    assert largest == 0 and model_hidden_states(model, ids, mask).requires_grad
     with Sizes():
         model(input_ids=ids, attention_mask=mask)
     assert largest == ids.numel() * families.VOCAB
@@ -154,13 +147,6 @@ def test_more_model_inputs_are_passed_on():
     got = LMHead.from_model(model).logits(model_hidden_states(model, ids, **inputs))
     torch.testing.assert_close(got, model(input_ids=ids, **inputs).logits)
     assert not torch.allclose(got, model(input_ids=ids, attention_mask=mask).logits)
-
-
-def test_no_gradients_wanted():
-    model, (ids, mask) = families.make("llama"), families.batch()
-    with torch.no_grad():
-        assert not model_hidden_states(model, ids, mask).requires_grad
-    assert model_hidden_states(model, ids, mask).requires_grad
 
 
 def test_dropout_follows_the_mode():

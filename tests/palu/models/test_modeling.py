@@ -8,7 +8,7 @@ from torch import nn
 from palu.models import forward as modeling
 from palu.models.forward import logits_at, shift_to_logits
 from palu.models.wrappers import eos_token_ids
-from tests.support import small
+from tests.support import families, small
 
 
 @pytest.fixture
@@ -104,17 +104,7 @@ def test_a_model_without_the_argument(setup):
 
 def test_the_wrapper_is_what_gets_called(setup):
     model, ids, mask, keep = setup
-
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module, self.calls = module, 0
-
-        def forward(self, *args, **kwargs):
-            self.calls += 1
-            return self.module(*args, **kwargs)
-
-    wrapper = Wrapper(model)
+    wrapper = families.Wrapper(model)
     got = logits_at(wrapper, ids, mask, keep)
     torch.testing.assert_close(got, full(model, ids, mask, keep))
     assert wrapper.calls >= 1
