@@ -76,7 +76,7 @@ def eos_ids(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
     if eos_token_id is None:
         return ()
     if isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str):
-        return tuple(integer("eos_token_id", eos) for eos in eos_token_id)
+        return tuple([integer("eos_token_id", eos) for eos in eos_token_id])
     return (integer("eos_token_id", eos_token_id),)
 
 

@@ -78,7 +78,9 @@ class RouterLoss:
 
 def wanted(model: nn.Module) -> bool:
     """Return whether the model's own loss has a router loss."""
-    return any(getattr(c, "output_router_logits", False) is True for c in _configs(unwrap(model)))
+    one, text = _configs(unwrap(model))
+    name = "output_router_logits"
+    return getattr(one, name, False) is True or getattr(text, name, False) is True
 
 
 def warn_if_left_out(model: nn.Module, reason: str | None) -> None:

@@ -112,11 +112,15 @@ def text_only_inputs(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
 def incompatible_wrapper(model: nn.Module) -> str | None:
     """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
     loss uses hidden states instead of the model's outputs, else None."""
+    kinds = set()  # a model has thousands of modules, of few kinds, and this is asked every step
     for module in model.modules():
-        if _FSDP & {kind.__name__ for kind in type(module).__mro__}:
-            return "the model is sharded by FSDP"
+        kinds.add(type(module))
         if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
             return "the model is wrapped in DistributedDataParallel with static_graph=True"
+    for kind in kinds:
+        for base in kind.__mro__:
+            if base.__name__ in _FSDP:
+                return "the model is sharded by FSDP"
     return None
 
 
