@@ -17,7 +17,7 @@ and some a preserve loss (reverse KL), meets a frozen head. The providers, by wh
   neither loss, flash-linear-attention not this direction of the KL.)
 * ``rows``: both models' logits of those rows, then the operators on logits.
 * ``linear``: the same rows through one call of the linear operators, all logits of a row computed.
-  (``palu_kernels.linear_operators.linear_losses`` on row slices, which are cut inside the call:
+  (``palu_kernels.linear.functional.linear_losses`` on row slices, which are cut inside the call:
   ``PALULoss.from_hidden`` does just this, but would choose the sparse road by its cost model.)
 * ``sparse+cached``: ``PALULoss.from_hidden`` with the forget rows' top-k indices and the preserve
   rows' reference hidden states computed before, as from a `ReferenceCache`.
@@ -72,7 +72,7 @@ from benchmarks.loss_providers import (
 )
 from palu.data.roles import FORGET, NONE, PRESERVE, token_roles
 from palu.models.loading import resolve_device
-from palu_kernels.linear_operators import forget_loss
+from palu_kernels.linear.functional import forget_loss
 
 # Relative, of a loss and of the gradient in norm. In bfloat16 some providers round the logits of
 # forget rows and some do not.

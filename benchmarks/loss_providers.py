@@ -18,7 +18,7 @@ from palu import PALULoss
 from palu.data.roles import FORGET, IGNORE, KEEP, PRESERVE, token_roles
 from palu_kernels import LMHead, kl_loss, linear_local_entropy_loss, local_entropy_loss
 from palu_kernels.functional import topk_indices
-from palu_kernels.linear_operators import Part, forget_loss, linear_losses
+from palu_kernels.linear.functional import Part, forget_loss, linear_losses
 from palu_kernels.row_loss import KL
 
 BATCH, PREFIX = 8, 3

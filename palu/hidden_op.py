@@ -14,8 +14,8 @@ from torch import Tensor
 from palu.data.roles import FORGET, PRESERVE
 from palu.hidden_terms import join
 from palu_kernels import LMHead, reference
+from palu_kernels.linear.functional import CHUNK_BYTES, compute_dtype, frozen_head, linear_outputs
 from palu_kernels.linear.op import linear_backward
-from palu_kernels.linear_operators import CHUNK_BYTES, compute_dtype, frozen_head, linear_outputs
 from palu_kernels.op_autograd import refuse_higher_order
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palu_kernels import LMHead
-from palu_kernels.linear_operators import Part, linear_losses
+from palu_kernels.linear.functional import Part, linear_losses
 from palu_kernels.row_loss import RowLoss
 
 

@@ -15,8 +15,8 @@ from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, check_values
+from palu_kernels.linear.functional import forget_loss, no_transforms
 from palu_kernels.linear.head import check_hidden
-from palu_kernels.linear_operators import forget_loss, no_transforms
 from palu_kernels.roles import role_losses
 from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
 

@@ -3,12 +3,12 @@
 from importlib import metadata
 
 from palu_kernels.functional import cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
-from palu_kernels.linear.head import LMHead
-from palu_kernels.linear_operators import (
+from palu_kernels.linear.functional import (
     linear_cross_entropy_loss,
     linear_kl_loss,
     linear_local_entropy_loss,
 )
+from palu_kernels.linear.head import LMHead
 
 __all__ = [
     "LMHead",

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palu_kernels import LMHead, cross_entropy_loss, linear_cross_entropy_loss
 from palu_kernels.linear.chunked import chunk_rows
-from palu_kernels.linear_operators import CHUNK_BYTES
+from palu_kernels.linear.functional import CHUNK_BYTES
 from palu_kernels.reference import work_dtype
 
 

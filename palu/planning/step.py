@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from palu.planning.layer import ADAPTERS, PRECISIONS, Layer
 from palu.planning.model import ModelSizes
 from palu_kernels.linear.chunked import chunk_rows, padded
-from palu_kernels.linear_operators import CHUNK_BYTES
+from palu_kernels.linear.functional import CHUNK_BYTES
 
 REFERENCES = ("live", "adapter_off", "cached")
 # Of all positions, those that carry a loss, and of the forget rows those that are preserved: TOFU's

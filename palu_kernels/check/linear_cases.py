@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palu_kernels import linear_operators, reference
+from palu_kernels import reference
+from palu_kernels.linear import functional
 from palu_kernels.linear.head import LMHead
 
 OPERATORS = (
@@ -125,12 +126,10 @@ def ours(case: LinearCase, made: dict[str, Tensor | None], backend: str) -> Tens
     options = {"reduction": "none", "backend": backend}
     if case.operator == "linear_kl":
         options["direction"] = case.option
-        return linear_operators.linear_kl_loss(made["hidden"], head, *frozen, **options)
+        return functional.linear_kl_loss(made["hidden"], head, *frozen, **options)
     if case.operator == "linear_cross_entropy":
-        return linear_operators.linear_cross_entropy_loss(
-            made["hidden"], head, made["labels"], **options
-        )
-    return linear_operators.linear_local_entropy_loss(
+        return functional.linear_cross_entropy_loss(made["hidden"], head, made["labels"], **options)
+    return functional.linear_local_entropy_loss(
         made["hidden"],
         head,
         *frozen,

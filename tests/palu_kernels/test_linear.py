@@ -17,7 +17,7 @@ from palu_kernels import (
 from palu_kernels import torch_backend as eager
 from palu_kernels.check.__main__ import CAPS, EPS
 from palu_kernels.linear import chunked as loop
-from palu_kernels.linear_operators import Part, linear_losses
+from palu_kernels.linear.functional import Part, linear_losses
 from palu_kernels.row_loss import KL, CrossEntropy, LikeliestNLL, LocalEntropy
 
 ROWS, VOCAB, DIM, K = 70, 101, 24, 9
@@ -479,13 +479,11 @@ def test_compiled_once_for_any_number_of_rows():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend, monkeypatch):
     """The calls that the operators make, replayed for torch's own checks of a custom op."""
-    from palu_kernels import linear_operators
+    from palu_kernels.linear import functional
     from palu_kernels.linear import op as linear_op
 
     calls = []
-    monkeypatch.setattr(
-        linear_operators, "linear", lambda *a: (calls.append(a), linear_op.linear(*a))[1]
-    )
+    monkeypatch.setattr(functional, "linear", lambda *a: (calls.append(a), linear_op.linear(*a))[1])
     kinds = [("reverse", "mean"), ("cross_entropy", "none"), ("local", "sum")]
     # what the fakes promise is the same for both: the interpreter has one of them
     for name, reduction in kinds if backend == "torch" else kinds[1:2]:
