@@ -17,10 +17,12 @@ from benchmarks.definitions import no_compiler, row_losses
 from benchmarks.released import released_retain, released_terms
 from palu import PALULoss
 from palu.data.roles import FORGET, IGNORE, PRESERVE, token_roles
-from palu.methods.step_loss import RETAIN, Objective, in_turns
+from palu.methods import PALU
+from palu.methods.micro_batch import ROLES
 from palu.reference.cache import ReferenceCache
 from palu.reference.cached import CachedReference
 from palu.reference.model import LiveReference
+from palu.training.batching import BatchBuilder
 
 PREFIX = 3
 Batch = dict[str, Tensor]
@@ -129,8 +131,10 @@ class Library:
         reference_bytes: int,
     ) -> None:
         self.settings, self.reference_bytes = settings, reference_bytes
-        self.objective = Objective(
-            palu_loss(settings.top_k),
+        method = PALU(top_k=settings.top_k, prefix_length=PREFIX)
+        self.builder = BatchBuilder(None, None, "step", method)
+        self.step_loss = method.step_loss(
+            method,
             reference,
             retain_loss="nll",
             retain_weight=1.0,
@@ -138,15 +142,16 @@ class Library:
         )
 
     def __call__(self, model: PreTrainedModel, batch: Batch, retain: Batch) -> Losses:
-        batch = {**batch, RETAIN: retain}
-        rows = self.objective.count(batch).clamp(min=1)
+        parts = self.builder.forget(batch), self.builder.retained(retain)
+        counts = [self.step_loss.method.counts(part[ROLES]) for part in parts]
+        rows = torch.tensor(counts).sum(0).clamp(min=1).float()
         total, means = 0.0, 0.0
-        for part in in_turns(batch):
+        for part in parts:
             with self.settings.autocast():
-                loss, found = self.objective(model, part, rows)
+                loss, found = self.step_loss(model, part, rows)
             loss.backward()
             total, means = total + loss.detach(), means + found
-        if self.objective.head is None:
+        if self.step_loss.head is None:
             raise RuntimeError("the model's head is not plain: this would measure another road")
         return Losses(total, *means)
 
@@ -176,7 +181,7 @@ def cached(model: PreTrainedModel, settings: Settings, cache: str) -> Road:
         cache, model=model, loss=palu_loss(settings.top_k), autocast_dtype=settings.dtype
     )
     opened.to(model.device)
-    reference = CachedReference(opened, retain=False, indices=True, hidden=True)
+    reference = CachedReference(opened)
     return Library(settings, reference, opened.info()["bytes"])
 
 

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
-from palu.hidden_op import hidden_loss
-from palu.hidden_terms import HiddenTerm, sum_of_terms
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, check_values
-from palu_kernels.linear.functional import forget_loss, no_transforms
+from palu_kernels.linear.functional import no_transforms
 from palu_kernels.linear.head import check_hidden
-from palu_kernels.roles import role_losses
+from palu_kernels.roles import linear_role_losses, role_losses
 from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
@@ -207,6 +205,8 @@ class PALULoss(nn.Module):
         check_hidden("hidden", hidden, head)
         if ref_hidden is not None:
             check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
+        if ref_indices is not None:
+            arguments.dense("ref_indices", ref_indices)
         integers = {"labels": labels, "ref_indices": ref_indices}
         no_transforms("PALULoss", hidden, head, ref_hidden, ref_head, **integers)
         if hidden.dim() != 3:
@@ -225,18 +225,21 @@ class PALULoss(nn.Module):
                 f"ref_hidden has shape {list(ref_hidden.shape)}; it must have the rows of "
                 f"hidden, {list(hidden.shape)}"
             )
+        losses = self.losses(self._score_source(ref_hidden, ref_indices))
         roles = self._row_roles(labels)
         counts, denominators = self._counts(roles, hidden, num_forget, num_preserve)
-        if torch.compiler.is_compiling() or hidden.is_meta:  # where rows cannot be picked
-            loss, sums = hidden_loss(
-                self, hidden, head, roles, ref_hidden, ref_head, ref_indices, denominators
-            )
-        else:
-            terms = self.terms_by_role(hidden, head, roles, ref_hidden, ref_indices, denominators)
-            loss, sums = sum_of_terms(head, ref_head, terms, self.backend)
-        means = [total / n for total, n in zip(sums, denominators, strict=False)]
-        means += [loss.new_zeros(())] * (2 - len(means))
-        return PALUOutput(loss, *means, *counts)
+        loss, sums = linear_role_losses(
+            hidden,
+            head,
+            roles,
+            losses,
+            self._shares(denominators),
+            ref_hidden=ref_hidden,
+            ref_head=ref_head,
+            data=[ref_indices, None][: len(losses)],
+            backend=self.backend,
+        )
+        return self._output(loss, sums, denominators, counts)
 
     def _row_roles(self, labels: Tensor) -> Tensor:
         """What each row is for: position t - 1 predicts the label at t. (The roles are shifted and
@@ -260,86 +263,6 @@ class PALULoss(nn.Module):
         made = [torch.as_tensor(n, dtype=work, device=like.device) for n in found]
         return counts, torch.stack(made)
 
-    def terms_by_role(
-        self,
-        hidden: Tensor,
-        head: LMHead,
-        roles: Tensor,
-        ref_hidden: Tensor | None,
-        ref_indices: Tensor | None,
-        denominators: Tensor,
-    ) -> list[HiddenTerm]:
-        """The terms of ``from_hidden``, whose rows are picked here by their roles ``[B, T]``."""
-        is_forget, is_preserve = roles == FORGET, roles == PRESERVE
-        ref_forget, ref_preserve = None, ref_hidden
-        if ref_hidden is not None and ref_hidden.dim() == 3:
-            ref_forget, ref_preserve = ref_hidden[is_forget], ref_hidden[is_preserve]
-        return self.hidden_terms(
-            hidden[is_forget],
-            hidden[is_preserve],
-            head,
-            ref_forget,
-            ref_preserve,
-            ref_indices,
-            *denominators,
-        )
-
-    def hidden_terms(
-        self,
-        forget: Tensor,
-        preserve: Tensor,
-        head: LMHead,
-        ref_forget: Tensor | None,
-        ref_preserve: Tensor | None,
-        ref_indices: Tensor | None,
-        forget_denominator: float | Tensor,
-        preserve_denominator: float | Tensor,
-    ) -> list[HiddenTerm]:
-        """The terms of ``from_hidden``, of hidden rows ``[rows, D]`` picked beforehand."""
-        by_reference = self.select_from == "reference"
-        if ref_indices is not None:
-            if not by_reference:
-                raise ValueError(
-                    "ref_indices is given and select_from is 'current'; it must be None, or "
-                    "select_from 'reference'"
-                )
-            arguments.indices(
-                ref_indices, self.top_k, forget, head.vocab_size, "the forget rows", "ref_indices"
-            )
-        elif by_reference and ref_forget is None:
-            raise ValueError(
-                "neither ref_hidden [B, T, D] nor ref_indices is given; with "
-                "select_from='reference' one of them must say which entries are levelled"
-            )
-        chooser = "current" if not by_reference else "reference"
-        kind, number = self.center_parts()
-        loss = forget_loss(
-            forget,
-            head,
-            self.top_k,
-            self.objective,
-            kind,
-            number,
-            chooser if ref_indices is None else "indices",
-        )
-        ref_rows = ref_forget if loss.needs_reference else None
-        weights = self.forget_weight, forget_denominator
-        terms = [HiddenTerm(loss, forget, ref_rows, ref_indices, *weights)]
-        if self.preserve is not None:
-            if ref_preserve is None:
-                raise ValueError(
-                    f"ref_hidden is None; with preserve={self.preserve!r} it must be the frozen "
-                    "reference's hidden rows"
-                )
-            if ref_preserve.shape[0] != preserve.shape[0]:
-                raise ValueError(
-                    f"ref_hidden has {ref_preserve.shape[0]} rows; it must be [B, T, D], or have "
-                    f"the {preserve.shape[0]} preserve rows"
-                )
-            weights = self.preserve_weight, preserve_denominator
-            terms.append(HiddenTerm(self._preserve_loss(), preserve, ref_preserve, None, *weights))
-        return terms
-
     def _terms(
         self,
         logits: Tensor,
@@ -350,31 +273,62 @@ class PALULoss(nn.Module):
     ) -> PALUOutput:
         """Rows ``[..., V]`` and their roles ``[...]``."""
         counts, denominators = self._counts(roles, logits, num_forget, num_preserve)
-        losses = [self._forget_loss()]
-        if self.preserve is not None:
-            losses.append(self._preserve_loss())
-        weights = torch.tensor(
-            [self.forget_weight, self.preserve_weight],
-            dtype=denominators.dtype,
-            device=logits.device,
-        )
-        shares = (weights / denominators)[: len(losses)]
-        loss, sums = role_losses(logits, ref_logits, roles, losses, shares, backend=self.backend)
+        losses = self.losses(self.select_from)
+        options = {"backend": self.backend}
+        shares = self._shares(denominators)
+        loss, sums = role_losses(logits, ref_logits, roles, losses, shares, **options)
+        return self._output(loss, sums, denominators, counts)
+
+    def _output(
+        self, loss: Tensor, sums: Tensor, denominators: Tensor, counts: tuple[Tensor, Tensor]
+    ) -> PALUOutput:
         means = [total / n for total, n in zip(sums, denominators, strict=False)]
         means += [loss.new_zeros(())] * (2 - len(means))
         return PALUOutput(loss, *means, *counts)
+
+    def _shares(self, denominators: Tensor) -> Tensor:
+        """Weights of the losses' sums in the total."""
+        weights = [self.forget_weight, self.preserve_weight]
+        terms = 1 if self.preserve is None else 2
+        return (denominators.new_tensor(weights) / denominators)[:terms]
+
+    def _score_source(self, ref_hidden: Tensor | None, ref_indices: Tensor | None) -> str:
+        """Whose scores choose S, of what `from_hidden` is given."""
+        if ref_indices is not None:
+            if self.select_from != "reference":
+                raise ValueError(
+                    "ref_indices is given and select_from is 'current'; it must be None, or "
+                    "select_from 'reference'"
+                )
+            source = "indices"
+        elif self.select_from == "reference" and (ref_hidden is None or ref_hidden.dim() != 3):
+            raise ValueError(
+                "neither ref_hidden [B, T, D] nor ref_indices is given; with "
+                "select_from='reference' one of them must say which entries are levelled"
+            )
+        else:
+            source = self.select_from
+        if self.preserve is not None and ref_hidden is None:
+            raise ValueError(
+                f"ref_hidden is None; with preserve={self.preserve!r} it must be the frozen "
+                "reference's hidden rows"
+            )
+        return source
 
     def center_parts(self) -> tuple[str, float]:
         """Kind (``number`` or the name of a mean) and number of the center."""
         return arguments.center(self.center)
 
-    def _forget_loss(self) -> LocalEntropy:
-        return LocalEntropy(self.top_k, self.objective, *self.center_parts(), self.select_from)
-
-    def _preserve_loss(self) -> RowLoss:
+    def losses(self, score_source: str) -> list[RowLoss]:
+        """Return the losses of the roles FORGET and, unless `preserve` is None, PRESERVE."""
+        losses: list[RowLoss] = [
+            LocalEntropy(self.top_k, self.objective, *self.center_parts(), score_source)
+        ]
         if self.preserve == "nll":
-            return LikeliestNLL()
-        return KL(self.preserve.removesuffix("_kl"))
+            losses.append(LikeliestNLL())
+        elif self.preserve is not None:
+            losses.append(KL(self.preserve.removesuffix("_kl")))
+        return losses
 
     def _check_reference(self, logits: Tensor, ref_logits: Tensor | None) -> None:
         if ref_logits is not None:

@@ -1,7 +1,6 @@
-"""The field's other unlearning methods, on the operators and in the trainer of PALU.
+"""Unlearning methods of the trainer: PALU and the field's others, on the same operators.
 
-`METHODS` maps the names that `PALUConfig.method` and `palu unlearn --method` take to classes;
-`palu`, the default there, is `palu.PALULoss`.
+`METHODS` maps the names that `PALUConfig.method` and `palu unlearn --method` take to classes.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ from typing import Any
 
 from palu.methods.answers import Answers
 from palu.methods.base import Method
+from palu.methods.distillation import CEU, UNDIAL
 from palu.methods.gradient import WGA, GradAscent, GradDiff, SatImp
+from palu.methods.palu import PALU
 from palu.methods.pdu import PDU
 from palu.methods.preference import DPO, NPO, IdkDPO, SimNPO
 from palu.methods.rmu import RMU
-from palu.methods.targets import CEU, UNDIAL
 
 __all__ = [
     "CEU",
     "DPO",
     "METHODS",
     "NPO",
+    "PALU",
     "PDU",
     "RMU",
     "UNDIAL",
@@ -40,7 +41,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(GradAscent, GradDiff, NPO, SimNPO, DPO, IdkDPO, WGA, SatImp, UNDIAL, CEU),
+        *(PALU, GradAscent, GradDiff, NPO, SimNPO, DPO, IdkDPO, WGA, SatImp, UNDIAL, CEU),
         *(PDU, RMU),
     )
 }
@@ -63,11 +64,11 @@ def make_method(name: str, options: Mapping[str, Any], **shared: Any) -> Method:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a name that is neither in `METHODS` nor `palu`, or an option that is
-    not None and not the method's."""
-    if name != "palu" and name not in METHODS:
-        raise ValueError(f"method must be one of palu, {', '.join(METHODS)}, not {name!r}")
-    known = [] if name == "palu" else METHODS[name].option_names()
+    """Raise ValueError for a name that is not in `METHODS`, or an option that is not None and not
+    the method's."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    known = METHODS[name].option_names()
     for option, value in options.items():
         if value is not None and option not in known:
             raise ValueError(

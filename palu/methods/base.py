@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from palu.data.roles import FORGET, IGNORE, NONE
+from palu.data.roles import FORGET, IGNORE, NONE, PRESERVE
 from palu.methods.answers import Answers
+from palu.methods.micro_batch import RETAINED, RowRoles
+from palu.methods.step_loss import AnswerStepLoss, StepLoss
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS
 
@@ -21,11 +23,11 @@ RETAIN_LOSSES = ("nll", "kl")
 class Method:
     """A forget term: the mean of `loss` over the answer tokens, or the answers, of a step.
 
-    Every token of a forget answer takes part, its end token too; spans are not looked at. The step
-    is `forget_weight * forget + retain_weight * retain`, as of PALU, without a preserve term.
+    Every token of a forget answer takes part, its end token too; spans are not looked at. (Method
+    `palu`, which looks at spans, has a `step_loss` of its own.) The step is `forget_weight * forget
+    + retain_weight * retain`.
 
-    A subclass has its options as fields and defines `loss`. It stands where `PALULoss` does in a
-    `PALUTrainer`.
+    A subclass has its options as fields and defines `loss`.
 
     Args:
         forget_weight: of the forget term, a finite number of at least 0.
@@ -46,9 +48,9 @@ class Method:
     needs_alternates: ClassVar[bool] = False  # whether every example has a second answer
     retain: ClassVar[str] = "optional"  # a retain set is `optional`, `needed` or `refused`
     retain_losses: ClassVar[tuple[str, ...]] = RETAIN_LOSSES  # the first is the default
-    # What a trainer asks of a `PALULoss`.
-    preserve: ClassVar[None] = None
-    eos_token_id: ClassVar[None] = None
+    by_span: ClassVar[bool] = False  # whether it acts on marked spans, and not on whole answers
+    step_loss: ClassVar[type[StepLoss]] = AnswerStepLoss  # computes the terms of a micro-batch
+    preserve: ClassVar[str | None] = None  # the loss that preserves tokens not marked, if any
 
     def __post_init__(self) -> None:
         arguments.choice("backend", self.backend, BACKENDS)
@@ -80,11 +82,18 @@ class Method:
             raise ValueError(
                 f"method {self.name!r} needs a retain set, and its retain_weight must be above 0"
             )
-        if reference_needed and reference == "cached":
+        if reference_needed and reference == "cached" and not self.by_span:
             raise ValueError(
                 "reference='cached' holds what method 'palu' needs; with method "
                 f"{self.name!r} it must be 'live', or 'adapter_off' for a model with adapters"
             )
+
+    def counts(self, roles: RowRoles) -> list[int]:
+        """Return what each term is a mean over, in a micro-batch: tokens to forget (answers where
+        `per_example`), tokens to preserve, tokens to retain."""
+        forget = roles.count(FORGET, answers=self.per_example)
+        forget //= 2 if self.needs_alternates else 1  # a pair of answers counts once
+        return [forget, roles.count(PRESERVE), roles.count(RETAINED)]
 
     def check_layers(self, count: int) -> None:
         """Raises ValueError where a model of so many decoder layers will not do."""

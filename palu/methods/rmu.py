@@ -1,19 +1,76 @@
-"""The method that works on activations instead of probabilities."""
+"""RMU: activations after one decoder layer, instead of probabilities."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from palu.data.roles import FORGET
 from palu.methods.base import Method, check_number
-from palu.models.layers import decoder_layers
+from palu.methods.micro_batch import RETAINED, ROLES, RowRoles, model_inputs
+from palu.methods.step_loss import StepLoss
+from palu.models.layers import decoder_layers, layer_output
 from palu.models.wrappers import unwrap
+from palu_kernels.reference import work_dtype
 
 USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
+
+
+class RMUStepLoss(StepLoss):
+    """The terms of `RMU` in a micro-batch."""
+
+    method: RMU
+
+    def _choose_path(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """There is one: no head is needed."""
+
+    def terms(
+        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StepLoss`."""
+        roles = batch[ROLES]
+        rows = self._activations(model, batch)
+        own = roles.count(FORGET)
+        forget = kept = rows.new_zeros((), dtype=denominators.dtype)
+        # Without any rows too: DDP waits for a gradient.
+        if roles.forget or not roles.retain:
+            target = self.method.target(rows.shape[1]).to(rows)
+            forget = _sum_of_means(rows[:own] - target, roles.lengths(FORGET))
+        if roles.retain:
+            with self.autocast():
+                original = self.reference.of(model, lambda m: self._activations(m, batch))
+            difference = rows[own:] - original[own:].to(rows)
+            kept = _sum_of_means(difference, roles.lengths(RETAINED))
+        means = forget / denominators[0], kept / denominators[2]
+        total = self.method.forget_weight * means[0] + self.retain_weight * means[1]
+        return total, torch.stack([means[0], means[0] * 0, means[1]]).detach().float()
+
+    def _activations(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Return `[answer tokens, D]`, at least float32: forget tokens, then retained ones."""
+        roles = batch[ROLES]
+        inputs = model_inputs(batch)
+        positional = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        output = layer_output(model, self.method.layer_id, *positional, **inputs)
+        # Roles are those of the rows before the tokens; here the tokens themselves count.
+        order = torch.cat([roles.order(FORGET), roles.order(RETAINED)]) + 1
+        rows = output.flatten(0, 1).index_select(0, order.to(output.device))
+        return rows.to(work_dtype(rows.dtype))
+
+
+def _sum_of_means(difference: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sum over answers of the mean square over the tokens of each.
+
+    Args:
+        difference: `[n, D]`, of the tokens one after the other.
+        lengths: int64 `[E]` on the host: tokens of each answer.
+    """
+    share = (1 / lengths.to(difference.dtype)).repeat_interleave(lengths).to(difference.device)
+    return (difference.square().mean(1) * share).sum()
 
 
 @dataclass(kw_only=True)
@@ -52,6 +109,7 @@ class RMU(Method):
 
     name = "rmu"
     per_example = True
+    step_loss: ClassVar[type[StepLoss]] = RMUStepLoss
     retain_losses: ClassVar[tuple[str, ...]] = ("embed_diff",)
     layer_id: int | None = None
     steering_coeff: float = 2.0
@@ -107,6 +165,10 @@ class RMU(Method):
             )
         for name, parameter in named:
             parameter.requires_grad_(name in train)
+
+    def counts(self, roles: RowRoles) -> list[int]:
+        """Answers to forget, 0, answers to retain."""
+        return [roles.count(FORGET, answers=True), 0, roles.count(RETAINED, answers=True)]
 
     def target(self, size: int) -> Tensor:
         """Float64 `[size]` on the CPU: what the activations of forget answers are pulled to."""

@@ -16,11 +16,8 @@ from palu.reference.cache import CacheError, ReferenceCache
 from palu.reference.model import (
     REFERENCES,
     AdapterOffReference,
-    Inputs,
     LiveReference,
-    ReferenceRows,
 )
-from palu.storage.fingerprint import example_ids
 
 STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its reference cache is of
 
@@ -28,9 +25,8 @@ STARTING_MODEL = "palu_reference.json"  # in a checkpoint: which model its refer
 class CachedReference:
     """Rows that were computed before training (`palu.reference.cache`): no second model or pass."""
 
-    def __init__(self, cache: ReferenceCache, *, retain: bool, indices: bool, hidden: bool) -> None:
+    def __init__(self, cache: ReferenceCache) -> None:
         self.cache = cache
-        self._retain, self._indices, self._hidden = retain, indices, hidden
 
     @property
     def head(self) -> palu_kernels.LMHead | None:
@@ -42,20 +38,9 @@ class CachedReference:
         self.cache.to(device)
         return self
 
-    def has_fusable_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
         """Return True: only such models can be cached."""
         return True
-
-    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """Look up the rows of the batch's examples by their ids."""
-        ids = example_ids(batch)
-        retain = batch.get("palu_retain") if self._retain else None
-        return ReferenceRows(
-            None,
-            self.cache.forget_indices(ids) if self._indices else None,
-            self.cache.preserve_hidden(ids) if self._hidden else None,
-            None if retain is None else self.cache.retain_hidden(example_ids(retain)),
-        )
 
 
 Reference = LiveReference | AdapterOffReference | CachedReference

@@ -1,71 +1,28 @@
 """The frozen original model that the losses compare with, beside the model or inside it.
 
-Each kind gives the reference's hidden states, its logits and its head for a batch (a cache, see
-`palu.reference.cached`, has no logits). The model that is trained comes with every call, wrapped as
-the trainer holds it. None of them is an `nn.Module`: nothing that walks modules may find them, save
-them, or put them into training mode.
+Each kind runs the original on a batch (`of`) and knows its head. (A cache, see
+`palu.reference.cached`, knows what it was built from.) The model that is trained comes with every
+call, wrapped as the trainer holds it. None of them is an `nn.Module`: nothing that walks modules
+may find them, save them, or put them into training mode.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.models.forward import logits_at, model_hidden_states
 from palu.models.lm_head import fusable_head
 from palu.models.wrappers import adapters_off
 
 REFERENCES = ("live", "adapter_off", "cached")
 
 
-class ReferenceRows(NamedTuple):
-    """The reference's outputs for the rows of a batch, in their order; None where not asked for."""
-
-    forget: Tensor | None  # hidden [forget rows, D]
-    indices: Tensor | None  # int32 [forget rows, k]
-    preserve: Tensor | None  # hidden [preserve rows, D]
-    retain: Tensor | None  # hidden [retain rows, D]
-
-
-class Inputs(NamedTuple):
-    """A batch as the model is called with it, and the rows of it that carry a loss."""
-
-    input_ids: Tensor  # int64 [B, T]
-    attention_mask: Tensor | None  # [B, T]
-    keep: Tensor  # bool [B, T]: rows of logits that are needed, forget batch first, then retain
-    is_forget: Tensor  # bool [forget and preserve rows], which of the kept rows are which
-    more: Mapping[str, Tensor] = {}  # what else the model is called with
-
-
-class _ModelReference:
-    """What `LiveReference` and `AdapterOffReference` share."""
-
-    head: palu_kernels.LMHead | None = None  # None: the trained model's own
-
-    def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Return what `take` gives of the original, without gradient."""
-        raise NotImplementedError
-
-    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Return `[keep.sum(), V]` without gradient; see `palu.models.forward.logits_at`."""
-        return self.of(model, lambda original: logits_at(original, *inputs[:3], **inputs.more))
-
-    def rows(self, model: nn.Module, inputs: Inputs, batch: Mapping[str, Any]) -> ReferenceRows:
-        """Return the original's hidden states, without gradient."""
-        hidden = self.of(
-            model,
-            lambda original: model_hidden_states(original, *inputs[:2], **inputs.more)[inputs.keep],
-        )
-        forget, retain = hidden.split([len(inputs.is_forget), len(hidden) - len(inputs.is_forget)])
-        return ReferenceRows(forget[inputs.is_forget], None, forget[~inputs.is_forget], retain)
-
-
-class LiveReference(_ModelReference):
+class LiveReference:
     """A frozen copy of the model in eval mode, called beside it at every step.
 
     Args:
@@ -93,23 +50,25 @@ class LiveReference(_ModelReference):
         self.model = copy.deepcopy(model) if ref_model is None else ref_model
         self.model.requires_grad_(False)
         self.model.eval()
+        self.head: palu_kernels.LMHead | None = None
 
     def to(self, device: torch.device | str) -> LiveReference:
         """Move the copy to a device, in place."""
         self.model.to(device)
         return self
 
-    def has_fusable_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether losses may be computed from the reference's hidden states."""
-        self.head = fusable_head(self.model, *inputs[:2], **inputs.more)
+        self.head = fusable_head(self.model, **inputs)
         return self.head is not None
 
     @torch.no_grad()
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return what `take` gives of the original, without gradient."""
         return take(self.model)
 
 
-class AdapterOffReference(_ModelReference):
+class AdapterOffReference:
     """The model itself with its PEFT adapters switched off: no second copy, one more forward pass.
 
     Args:
@@ -118,6 +77,8 @@ class AdapterOffReference(_ModelReference):
     Raises:
         ValueError: it is not, or something else in it trains as well.
     """
+
+    head = None  # the model's own, which no adapter touches
 
     def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "disable_adapter"):
@@ -144,7 +105,7 @@ class AdapterOffReference(_ModelReference):
         """Do nothing: the model is where it is."""
         return self
 
-    def has_fusable_head(self, inputs: Inputs) -> bool:
+    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
         """Return True: the head is the model's."""
         return True
 

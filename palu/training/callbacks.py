@@ -138,12 +138,12 @@ class StopAtForgetProb(TrainerCallback):
         options = {"reduction": "none", "backend": trainer.args.backend}
         # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
         with trainer.compute_loss_context_manager():
-            if trainer.objective.head is None:
+            if trainer.step_loss.head is None:
                 logits = logits_at(trainer.model, ids, mask, keep, **more)
                 nll = cross_entropy_loss(logits, targets, **options)
             else:
                 hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]
-                nll = linear_cross_entropy_loss(hidden, trainer.objective.head, targets, **options)
+                nll = linear_cross_entropy_loss(hidden, trainer.step_loss.head, targets, **options)
         parts = nll.double().cpu().split(forget.sum(1).tolist())
         return [math.exp(-part.mean().item()) for part in parts if len(part)]
 
@@ -151,4 +151,4 @@ class StopAtForgetProb(TrainerCallback):
         """Rows of the training data as a batch, and bool `[B, T]`: which of its labels are to be
         forgotten."""
         batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in rows])
-        return batch, self.trainer.loss_fn.roles(batch["labels"]) == FORGET
+        return batch, self.trainer.method.roles(batch["labels"]) == FORGET

@@ -37,6 +37,7 @@ class ExampleRows:
         collator: the user's.
         model: in wrappers or not.
         ordered: whether the examples have to come in the order they are given in.
+        more: gives what is added to a batch of examples in rows.
 
     Raises:
         ValueError, TypeError: when it is called: the collator changes labels, gives what the model
@@ -49,8 +50,9 @@ class ExampleRows:
         model: nn.Module,
         *,
         ordered: bool = False,
+        more: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: {},
     ) -> None:
-        self.collator, self.ordered = collator, ordered
+        self.collator, self.ordered, self.more = collator, ordered, more
         self.names = input_names(model)
         self._model_name = type(unwrap(model)).__name__
         while isinstance(collator, functools.partial):
@@ -86,7 +88,8 @@ class ExampleRows:
         if wanted is not None:
             self._compare(wanted, batch)
         whose = f"{self._name} gives what {self._model_name} does not take:"
-        return taken_inputs(batch, self.names, whose)
+        batch = taken_inputs(batch, self.names, whose)
+        return batch | self.more(batch)
 
     def _checked(self, batch: Any) -> dict[str, Any]:
         if not isinstance(batch, Mapping):

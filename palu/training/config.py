@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from palu.loss import PALULoss
-from palu.methods import METHODS, Method, check_options, make_method
-from palu.methods.base import RETAIN_LOSSES, check_number
+from palu.methods import METHODS, PALU, Method, check_options, make_method
+from palu.methods.base import check_number
 from palu.training.options import (
     LossOptions,
     MethodOptions,
@@ -76,7 +76,7 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
         parse_center(self.center)
         check_options(self.method, self.method_options())
         check_read(self)
-        losses = RETAIN_LOSSES if self.method == "palu" else METHODS[self.method].retain_losses
+        losses = METHODS[self.method].retain_losses
         if self.retain_loss is None:
             self.retain_loss = losses[0]
         if self.retain_loss not in losses:
@@ -119,14 +119,14 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
                 "must be left out, or a retain set be given"
             )
 
-    def make_loss(self, eos_token_id: int | list[int] | None = None) -> PALULoss | Method:
-        """The loss of `method` with its options.
+    def make_loss(self, eos_token_id: int | list[int] | None = None) -> Method:
+        """Return the method with its options.
 
         Args:
             eos_token_id: of `PALULoss`.
         """
         if self.method == "palu":
-            return PALULoss(**self.loss_options(), eos_token_id=eos_token_id)
+            return PALU(**self.loss_options(), eos_token_id=eos_token_id, seed=self.seed)
         shared = {"forget_weight": self.forget_weight, "backend": self.backend, "seed": self.seed}
         return make_method(self.method, self.method_options(), **shared)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from palu.methods.step_loss import RETAIN
-from palu.models.inputs import COLUMNS, more_inputs
+from palu.methods.micro_batch import ROLES
 from palu.storage.fingerprint import example_ids
 from palu.training.checkpoints import CheckpointError, read_record
 
@@ -24,26 +23,25 @@ SHOWN = 8  # examples that a message names
 
 
 def bad_examples(
-    batch: Mapping[str, Any],
+    examples: Sequence[dict[str, Any]],
     loss_of: Callable[[dict], Tensor] | None,
     datasets: Mapping[str, Any],
     collate: Callable[[list], Mapping[str, Any]],
 ) -> dict[str, list[str]]:
-    """Names of the examples of a batch whose loss is not finite by itself, by data set.
+    """Return names of the examples whose loss is not finite by itself, by data set.
 
     Args:
-        batch: with its retain batch.
-        loss_of: the loss of a batch of one example; None where it cannot be had, and all examples
-            of the batch are named.
+        examples: micro-batches of one example.
+        loss_of: the loss of such a one; None where it cannot be had, and all are named.
         datasets: `forget` and `retain`, where the examples come from.
         collate: makes a batch of a list of their rows.
     """
-    found: dict[str, list] = {"forget": [], "retain": []}
+    bad: dict[str, list] = {"forget": [], "retain": []}
     with torch.no_grad():
-        for kind, example, alone in _one_by_one(batch):
-            if loss_of is None or not loss_of(alone).isfinite():
-                found[kind].append(example)
-    return {kind: example_names(datasets[kind], collate, found[kind]) for kind in found}
+        for one in examples:
+            if loss_of is None or not loss_of(one).isfinite():
+                bad["retain" if one[ROLES].retain else "forget"].append(one)
+    return {kind: example_names(datasets[kind], collate, bad[kind]) for kind in bad}
 
 
 def example_names(
@@ -138,30 +136,6 @@ def last_checkpoint(output_dir: str, step: int, run: Mapping[str, Any] | None) -
                 if read_record(folder)["run"] == run:
                     return f" The last good checkpoint is {folder}."
     return ""
-
-
-def _one_by_one(batch: Mapping[str, Any]) -> Iterator[tuple[str, dict, dict]]:
-    """Of every example: its data set, a batch of one of it, and the batch that holds nothing but
-    it."""
-    for one in _rows(batch):
-        yield "forget", one, one
-    if batch.get(RETAIN) is not None:
-        nothing = {name: column[:0] for name, column in _columns(batch).items()}
-        for one in _rows(batch[RETAIN]):
-            yield "retain", one, {**nothing, RETAIN: one}
-
-
-def _columns(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: batch[n] for n in COLUMNS if n in batch} | more_inputs(batch)
-
-
-def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    columns = _columns(batch)
-    for row in range(len(columns["input_ids"])):
-        yield {
-            name: column[row : row + 1] if len(column) == len(columns["input_ids"]) else column
-            for name, column in columns.items()
-        }
 
 
 def _name(index: int, row: Any) -> str:

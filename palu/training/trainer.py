@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from torch.utils.data import Dataset
 from palu.data.collator import Collator
 from palu.data.overlap import warn_of_overlap
 from palu.data.pairs import PairCollator
-from palu.methods import Method
-from palu.methods.dual import DualAscent, DualObjective
-from palu.methods.objectives import objective_class
-from palu.methods.step_loss import RETAIN, in_turns
+from palu.data.roles import check_labels
+from palu.methods.micro_batch import DENOMINATORS, RETAIN, ROLES, RowRoles, one_by_one, together
+from palu.methods.pdu import DualAscent, PDUStepLoss
 from palu.models.checks import (
     check_adapter_off,
     check_causal,
@@ -43,12 +43,18 @@ from palu.reference.cached import (
 from palu.reference.model import AdapterOffReference, LiveReference, vocabulary_size
 from palu.storage.fingerprint import adapter_settings
 from palu.training import nonfinite as not_finite
-from palu.training.batching import DENOMINATORS
+from palu.training.batching import (
+    BatchBuilder,
+    EpochPosition,
+    LengthGroups,
+    RetainSampler,
+    Sharding,
+)
 from palu.training.callbacks import StopAtForgetProb
+from palu.training.checkpoint_trainer import CheckpointTrainer
 from palu.training.checkpoints import LogAtCheckpoints, read_state, run_identity, write_state
 from palu.training.collated import ExampleRows, try_out
 from palu.training.config import PALUConfig
-from palu.training.evaluation_trainer import EvaluationTrainer
 from palu.training.master_weights import (
     MasterWeights,
     StartingWeights,
@@ -56,14 +62,15 @@ from palu.training.master_weights import (
     trains_in_half,
     warn_rounded_back,
 )
-from palu.training.step_log import TERMS, StepLog
-from palu.training.step_trainer import groups_by_length
+from palu.training.step_log import TERMS, StepLog, row_means
 from palu.training.trainer_checks import check_arguments, marks_something
+from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
 
-# Where a backward is more than that: gradients are sharded, or the engine counts its calls.
+# Backends that allow one backward per micro-batch only: gradients are sharded, or backward calls
+# are counted.
 _ONE_BACKWARD = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
@@ -77,7 +84,7 @@ class _Terms:
     denominators: Tensor  # rows the means were divided by (the whole step's), at least 1
 
 
-class PALUTrainer(EvaluationTrainer):
+class PALUTrainer(CheckpointTrainer):
     """Makes a model forget the sensitive tokens of `train_dataset` and keep everything else.
 
     A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
@@ -149,7 +156,7 @@ class PALUTrainer(EvaluationTrainer):
         refuse_prompt_learning(model)
         refuse_encoder(model)
         eos = eos_token_ids(model, processing_class)
-        self.loss_fn = args.make_loss(eos)
+        self.method = args.make_loss(eos)
         if args.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which cannot split a list of kept
             # rows.
@@ -162,22 +169,20 @@ class PALUTrainer(EvaluationTrainer):
             data_collator = Collator(
                 processing_class if processing_class is not None else _padding_token(model, eos)
             )
-        self._by_method = isinstance(self.loss_fn, Method)
-        self._pairs = self._by_method and self.loss_fn.needs_alternates
+        self._pairs = self.method.needs_alternates
         # Second answers are collated apart; of several processes' rows the last may be repeats.
         ordered = self._pairs or args.world_size > 1
-        rows = ExampleRows(data_collator, model, ordered=ordered)
+        rows = ExampleRows(data_collator, model, ordered=ordered, more=self._roles)
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._reference_kind = args.reference if reference is None else reference
         kept = self.retain_dataset is not None and args.retain_loss != "nll"
-        self._needs_reference = self.loss_fn.needs_reference or kept
-        if self._by_method:
-            self.loss_fn.check_run(
-                retain=self.retain_dataset is not None,
-                reference=self._reference_kind,
-                reference_needed=self._needs_reference,
-            )
-            self.loss_fn.prepare(model)
+        self._needs_reference = self.method.needs_reference or kept
+        self.method.check_run(
+            retain=self.retain_dataset is not None,
+            reference=self._reference_kind,
+            reference_needed=self._needs_reference,
+        )
+        self.method.prepare(model)
         super().__init__(
             model=model,
             args=args,
@@ -192,8 +197,8 @@ class PALUTrainer(EvaluationTrainer):
         self.model_accepts_loss_kwargs = True
         self._retain_kl = self.retain_dataset is not None and args.retain_loss == "kl"
         self._has_ref_model = ref_model is not None
-        self.objective = objective_class(self.loss_fn)(
-            self.loss_fn,
+        self.step_loss = self.method.step_loss(
+            self.method,
             self._make_reference(ref_model),
             retain_loss=args.retain_loss,
             retain_weight=args.retain_weight,
@@ -209,19 +214,23 @@ class PALUTrainer(EvaluationTrainer):
         if self.retain_dataset is not None and groups_by_length(args):
             self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
         self._columns = vocabulary_size(unwrap(self.model))
-        self.step_log = StepLog(args.device, preserve=self.loss_fn.preserve is not None)
+        self.step_log = StepLog(args.device, preserve=self.method.preserve is not None)
         self.add_callback(LogAtCheckpoints())
-        if isinstance(self.objective, DualObjective):
+        if isinstance(self.step_loss, PDUStepLoss):
             self.add_callback(DualAscent(self))
         if args.stop_at_forget_prob is not None:
             self.add_callback(StopAtForgetProb(self))
+
+    def _roles(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The roles of collated examples, looked up where they are collated: on the host."""
+        return {ROLES: RowRoles.of_labels(self.method.roles(batch["labels"]))}
 
     # ---- reference -------------------------------------------------------------------------------
 
     @property
     def reference(self) -> Reference | None:
         """The frozen original as the losses see it; a cache is there once training has begun."""
-        return self.objective.reference
+        return self.step_loss.reference
 
     def check_model(self, *, resumed: bool = False) -> None:
         """Looks once, before training or evaluation, whether the model is causal and, with
@@ -277,7 +286,7 @@ class PALUTrainer(EvaluationTrainer):
             self.train_dataset,
             place,
             checkpoint,
-            loss=self.loss_fn,
+            loss=self.method.palu_loss,
             collator=self.data_collator,
             retain_dataset=self.retain_dataset if self._retain_kl else None,
             tokenizer=self.processing_class,
@@ -285,12 +294,7 @@ class PALUTrainer(EvaluationTrainer):
             autocast_dtype=autocast_dtype(self.accelerator),
             **options,
         )
-        self.objective.reference = CachedReference(
-            cache.to(self.args.device),
-            retain=self._retain_kl,
-            indices=self.loss_fn.select_from == "reference",
-            hidden=self.loss_fn.preserve is not None,
-        )
+        self.step_loss.reference = CachedReference(cache.to(self.args.device))
         return cache
 
     # ---- training and its checkpoints ------------------------------------------------------------
@@ -317,9 +321,9 @@ class PALUTrainer(EvaluationTrainer):
         A warning tells how many rows of `retain_dataset` have the `input_ids` of a row of
         `train_dataset`.
         """
-        if not self._by_method and _has_places(self.train_dataset):
+        if self.method.by_span and _has_places(self.train_dataset):
             rows = (self.train_dataset[i] for i in range(len(self.train_dataset)))
-            if not marks_something(rows, self.loss_fn.eos_token_id):
+            if not marks_something(rows, self.method.eos_token_id):
                 raise ValueError(
                     "train_dataset has no token to forget: no label is a token id other than EOS "
                     "after the first place of a row"
@@ -331,7 +335,7 @@ class PALUTrainer(EvaluationTrainer):
             sets = self.eval_dataset
             try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])
         checkpoint = self.begin_run(resume_from_checkpoint)
-        self.objective.restore(read_state(checkpoint))
+        self.step_loss.restore(read_state(checkpoint))
         self.check_model(resumed=checkpoint is not None)
         self.open_cache(checkpoint, **(cache_options or {}))
         if self._started is None:
@@ -399,7 +403,7 @@ class PALUTrainer(EvaluationTrainer):
             self.args,
             settings={
                 "reference": kind,
-                "eos_token_id": self.loss_fn.eos_token_id,
+                "eos_token_id": getattr(self.method, "eos_token_id", None),
                 **adapter_settings(self.model),
             },
             forget=self.train_dataset,
@@ -411,7 +415,7 @@ class PALUTrainer(EvaluationTrainer):
 
     def fill_checkpoint(self, folder: Path) -> None:
         """Notes the state of the objective, and the model that a reference cache is of."""
-        write_state(folder, self.objective.state())
+        write_state(folder, self.step_loss.state())
         if isinstance(self.reference, CachedReference):
             remember_starting_model(folder, self.reference.cache)
 
@@ -425,14 +429,21 @@ class PALUTrainer(EvaluationTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forget and retain rows in turns, each with its own backward: the activations of only one
-        of them are alive at a time, and neither is padded to the other's length. The gradient is
-        that of both together."""
-        if inputs.get(RETAIN) is None or self.accelerator.distributed_type in _ONE_BACKWARD:
+        """A forget and a retain micro-batch, each with its own forward and backward: the
+        activations of only one of them are alive at a time, and neither is padded to the other's
+        length. The gradient is that of both together."""
+        inputs = dict(inputs)
+        retain = inputs.pop(RETAIN, None)
+        if retain is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        forget, retain = in_turns(inputs)
+        if ROLES not in retain:  # not from `get_batch_samples`: the caller's own
+            builder = self.batches_of(None, 1)
+            inputs, retain = builder.forget(inputs), builder.retained(retain)
+        if self.accelerator.distributed_type in _ONE_BACKWARD:
+            both = together(self._prepare_inputs(inputs), self._prepare_inputs(retain))
+            return super().training_step(model, both, num_items_in_batch)
         with self.accelerator.no_sync(model):
-            loss = super().training_step(model, forget, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         return loss + super().training_step(model, retain, num_items_in_batch)
 
     def compute_loss(
@@ -456,18 +467,20 @@ class PALUTrainer(EvaluationTrainer):
         return loss, {"loss": loss, **dict(zip(TERMS, terms.means, strict=True))}
 
     def _terms(self, model: nn.Module, batch: dict[str, Any]) -> _Terms:
-        rows = self.objective.count(batch)
+        if ROLES not in batch:  # not from `get_batch_samples`: the caller's own
+            batch = self.batches_of(None, 1).together(batch)
+        rows = torch.tensor(self.method.counts(batch[ROLES]), dtype=torch.float32)
+        rows = rows.to(self.args.device)
         divisors = denominators = rows.clamp(min=1)
         if DENOMINATORS in batch:
             given = batch[DENOMINATORS].to(rows.device)
             rows, denominators = rows * (given > 0), given.clamp(min=1).float()
             divisors = torch.where(given > 0, denominators, math.inf)
-        loss, means = self.objective(model, batch, divisors)
+        loss, means = self.step_loss(model, batch, divisors)
         return _Terms(loss, means, rows, denominators)
 
     def _raise_if_not_finite(self, terms: _Terms, batch: dict[str, Any]) -> None:
-        # One small copy to the host per micro-batch; the boolean masks above have waited for the
-        # device already.
+        # The one copy to the host of a micro-batch.
         total, *means = torch.cat([terms.loss.detach().float()[None], terms.means]).tolist()
         if total - total == 0:  # false for inf and NaN
             return
@@ -481,7 +494,7 @@ class PALUTrainer(EvaluationTrainer):
             f"at step {step + 1}" if training else "in evaluation",
             bad or {"total": total},
             not_finite.bad_examples(
-                batch,
+                one_by_one(batch),
                 (lambda one: self._terms(self.model, one).loss) if alone else None,
                 {"forget": forget, "retain": self.retain_dataset},
                 self.data_collator,
@@ -493,6 +506,176 @@ class PALUTrainer(EvaluationTrainer):
         step = self.state.global_step
         return not_finite.last_checkpoint(self.args.output_dir, step, self._identity)
 
+    # ---- micro-batches ---------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one step, each with its retain batch and the step's row counts
+        beside it."""
+        if self.control.should_training_stop:
+            return [], None  # resumed where the run had reached its end
+        self.step_log.start_clock()
+        first = self._position.follow(epoch_iterator, self.state.global_step)
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        self._position.drawn += len(samples)
+        for sample in samples:
+            self.check_labels(sample)
+        completed = self._builder.step(samples, first, self.state.global_step, self._over_ranks)
+        retain = [batch[RETAIN] for batch in completed if batch[RETAIN] is not None]
+        self.step_log.add_step([*completed, *retain])
+        # Not None, so that older versions know the loss is scaled for the whole step already.
+        return completed, sum(batch[DENOMINATORS].sum() for batch in completed)
+
+    def get_train_dataloader(self) -> Any:
+        """Hugging Face's, and with it how its rows make up the steps."""
+        # An attempt at training begins: one that `auto_find_batch_size` gave up does not count.
+        self.step_log.reset()
+        loader = super().get_train_dataloader()
+        args = self.args
+        self._position = EpochPosition(
+            loader, args.gradient_accumulation_steps, not args.ignore_data_skip
+        )
+        # What balances batches itself deals out batches of any size.
+        balanced = getattr(args, "train_sampling_strategy", None) == "batch_rebalance"
+        rows = None if balanced else length_of(self.train_dataset)
+        self._builder = self.batches_of(rows, self._train_batch_size)
+        return loader
+
+    def batches_of(self, rows: int | None, batch_size: int) -> BatchBuilder:
+        """How steps are made up from a data set that is loaded in batches of `batch_size`.
+
+        Args:
+            rows: how many it has; None where that is not known, or accelerate does not deal them
+                out.
+            batch_size: as the Trainer's arguments have it.
+        """
+        args = self.args
+        shares = args.world_size if self.accelerator.split_batches else 1
+        sharding = Sharding(rows, batch_size // shares, args.process_index, args.world_size)
+        if self.retain_dataset is None:
+            return BatchBuilder(sharding, None, args.normalization, self.method)
+        forget_batch = self._train_batch_size // shares
+        retain_batch = args.retain_batch_size or forget_batch
+        retain = RetainSampler(
+            self.retain_dataset,
+            self.data_collator,
+            Fraction(retain_batch, forget_batch),
+            retain_batch * args.gradient_accumulation_steps * args.world_size,
+            args.data_seed if args.data_seed is not None else args.seed,
+            self._retain_lengths,
+        )
+        return BatchBuilder(sharding, retain, args.normalization, self.method)
+
+    def _over_ranks(self, counts: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return counts
+        return self.accelerator.reduce(counts.to(self.args.device), "sum")
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if not groups_by_length(self.args) or not hasattr(self.train_dataset, "__len__"):
+            return super()._get_train_sampler(*args, **kwargs)
+        step = self._train_batch_size * self.args.gradient_accumulation_steps
+        step *= 1 if self.accelerator.split_batches else self.args.world_size
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return LengthGroups(step, lengths, seed)
+
+    def check_labels(self, batch: dict) -> None:
+        """Raises ValueError for a label that is no token, where values are checked."""
+        if self._columns is not None and check_values(batch["labels"].device):
+            check_labels(batch["labels"], self._columns)
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The total and the three terms on forget rows, without training: `eval_loss`,
+        `eval_forget`, ...
+
+        Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
+        the training rows are taken. Retain rows come in the same order at every evaluation.
+        """
+        self.check_model()
+        self.open_cache()
+        if eval_dataset is None and self.eval_dataset is None:
+            eval_dataset = self.train_dataset
+        with self.step_log.paused():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Hugging Face's; `dataloader_drop_last` is for training alone."""
+        args = self.args
+        drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            args.dataloader_drop_last = drop_last
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Hugging Face's loop, with the metrics replaced by means over rows."""
+        self._eval_totals, self._eval_batches = self._zeros(), 0
+        self._evaluated = dataloader.dataset
+        self._eval_builder = self.batches_of(
+            length_of(dataloader.dataset), self.args.eval_batch_size
+        )
+        output = super().evaluation_loop(
+            dataloader, description, True, ignore_keys, metric_key_prefix
+        )
+        means, rows = self._means(self._eval_totals)
+        weights = (self.args.forget_weight, self.args.preserve_weight, self.step_loss.retain_weight)
+        metrics = {"loss": sum(w * m for w, m in zip(weights, means, strict=True))}
+        metrics |= dict(zip(TERMS, means, strict=True))
+        metrics |= {f"num_{name}": count for name, count in zip(TERMS, rows, strict=True)}
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of one evaluation batch; predictions are not kept."""
+        self.check_labels(inputs)
+        batch = self._eval_builder.evaluation(inputs, self._eval_batches)
+        loss = torch.zeros((), device=self.args.device)
+        # One after the other as in training, so that neither has to have the other's shapes.
+        for part in (batch, batch.pop(RETAIN)):
+            if part is None:
+                continue
+            part = self._prepare_inputs(part)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                terms = self._terms(model, part)
+            self._raise_if_not_finite(terms, part)
+            self._eval_totals += torch.stack([terms.means * terms.denominators, terms.rows])
+            loss = loss + terms.loss.detach()
+        self._eval_batches += 1
+        return loss, None, None
+
+    def _means(self, totals: Tensor) -> tuple[list[float], list[float]]:
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        sums, rows = totals.tolist()
+        return row_means(sums, rows), rows
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(2, 3, device=self.args.device)
+
     # ---- logs ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -500,12 +683,12 @@ class PALUTrainer(EvaluationTrainer):
         `StepLog.collect`."""
         if "loss" in logs and self.step_log.steps > 0:
             logs |= self.step_log.collect(self.accelerator.gather)
-            if self._by_method and self.loss_fn.per_example:
+            if self.method.per_example:
                 del logs["head_rows_share"]  # it takes num_forget, which counts answers, for rows
-            router_loss = self.objective.router.take_mean()
+            router_loss = self.step_loss.router.take_mean()
             if router_loss is not None:
                 logs["router_loss"] = self.accelerator.gather(router_loss).mean().item()
-            logs |= self.objective.state()
+            logs |= self.step_loss.state()
         super().log(logs, start_time)
 
 
@@ -516,3 +699,14 @@ def _has_places(dataset: Any) -> bool:
 def _padding_token(model: nn.Module, eos: list[int]) -> int:
     pad = getattr(getattr(unwrap(model), "config", None), "pad_token_id", None)
     return pad if pad is not None else (eos[0] if eos else 0)
+
+
+def groups_by_length(args: PALUConfig) -> bool:
+    """Whether the Trainer puts forget rows of like length together, so that retain rows should be
+    too (the option had another name in transformers 5.0)."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return strategy == "group_by_length" or bool(getattr(args, "group_by_length", False))
+
+
+def length_of(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -1,40 +1,18 @@
-"""The public operators on hidden rows and an output head: no tensor of all their logits exists
-(``linear.py``)."""
+"""Public losses on hidden rows and an output head: no tensor of all their logits exists."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from palu_kernels import reference
 from palu_kernels import validation as arguments
-from palu_kernels.backend import resolve
 from palu_kernels.linear import sparse
 from palu_kernels.linear.head import LMHead, check_hidden
-from palu_kernels.linear.op import linear
-from palu_kernels.row_loss import (
-    KL,
-    CrossEntropy,
-    LocalEntropy,
-    RowLoss,
-    SparseLocalEntropy,
-    encode,
-)
-
-CHUNK_BYTES = 256 * 2**20
-
-
-class Part(NamedTuple):
-    """Consecutive rows that share one loss: how many, and the integers the loss reads (labels
-    ``[rows]``, indices ``[rows, k]``)."""
-
-    loss: RowLoss
-    rows: int
-    data: Tensor | None = None
+from palu_kernels.linear.op import CHUNK_BYTES, call, settle
+from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss
 
 
 def linear_local_entropy_loss(
@@ -95,52 +73,18 @@ def linear_local_entropy_loss(
     chooser = "indices" if indices is not None else "reference"
     if ref_hidden is None and indices is None:
         chooser = "current"
-    loss = forget_loss(
-        hidden, head, top_k, objective, kind, number, chooser, implementation=implementation
+    losses = settle(
+        [LocalEntropy(top_k, objective, kind, number, chooser)],
+        [math.prod(hidden.shape[:-1])],
+        head.weight,
+        head.softcap,
+        train_head=head.requires_grad,
+        compute=_product_dtype(hidden),
+        implementation=implementation,
     )
     return _single(
-        loss, hidden, head, ref_hidden, ref_head, indices, reduction, chunk_bytes, backend
+        losses[0], hidden, head, ref_hidden, ref_head, indices, reduction, chunk_bytes, backend
     )
-
-
-def forget_loss(
-    hidden: Tensor,
-    head: LMHead,
-    top_k: int,
-    objective: str,
-    center_kind: str,
-    center_value: float,
-    chooser: str,
-    *,
-    implementation: str = "auto",
-) -> RowLoss:
-    """The forget loss of the rows ``hidden``, dense or sparse.
-
-    Raises:
-        ValueError: sparse is asked for where only dense is right.
-    """
-    if chooser == "current":
-        if implementation == "sparse":
-            raise ValueError(
-                "implementation is 'sparse' and neither ref_hidden nor indices is given; it must "
-                "be 'dense' (or 'auto') where the current logits choose S"
-            )
-        return LocalEntropy(top_k, objective, center_kind, center_value, chooser)
-    is_sparse = sparse.choose(
-        implementation,
-        objective,
-        center_kind,
-        head.softcap,
-        rows=math.prod(hidden.shape[:-1]),
-        k=min(top_k, head.vocab_size),
-        vocab_size=head.vocab_size,
-        hidden_size=head.hidden_size,
-        device_type=hidden.device.type,
-        dtype=_product_dtype(hidden),
-        train_head=head.requires_grad,
-    )
-    kind = SparseLocalEntropy if is_sparse else LocalEntropy
-    return kind(top_k, objective, center_kind, center_value, chooser)
 
 
 def linear_kl_loss(
@@ -231,117 +175,48 @@ def _single(
             f"ref_hidden has shape {list(ref_hidden.shape)}; it must have the rows of hidden, "
             f"{list(hidden.shape)}"
         )
-    shape = hidden.shape[:-1]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    rows = hidden.shape[0]
-    weights = None
+    compute = prepare("a linear loss", hidden, head, ref_hidden, ref_head, integers=data)
+    arguments.positive_int("chunk_bytes", chunk_bytes)
+    shape, rows = hidden.shape[:-1], math.prod(hidden.shape[:-1])
+    work, weights = reference.work_dtype(hidden.dtype), None
     if reduction != "none":
-        work = reference.work_dtype(hidden.dtype)
-        weights = hidden.new_ones(rows, dtype=work)
+        weights = hidden.new_ones(1, dtype=work)
         if reduction == "mean":
             count = rows if count is None else count
             weights /= count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-    total, losses = linear_losses(
-        hidden,
+    out, _ = call(
+        hidden.reshape(-1, hidden.shape[-1]),
         head,
-        [Part(loss, rows, data)],
-        ref_hidden=None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
-        ref_head=ref_head,
-        row_weights=weights,
+        None,
+        [rows],
+        [loss],
+        weights,
+        None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+        ref_head,
+        [data],
+        compute=compute,
         chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    return losses.reshape(shape) if reduction == "none" else total
+    return out.to(work).reshape(shape) if reduction == "none" else out.to(work)
 
 
-def linear_losses(
+def prepare(
+    name: str,
     hidden: Tensor,
     head: LMHead,
-    parts: Sequence[Part],
-    *,
-    ref_hidden: Tensor | None = None,
-    ref_head: LMHead | None = None,
-    row_weights: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Rows with different losses in one pass over the head, with one gradient of it.
-
-    Args:
-        hidden: ``[R, D]``, the rows of all parts one after the other.
-        head: as in ``linear_local_entropy_loss``.
-        parts: the loss of each stretch of rows (``row_losses.py``).
-        ref_hidden: the frozen reference's rows of the parts whose loss needs them, in their order.
-        ref_head: the reference's head; None takes ``head``.
-        row_weights: ``[R]``, what each row's loss is worth in the sum, no gradient; float32
-            (float64 for float64).
-
-    Returns:
-        (sum of ``row_weights`` times losses, losses ``[R]``), float32 (float64 for float64). With
-        row weights the sum alone is differentiable, without them the losses alone are.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    **integers: Tensor | None,
+) -> torch.dtype:
+    """Check what the operator `name` is given, and return the dtype of its products."""
     check_hidden("hidden", hidden, head)
-    no_transforms("a linear loss", hidden, head, ref_hidden, ref_head)
-    for part in parts:
-        arguments.no_transforms("a linear loss", integers=part.data)
-    arguments.positive_int("chunk_bytes", chunk_bytes)
+    no_transforms(name, hidden, head, ref_hidden, ref_head, **integers)
     if ref_hidden is not None:
         check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
         _frozen("ref_hidden", ref_hidden, hidden)
         frozen_head(head, ref_head)
-    elif any(part.loss.needs_reference for part in parts):
-        raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
-    grad = torch.is_grad_enabled()
-    want = [grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
-    total, losses, *_ = linear_outputs(
-        hidden, head, parts, ref_hidden, ref_head, row_weights, want, chunk_bytes, backend
-    )
-    work = reference.work_dtype(hidden.dtype)
-    return total.to(work), losses.to(work)
-
-
-def linear_outputs(
-    hidden: Tensor,
-    head: LMHead,
-    parts: Sequence[Part],
-    ref_hidden: Tensor | None,
-    ref_head: LMHead | None,
-    row_weights: Tensor | None,
-    want: list[bool],
-    chunk_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All that the custom op gives: the pair of ``linear_losses``, and the gradients that ``want``
-    asks for (hidden, weight, bias) as ``linear_op.linear_backward`` takes them."""
-    compute = compute_dtype(hidden, head, ref_hidden, ref_head)
-    served_by = resolve(backend, hidden.device, compute)
-    mean: tuple[Tensor | None, Tensor | None] = (None, None)
-    if any(part.loss.needs_mean for part in parts) and not torch.compiler.is_compiling():
-        mean = (None, None) if hidden.is_meta else head.mean_row()
-    frozen = [ref_hidden, None, None, *mean]
-    if ref_head is not None:
-        frozen[1:3] = ref_head.weight, ref_head.bias
-    frozen += [part.data for part in parts]
-    scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
-    if ref_head is not None:
-        scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
-    return linear(
-        hidden,
-        head.weight,
-        head.bias,
-        row_weights,
-        [hidden.new_empty(0) if t is None else t.detach() for t in frozen],
-        [part.rows for part in parts],
-        want,
-        "\n".join([encode(part.loss) for part in parts]),
-        scales,
-        compute,
-        chunk_bytes,
-        served_by,
-    )
+    return compute_dtype(hidden, head, ref_hidden, ref_head)
 
 
 def no_transforms(

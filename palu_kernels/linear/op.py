@@ -1,34 +1,193 @@
-"""The chunk loop as a ``torch.library`` custom op: one node under ``torch.compile``, its gradients
-made in forward and scaled out of place in backward.
+"""The one custom op for losses on hidden rows: one node under `torch.compile`.
 
-With ``row_weights`` the differentiable output is their weighted sum of the losses. Without, it is
-the losses themselves: what each row is worth is then known in backward only, where the hidden rows'
-saved gradients are scaled by row and the head's gradient takes the chunks again.
+Gradients are made in forward and scaled in backward. With `weights` the differentiable output is
+the weighted sum of the losses. Without, it is the losses by row: what each is worth is then known
+in backward only, where the saved gradients of the hidden rows are scaled by row and the head's
+gradient takes the chunks again.
+
+Which rows have which loss: all rows have the one loss (`rows` is None); or `counts` says how many
+rows each loss has, and `rows` `[sum(counts)]` which ones, loss by loss; or `counts` is empty and
+`rows` are the roles of all rows, which are looked up in here, so that shapes do not depend on them
+(`torch.compile`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
-from palu_kernels import row_loss as row_losses
-from palu_kernels import validation as arguments
-from palu_kernels.backend import check_values
+from palu_kernels import reference, row_loss, validation
+from palu_kernels.backend import check_values, resolve
 from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import Head, Rows, apart, blocks, parts_of, run
+from palu_kernels.linear.head import LMHead
 from palu_kernels.op_autograd import refuse_higher_order
-from palu_kernels.row_loss import CrossEntropy, SparseLocalEntropy
+from palu_kernels.row_loss import CrossEntropy, LocalEntropy, RowLoss, SparseLocalEntropy
+
+CHUNK_BYTES = 256 * 2**20
 
 
-@torch.library.custom_op("palu_kernels::linear", mutates_args=())
-def linear(
+class Picked(NamedTuple):
+    """Rows that have a loss, loss by loss, and what belongs to them."""
+
+    order: Tensor  # [R], of the flat rows
+    counts: list[int]
+    ref_hidden: Tensor | None  # [r, D], of the losses that need the reference
+    data: list[Tensor | None]
+
+
+def call(
+    hidden: Tensor,
+    head: LMHead,
+    rows: Tensor | None,
+    counts: list[int],
+    losses: Sequence[RowLoss],
+    weights: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    data: Sequence[Tensor | None],
+    *,
+    compute: torch.dtype,
+    chunk_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of the losses (or the losses by row), and the sum of each loss.
+
+    Args:
+        hidden: `[N, D]`.
+        rows, counts: see above.
+        losses: which of `LocalEntropy` are sparse is settled, unless `rows` are roles.
+        weights: `[n]`, of the losses in the sum; None for the losses by row.
+        ref_hidden: `[r, D]`; with roles also `[N, D]`.
+        data: the integers of each loss, by row of it; with roles also by row of `hidden`.
+        compute: dtype of the products.
+    """
+    grad = torch.is_grad_enabled()
+    want = [grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
+    mean: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not torch.compiler.is_compiling() and not hidden.is_meta and _need_mean(losses):
+        mean = head.mean_row()
+    scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
+    frozen = [ref_hidden, None, None, *mean, *data]
+    if ref_head is not None and ref_hidden is not None:
+        frozen[1:3] = ref_head.weight, ref_head.bias
+        scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
+    out, sums, *_ = linear_loss(
+        hidden,
+        head.weight,
+        head.bias,
+        rows,
+        weights,
+        [hidden.new_empty(0) if t is None else t.detach() for t in frozen],
+        counts,
+        want,
+        "\n".join([row_loss.encode(loss) for loss in losses]),
+        scales,
+        compute,
+        chunk_bytes,
+        resolve(backend, hidden.device, compute),
+    )
+    return out, sums
+
+
+def pick(
+    roles: Tensor,
+    losses: Sequence[RowLoss],
+    hidden: Tensor,
+    vocab_size: int,
+    ref_hidden: Tensor | None,
+    data: Sequence[Tensor | None],
+) -> Picked:
+    """Look up the rows whose role is i + 1 for loss i; roles may stay on the host.
+
+    Raises:
+        TypeError, ValueError: `ref_hidden` or `data` have other rows than the losses.
+    """
+    flat = roles.flatten()
+    places = [(flat == i + 1).nonzero()[:, 0].to(hidden.device) for i in range(len(losses))]
+    counts = [len(place) for place in places]
+    own_data, refs = [], []
+    for loss, place, values in zip(losses, places, data, strict=True):
+        if values is not None and values.shape[: roles.dim()] == roles.shape:
+            values = values.flatten(0, roles.dim() - 1)[place]
+        if values is not None and isinstance(loss, LocalEntropy):
+            names = "the forget rows", "ref_indices"
+            validation.indices(values, loss.top_k, hidden[: len(place)], vocab_size, *names)
+        own_data.append(values)
+        if loss.needs_reference:
+            refs.append(place)
+    if not refs:
+        ref_hidden = None
+    elif ref_hidden is not None:
+        needed = sum(map(len, refs))
+        if ref_hidden.dim() == 3:
+            ref_hidden = ref_hidden.flatten(0, 1).index_select(0, torch.cat(refs))
+        elif len(ref_hidden) != needed:
+            raise ValueError(
+                f"ref_hidden has {len(ref_hidden)} rows; it must be [B, T, D], or have the "
+                f"{needed} preserve rows"
+            )
+    return Picked(torch.cat(places), counts, ref_hidden, own_data)
+
+
+def settle(
+    losses: Sequence[RowLoss],
+    counts: Sequence[int],
+    weight: Tensor,
+    softcap: float | None,
+    *,
+    train_head: bool,
+    compute: torch.dtype,
+    implementation: str = "auto",
+) -> list[RowLoss]:
+    """Turn each `LocalEntropy` into `SparseLocalEntropy` where that is asked for or cheaper.
+
+    Raises:
+        ValueError: sparse is asked for where only dense is right.
+    """
+
+    def settled(loss: RowLoss, rows: int) -> RowLoss:
+        if not isinstance(loss, LocalEntropy):
+            return loss
+        if loss.chooser == "current":
+            if implementation == "sparse":
+                raise ValueError(
+                    "implementation is 'sparse' and neither ref_hidden nor indices is given; it "
+                    "must be 'dense' (or 'auto') where the current logits choose S"
+                )
+            return loss
+        is_sparse = sparse.choose(
+            implementation,
+            loss.objective,
+            loss.center_kind,
+            softcap,
+            rows=rows,
+            k=min(loss.top_k, weight.shape[0]),
+            vocab_size=weight.shape[0],
+            hidden_size=weight.shape[1],
+            device_type=weight.device.type,
+            dtype=compute,
+            train_head=train_head,
+        )
+        if not is_sparse:
+            return loss
+        fields = loss.top_k, loss.objective, loss.center_kind, loss.center_value, loss.chooser
+        return SparseLocalEntropy(*fields)
+
+    return [settled(loss, rows) for loss, rows in zip(losses, counts, strict=True)]
+
+
+@torch.library.custom_op("palu_kernels::linear_loss", mutates_args=())
+def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    row_weights: Tensor | None,
+    rows: Tensor | None,
+    weights: Tensor | None,
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
@@ -36,60 +195,94 @@ def linear(
     scales: list[float],
     compute: torch.dtype,
     chunk_bytes: int,
-    served_by: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``frozen``: the reference's hidden rows, weight and bias, the mean over the head's rows and
-    of its bias, and every part's integers; what is absent is empty. ``want``: the gradients of
-    hidden, weight and bias. ``losses``: the parts', encoded, a line each. ``scales``: logit scale
-    and softcap of the head and of the reference's, 0 for no softcap."""
-    options = losses, scales, compute, chunk_bytes, served_by
-    rows = _rows(hidden, weight, bias, frozen, counts, *options)
-    weighted = row_weights is not None
-    want_hidden, want_weight, want_bias = want
-    found, *grads = run(
-        rows, row_weights, want_hidden, want_weight and weighted, want_bias and weighted
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return `call`'s pair, then what backward needs: weights of the rows, and the gradients of
+    hidden rows, weight and bias.
+
+    `frozen`: the reference's hidden rows, weight and bias, the mean over the head's rows and of its
+    bias, and every loss's integers; what is absent is empty. `losses`: encoded, a line each.
+    `scales`: logit scale and softcap of the head and of the reference's, 0 for no softcap.
+    """
+    options = losses, scales, compute, chunk_bytes, backend, any(want[1:])
+    given, order = _rows(hidden, weight, bias, rows, frozen, counts, *options)
+    sizes = [part.stop - part.start for part in given.parts]
+    by_row = None
+    if weights is not None:
+        by_row = torch.cat([w.expand(n) for w, n in zip(weights, sizes, strict=True)])
+    weighted = by_row is not None
+    found, grad_hidden, *grads = run(
+        given, by_row, want[0], want[1] and weighted, want[2] and weighted
     )
-    total = (row_weights * found).sum() if weighted else found.new_zeros(())
-    return total, found, *grads
+    sums = torch.stack([part.sum() for part in found.split(sizes)])
+    if not weighted:
+        return found, sums, found.new_empty(0), grad_hidden, *grads
+    total = (by_row * found).sum()
+    if rows is not None and not counts:  # shapes may not depend on the roles
+        by_row = _spread(by_row, order, len(hidden))
+        grad_hidden = _spread(grad_hidden, order, len(hidden)) if want[0] else grad_hidden
+    return total, sums, by_row, grad_hidden, *grads
+
+
+def _spread(values: Tensor, order: Tensor, rows: int) -> Tensor:
+    """`[R, ...]` at the rows `order`, zeros elsewhere."""
+    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, order, values)
+
+
+def _need_mean(losses: Sequence[RowLoss]) -> bool:
+    return any(loss.needs_mean for loss in losses)
 
 
 def _rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     frozen: list[Tensor],
     counts: list[int],
     losses: str,
     scales: list[float],
     compute: torch.dtype,
     chunk_bytes: int,
-    served_by: str,
-) -> Rows:
+    backend: str,
+    train_head: bool,
+) -> tuple[Rows, Tensor | None]:
+    """Return what the chunk loop takes, in the dtype of the products, and the rows' order."""
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
+    present = [None if t.numel() == 0 else t for t in frozen]
+    ref_hidden, ref_weight, ref_bias, mean_weight, mean_bias, *data = present
+    scale, softcap, ref_scale, ref_softcap = scales
+    decoded = [row_loss.decode(line) for line in losses.split("\n")]
+    order = rows
+    if rows is None:
+        counts = [len(hidden)]
+    elif not counts:
+        order, counts, ref_hidden, data = pick(rows, decoded, hidden, len(weight), ref_hidden, data)
+        options = {"train_head": train_head, "compute": compute}
+        decoded = settle(decoded, counts, weight, softcap or None, **options)
+    for loss, values in zip(decoded, data, strict=True):
+        if values is not None and check_values(values.device):
+            if isinstance(loss, CrossEntropy):
+                validation.label_values(values, loss.ignore_index, len(weight))
+            else:
+                validation.index_values(values, len(weight))
+    mean = None if mean_weight is None else (mean_weight, mean_bias)
+    if mean is None and _need_mean(decoded):
+        mean = sparse.mean_row(weight, bias)
+
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(compute)
 
-    given = [None if t.numel() == 0 else t for t in frozen]
-    ref_hidden, ref_weight, ref_bias, mean_weight, mean_bias, *data = given
-    decoded = [row_losses.decode(line) for line in losses.split("\n")]
-    for loss, own in zip(decoded, data, strict=True):
-        if own is not None and check_values(own.device):
-            if isinstance(loss, CrossEntropy):
-                arguments.label_values(own, loss.ignore_index, weight.shape[0])
-            else:
-                arguments.index_values(own, weight.shape[0])
-    mean = None if mean_weight is None else (mean_weight, mean_bias)
-    if mean is None and any(loss.needs_mean for loss in decoded):
-        mean = sparse.mean_row(weight.detach(), bias)
-    scale, softcap, ref_scale, ref_softcap = scales
-    own = [None if t is None else t.detach() for t in (weight, bias)]
-    head = own_head = Head(*own, scale, softcap or None)
+    head = own_head = Head(weight, bias, scale, softcap or None)
     if any(not isinstance(loss, SparseLocalEntropy) or loss.needs_reference for loss in decoded):
-        head = Head(cast(weight), cast(bias), scale, softcap or None)
+        head = replace(head, weight=cast(weight), bias=cast(bias))
     ref_head = head
     if ref_weight is not None and ref_hidden is not None:
         ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
-    return Rows(
-        apart(cast(hidden)),
+    picked = hidden if order is None else hidden.index_select(0, order)
+    given = Rows(
+        apart(cast(picked)),
         head,
         own_head,
         None if ref_hidden is None else apart(cast(ref_hidden)),
@@ -97,44 +290,45 @@ def _rows(
         parts_of(decoded, counts, data),
         mean,
         chunk_bytes,
-        served_by,
+        backend,
     )
+    return given, order
 
 
-@linear.register_fake
+@linear_loss.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    row_weights: Tensor | None,
+    rows: Tensor | None,
+    weights: Tensor | None,
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
     losses: str,
     scales: list[float],
     compute: torch.dtype,
-    chunk_bytes: int,
-    served_by: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work = reference.work_dtype(compute)
-    weighted = row_weights is not None
-    want_hidden, want_weight, want_bias = want
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    work, weighted = reference.work_dtype(compute), weights is not None
+    picked = rows.shape[0] if rows is not None and counts else hidden.shape[0]
+    columns, width = weight.shape
     return (
-        hidden.new_empty((), dtype=work),
-        hidden.new_empty(hidden.shape[0], dtype=work),
-        hidden.new_empty(hidden.shape if want_hidden else 0, dtype=compute),
-        weight.new_empty(weight.shape if want_weight and weighted else 0, dtype=work),
-        weight.new_empty(weight.shape[0] if want_bias and weighted else 0, dtype=work),
+        hidden.new_empty(() if weighted else picked, dtype=work),
+        hidden.new_empty(losses.count("\n") + 1, dtype=work),
+        weights.new_empty(picked) if weighted else hidden.new_empty(0, dtype=work),
+        hidden.new_empty((picked, width) if want[0] else 0, dtype=compute),
+        weight.new_empty((columns, width) if want[1] and weighted else 0, dtype=work),
+        weight.new_empty(columns if want[2] and weighted else 0, dtype=work),
     )
 
 
-@torch.library.custom_op("palu_kernels::linear_backward", mutates_args=())
-def linear_backward(
+@torch.library.custom_op("palu_kernels::linear_loss_backward", mutates_args=())
+def linear_loss_backward(
     grad: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    row_weights: Tensor | None,
+    by_row: Tensor,
+    made: list[Tensor],
+    rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
     counts: list[int],
@@ -143,35 +337,41 @@ def linear_backward(
     scales: list[float],
     compute: torch.dtype,
     chunk_bytes: int,
-    served_by: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``grad``: of the weighted sum (0-dim), or of the losses ``[R]``. ``inputs``: hidden, weight
-    and bias (if there is one), so that a second derivative is refused, and not taken for 0."""
-    want_hidden, want_weight, want_bias = want
-    if row_weights is not None:
-        by_row = grad * row_weights
-        if want_weight:
-            grad_weight = _scaled(grad_weight, grad, inputs[1].dtype)
+    """Return the gradients of hidden, weight and bias, empty where not wanted.
+
+    `grad`: of the weighted sum (0-dim), or of the losses `[R]`. `made`: what forward made of them.
+    `inputs`: hidden, weight and bias (if there is one), so that a second derivative is refused, and
+    not taken for 0.
+    """
+    grad_hidden, grad_weight, grad_bias = made
+    hidden, weight, *bias = inputs
+    if grad.dim() == 0:
+        scale = grad * by_row
+        grad_weight = _scaled(grad_weight, grad, weight.dtype) if want[1] else grad_weight
         grad_bias = grad_bias * grad
     else:
-        by_row = grad
-        if want_weight or want_bias:
-            hidden, weight, *bias = inputs
-            options = losses, scales, compute, chunk_bytes, served_by
-            rows = _rows(hidden, weight, bias[0] if bias else None, frozen, counts, *options)
-            _, _, grad_weight, grad_bias = run(rows, by_row, False, want_weight, want_bias)
-    if want_hidden:
-        grad_hidden = grad_hidden * by_row[:, None]  # in float32: by_row is
-    made = (grad_hidden, grad_weight, grad_bias)
-    dtypes = (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
+        scale = grad
+        if want[1] or want[2]:
+            options = losses, scales, compute, chunk_bytes, backend, True
+            given, _ = _rows(hidden, weight, *(bias or [None]), rows, frozen, counts, *options)
+            _, _, grad_weight, grad_bias = run(given, grad, False, want[1], want[2])
+    if want[0]:
+        grad_hidden = (grad_hidden * scale[:, None]).to(hidden.dtype)  # in float32: scale is
+        if rows is not None and counts:
+            grad_hidden = _spread(grad_hidden, rows, len(hidden))
+    dtypes = hidden.dtype, weight.dtype, weight.dtype
     return tuple(
         t.to(dtype) if wanted else t.new_empty(0, dtype=dtype)
-        for t, dtype, wanted in zip(made, dtypes, want, strict=True)
+        for t, dtype, wanted in zip(
+            (grad_hidden, grad_weight, grad_bias), dtypes, want, strict=True
+        )
     )
 
 
 def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(sums * factor).to(dtype)``, a piece at a time: as a whole it would be there in float32
+    """`(sums * factor).to(dtype)`, a piece at a time: as a whole it would be there in float32
     once more, and it is the largest tensor of a step."""
     out = torch.empty_like(sums, dtype=dtype)
     for block in blocks(*sums.shape):
@@ -179,55 +379,50 @@ def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@linear_backward.register_fake
+@linear_loss_backward.register_fake
 def _(
     grad: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    row_weights: Tensor | None,
+    by_row: Tensor,
+    made: list[Tensor],
+    rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
-    losses: str,
-    scales: list[float],
-    compute: torch.dtype,
-    chunk_bytes: int,
-    served_by: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = inputs[0].shape, inputs[1].shape
-    shapes = (hidden, weight, weight[:1])
-    dtypes = (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
-    return tuple(
-        grad_hidden.new_empty(shape if wanted else 0, dtype=dtype)
-        for shape, dtype, wanted in zip(shapes, dtypes, want, strict=True)
+    hidden, weight = inputs[:2]
+    return (
+        hidden.new_empty(hidden.shape if want[0] else 0),
+        weight.new_empty(weight.shape if want[1] else 0),
+        weight.new_empty(weight.shape[0] if want[2] else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, row_weights, frozen, counts, want, *options = inputs
+    hidden, weight, bias, rows, weights, frozen, *plain = inputs
     ctx.set_materialize_grads(False)
-    ctx.weighted = row_weights is not None
-    ctx.mark_non_differentiable(*(output[1:] if ctx.weighted else (output[0], *output[2:])))
-    again = not ctx.weighted and (want[1] or want[2])
-    own = (hidden, weight) if bias is None else (hidden, weight, bias)
-    ctx.own, ctx.frozen = len(own), len(frozen)
-    ctx.save_for_backward(*output[2:], row_weights, *own, *(frozen if again else ()))
-    ctx.plain = (counts, want, *options)
+    ctx.mark_non_differentiable(*output[1:])
+    want = plain[1]
+    again = weights is None and (want[1] or want[2])
+    kept = (hidden, weight) if bias is None else (hidden, weight, bias)
+    # roles are looked up in forward only: its gradients are those of the batch
+    order = rows if rows is not None and plain[0] else None
+    ctx.kept, ctx.frozen, ctx.plain = len(kept), len(frozen), plain
+    ctx.save_for_backward(*output[2:], order, *kept, *(frozen if again else ()))
 
 
-def _backward(ctx: Any, grad_total: Tensor | None, grad_rows: Tensor | None, *_: Any) -> tuple:
-    grad = grad_total if ctx.weighted else grad_rows
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     grads: list[Tensor | None] = [None, None, None]
     if grad is not None:
-        saved = ctx.saved_tensors  # once: a look unpacks them all, and checkpoint allows one
-        made, row_weights, rest = saved[:3], saved[3], saved[4:]
-        own, frozen = list(rest[: ctx.own]), list(rest[ctx.own :])
-        found = linear_backward(grad, *made, row_weights, own, frozen, *ctx.plain)
-        grads = [g if want else None for g, want in zip(found, ctx.plain[1], strict=True)]
-    return (*grads, None, [None] * ctx.frozen, *(None,) * len(ctx.plain))
+        by_row, *saved = ctx.saved_tensors  # once: a look unpacks them all, checkpoint allows one
+        made, order, rest = saved[:3], saved[3], saved[4:]
+        kept, frozen = rest[: ctx.kept], rest[ctx.kept :]
+        result = linear_loss_backward(grad, by_row, made, order, kept, frozen, *ctx.plain)
+        grads = [g if wanted else None for g, wanted in zip(result, ctx.plain[1], strict=True)]
+    counts = None if ctx.plain[0] else []  # an empty list might hold tensors, for autograd
+    return (*grads, None, None, [None] * ctx.frozen, counts, *(None,) * (len(ctx.plain) - 1))
 
 
-linear.register_autograd(_backward, setup_context=_setup_context)
-refuse_higher_order("the linear losses", linear, linear_backward)
+linear_loss.register_autograd(_backward, setup_context=_setup_context)
+refuse_higher_order("a linear loss", linear_loss, linear_loss_backward)

@@ -93,7 +93,7 @@ def other_k(model, settings, cache):
 
 def half_the_retain_loss(model, settings, cache):
     road = train_roads.live(model, settings, cache)
-    road.objective.retain_weight = 0.5
+    road.step_loss.retain_weight = 0.5
     return road
 
 

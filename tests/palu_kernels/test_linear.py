@@ -17,7 +17,8 @@ from palu_kernels import (
 from palu_kernels import torch_backend as eager
 from palu_kernels.check.__main__ import CAPS, EPS
 from palu_kernels.linear import chunked as loop
-from palu_kernels.linear.functional import Part, linear_losses
+from palu_kernels.linear.op import linear_loss
+from palu_kernels.roles import linear_role_losses
 from palu_kernels.row_loss import KL, CrossEntropy, LikeliestNLL, LocalEntropy
 
 ROWS, VOCAB, DIM, K = 70, 101, 24, 9
@@ -226,45 +227,48 @@ def test_more_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
-def test_parts_share_a_call():
+def test_losses_by_role_share_a_call():
     """Rows with four losses, weighted apart, across chunk borders: the sum of the four alone."""
     problem = Problem(torch.float64, "capped", rows=200)
-    labels = problem.labels[30:110].clamp(min=0)
-    parts = [
-        Part(LocalEntropy(K, "flatten", "local_mean", 0.0, "reference"), 30),
-        Part(CrossEntropy(), 80, labels),
-        Part(KL("reverse"), 60),
-        Part(LikeliestNLL(), 30),
+    generator = torch.Generator().manual_seed(3)
+    roles = torch.randint(0, 5, (4, 50), generator=generator)
+    labels = problem.labels.clamp(min=0)
+    losses = [
+        LocalEntropy(K, "flatten", "local_mean", 0.0, "reference"),
+        CrossEntropy(),
+        KL("reverse"),
+        LikeliestNLL(),
     ]
-    weights = torch.cat(
-        [torch.full((p.rows,), w) for p, w in zip(parts, (5, 1, 0.1, 0), strict=True)]
-    )
-    needed = torch.cat([problem.ref_hidden[:30], problem.ref_hidden[110:]])
-    total, rows = linear_losses(
-        problem.hidden,
+    weights = torch.tensor([5, 1, 0.1, 0], dtype=torch.float64)
+    hidden, ref_hidden = (x.view(4, 50, -1) for x in (problem.hidden, problem.ref_hidden))
+    total, sums = linear_role_losses(
+        hidden,
         problem.head,
-        parts,
-        ref_hidden=needed,
+        roles,
+        losses,
+        weights,
+        ref_hidden=ref_hidden,
         ref_head=problem.ref_head,
-        row_weights=weights.double(),
+        data=[None, labels.view(4, 50), None, None],
         chunk_bytes=1,
     )
     grads = torch.autograd.grad(total, problem.inputs)
     z = problem.head.logits(problem.hidden)
     r = problem.ref_head.logits(problem.ref_hidden)
     likeliest = reference.topk_indices(r, 1)[:, 0]
-    alone = torch.cat(
+    one, two, three, four = (roles.flatten() == i for i in (1, 2, 3, 4))
+    alone = torch.stack(
         [
-            reference.local_entropy_loss(z[:30], r[:30], top_k=K, center="local_mean"),
-            reference.cross_entropy_loss(z[30:110], labels),
-            reference.kl_loss(z[110:170], r[110:170]),
-            reference.cross_entropy_loss(z[170:], likeliest[170:]),
+            reference.local_entropy_loss(z[one], r[one], top_k=K, center="local_mean").sum(),
+            reference.cross_entropy_loss(z[two], labels[two]).sum(),
+            reference.kl_loss(z[three], r[three]).sum(),
+            reference.cross_entropy_loss(z[four], likeliest[four]).sum(),
         ]
     )
-    torch.testing.assert_close(rows, alone.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(sums, alone.detach(), rtol=1e-12, atol=1e-14)
     right = torch.autograd.grad((alone * weights).sum(), problem.inputs)
     torch.testing.assert_close(grads, right, rtol=1e-10, atol=1e-13)
-    assert not rows.requires_grad
+    assert not sums.requires_grad
 
 
 # --- what is computed, kept and left alone -----------------------------------------------------
@@ -479,20 +483,28 @@ def test_compiled_once_for_any_number_of_rows():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend, monkeypatch):
     """The calls that the operators make, replayed for torch's own checks of a custom op."""
-    from palu_kernels.linear import functional
-    from palu_kernels.linear import op as linear_op
+    from palu_kernels.linear import op
 
     calls = []
-    monkeypatch.setattr(functional, "linear", lambda *a: (calls.append(a), linear_op.linear(*a))[1])
+    monkeypatch.setattr(op, "linear_loss", lambda *a: (calls.append(a), linear_loss(*a))[1])
     kinds = [("reverse", "mean"), ("cross_entropy", "none"), ("local", "sum")]
     # what the fakes promise is the same for both: the interpreter has one of them
     for name, reduction in kinds if backend == "torch" else kinds[1:2]:
-        problem = Problem(torch.float32, "scaled", rows=5, columns=11, dim=3)
+        problem = Problem(torch.float32, "scaled", rows=6, columns=11, dim=3)
         problem.loss(name, reduction, backend=backend)
         problem.hidden.requires_grad_(False)
         problem.loss(name, reduction, backend=backend)
+    # rows picked before the op, as in eager code, and inside it, as in compiled code
+    problem = Problem(torch.float32, "scaled", rows=6, columns=11, dim=3)
+    roles = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    given = {"ref_hidden": problem.ref_hidden.view(2, 3, -1), "ref_head": problem.ref_head}
+    losses = [LocalEntropy(3, "entropy", "global_mean", 0.0, "reference"), KL("forward")]
+    args = problem.hidden.view(2, 3, -1), problem.head, roles, losses, torch.ones(2)
+    linear_role_losses(*args, **given, backend=backend)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    linear_role_losses(*args, **given, backend=backend)
     for call in calls:
-        torch.library.opcheck(linear_op.linear, call)
+        torch.library.opcheck(linear_loss, call)
 
 
 def test_what_is_not_defined_says_so():

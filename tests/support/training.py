@@ -6,6 +6,8 @@ import torch
 from transformers import PrinterCallback
 
 from palu.data.collator import Collator
+from palu.methods.micro_batch import RETAIN
+from palu.training.batching import BatchBuilder
 from palu.training.config import PALUConfig
 from palu.training.trainer import PALUTrainer
 from tests.support import small
@@ -41,6 +43,14 @@ def trainer(tok, args, *, forget=None, retain=True, model=None, **kwargs):
     made.remove_callback(PrinterCallback)
     made.texts_compared = True  # many tests keep what they forget
     return made
+
+
+def micro_batches(made, batch):
+    """A collated forget batch, and the retain batch in it if any, as a trainer has them."""
+    builder = BatchBuilder(None, None, "step", made.method)
+    forget = builder.forget({n: v for n, v in batch.items() if n != RETAIN})
+    retain = batch.get(RETAIN)
+    return [forget] if retain is None else [forget, builder.retained(retain)]
 
 
 def sure_model(tok, **config):

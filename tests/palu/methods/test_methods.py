@@ -180,7 +180,7 @@ def test_loss_and_gradients_are_the_formula(tok, tmp_path, name, retain_loss, pl
     weighted = {"forget_weight": 0.7, "retain_weight": 2.0, "retain_loss": retain_loss}
     made = made_by(tok, tmp_path, name, plain=plain, **weighted)
     terms = made._terms(made.model, batch_of(tok, name))
-    assert (made.objective.head is not None) == plain
+    assert (made.step_loss.head is not None) == plain
     terms.loss.backward()
     got = gradients(made.model)
 
@@ -399,7 +399,7 @@ def test_defaults_are_the_methods_own():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = {n: {o: getattr(make_method(n, {}), o) for o in OPTIONS[n]} for n in OPTIONS}
-    assert {*METHODS} == {*OPTIONS, "rmu"}
+    assert {*METHODS} == {*OPTIONS, "palu", "rmu"}
     assert found == {
         "grad_ascent": {},
         "grad_diff": {},

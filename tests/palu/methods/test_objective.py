@@ -10,12 +10,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from palu.data.collator import Collator
-from palu.methods.step_loss import in_turns
+from palu.methods.micro_batch import ROLES
+from palu.methods.micro_batch import together as joined
 from palu.models.forward import model_hidden_states
 from palu.reference.cached import CachedReference
 from palu.reference.model import AdapterOffReference, LiveReference
 from tests.support import small
-from tests.support.training import config, trainer, weights
+from tests.support.training import config, micro_batches, trainer, weights
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def both_roads(tok, tmp_path, model=None, **options):
         batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
         terms = made._terms(made.model, batch)
         terms.loss.backward()
-        assert (made.objective.head is None) == hook
+        assert (made.step_loss.head is None) == hook
         grads = [p.grad for p in made.model.parameters() if p.grad is not None]
         found.append((terms.loss.detach(), terms.means, torch.cat([g.flatten() for g in grads])))
     return found
@@ -204,7 +205,7 @@ def test_adapters_off_is_the_model_without_them(tok, tmp_path, hidden):
         batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
         terms = made._terms(made.model, batch)
         terms.loss.backward()
-        assert made.model.training and (made.objective.head is not None) == hidden
+        assert made.model.training and (made.step_loss.head is not None) == hidden
         grads = [p.grad.flatten() for p in made.model.parameters() if p.grad is not None]
         found.append((terms.means, torch.cat(grads)))
     assert isinstance(made.reference, AdapterOffReference)
@@ -245,10 +246,14 @@ def test_dropout_stays_on_in_the_model_and_off_in_the_reference(tok, tmp_path, r
     made = trainer(tok, config(tmp_path), model=model, reference=reference)
     batch = Collator(tok)(small.rows(tok)[:3])
     made._terms(made.model, batch)
-    inputs = made.objective._inputs(batch)
-    rows = [made.reference.rows(made.model, inputs, batch).preserve for _ in range(2)]
+    inputs = batch["input_ids"], batch["attention_mask"]
+
+    def of(model):
+        return model_hidden_states(model, *inputs)
+
+    rows = [made.reference.of(made.model, of) for _ in range(2)]
     assert torch.equal(*rows)
-    hidden = [model_hidden_states(made.model, *inputs[:2]) for _ in range(2)]
+    hidden = [of(made.model) for _ in range(2)]
     assert made.model.training and not torch.equal(*hidden)
 
 
@@ -259,12 +264,14 @@ def test_turns_leave_the_gradient_of_both_together(tok, tmp_path, options):
     moved(made.model)
     rows = small.rows(tok)
     batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
-    denominators = made.objective.count(batch)
-    loss, means = made.objective(made.model, batch, denominators)
+    parts = micro_batches(made, batch)
+    both = joined(*parts)
+    denominators = torch.tensor(made.method.counts(both[ROLES])).float()
+    loss, means = made.step_loss(made.model, both, denominators)
     loss.backward()
     together = [p.grad.clone() for p in made.model.parameters()]
     made.model.zero_grad()
-    parts = [made.objective(made.model, part, denominators) for part in in_turns(batch)]
+    parts = [made.step_loss(made.model, part, denominators) for part in parts]
     for part, _ in parts:
         part.backward()
     torch.testing.assert_close(sum(part for part, _ in parts), loss)

@@ -21,7 +21,7 @@ from tests.palu.methods.test_methods import (
     unmarked,  # noqa: F401
 )
 from tests.support import families, small
-from tests.support.training import config, trainer, weights
+from tests.support.training import config, micro_batches, trainer, weights
 
 OPTIONS = {"method": "rmu", "layer_id": 1, "steering_coeff": 6.5}
 
@@ -91,7 +91,8 @@ def test_loss_and_gradients_are_the_formula(tok, tmp_path, layer, turns):
     made = made_by(tok, tmp_path, **weighted)
     batch = batch_of(tok)
     if turns:
-        made.training_step(made.model, dict(batch))
+        own, retain = micro_batches(made, batch)
+        made.training_step(made.model, {**own, "palu_retain": retain})
         split = gradients(made.model)
     terms = made._terms(made.model, batch)
     terms.loss.backward()
@@ -162,7 +163,7 @@ def test_what_trains(tok, tmp_path, layer, regex, trained):
     assert {".".join(n.split(".")[:3]) for n in moved_now} == trained
     if regex is not None and "down_proj" in regex:
         assert all(n.endswith("mlp.down_proj.weight") for n in moved_now)
-    assert made.loss_fn.layer_id == (3 if layer is None else layer)
+    assert made.method.layer_id == (3 if layer is None else layer)
     assert made.args.layer_id == layer, "the caller's settings stay as they are"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from palu.data.collator import Collator
+from palu.models.forward import logits_at, model_hidden_states
 from palu.models.lora import LoRASettings, refuse_prompt_learning
 from tests.support import small, training
 from tests.support.adapters import PROMPTS, adapted, inputs
@@ -56,8 +56,8 @@ def test_with_the_adapter_off_it_is_the_base_model(tok, tmp_path):
     given = inputs(tok)
     keep = given["attention_mask"].bool()
     base = small.model(tok)(**given).logits[keep]
-    rows = made.objective._inputs(Collator(tok)(small.rows(tok)))._replace(keep=keep)
-    assert torch.equal(made.reference.logits(made.model, rows), base)
+    off = made.reference.of(made.model, lambda m: logits_at(m, positions=keep, **given))
+    assert torch.equal(off, base)
     assert (made.model(**given).logits[keep] - base).norm() > 0.1 * base.norm()
     # no copy of the model anywhere in the trainer
     assert not any(isinstance(x, torch.nn.Module) for x in vars(made.reference).values())
@@ -76,13 +76,15 @@ def test_dropout_is_the_adapters_and_not_the_references(tok, tmp_path):
     settings = LoRASettings(rank=4, alpha=8, dropout=0.5, target="all-linear")
     made = trainer(tok, tmp_path, adapted(tok, settings=settings, attention_dropout=0.5))
     made.model.train()
-    batch = Collator(tok)(small.rows(tok)[:3])
-    asked = made.objective._inputs(batch)
-    rows = [made.reference.rows(made.model, asked, batch).preserve for _ in range(2)]
+
+    def hidden(model):
+        return model_hidden_states(model, **inputs(tok))
+
+    rows = [made.reference.of(made.model, hidden) for _ in range(2)]
     assert torch.equal(*rows)
     assert not torch.equal(*(made.model(**inputs(tok)).logits for _ in range(2)))
     off = trainer(tok, tmp_path, small.model(tok), reference="live").reference
-    torch.testing.assert_close(rows[0], off.rows(made.model, asked, batch).preserve)
+    torch.testing.assert_close(rows[0], off.of(made.model, hidden))
 
 
 @pytest.mark.parametrize("reentrant", [False, True, None])
@@ -118,9 +120,9 @@ def test_all_linear_leaves_the_head_plain(tok, tmp_path, tied, caplog, monkeypat
     monkeypatch.delattr("palu.methods.step_loss.logits_at")  # nobody asks for logits
     with caplog.at_level(logging.WARNING, "palu.models.lm_head"):
         made.train()
-    assert made.objective.head is not None and "from logits" not in caplog.text
-    assert made.objective.head.weight is model.get_output_embeddings().weight
-    assert not made.objective.head.weight.requires_grad
+    assert made.step_loss.head is not None and "from logits" not in caplog.text
+    assert made.step_loss.head.weight is model.get_output_embeddings().weight
+    assert not made.step_loss.head.weight.requires_grad
 
 
 def test_hidden_rows_and_logits_are_one_objective(tok, tmp_path):
@@ -138,7 +140,7 @@ def test_an_adapter_on_the_head_takes_the_logits_and_says_so(tok, tmp_path, kind
     made = trainer(tok, tmp_path, adapted(tok, settings=settings, fresh=True), reference=kind)
     with caplog.at_level(logging.WARNING, "palu.models.lm_head"):
         made.train()
-    assert made.objective.head is None
+    assert made.step_loss.head is None
     assert "losses are computed from logits" in caplog.text and "lora" in caplog.text
 
 

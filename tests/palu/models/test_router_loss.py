@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from palu.data.collator import Collator
-from palu.methods.step_loss import RETAIN, in_turns
+from palu.methods.micro_batch import RETAIN
 from tests.support import small, training
 
 SMALL = {
@@ -48,7 +48,7 @@ def trainer(tok, tmp_path, model, *, hidden=True, **options):
     args = training.config(tmp_path, forget_weight=0.0, preserve_weight=0.0, **options)
     made = training.trainer(tok, args, model=model)
     if not hidden:
-        made.objective._asked = True  # as if the head were none of its own
+        made.step_loss._path_chosen = True  # as if the head were none of its own
     return made
 
 
@@ -78,7 +78,7 @@ def test_it_is_the_models_own(tok, tmp_path, name, hidden):
     own.backward()
     wanted = gradients(model)
     # rows of both kinds in one call, and the retain rows in a call of their own
-    for one in (batch, in_turns(batch)[1]):
+    for one in (batch, training.micro_batches(made, batch)[1]):
         terms = made._terms(model, one)
         terms.loss.backward()
         torch.testing.assert_close(terms.means[2], own.detach(), rtol=1e-5, atol=1e-6)
@@ -105,8 +105,8 @@ def test_micro_batches_count_by_their_rows_and_the_log_shows_it(tok, tmp_path):
     settings = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 1}
     made = trainer(tok, tmp_path, mixture(tok), gradient_accumulation_steps=2, **settings)
     seen = []
-    of = made.objective.router.of
-    made.objective.router.of = lambda *given: seen.append((of(*given), given[2])) or seen[-1][0]
+    of = made.step_loss.router.of
+    made.step_loss.router.of = lambda *given: seen.append((of(*given), given[2])) or seen[-1][0]
     made.train()
     (entry,) = training.logged(made)
     assert len(seen) == 2

@@ -17,11 +17,11 @@ from transformers import (
 
 from palu.data.collator import Collator
 from palu.loss import PALULoss
+from palu.methods import METHODS
 from palu.models.inputs import joined, more_inputs, stacked
 from palu.reference.cache import CacheError
-from palu.training.batching import StepBatches
+from palu.training.batching import BatchBuilder, Sharding
 from palu.training.collated import ExampleRows
-from palu.training.split import Split
 from tests.support import small
 from tests.support.training import config, logged, trainer, weights
 
@@ -193,13 +193,15 @@ def test_every_example_of_a_packed_data_set_counts(tok, tmp_path):
 
 
 def test_repeats_of_packed_rows_cannot_be_told(tok):
-    batches = StepBatches(Split(3, 2, 0, 2), None, "step")
-    batch = {"input_ids": torch.ones(5, 3), "labels": torch.ones(5, 3)}
-    assert len(batches.for_evaluation(batch, 0)["input_ids"]) == 5
-    batches = StepBatches(Split(3, 2, 1, 2), None, "step")
-    assert len(batches.for_evaluation({k: v[:2] for k, v in batch.items()}, 0)["labels"]) == 1
+    def builder(rank):
+        return BatchBuilder(Sharding(3, 2, rank, 2), None, "step", METHODS["palu"]())
+
+    batch = {"input_ids": torch.ones(5, 3), "labels": torch.ones(5, 3).long()}
+    assert len(builder(0).evaluation(batch, 0)["input_ids"]) == 5
+    few = {k: v[:2] for k, v in batch.items()}
+    assert len(builder(1).evaluation(few, 0)["labels"]) == 1
     with pytest.raises(ValueError, match="3 rows must divide evenly into batches of 2 processes"):
-        batches.for_evaluation(batch, 0)
+        builder(1).evaluation(batch, 0)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_more_inputs_reach_model_and_reference(tok, tmp_path, road, turns):
     else:
         loss = made.compute_loss(made.model, batch)
         loss.backward()
-    assert (made.objective.head is None) == (road == "logits")
+    assert (made.step_loss.head is None) == (road == "logits")
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     want = expected(model, ref, tok, rows[:3], rows[3:])
@@ -273,7 +275,7 @@ def test_evaluation_and_early_stop_see_them(tok, tmp_path):
     labels = batch.pop("labels")
     made.evaluate()
     log_p = gpt2(tok)(**batch).logits.log_softmax(-1)[:, :-1]
-    forget = made.loss_fn.roles(labels)[:, 1:] == 1
+    forget = made.method.roles(labels)[:, 1:] == 1
     of_token = log_p.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0].double()
     mean = torch.stack([p[f].mean().exp() for p, f in zip(of_token, forget, strict=True)]).mean()
     assert stop.forget_probability() == pytest.approx(mean.item(), rel=1e-4)

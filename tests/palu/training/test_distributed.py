@@ -14,8 +14,7 @@ import torch
 
 from palu import distributed as processes
 from palu.cli import app as cli
-from palu.training.batching import DENOMINATORS
-from palu.training.split import Split
+from palu.training.batching import DENOMINATORS, Sharding
 from tests.support import ROOT, WORKERS
 from tests.support.workers import distributed
 
@@ -205,7 +204,7 @@ def test_every_row_is_dealt_out_once(rows, count):
         sampler = BatchSampler(range(rows), 4, drop_last=False)
         if count > 1:
             sampler = BatchSamplerShard(sampler, count, rank)
-        split = Split(rows, 4, rank, count)
+        split = Sharding(rows, 4, rank, count)
         for number, batch in enumerate(sampler):
             places = split.own(number)
             assert list(places) == batch[: len(places)]

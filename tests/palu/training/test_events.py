@@ -66,7 +66,7 @@ def test_head_rows_share(tok, tmp_path, preserve):
     made.train()
     (entry,) = logged(made)
     forget, retain = Collator(tok)(rows[:3]), Collator(tok)([rows[3]] * 3)
-    roles = made.loss_fn.roles(forget["labels"])
+    roles = made.method.roles(forget["labels"])
     need = (roles == 1).sum() + (retain["labels"] != -100).sum()
     need += (roles == 2).sum() if preserve != "none" else 0
     positions = forget["labels"].numel() + retain["labels"].numel()
@@ -248,9 +248,9 @@ def test_the_forget_probability(tok, tmp_path, prefix, road):
         retain=rows[3:],
     )
     made.compute_loss(made.model, Collator(tok)(rows))
-    assert made.objective.head is not None
+    assert made.step_loss.head is not None
     if road == "logits":
-        made.objective.head = None
+        made.step_loss.head = None
     made.model.train()
     torch.manual_seed(5)
     state = torch.get_rng_state()

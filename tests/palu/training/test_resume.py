@@ -14,8 +14,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from palu.data.collator import Collator
+from palu.training.batching import LengthGroups
 from palu.training.checkpoints import ASIDE, RECORD, CheckpointError, last_checkpoint, read_record
-from palu.training.split import LengthGroups
 from tests.support import WORKERS, small
 from tests.support.training import config, trainer, weights
 

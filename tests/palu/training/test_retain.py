@@ -1,6 +1,6 @@
 """Which retain rows go beside which forget batch."""
 
-from palu.training.retain import retain_rows
+from palu.training.batching import retain_rows
 
 
 def test_retain_rows_of_like_length_go_together():

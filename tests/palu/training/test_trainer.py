@@ -11,7 +11,7 @@ from palu.data.collator import Collator
 from palu.data.roles import KEEP
 from palu.loss import PALULoss
 from palu.models import forward as modeling
-from palu.training.retain import retain_rows
+from palu.training.batching import retain_rows
 from tests.support import small
 from tests.support.training import config, trainer, weights
 
@@ -70,7 +70,7 @@ def test_only_rows_with_a_loss_go_through_the_head(tok, tmp_path):
     made.compute_loss(made.model, batch)
     if not modeling._TAKES_MASK[type(made.model)]:
         pytest.skip("this transformers takes no boolean mask as logits_to_keep")
-    roles = made.loss_fn.roles(batch["labels"])
+    roles = made.method.roles(batch["labels"])
     answers = (batch["palu_retain"]["labels"] != -100).sum()
     assert seen == [int((roles != 0).sum() + answers)]
     assert seen[0] < batch["labels"].numel()

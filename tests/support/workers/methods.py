@@ -57,7 +57,7 @@ def run(folder: Path, processes: int) -> dict:
         keys = ("forget", "retain", "num_forget", "num_retain")
         logs = [[e[k] for k in keys] for e in trainer.state.log_history if "forget" in e]
         weights = [p.detach().norm().item() for p in model.parameters()]
-        found[name] = {"logs": logs, "weights": [*weights, trainer.objective.retain_weight]}
+        found[name] = {"logs": logs, "weights": [*weights, trainer.step_loss.retain_weight]}
     return found
 
 

@@ -1,0 +1,111 @@
+"""A micro-batch: a batch, and which loss each of its rows of logits has.
+
+It is a dict, as the Trainer passes batches on: `input_ids`, `attention_mask`, what else the model
+is called with, and under keys of our own the roles of its rows and the step's denominators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from palu.data.roles import IGNORE
+from palu.models.inputs import COLUMNS, joined, more_inputs
+
+RETAIN = "palu_retain"  # the retain micro-batch beside a forget micro-batch, or None
+ROLES = "palu_roles"
+# int64 [3] beside a batch: what each of its terms is divided by; 0 where it does not count.
+# Integers, since DeepSpeed casts floating-point inputs to half precision.
+DENOMINATORS = "palu_denominators"
+RETAINED = 3  # the role of a row that predicts a retained token, beside FORGET and PRESERVE
+
+
+@dataclass(frozen=True)
+class RowRoles:
+    """The roles of a batch's rows of logits, on the host, where counting them and looking them up
+    waits for no device. (It is no tensor, so that nothing moves it.)
+
+    Attributes:
+        at: int8 `[B, T]` on the CPU: the role of the token after each row; 0 for none.
+        forget: how many examples, the first ones, are to be forgotten; the others are retained.
+    """
+
+    at: Tensor
+    forget: int
+
+    @classmethod
+    def of_labels(cls, roles: Tensor, *, retain: bool = False) -> RowRoles:
+        """Shift roles of labels `[B, T]` to the rows that predict them."""
+        at = functional.pad(roles.cpu()[:, 1:], (0, 1)).to(torch.int8)
+        return cls(at, 0 if retain else len(at))
+
+    @classmethod
+    def of_retain(cls, labels: Tensor) -> RowRoles:
+        """The roles of a retain batch, whose answer tokens all count."""
+        return cls.of_labels((labels.cpu() != IGNORE) * RETAINED, retain=True)
+
+    @property
+    def retain(self) -> int:
+        """How many examples are retained."""
+        return len(self.at) - self.forget
+
+    def count(self, role: int, *, answers: bool = False) -> int:
+        """Return how many rows have the role, or how many answers have such a row."""
+        chosen = self.at == role
+        return int((chosen.any(1) if answers else chosen).sum())
+
+    def lengths(self, role: int) -> Tensor:
+        """Return int64 `[E]`: the rows of each answer that has some."""
+        counts = (self.at == role).sum(1)
+        return counts[counts > 0]
+
+    def order(self, role: int) -> Tensor:
+        """Return int64 `[n]`: the flat places of the rows of a role."""
+        return (self.at == role).flatten().nonzero()[:, 0]
+
+    def first(self, count: int) -> RowRoles:
+        """Return the roles of the first examples."""
+        return RowRoles(self.at[:count], min(self.forget, count))
+
+    def one(self, example: int) -> RowRoles:
+        """Return the roles of one example."""
+        return RowRoles(self.at[example : example + 1], int(example < self.forget))
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the model is called with."""
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    return given | more_inputs(batch)
+
+
+def next_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Return int64 `[B, T]`: the token that each row of logits predicts (0 behind the last)."""
+    return functional.pad(batch["input_ids"][:, 1:], (0, 1))
+
+
+def together(forget: Mapping[str, Any], retain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a forget and a retain micro-batch as one, padded on the right alike, for backends that
+    allow one forward and backward a micro-batch."""
+    at = [batch[ROLES].at for batch in (forget, retain)]
+    length = max(roles.shape[1] for roles in at)
+    at = torch.cat([functional.pad(roles, (0, length - roles.shape[1])) for roles in at])
+    batch = joined(forget, retain) | {ROLES: RowRoles(at, forget[ROLES].forget)}
+    if DENOMINATORS in forget:
+        batch[DENOMINATORS] = forget[DENOMINATORS]
+    return batch
+
+
+def one_by_one(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each example of a micro-batch as one of its own, without the step's denominators."""
+    columns = {n: batch[n] for n in COLUMNS if n in batch} | more_inputs(batch)
+    rows = len(columns["input_ids"])
+    return [
+        {name: c[i : i + 1] if len(c) == rows else c for name, c in columns.items()}
+        | {ROLES: batch[ROLES].one(i)}
+        for i in range(rows)
+    ]

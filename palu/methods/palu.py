@@ -1,0 +1,183 @@
+"""PALU as a method of the trainer: the terms of `palu.PALULoss`, and a retain term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from palu.data.roles import FORGET, PRESERVE
+from palu.loss import PALULoss
+from palu.methods.base import Method
+from palu.methods.micro_batch import RETAINED, ROLES, model_inputs, next_tokens
+from palu.methods.step_loss import StepLoss
+from palu.models.forward import logits_at, model_hidden_states
+from palu.reference.cached import CachedReference
+from palu.storage.fingerprint import example_ids
+from palu_kernels.roles import linear_role_losses
+from palu_kernels.row_loss import KL, CrossEntropy, RowLoss
+
+
+class PALUStepLoss(StepLoss):
+    """The forget, preserve and retain term of a micro-batch, in one pass over the head."""
+
+    method: PALU
+
+    def terms(
+        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StepLoss`."""
+        if self.head is None:
+            return self._from_logits(model, batch, denominators)
+        return self._from_hidden(model, batch, denominators)
+
+    def _from_hidden(
+        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        roles, inputs = batch[ROLES], model_inputs(batch)
+        hidden = model_hidden_states(model, **inputs)
+        losses, weights, which = self._losses(batch)
+        data: list[Tensor | None] = [None] * len(losses)
+        if roles.retain and not self.retain_kl:
+            data[-1] = next_tokens(batch)
+        ref_hidden = None
+        if isinstance(self.reference, CachedReference):
+            indices, ref_hidden = self._cached(batch)
+            data[0] = data[0] if indices is None else indices
+        elif any(loss.needs_reference for loss in losses):
+            with self.autocast():
+                ref_hidden = self.reference.of(model, lambda m: model_hidden_states(m, **inputs))
+        shares = torch.stack([denominators[term] for term in which])
+        with self.autocast():
+            total, sums = linear_role_losses(
+                hidden,
+                self.head,
+                _numbered(roles.at, which),
+                losses,
+                denominators.new_tensor(weights) / shares,
+                ref_hidden=None if ref_hidden is None else ref_hidden.to(hidden.dtype),
+                ref_head=None if ref_hidden is None else self.reference.head,
+                data=data,
+                backend=self.method.backend,
+            )
+        means = [denominators.new_zeros(())] * 3
+        for term, mean in zip(which, sums / shares, strict=True):
+            means[term] = mean
+        return total, torch.stack(means).float()
+
+    def _losses(self, batch: Mapping[str, Any]) -> tuple[list[RowLoss], list[float], list[int]]:
+        """Return the losses of a micro-batch, their weights, and which term (0 to 2) each is."""
+        method, roles = self.method, batch[ROLES]
+        losses: list[RowLoss] = []
+        weights, which = [method.forget_weight, method.preserve_weight], [0, 1]
+        if roles.forget:
+            cached = isinstance(self.reference, CachedReference)
+            by_indices = cached and method.select_from == "reference"
+            losses = method.palu_loss.losses("indices" if by_indices else method.select_from)
+        weights, which = weights[: len(losses)], which[: len(losses)]
+        if roles.retain:
+            losses = [*losses, KL("forward") if self.retain_kl else CrossEntropy()]
+            weights, which = [*weights, self.retain_weight], [*which, 2]
+        return losses, weights, which
+
+    def _cached(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return S of the forget rows, and the hidden rows of the losses that need them."""
+        ids, roles = example_ids(batch), batch[ROLES]
+        forget, retain = ids[: roles.forget], ids[roles.forget :]
+        cache, method = self.reference.cache, self.method
+        indices, hidden = None, []
+        if roles.forget and method.select_from == "reference":
+            indices = cache.forget_indices(forget)
+        if roles.forget and method.preserve is not None:
+            hidden.append(cache.preserve_hidden(forget))
+        if roles.retain and self.retain_kl:
+            hidden.append(cache.retain_hidden(retain))
+        return indices, torch.cat(hidden) if hidden else None
+
+    def _from_logits(
+        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        roles, inputs = batch[ROLES], model_inputs(batch)
+        at = roles.at if self.method.preserve is not None else roles.at * (roles.at != PRESERVE)
+        keep = (at != 0).to(inputs["input_ids"].device)
+        own = int((at[: roles.forget] != 0).sum())
+        logits, ref = logits_at(model, positions=keep, **inputs), None
+        for_forget = self.method.needs_reference and roles.forget > 0
+        if for_forget or (self.retain_kl and roles.retain):
+            with self.autocast():
+                ref = self.reference.of(model, lambda m: logits_at(m, positions=keep, **inputs))
+            ref = ref.to(logits.dtype)
+        zero = logits.new_zeros((), dtype=denominators.dtype)
+        total, means = zero, [zero] * 3
+        if roles.forget:
+            output = self.method.palu_loss.from_rows(
+                logits[:own],
+                at[at != 0][:own].to(logits.device),
+                ref[:own] if for_forget else None,
+                num_forget=denominators[0],
+                num_preserve=denominators[1],
+            )
+            total, means = output.loss, [output.forget, output.preserve, zero]
+        if roles.retain:
+            ref_retain = ref[own:] if self.retain_kl else None
+            means[2] = self.retain_sum(batch, logits[own:], ref_retain) / denominators[2]
+            total = total + self.retain_weight * means[2]
+        return total, torch.stack(means).detach().float()
+
+
+def _numbered(roles: Tensor, which: list[int]) -> Tensor:
+    """Roles of the terms 0, 1, 2 -> 1, 2, ... in the order of the losses; 0 for other rows."""
+    numbers = torch.zeros(RETAINED + 1, dtype=torch.int8)
+    for number, term in enumerate(which, 1):
+        numbers[(FORGET, PRESERVE, RETAINED)[term]] = number
+    return numbers[roles.long()]
+
+
+@dataclass(kw_only=True)
+class PALU(Method):
+    """Prefix-aware localized unlearning (arXiv 2601.03190); see `palu.PALULoss`.
+
+    Args:
+        top_k, prefix_length, objective, center, preserve, preserve_weight, select_from,
+        eos_token_id: as of `palu.PALULoss`.
+    """
+
+    name = "palu"
+    step_loss: ClassVar[type[StepLoss]] = PALUStepLoss
+    by_span = True
+    top_k: int = 50
+    prefix_length: int = 3
+    objective: str = "flatten"
+    center: str | float = "global_mean"
+    preserve: str | None = "reverse_kl"
+    preserve_weight: float = 1.0
+    select_from: str = "reference"
+    eos_token_id: int | Sequence[int] | None = None
+    palu_loss: PALULoss = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.palu_loss = PALULoss(
+            top_k=self.top_k,
+            prefix_length=self.prefix_length,
+            objective=self.objective,
+            center=self.center,
+            preserve=self.preserve,
+            forget_weight=self.forget_weight,
+            preserve_weight=self.preserve_weight,
+            select_from=self.select_from,
+            eos_token_id=self.eos_token_id,
+            backend=self.backend,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the original chooses S, or is what is preserved."""
+        return self.palu_loss.needs_reference
+
+    def roles(self, labels: Tensor) -> Tensor:
+        """int8 `[B, T]`: FORGET for the first tokens of sensitive runs, PRESERVE for the others."""
+        return self.palu_loss.roles(labels)
