@@ -16,9 +16,8 @@ and some a preserve loss (reverse KL), meets a frozen head. The providers, by wh
   loss, which is that of ``compile`` without `torch.compile`. It needs a GPU. (cut-cross-entropy has
   neither loss, flash-linear-attention not this direction of the KL.)
 * ``rows``: both models' logits of those rows, then the operators on logits.
-* ``linear``: the same rows through one call of the linear operators, all logits of a row computed.
-  (``palu_kernels.linear.functional.linear_losses`` on row slices, which are cut inside the call:
-  ``PALULoss.from_hidden`` does just this, but would choose the sparse road by its cost model.)
+* ``linear``: ``PALULoss.from_hidden`` with the reference's hidden states; the rows are picked inside
+  the call.
 * ``sparse+cached``: ``PALULoss.from_hidden`` with the forget rows' top-k indices and the preserve
   rows' reference hidden states computed before, as from a `ReferenceCache`.
 * ``floor``: no loss. The matrix products that the selected rows cannot avoid, into memory that is
@@ -72,7 +71,8 @@ from benchmarks.loss_providers import (
 )
 from palu.data.roles import FORGET, NONE, PRESERVE, token_roles
 from palu.models.loading import resolve_device
-from palu_kernels.linear.functional import forget_loss
+from palu_kernels.linear.op import settle
+from palu_kernels.row_loss import LocalEntropy
 
 # Relative, of a loss and of the gradient in norm. In bfloat16 some providers round the logits of
 # forget rows and some do not.
@@ -126,9 +126,11 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 def forget_rows_by(provider: str, case: Case) -> str:
     """Whether the forget rows' loss came from all their logits or from those of S alone."""
     if provider == "sparse+cached":
-        options = (case.shape.top_k, *FLATTEN, "indices")
-        chosen = type(forget_loss(case.rows(case.hidden)[0], case.head, *options)).__name__
-        return "sparse" if chosen.startswith("Sparse") else "dense"
+        loss = LocalEntropy(case.shape.top_k, *FLATTEN, "indices")
+        rows, head = case.rows(case.hidden)[0], case.head
+        options = {"train_head": head.requires_grad, "compute": rows.dtype}
+        (chosen,) = settle([loss], [len(rows)], head.weight, head.softcap, **options)
+        return "dense" if chosen is loss else "sparse"
     return "sparse" if provider == "sparse" else "dense"
 
 

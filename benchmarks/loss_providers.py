@@ -18,8 +18,6 @@ from palu import PALULoss
 from palu.data.roles import FORGET, IGNORE, KEEP, PRESERVE, token_roles
 from palu_kernels import LMHead, kl_loss, linear_local_entropy_loss, local_entropy_loss
 from palu_kernels.functional import topk_indices
-from palu_kernels.linear.functional import Part, forget_loss, linear_losses
-from palu_kernels.row_loss import KL
 
 BATCH, PREFIX = 8, 3
 FLATTEN = ("flatten", "global_mean", 0.0)
@@ -116,19 +114,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def linear(case: Case) -> Losses:
-    own, ref = case.rows(case.hidden), case.rows(case.ref_hidden)
-    counts = [len(h) for h in own]
-    options = (case.shape.top_k, *FLATTEN, "reference")
-    loss = forget_loss(own[0], case.head, *options, implementation="dense")
-    weights = [own[0].new_full((n,), 1 / n, dtype=torch.float32) for n in counts]
-    total, losses = linear_losses(
-        torch.cat(own),
-        case.head,
-        [Part(loss, counts[0]), Part(KL("reverse"), counts[1])],
-        ref_hidden=torch.cat(ref),
-        row_weights=torch.cat(weights),
-    )
-    return Losses(total, *(part.mean() for part in losses.split(counts)))
+    loss = PALULoss(top_k=case.shape.top_k, prefix_length=PREFIX)
+    return Losses(*loss.from_hidden(case.hidden, case.head, case.labels, case.ref_hidden)[:3])
 
 
 def sparse_cached(case: Case) -> Losses:
