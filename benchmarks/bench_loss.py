@@ -16,7 +16,7 @@ and some a preserve loss (reverse KL), meets a frozen head. The providers, by wh
   loss, which is that of ``compile`` without `torch.compile`. It needs a GPU. (cut-cross-entropy has
   neither loss, flash-linear-attention not this direction of the KL.)
 * ``rows``: both models' logits of those rows, then the operators on logits.
-* ``linear``: ``PALULoss.from_hidden`` with the reference's hidden states; the rows are picked inside
+* ``linear``: ``PALULoss.from_hidden`` with the reference's hidden states; rows are picked inside
   the call.
 * ``sparse+cached``: ``PALULoss.from_hidden`` with the forget rows' top-k indices and the preserve
   rows' reference hidden states computed before, as from a `ReferenceCache`.
