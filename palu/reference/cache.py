@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
 from palu.models.wrappers import eval_mode
 from palu.reference.build import ReferencePass, Source, check_options
-from palu.reference.manifest import check_match, describe
+from palu.reference.manifest import (
+    data_differences,
+    describe,
+    label_differences,
+    model_differences,
+    unlike,
+)
 from palu.reference.rows import head_may_train
 from palu.reference.store import (
     MANIFEST,
@@ -34,7 +41,7 @@ from palu.reference.store import (
     partial_cache,
     read_sealed,
 )
-from palu.storage.fingerprint import model_fingerprint
+from palu.storage.fingerprint import model_fingerprint, tokenizer_fingerprint
 from palu.storage.output import check_output, versions
 
 __all__ = [
@@ -210,19 +217,32 @@ class ReferenceCache:
         """
         path = Path(path)
         manifest = _checked_manifest(path)
-        check_match(
-            manifest,
-            str(path),
-            model=model,
-            dataset=dataset,
-            retain_dataset=retain_dataset,
-            loss=loss,
-            tokenizer=tokenizer,
-            template=template,
-            autocast_dtype=autocast_dtype,
-            train_head=train_head,
-            starting_model=starting_model,
-        )
+        differences = [] if loss is None else label_differences(manifest, loss)
+        for name, rows in (("forget", dataset), ("retain", retain_dataset)):
+            if rows is not None:
+                differences += data_differences(manifest, name, rows)
+        if tokenizer is not None and manifest["tokenizer"] is not None:
+            present = tokenizer_fingerprint(tokenizer)
+            differences += unlike("tokenizer", manifest["tokenizer"][:12], present[:12])
+        if template is not None and manifest["template"] is not None:
+            differences += unlike("template", manifest["template"], repr(template))
+        if model is not None:
+            differences += model_differences(manifest, model, autocast_dtype, starting_model)
+            train_head = head_may_train(model) if train_head is None else train_head
+        elif starting_model is not None:
+            differences += unlike("model", manifest["model"][:12], starting_model[:12])
+        if train_head and not manifest["head"]["stored"]:
+            differences.append(
+                "head: training may change the output head (or the embedding tied to it), and the "
+                "cache was built without a frozen copy of it (--no-train-head, train_head=False)"
+            )
+        if differences:
+            raise CacheMismatch(
+                f"reference cache {str(path)!r} does not fit: {'; '.join(differences)}. Use the "
+                "model, data and settings it was built with, name another folder, or delete this "
+                "one and have it built anew (`palu cache build` and `palu unlearn --reference "
+                "cached` do so)"
+            )
         return cls(path, manifest)
 
     @classmethod
@@ -268,13 +288,9 @@ class ReferenceCache:
         """Return rows on `device` from now on and move the frozen head there; returns self."""
         self.device = torch.device(device)
         if self.head is not None:
-            head, bias = self.head, self.head.bias
-            self.head = palu_kernels.LMHead(
-                head.weight.to(self.device),
-                None if bias is None else bias.to(self.device),
-                head.logit_scale,
-                head.softcap,
-            )
+            tensors = {"weight": self.head.weight, "bias": self.head.bias}
+            moved = {name: x if x is None else x.to(self.device) for name, x in tensors.items()}
+            self.head = replace(self.head, **moved)
         return self
 
     def forget_indices(self, example_ids: Tensor | Iterable[int]) -> Tensor:

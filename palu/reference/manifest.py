@@ -12,8 +12,7 @@ from torch import nn
 from palu.loss import PALULoss
 from palu.models.wrappers import unwrap
 from palu.reference.build import ReferencePass, Source
-from palu.reference.rows import dtype_name, head_may_train, model_dtype
-from palu.reference.store import CacheMismatch
+from palu.reference.rows import dtype_name, model_dtype
 from palu.storage.fingerprint import (
     data_fingerprint,
     model_fingerprint,
@@ -60,75 +59,27 @@ def label_settings(loss: PALULoss, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def check_match(
-    manifest: Mapping[str, Any],
-    path: str,
-    *,
-    model: nn.Module | None,
-    dataset: Any,
-    retain_dataset: Any,
-    loss: PALULoss | None,
-    tokenizer: Any,
-    template: Any,
-    autocast_dtype: torch.dtype | None,
-    train_head: bool | None,
-    starting_model: str | None,
-) -> None:
-    """Compare a manifest with everything that is given; see `ReferenceCache.open`.
-
-    Raises:
-        CacheMismatch: names all that differs.
-    """
-    differences = []
-    if loss is not None:
-        differences += _of_labels(manifest, loss)
-    for name, rows in (("forget", dataset), ("retain", retain_dataset)):
-        if rows is not None:
-            differences += _of_data(manifest, name, rows)
-    if tokenizer is not None and manifest["tokenizer"] is not None:
-        present = tokenizer_fingerprint(tokenizer)
-        differences += _unlike("tokenizer", manifest["tokenizer"][:12], present[:12])
-    if template is not None and manifest["template"] is not None:
-        differences += _unlike("template", manifest["template"], repr(template))
-    if model is not None:
-        differences += _of_model(manifest, model, autocast_dtype, starting_model)
-        train_head = head_may_train(model) if train_head is None else train_head
-    elif starting_model is not None:
-        differences += _unlike("model", manifest["model"][:12], starting_model[:12])
-    if train_head and not manifest["head"]["stored"]:
-        differences.append(
-            "head: training may change the output head (or the embedding tied to it), and the "
-            "cache was built without a frozen copy of it (--no-train-head, train_head=False)"
-        )
-    if differences:
-        raise CacheMismatch(
-            f"reference cache {path!r} does not fit: {'; '.join(differences)}. Use the model, data "
-            "and settings it was built with, name another folder, or delete this one and have it "
-            "built anew (`palu cache build` and `palu unlearn --reference cached` do so)"
-        )
-
-
-def _unlike(name: str, cached: Any, present: Any) -> list[str]:
+def unlike(name: str, cached: Any, present: Any) -> list[str]:
     return [] if cached == present else [f"{name} is {cached} in the cache and {present} here"]
 
 
-def _of_labels(manifest: Mapping[str, Any], loss: PALULoss) -> list[str]:
+def label_differences(manifest: Mapping[str, Any], loss: PALULoss) -> list[str]:
     """Compare label settings: what the loss asks for must be there, more may be."""
     asked = label_settings(loss, manifest["head"]["vocab_size"])
     differences = []
     for name in ("prefix_length", "eos_token_id"):
-        differences += _unlike(name, manifest[name], asked[name])
+        differences += unlike(name, manifest[name], asked[name])
     if asked["select_from"] == "reference":
         if manifest["select_from"] == "reference":
-            differences += _unlike("top_k", manifest["top_k"], asked["top_k"])
+            differences += unlike("top_k", manifest["top_k"], asked["top_k"])
         else:
-            differences += _unlike("select_from", manifest["select_from"], asked["select_from"])
+            differences += unlike("select_from", manifest["select_from"], asked["select_from"])
     if asked["preserve"] is not None and manifest["preserve"] is None:
-        differences += _unlike("preserve", manifest["preserve"], asked["preserve"])
+        differences += unlike("preserve", manifest["preserve"], asked["preserve"])
     return differences
 
 
-def _of_data(manifest: Mapping[str, Any], name: str, rows: Any) -> list[str]:
+def data_differences(manifest: Mapping[str, Any], name: str, rows: Any) -> list[str]:
     cached = manifest["data"].get(name)
     if cached is None:
         return [f"{name} data: the cache was built without a {name} set"]
@@ -142,22 +93,22 @@ def _of_data(manifest: Mapping[str, Any], name: str, rows: Any) -> list[str]:
     ]
 
 
-def _of_model(
+def model_differences(
     manifest: Mapping[str, Any],
     model: nn.Module,
     autocast_dtype: torch.dtype | None,
     starting_model: str | None,
 ) -> list[str]:
-    differences = _unlike("autocast", manifest["autocast"], dtype_name(autocast_dtype))
-    other_dtype = _unlike("dtype", manifest["dtype"], dtype_name(model_dtype(model)))
+    differences = unlike("autocast", manifest["autocast"], dtype_name(autocast_dtype))
+    other_dtype = unlike("dtype", manifest["dtype"], dtype_name(model_dtype(model)))
     if other_dtype:
         return differences + other_dtype  # then all weights differ as well
     if starting_model is None:
-        return differences + _unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
-    differences += _unlike("model", manifest["model"][:12], starting_model[:12])
+        return differences + unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
+    differences += unlike("model", manifest["model"][:12], starting_model[:12])
     if not manifest["head"]["stored"]:
         # The head of the trained model stands for the reference's: training must have left it.
         head = unwrap(model).get_output_embeddings()
         present = tensor_fingerprint(head.weight, getattr(head, "bias", None))
-        differences += _unlike("head", manifest["head"]["fingerprint"][:12], present[:12])
+        differences += unlike("head", manifest["head"]["fingerprint"][:12], present[:12])
     return differences

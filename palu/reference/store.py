@@ -19,13 +19,11 @@ from torch import Tensor
 import palu_kernels
 from palu.storage.files import (
     InUse,
+    aside_of,
     beside,
     locked,
-    new_aside,
     new_file,
     put,
-    remove_abandoned,
-    remove_aside,
     settle,
 )
 from palu.storage.fingerprint import file_digest
@@ -217,12 +215,8 @@ class PartialCache:
             self.claim.check()
             os.replace(self.folder / PROGRESS, self.folder / MANIFEST)
             settle(self.folder)
-            remove_abandoned(path)
-            aside = new_aside(path)
-            try:
+            with aside_of(path) as aside:
                 put(self.folder, path, aside)
-            finally:
-                remove_aside(aside)
         except OSError as error:
             raise write_error(error, path) from error
 

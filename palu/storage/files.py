@@ -212,6 +212,17 @@ def put(new: Path, path: Path, aside: Path) -> None:
 
 
 @contextmanager
+def aside_of(path: Path) -> Iterator[Path]:
+    """Make a `new_aside` for the block, after `remove_abandoned`."""
+    remove_abandoned(path)
+    aside = new_aside(path)
+    try:
+        yield aside
+    finally:
+        remove_aside(aside)
+
+
+@contextmanager
 def replace_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Make a folder to write into, renamed to `path` when the block ends without an error; what was
     there stays until then.
@@ -219,17 +230,13 @@ def replace_folder(path: Path, check: Callable[[], None] = lambda: None) -> Iter
     Args:
         check: called before the rename; an error of it leaves `path` as it is.
     """
-    remove_abandoned(path)
-    aside = new_aside(path)
-    try:
+    with aside_of(path) as aside:
         new = new_of(aside)
         new.mkdir()
         yield new
         settle(new)
         check()
         put(new, path, aside)
-    finally:
-        remove_aside(aside)
 
 
 @contextmanager
