@@ -1,4 +1,4 @@
-"""The demo's own tokenizer and language model, made from nothing in a minute on a CPU."""
+"""The demo's tokenizer and language model, trained from scratch in a minute on a CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ EOS, PAD = "<|end|>", "<|pad|>"
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with an end token and a padding token of its
-    own."""
+    """Train a byte-level BPE tokenizer on `texts`, with an end token and a padding token."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -31,7 +30,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A small Llama with fresh weights; the same ones for the same seed."""
+    """Return a small Llama with random weights; the same ones for the same seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -53,9 +52,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-def memorise(
+def finetune(
     model: LlamaForCausalLM,
-    batches_of: Callable[[list[int]], dict[str, torch.Tensor]],
+    batch_of: Callable[[list[int]], dict[str, torch.Tensor]],
     count: int,
     *,
     steps: int,
@@ -63,19 +62,15 @@ def memorise(
     learning_rate: float,
     seed: int,
     on_step: Callable[[int, int, float], None] | None = None,
-) -> list[float]:
-    """Trains on answers until they are known by heart, with a plain loop and the ordinary
-    next-token loss.
+) -> None:
+    """Train on answers with a plain loop and the ordinary next-token loss.
 
     Args:
-        batches_of: row numbers to a padded batch with `input_ids`, `attention_mask`, `labels` (a
-            label of -100 is no answer token, anything else is; the target is always the token
-            itself, as -200 is no token).
-        count: how many rows there are.
+        batch_of: example numbers to a padded batch with `input_ids`, `attention_mask`, `labels`
+            (-100 is no answer token, anything else is; the target is the token itself, as -200 is
+            no token).
+        count: how many examples there are.
         on_step: called with (step, steps, loss).
-
-    Returns:
-        the loss of every step.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
@@ -87,12 +82,12 @@ def memorise(
         lambda s: min(1.0, (s + 1) / warmup) * max(0.05, 1 - max(0, s - warmup) / (steps - warmup)),
     )
     model.train()
-    losses, order = [], []
+    order: list[int] = []
     for step in range(steps):
         if len(order) < batch_size:
             order += torch.randperm(count, generator=generator).tolist()
-        rows, order = order[:batch_size], order[batch_size:]
-        batch = batches_of(rows)
+        chosen, order = order[:batch_size], order[batch_size:]
+        batch = batch_of(chosen)
         labels = batch["input_ids"].masked_fill(batch["labels"] == -100, -100)
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -105,8 +100,6 @@ def memorise(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         if on_step is not None:
-            on_step(step + 1, steps, losses[-1])
+            on_step(step + 1, steps, loss.item())
     model.eval()
-    return losses

@@ -1,4 +1,4 @@
-"""The picture of a run: how its terms fell, and what became of the tokens of one answer."""
+"""Plot a run: its loss terms, and the probabilities of one answer's tokens before and after."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ def draw_forgetting(
     question: str,
     tokens: Sequence[TokenChange],
 ) -> None:
-    """Writes the figure as PNG.
+    """Write the figure as PNG.
 
     Args:
         curve: one dict a step with `step`, `forget`, `preserve`, `retain`.
         question: the question that `tokens` answer; the panel's title.
         tokens: the answer in order.
     """
-    # The figure is made without pyplot: no window system and no state shared with the caller's own
-    # plots.
+    # Without pyplot: no window system, and no state shared with the caller's own plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,8 +53,7 @@ def draw_forgetting(
 def _draw_curves(axes, curve: Sequence[dict[str, float]]) -> None:
     steps = [entry["step"] for entry in curve]
     for name, color in TERM_COLORS.items():
-        # Terms fall by orders of magnitude; 0 (the preserve term at the first step) has no place on
-        # a log axis.
+        # A log axis has no place for 0, the preserve term at the first step.
         values = [entry[name] if entry[name] > 0 else math.nan for entry in curve]
         axes.plot(steps, values, color=color, linewidth=1.6, label=name)
     axes.set_yscale("log")
