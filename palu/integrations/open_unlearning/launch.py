@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m palu.integrations.open_unlearning",
         description="Run train.py of an open-unlearning checkout with PALU added.",
-        epilog="Everything else goes to that project's Hydra: trainer=PALU, overrides, --cfg job.",
+        epilog="All else goes to that project's Hydra: trainer=PALU, overrides, --cfg job, -m.",
         allow_abbrev=False,
     )
     parser.add_argument("--checkout", required=True, metavar="DIR", help="root of the checkout")
@@ -105,7 +105,8 @@ def _import(name: str, source: Path) -> ModuleType:
 
 
 def _hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments with PALU's configs on the search path, and a config name if there is none."""
+    """Return the arguments with PALU's configs on the search path, and a config name if there is
+    none."""
     quoted = str(CONFIGS).replace("'", "\\'")
     search, rest = [f"'file://{quoted}'"], []
     for argument in arguments:
@@ -114,6 +115,9 @@ def _hydra_arguments(arguments: Sequence[str]) -> list[str]:
             search.append(argument.removeprefix("hydra.searchpath=[").removesuffix("]"))
         else:
             rest.append(argument)
+    # Hydra's parser takes overrides that follow one another, flags before or after them.
+    overrides = (i for i, a in enumerate(rest) if not a.startswith("-") and ("=" in a or "~" in a))
+    rest.insert(next(overrides, 0), f"hydra.searchpath=[{','.join(filter(None, search))}]")
     if not any(argument.startswith(("--config-name", "-cn")) for argument in rest):
         rest.insert(0, "--config-name=unlearn.yaml")
-    return [*rest, f"hydra.searchpath=[{','.join(filter(None, search))}]"]
+    return rest
