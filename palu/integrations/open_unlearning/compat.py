@@ -1,4 +1,4 @@
-"""What the checkout, written for transformers 4, finds changed in transformers 5."""
+"""Restore what the checkout, written for transformers 4, expects of transformers 5."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 def restore_defaults(trainer: ModuleType) -> None:
-    """Give this process back what version 5 took away; with version 4 nothing happens.
+    """Restore in this process what version 5 removed; with version 4 nothing happens.
 
     Args:
         trainer: the checkout's package of that name.

@@ -1,4 +1,4 @@
-"""The annotated dataset: the checkout's own tokens of an example, with palu's labels."""
+"""Dataset of annotated answers: the checkout's own tokens, with palu's labels."""
 
 from __future__ import annotations
 
@@ -60,24 +60,23 @@ class AnnotatedQA(Dataset):
                 "spans takes the character offsets of tokens"
             )
         self.items: list[dict[str, Any]] = []
-        lost = cut = left_out = 0
+        lost, cut = [], []
         for row, example in enumerate(load_examples(path, require_spans=True, repair=repair)):
             try:
-                item, lost_here, cut_here = self._item(
+                item, lost_spans, cut_tokens = self._item(
                     example, template_args, tokenizer, max_length
                 )
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}, example {example.id!r}: {error}") from error
             self.items.append({**item, "index": row})
-            lost += lost_here
-            cut += cut_here > 0
-            left_out += cut_here
-        if cut:
-            said = f"{os.fspath(path)}: {cut} of {len(self.items)} examples are cut at max_length="
-            said += f"{max_length}: {left_out} tokens are left out"
-            if lost:
-                said += f"; {lost} spans lost tokens to max_length={max_length}"
-            warnings.warn(said, stacklevel=2)
+            lost.append(lost_spans)
+            cut.append(cut_tokens)
+        if any(cut):
+            message = f"{os.fspath(path)}: {sum(map(bool, cut))} of {len(cut)} examples are cut at "
+            message += f"max_length={max_length}: {sum(cut)} tokens are left out"
+            if any(lost):
+                message += f"; {sum(lost)} spans lost tokens to max_length={max_length}"
+            warnings.warn(message, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -92,7 +91,7 @@ class AnnotatedQA(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
     ) -> tuple[dict[str, torch.Tensor], int, int]:
-        """An item without its index, how many spans lost tokens, and how many tokens the answer."""
+        """Return an item without its index, and how many spans lost tokens and tokens were cut."""
         if example.question is None:
             raise ValueError("field 'question' is missing; an annotated example must have one")
         item = self.preprocess(
@@ -109,14 +108,13 @@ class AnnotatedQA(Dataset):
         labels[:kept][in_answer[:kept]] = KEEP
         placed = shift_spans(rendered, example.spans)
         sensitive, lost = place_spans(rendered.text, starts, ends, placed, kept)
-        sensitive &= in_answer
         labels[:kept][sensitive[:kept]] = ids[:kept][sensitive[:kept]]
         labels[(ids == tokenizer.eos_token_id) & (labels >= 0)] = KEEP
         return {**item, "labels": torch.from_numpy(labels)}, lost, int(in_answer[kept:].sum())
 
 
 class _OfToday(Template):
-    """The checkout lets templates write the day that it is; its tokens are those to be placed."""
+    """A template that writes today's date, as the checkout lets templates do."""
 
     def _day(self) -> datetime:
         return datetime.now()
@@ -128,7 +126,7 @@ def _render(
     question: str,
     answer: str,
 ) -> Rendered:
-    """The text that the checkout tokenises, and where the answer is in it."""
+    """Return the text that the checkout tokenizes, and where the answer is in it."""
     if template_args["apply_chat_template"]:
         template = _OfToday(
             system_prompt=template_args.get("system_prompt") or None,
@@ -149,8 +147,8 @@ def _render(
 def _place(
     tokenizer: PreTrainedTokenizerBase, rendered: Rendered, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """First and last-plus-one character of every token of the text, and how many of its tokens
-    `ids` begins with; an EOS may follow them.
+    """Return first and last-plus-one character of every token of the text, and how many of its
+    tokens `ids` begins with; an EOS may follow them.
 
     Raises:
         ValueError: anything else follows.
@@ -161,9 +159,9 @@ def _place(
         return_offsets_mapping=True,
         verbose=False,
     )
-    own = np.asarray(encoding["input_ids"])
-    length = min(len(own), len(ids))
-    different = np.flatnonzero(ids[:length] != own[:length])
+    tokens = np.asarray(encoding["input_ids"])
+    length = min(len(tokens), len(ids))
+    different = np.flatnonzero(ids[:length] != tokens[:length])
     kept = int(different[0]) if different.size else length
     if ids[kept:].tolist() not in ([], [tokenizer.eos_token_id]):
         raise ValueError(
@@ -171,6 +169,6 @@ def _place(
             "cannot be placed"
         )
     starts, ends = token_places(
-        tokenizer.added_tokens_decoder, rendered.text, own, encoding["offset_mapping"]
+        tokenizer.added_tokens_decoder, rendered.text, tokens, encoding["offset_mapping"]
     )
     return starts, ends, kept

@@ -1,4 +1,4 @@
-"""The launcher: registers PALU with a checkout and runs its `train.py`."""
+"""Launcher: register PALU with a checkout and run its `train.py`."""
 
 from __future__ import annotations
 

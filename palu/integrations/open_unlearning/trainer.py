@@ -1,4 +1,4 @@
-"""The trainer: PALU's terms on the forget batch, the checkout's own retain loss beside them."""
+"""Trainer: PALU's terms on the forget batch beside the checkout's own retain loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loss_of(
     alpha: float,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> PALULoss:
-    """`PALULoss` from the parameter names of the released code; see `PALUMixin`.
+    """Return the `PALULoss` of the released code's parameters; see `PALUMixin`.
 
     Raises:
         TypeError, ValueError: names the parameter, its value and what it must be.
@@ -75,12 +75,12 @@ def loss_of(
 
 
 class PALUMixin:
-    """PALU for the checkout's trainers; `register` puts it in front of its `GradDiff`.
+    """PALU for the checkout's trainers; `register` mixes it into its `GradDiff`.
 
     ``loss = gamma * forget + alpha * preserve + alpha * retain``, as in the released code; the
-    retain term is `GradDiff`'s. Each term is a mean over the rows of one micro-batch, as that
+    retain term is `GradDiff`'s. Each term is a mean over the tokens of one micro-batch, as that
     project's other losses are. The reference is a frozen copy of the model, made as that project
-    makes it. Logits of rows without a loss are neither kept nor, where the installed transformers
+    makes it. Logits of tokens without a loss are neither kept nor, where the installed transformers
     can leave them out, computed.
 
     Args:
@@ -148,10 +148,10 @@ class PALUMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum of a batch with a `forget` and a `retain` part.
+        """Return the weighted sum of a batch with a `forget` and a `retain` part.
 
         `num_items_in_batch` is what newer transformers pass; it is not used. With `return_outputs`
-        the second value is a dict with the `logits` of the forget rows that carry a loss.
+        the second value is a dict with the `logits` of the forget tokens that carry a loss.
         """
         for part in ("forget", "retain"):
             if part not in inputs:
@@ -173,7 +173,7 @@ class PALUMixin:
     def _forget_terms(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The weighted forget and preserve terms, the logits they are of, and the bare terms."""
+        """Return the weighted forget and preserve terms, their logits, and the bare terms."""
         roles = self.palu_loss.roles(labels)
         predicted = roles == FORGET if self.palu_loss.preserve is None else roles != NONE
         rows = input_ids, attention_mask, shift_to_logits(predicted)
@@ -184,7 +184,7 @@ class PALUMixin:
         return output.loss, logits, (output.forget, output.preserve)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the bare terms to training logs: this process's mean over the micro-batches since
+        """Add the bare terms to training logs: this process's mean over the micro-batches since
         the last log."""
         if "loss" in logs and self._batches:
             means = (self._terms / self._batches).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -443,8 +444,8 @@ def test_runs_the_checkouts_train(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     script, *arguments = report["arguments"]
     assert script == str(STANDIN / "src" / "train.py")
-    assert arguments[0] == "--config-name=unlearn.yaml" and arguments[2] == "trainer=PALU"
-    assert arguments[-1] == f"hydra.searchpath=['file://{launch.CONFIGS}']"
+    assert arguments[0] == "--config-name=unlearn.yaml" and arguments[-1] == "trainer=PALU"
+    assert arguments[1] == f"hydra.searchpath=['file://{launch.CONFIGS}']"
     # What needs a newer transformers than the checkout's stays out.
     assert not {"palu.training.trainer", "palu.training.config", "palu.models.lm_head"} & {
         *report["modules"]
@@ -499,15 +500,34 @@ def test_a_package_that_the_checkout_needs(monkeypatch, tmp_path):
         register(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--cfg job", "a=1 ~b --cfg job", "--cfg job a=1 b=2", "-m a=1,2", "a=1 -m", "-cn x a=1"],
+)
+def test_hydra_parses_the_arguments(words):
+    """argparse takes positional arguments in one row only."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-name", "-cn")
+    parsed = parser.parse_args(launch._hydra_arguments(words.split()))
+    given = [word for word in words.split() if "=" in word or "~" in word]
+    assert parsed.overrides == [f"hydra.searchpath=['file://{launch.CONFIGS}']", *given]
+    assert parsed.cfg == ("job" if "--cfg" in words else None)
+    assert parsed.multirun == ("-m" in words)
+    assert parsed.config_name == ("x" if "-cn" in words else "unlearn.yaml")
+
+
 def test_arguments_for_hydra():
     ours = f"'file://{launch.CONFIGS}'"
     arguments = launch._hydra_arguments
     path = f"hydra.searchpath=[{ours}]"
-    assert arguments(["a=1"]) == ["--config-name=unlearn.yaml", "a=1", path]
-    assert arguments(["--config-name", "train", "a=1"]) == ["--config-name", "train", "a=1", path]
+    assert arguments(["a=1"]) == ["--config-name=unlearn.yaml", path, "a=1"]
+    assert arguments(["--config-name", "train", "a=1"]) == ["--config-name", "train", path, "a=1"]
     given = arguments(["hydra.searchpath=[file:///x,pkg://y]", "-cn=z"])
-    assert given == ["-cn=z", f"hydra.searchpath=[{ours},file:///x,pkg://y]"]
-    assert arguments(["-cn=z", "hydra.searchpath=[]"]) == ["-cn=z", path]
+    assert given == [f"hydra.searchpath=[{ours},file:///x,pkg://y]", "-cn=z"]
+    assert arguments(["-cn=z", "hydra.searchpath=[]"]) == [path, "-cn=z"]
 
 
 # ---- the configs ---------------------------------------------------------------------------------
