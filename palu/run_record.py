@@ -53,7 +53,7 @@ def choose_template(
         try:
             asked["chat_template_kwargs"] = json.loads(chat_template_kwargs)
         except (ValueError, RecursionError):
-            asked["chat_template_kwargs"] = chat_template_kwargs  # the template says what is wrong
+            asked["chat_template_kwargs"] = chat_template_kwargs  # Template reports what is wrong
         if asked["chat_template_kwargs"] is None:
             asked["chat_template_kwargs"] = "null"
     asked = {name: value for name, value in asked.items() if value is not None}

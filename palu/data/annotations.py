@@ -79,8 +79,7 @@ def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
             end = words.around(end)[1]
         moved += (start, end) != span
         if snapped and start < snapped[-1][1]:
-            # Moving a start to the front of its word cannot pass an earlier start: words do not
-            # nest.
+            # Words do not nest, so a start that moves to its word's front passes no earlier start.
             snapped[-1] = (min(start, snapped[-1][0]), max(end, snapped[-1][1]))
             merged += 1
         else:
@@ -158,7 +157,7 @@ def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
         for start, end in gaps:
             at = text.find(words, start, end)
             while at >= 0:
-                if _inside_word(text, at):  # and so is every place before the word ends
+                if _inside_word(text, at):  # the next candidate is behind this word
                     following = stretches.around(at)[1]
                 elif _inside_word(text, at + len(words)):
                     following = at + 1

@@ -15,7 +15,7 @@ from typing import Any
 
 SECONDS = 5.0
 MEBIBYTES = 1024
-_EVERY = 0.1  # seconds between looks
+_EVERY = 0.1  # seconds between checks
 
 
 class OutOfBounds(BaseException):
@@ -64,7 +64,7 @@ def _timed(seconds: float, mebibytes: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, _EVERY, _EVERY)
         yield
     finally:
-        end = most = math.inf  # it has ended: nothing is raised while the rest is put back
+        end = most = math.inf  # do not raise while the handler is restored
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 

@@ -90,8 +90,7 @@ def load_examples(
     return examples
 
 
-# Reading: how many rows there are, and a function from a row's number to its record and its place,
-# for messages.
+# The number of rows, and a function from a row to its record and its location for messages.
 _Reader = tuple[int, Callable[[int], tuple[Any, str]]]
 
 
@@ -149,7 +148,7 @@ def _open_folder(folder: str) -> _Reader:
         ) from error
     try:
         table = datasets.load_from_disk(folder)
-    except Exception as error:  # what it raises for damaged files is of many kinds
+    except Exception as error:  # damaged files raise errors of many kinds
         raise ValueError(
             f"{folder}: not a folder that `datasets.load_from_disk` reads: {one_line(error)}"
         ) from error

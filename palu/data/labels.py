@@ -121,10 +121,12 @@ def label_without_warning(
     """`label_example` without its warning: who labels many examples warns once."""
     checked = _check_arguments(tokenizer, question, answer, spans, max_length, template)
     rendered = template.render(tokenizer, question, answer)
-    added = tokenizer.added_tokens_decoder  # made anew each time, of some tokenizers thousands
+    added = (
+        tokenizer.added_tokens_decoder
+    )  # a property that builds thousands of objects in some tokenizers
     tokens, too_long = _first_tokens(tokenizer, added, rendered, max_length)
     ids, starts, ends = tokens
-    # What is after this character lies in no token that is kept.
+    # No kept token reaches beyond this character.
     seen = int(ends[:max_length].max()) if too_long else None
     placed = shift_spans(rendered, checked)
     if ids.size and any(_overlap(starts[:1], ends[:1], *span)[0] for span in placed):
@@ -262,7 +264,7 @@ def _first_tokens(
     from the end of a text (of digits, say) differ there.
     """
     size = max(16 * max_length, 4096)
-    # The answer goes on behind the cut, or begins there: so all that ends it does too.
+    # Cut only before the end of the answer, so that what closes it is cut off too.
     while 4 * size < len(rendered.text) and 2 * size + 1 < rendered.end:
         cuts = [
             _encoded(tokenizer, added, rendered.text[:length], rendered.add_special_tokens)

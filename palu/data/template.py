@@ -19,7 +19,7 @@ _PLACE = "{question}"
 _DATE = "10 Apr 2025"
 _DATE_FORMS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%Y/%m/%d", "%d.%m.%Y")
 _DATE_FORMS += ("%A, %B %d, %Y", "%A, %d %B %Y", "%d-%b-%Y", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M")
-# What `apply_chat_template` or palu gives a template itself.
+# Variables that `apply_chat_template` or palu sets.
 _TAKEN = ("conversation", "conversations", "messages", "chat_template", "add_generation_prompt")
 _TAKEN += ("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation")
 _TAKEN += ("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
@@ -80,7 +80,7 @@ class Template:
         object.__setattr__(self, "chat_template_kwargs", _variables(self.chat_template_kwargs))
 
     def __repr__(self) -> str:
-        # A cache remembers it: one made before there were chat_template_kwargs still fits.
+        # Reference caches store this text: those made before chat_template_kwargs must still match.
         names = [field.name for field in dataclasses.fields(self)]
         shown = [n for n in names if n != "chat_template_kwargs" or self.chat_template_kwargs]
         return f"Template({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
@@ -264,7 +264,7 @@ def _rendered(
                 return tokenizer.apply_chat_template(
                     turns, chat_template=clock + source, tokenize=False, **variables
                 )
-    except (Exception, OutOfBounds) as error:  # of any kind: the template is a program
+    except (Exception, OutOfBounds) as error:  # a template is a program and may raise anything
         what = "with" if turns[0]["role"] == "system" else "without"
         raise ValueError(
             f"the chat template refuses a question and answer {what} a system prompt: "
@@ -310,7 +310,7 @@ def _clock(day: datetime) -> str:
     ]
     told = {"%" + code: day.strftime("%" + code) for code in codes}
     table = json.dumps({code: text for code, text in told.items() if text != code})
-    # The line feed is dropped (`trim_blocks`), and the template still begins a line.
+    # `trim_blocks` drops the final line feed: the template still starts at a line beginning.
     return (
         "{%- macro strftime_now(format) %}{%- for part in format.split('%%') %}"
         "{%- set told = namespace(text=part) %}"

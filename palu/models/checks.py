@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palu.models.wrappers import adapters_off, eval_mode, peft_model, unwrap
 
-_ROWS, _TOKENS = 2, 64  # how much of the data is looked at
+_ROWS, _TOKENS = 2, 64  # of the data, to check the model on
 
 
 def first_texts(
@@ -71,7 +71,7 @@ def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
                 leaks.append(after > max(noise, before / 4))
                 later.append(after)
                 earlier.append(before)
-    # Rounding may send a token of a mixture to another expert at one place.
+    # In a mixture of experts, rounding may route a token differently at one place.
     if 2 * sum(leaks) > len(leaks):
         raise ValueError(
             f"the model must be a causal language model; the logits of {name} change with later "

@@ -48,7 +48,7 @@ def reading(failed: str, *folders: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic of tokenizers or safetensors is no Exception.
+        # A Rust panic in tokenizers or safetensors is not an Exception.
         panic = type(error).__name__ == "PanicException"
         if out_of_memory(error) or not (panic or isinstance(error, Exception)):
             raise
@@ -106,7 +106,9 @@ def check_weights_files(folder: Path) -> None:
     text = config.get("text_config")
     for settings in (config, text if isinstance(text, dict) else {}):
         layers = settings.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > max(len(seen), 1000):  # made one by one
+        if isinstance(layers, int) and layers > max(
+            len(seen), 1000
+        ):  # transformers makes them one by one
             raise ValueError(
                 f"{folder / 'config.json'} has num_hidden_layers {layers}, and the weights are "
                 f"{len(seen)} tensors"
@@ -176,7 +178,9 @@ def check_loaded(
         ValueError: others are; names the first of them and the likely cause.
     """
     shapes = {key: f"{key} ({list(a)} instead of {list(b)})" for key, a, b in _triples(loaded)}
-    buffers = {name for name, _ in model.named_buffers()}  # made anew: older files may hold them
+    buffers = {
+        name for name, _ in model.named_buffers()
+    }  # older files may hold buffers that the model makes itself
     kinds = {
         "missing": {key: key for key in loaded["missing_keys"] if key not in shapes},
         "of another shape": shapes,

@@ -15,12 +15,12 @@ from palu.data.pairs import PREFIX
 from palu.data.roles import IGNORE
 from palu.models.wrappers import unwrap
 
-# Of a batch: what the losses have a place for, and what stands beside it for the trainer.
+# Columns that the losses use, and prefixes of those that the trainer adds.
 COLUMNS = ("input_ids", "labels", "attention_mask")
 _OURS = ("palu_", "alternate_")
-# Names that examples carry for their users.
+# Columns that are no input of any model.
 _FOR_USERS = {"example_id", "id", "ids", "idx", "index", "length", "special_tokens_mask"}
-# What the losses set themselves, or what a causal language model would compute something else by.
+# Inputs that the losses set themselves, or that change what a causal language model computes.
 _SET_HERE = {
     "inputs_embeds",
     "logits_to_keep",
@@ -43,7 +43,7 @@ def input_names(model: nn.Module) -> frozenset[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         if "input_ids" not in names:
             return None
-        # Where it hands them on to, if that names them.
+        # `**kwargs` go on to the base model, whose forward may name them.
         base = getattr(inner, "base_model", inner)
         names |= set(inspect.signature(base.forward).parameters)
     return frozenset(names)
@@ -104,7 +104,7 @@ def taken_inputs(batch: Mapping[str, Any], names: frozenset[str] | None, whose: 
         elif (names is None or name in names) and isinstance(value, Tensor):
             taken[name] = value
         elif name in _FOR_USERS or (name not in (names or ()) and not isinstance(value, Tensor)):
-            continue  # (a tensor could be of use, a list of texts could not)
+            continue  # a tensor could be an input, a list of texts could not
         elif not (isinstance(value, Tensor) and is_default(name, value, batch)):
             unknown.append(name)
     if unknown:
@@ -154,7 +154,7 @@ def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: the batch has rows, and no second answers.
     """
-    if len(batch["input_ids"]) == 0:  # a turn of retain rows
+    if len(batch["input_ids"]) == 0:  # a micro-batch of retain examples
         return dict(batch)
     if PREFIX + "input_ids" not in batch:
         raise ValueError(

@@ -133,7 +133,7 @@ def check_head(
         room = torch.finfo(hidden.dtype).max / 8 / hidden.abs().max().item()
         factor = min(max(_CHECK_PEAK / peak, 4.0), room)
         rows = torch.stack([hidden[0], hidden[1] * factor])
-        # Here, not outside: this is where the model's own autocast holds.
+        # Inside the hook, where the model's own autocast is in force.
         expected.append(head.logits(rows))
         return rows, *args[1:]
 

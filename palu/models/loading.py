@@ -149,7 +149,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named with the others
+            ignore_mismatched_sizes=True,  # `check_loaded` reports them
         )
     check_architecture(model)
     _check_special_ids(model, whole)

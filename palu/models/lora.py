@@ -249,17 +249,17 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"adapter folder {str(folder)!r} has no {ADAPTER_WEIGHTS}")
-    tensor_names(folder / ADAPTER_WEIGHTS)  # whole, and no pointer to it
+    tensor_names(folder / ADAPTER_WEIGHTS)  # raises for a truncated file or a Git LFS pointer
     with reading(f"{folder / ADAPTER_CONFIG} cannot be used"):
         config = PeftConfig.from_pretrained(str(folder))
     _check_kind(config)
     misfit = f"the adapter in {str(folder)!r} does not fit the model in {model.name_or_path!r}"
     with warnings.catch_warnings(), reading(misfit):
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
-        # Layers without weights in the file would stay as if nothing had been learned there.
+        # Layers that the file lacks would silently keep their fresh weights.
         warnings.filterwarnings("error", message=".*missing adapter keys")
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-        # Once more, since that alone says what it did not use.
+        # Load again: only `load_adapter` reports the tensors that it did not use.
         again = adapted.load_adapter(str(folder), adapted.active_adapter, torch_device="cpu")
         if extra := again.unexpected_keys:
             raise ValueError(
@@ -305,7 +305,7 @@ def fold_in(model: PeftModel) -> PreTrainedModel:
             raise NotImplementedError("it has no such method")
         with warnings.catch_warnings():
             for known in ("Model with `tie_word_embeddings=True`", "Input and output embeddings"):
-                warnings.filterwarnings("ignore", message=known)  # seen to above
+                warnings.filterwarnings("ignore", message=known)  # untied above
             return merge(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         kind = _kind(next(iter(model.peft_config.values())))

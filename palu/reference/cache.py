@@ -338,7 +338,7 @@ class ReferenceCache:
                     f"example {number} of the batch (id {name}) is not in the {source} set of "
                     f"reference cache {str(self.path)!r}: the data is not what it was built from"
                 )
-        # No example at all still has a width and a dtype.
+        # An empty batch still has a width and a dtype.
         nothing = next(iter(pieces.values()))[:0]
         return torch.cat([nothing, *(pieces[name] for name in names)]).to(self.device)
 

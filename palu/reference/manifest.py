@@ -107,7 +107,7 @@ def model_differences(
         return differences + unlike("model", manifest["model"][:12], model_fingerprint(model)[:12])
     differences += unlike("model", manifest["model"][:12], starting_model[:12])
     if not manifest["head"]["stored"]:
-        # The head of the trained model stands for the reference's: training must have left it.
+        # The trained model's head is used as the reference's: training must not have changed it.
         head = unwrap(model).get_output_embeddings()
         present = tensor_fingerprint(head.weight, getattr(head, "bias", None))
         differences += unlike("head", manifest["head"]["fingerprint"][:12], present[:12])

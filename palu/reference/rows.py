@@ -17,7 +17,7 @@ from palu.models.wrappers import UnsupportedHead, unwrap
 from palu.reference.store import CacheError
 from palu_kernels import topk_indices
 
-# Logits computed at a time to choose the top k: the only logits of a build.
+# Size of the chunks of logits that the top k are chosen from.
 LOGITS_BYTES = 32 * 2**20
 
 

@@ -155,7 +155,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-# ---- a build that is going on ------------------------------------------------------------------
+# ---- a build in progress -----------------------------------------------------------------------
 
 
 class PartialCache:
@@ -227,7 +227,7 @@ class PartialCache:
     def _take_over(self) -> None:
         """Take up what an interrupted build of the same cache left: the first whole shards, and the
         head."""
-        # A build that ended between the last two renames left everything, under its final name.
+        # A build killed between the last two renames left the whole manifest by its final name.
         with suppress(OSError):
             os.replace(self.folder / MANIFEST, self.folder / PROGRESS)
         try:

@@ -18,9 +18,8 @@ from palu.reference.cache import ReferenceCache, cache_info
 from palu.reference.rows import model_dtype
 from palu.reference.store import CacheMismatch
 
-# How far numbers may be from those of the build, which another device, number of threads or version
-# sums in another order: hidden states in relative norm, and the share of indices that changed
-# places with near ties.
+# Allowed differences from the build, since another device, number of threads or version sums in
+# another order: hidden states in relative norm, and the share of indices swapped with near ties.
 TOLERANCE = {
     torch.float64: {"hidden": 1e-9, "indices": 0.01},
     torch.float32: {"hidden": 1e-4, "indices": 0.01},

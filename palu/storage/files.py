@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: two runs with one output are not told apart there
     fcntl = None
 
-MARK = "palu-aside"  # in a folder that is aside: what it is for
+MARK = "palu-aside"  # the file in an aside folder that says which output it is for
 LOCK_TEXT = "palu: a run holds {}. Left by a killed run it does no harm and may be deleted.\n"
 _EXCLUSIVE = os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -92,7 +92,7 @@ def check_json(path: Path, keys: set[str], writer: str) -> None:
         FileExistsError: something else is there.
     """
     try:
-        path.lstat()  # says so where the name is too long, which `lexists` does not
+        path.lstat()  # unlike `lexists`, raises where the name is too long
     except FileNotFoundError:
         return
     check_regular(path)
@@ -207,7 +207,7 @@ def put(new: Path, path: Path, aside: Path) -> None:
         if old.exists():
             os.replace(old, path)
         raise
-    with suppress(OSError):  # it is in its place by now
+    with suppress(OSError):  # the rename is done
         sync(path.parent)
 
 
@@ -266,7 +266,7 @@ def locked(path: Path) -> Iterator[None]:
             if not regular or not text.startswith(os.read(number, len(text) + 1)):
                 raise FileExistsError(errno.EEXIST, "is in the place of palu's lock", str(lock))
             _hold(number, path)
-            # Its holder may have removed it since it was opened.
+            # The holder may have removed the lock file since it was opened.
             if lock.exists() and os.path.samestat(os.fstat(number), lock.stat()):
                 os.lseek(number, 0, os.SEEK_SET)
                 os.write(number, text)

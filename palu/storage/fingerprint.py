@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Bytes brought to the host at a time: what hashing or writing a tensor on an accelerator costs.
+# Bytes copied to the host at a time, to bound the memory that hashing a tensor takes.
 CHUNK_BYTES = 16 * 2**20
 
 # Settings of a model that do not change its logits: where it came from, how it is run and saved,
@@ -183,7 +183,7 @@ def _settings(model: nn.Module) -> list[Any]:
     if hasattr(model, "peft_config"):
         settings += [{name: c.to_dict() for name, c in model.peft_config.items()}]
         settings += [list(model.active_adapters)]
-        # `disable_adapter()` is in force while it is asked.
+        # Inside `disable_adapter()` the adapters do not count.
         settings += [any(getattr(m, "disable_adapters", False) is True for m in model.modules())]
     return [_plain(part) for part in settings]
 

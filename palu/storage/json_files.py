@@ -12,7 +12,7 @@ from typing import Any
 
 from palu.errors import one_line
 
-# How files begin that are often given instead.
+# First bytes of other kinds of files that are given by mistake.
 _KINDS = (
     (codecs.BOM_UTF32_LE, "UTF-32 text: save it as UTF-8"),
     (codecs.BOM_UTF32_BE, "UTF-32 text: save it as UTF-8"),
@@ -82,7 +82,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise ValueError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
     check_kind(path, raw)
-    if b"\0" in raw:  # JSON spells it out
+    if b"\0" in raw:  # JSON would escape it
         kind = "a binary file"
         for codec in ("utf-16-le", "utf-16-be"):
             if "\0" not in raw[:1024].decode(codec, errors="ignore"):

@@ -21,7 +21,7 @@ from palu.storage.json_files import read_object
 RECORD = "palu.json"
 EVALUATION_FILES = ("TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json")
 CACHE_FORMAT = "palu reference cache"
-# The last two: of a file that was being written when the build was killed.
+# The last two are files that were being written when the build was killed.
 _CACHE_FILES = (
     r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
     r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
@@ -151,7 +151,7 @@ def _foreign(folder: Path) -> str | None:
         ours = False
     if not ours:
         return names[0]
-    if (known := record.get("files")) is None:  # as palu wrote it before it kept a list
+    if (known := record.get("files")) is None:  # written before palu kept a list of files
         return None
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -200,7 +200,9 @@ def claim_output(
     real = Path(path).resolve()
     with locked(real):
         remove_abandoned(real)
-        check_output(path, overwrite=overwrite, inputs=inputs)  # it may have come meanwhile
+        check_output(
+            path, overwrite=overwrite, inputs=inputs
+        )  # it may have appeared before the lock was held
         yield Claim(real)
 
 
