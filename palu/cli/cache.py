@@ -11,6 +11,7 @@ import typer
 
 from palu.cli.data import (
     data_notes,
+    load_for_training,
     plain_warnings,
     quiet,
     read_both,
@@ -136,21 +137,12 @@ def _load_for_build(options: SimpleNamespace, config: Any, template: Any) -> dic
     import torch
 
     from palu.loss import PALULoss
-    from palu.models.checks import check_causal, first_texts
-    from palu.models.loading import check_token_ids, load_to_train, load_tokenizer
+    from palu.models.loading import load_tokenizer
     from palu.models.wrappers import eos_token_ids
 
     tokenizer = load_tokenizer(options.model)
     rows, retain_rows = read_both(options, tokenizer, template, require_spans=True)
-    model, _ = load_to_train(
-        options.model,
-        options.dtype,
-        options.device,
-        bf16=options.bf16,
-        allow_missing=options.allow_missing,
-    )
-    check_token_ids(model, tokenizer, [*rows, *(retain_rows or ())])
-    check_causal(model, first_texts(rows))
+    model, _ = load_for_training(options, options.device, tokenizer, rows, retain_rows or [])
     loss = PALULoss(**config.loss_options(), eos_token_id=eos_token_ids(model, tokenizer))
     return {
         "model": model,

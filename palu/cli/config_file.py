@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ DECIDED = dict.fromkeys(("do_train", "do_eval", "do_predict", "eval_strategy"), 
 DECIDED |= dict.fromkeys(("output_dir", "use_cpu"), "--output and --device")
 DECIDED |= dict.fromkeys(("save_strategy", "save_total_limit"), "--save-steps")
 DECIDED |= dict.fromkeys(("logging_strategy", "logging_steps"), "the loss curve, every step")
+DECIDED["activation_checkpointing"] = "--gradient-checkpointing"
 DECIDED |= {"resume_from_checkpoint": "--resume", "disable_tqdm": "palu's own progress bar"}
 DECIDED |= {"label_smoothing_factor": "the loss, whose terms have no smoothed form"}
 for _one in fields(TrainingOptions):
@@ -203,27 +205,27 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+_configuration = partial(option, panel="Configuration")
+
+
 @dataclass(kw_only=True)
 class ConfigOptions:
     """Where options come from besides the command line."""
 
-    config: Path | None = option(
+    config: Path | None = _configuration(
         None,
         "A .yaml or .json file of options by their names, or the palu.json of a finished run; the "
         "command line wins.",
         callback=read_config,
-        panel="Configuration",
     )
-    print_config: bool = option(
+    print_config: bool = _configuration(
         False,
         "Print the options of this run as a file for --config, and do nothing else.",
         callback=print_config,
-        panel="Configuration",
     )
-    set: list[str] | None = option(
+    set: list[str] | None = _configuration(
         None,
         "Another option of transformers.TrainingArguments, such as weight_decay=0.01; may be "
         "repeated.",
         metavar="NAME=VALUE",
-        panel="Configuration",
     )

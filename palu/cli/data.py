@@ -94,6 +94,24 @@ def read_both(
     return rows, retain
 
 
+def load_for_training(
+    options: SimpleNamespace, device: str, tokenizer: Any, rows: list[dict], retain: list[dict]
+) -> tuple[Any, Any]:
+    """Return the model and the dtypes that its weights are saved in, see `load_to_train`.
+
+    Raises:
+        ValueError: it is no causal model, or has no embedding of some token.
+    """
+    from palu.models.checks import check_causal, first_texts
+    from palu.models.loading import check_token_ids, load_to_train
+
+    how = {"bf16": options.bf16, "allow_missing": options.allow_missing}
+    model, saved = load_to_train(options.model, options.dtype, device, **how)
+    check_token_ids(model, tokenizer, [*rows, *retain])
+    check_causal(model, first_texts(rows))
+    return model, saved
+
+
 def data_notes(options: SimpleNamespace) -> dict[str, Any]:
     """Return what a record says of the data of a run."""
     names = ("forget", "retain", "drop_overlap", "repair", "max_length")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,43 +16,41 @@ from palu.errors import user_errors
 from palu.terminal import bars, out
 from palu.training.options import option
 
+_data = partial(option, panel="Data")
+_compared = partial(option, panel="Compared with")
+_output = partial(option, panel="Output")
+
 
 @dataclass(kw_only=True)
 class EvaluateOptions:
     """What is measured, with what, and where the numbers go."""
 
-    forget: str | None = option(
-        None, "What was forgotten: JSON lines or a datasets folder; takes a slice.", panel="Data"
+    forget: str | None = _data(
+        None, "What was forgotten: JSON lines or a datasets folder; takes a slice."
     )
-    tofu: Path | None = option(None, "Folder with TOFU's files, instead of --forget.", panel="Data")
-    split: str | None = option(None, "Of TOFU: forget01, forget10, ...", panel="Data")
-    holdout: str | None = option(
+    tofu: Path | None = _data(None, "Folder with TOFU's files, instead of --forget.")
+    split: str | None = _data(None, "Of TOFU: forget01, forget10, ...")
+    holdout: str | None = _data(
         None,
         "Examples like those to forget that no model saw: membership inference.",
         shown="with --tofu its holdoutNN.json for forgetNN, if there",
-        panel="Data",
     )
-    retain_log: Path | None = option(
-        None,
-        "TOFU_EVAL.json of the retrained model: forget quality, privleak.",
-        panel="Compared with",
+    retain_log: Path | None = _compared(
+        None, "TOFU_EVAL.json of the retrained model: forget quality, privleak."
     )
-    reference_model: Path | None = option(
-        None, "Model folder that mia_reference compares with.", panel="Compared with"
+    reference_model: Path | None = _compared(None, "Model folder that mia_reference compares with.")
+    fluency_classifier: Path | None = _compared(
+        None, "Classifier folder whose class 0 is fluent text."
     )
-    fluency_classifier: Path | None = option(
-        None, "Classifier folder whose class 0 is fluent text.", panel="Compared with"
-    )
-    output: Path | None = option(
+    output: Path | None = _output(
         None,
         "Folder for TOFU_EVAL.json and TOFU_SUMMARY.json; a run that was stopped goes on from it.",
         shown="with --tofu MODEL/evals_SPLIT; else none",
-        panel="Output",
     )
-    overwrite: bool = option(False, "Measure anew what --output holds.", panel="Output")
-    json: Path | None = option(None, "Write every number to this file.", panel="Output")
+    overwrite: bool = _output(False, "Measure anew what --output holds.")
+    json: Path | None = _output(None, "Write every number to this file.")
     batch_size: int = option(16, "Examples in a forward pass.", least=1, panel="Machine")
-    max_new_tokens: int = option(200, "Limit of a greedy answer; 0: none.", least=0, panel="Data")
+    max_new_tokens: int = _data(200, "Limit of a greedy answer; 0: none.", least=0)
 
 
 @with_options(

@@ -23,19 +23,20 @@ PANELS += ("Reference model", "LoRA", "Training", "Machine", "Chat template", "C
 Body = Callable[[typer.Context, SimpleNamespace], None]
 
 
+_data = functools.partial(option, panel="Data")
+_template = functools.partial(option, panel="Chat template")
+_machine = functools.partial(option, panel="Machine")
+
+
 @dataclass(kw_only=True)
 class DataOptions:
     """The files of a run."""
 
-    forget: str = option(
-        MISSING,
-        "What to forget: JSON lines or a datasets folder; PATH[-40:] takes a slice.",
-        panel="Data",
+    forget: str = _data(
+        MISSING, "What to forget: JSON lines or a datasets folder; PATH[-40:] takes a slice."
     )
-    retain: str | None = option(None, "What to keep, same formats.", panel="Data")
-    drop_overlap: bool = option(
-        False, "Leave out retain examples that are forget examples too.", panel="Data"
-    )
+    retain: str | None = _data(None, "What to keep, same formats.")
+    drop_overlap: bool = _data(False, "Leave out retain examples that are forget examples too.")
 
 
 @dataclass(kw_only=True)
@@ -43,23 +44,17 @@ class TextOptions:
     """How a model folder's tokenizer and template turn data into tokens."""
 
     model: Path = option(MISSING, "Hugging Face model folder.", panel="Model")
-    max_length: int = option(512, "Tokens in an example; longer ones are cut.", panel="Data")
-    repair: Literal["none", "snap"] = option(
-        "none", "snap: move span ends to word ends and merge overlaps.", panel="Data"
+    max_length: int = _data(512, "Tokens in an example; longer ones are cut.")
+    repair: Literal["none", "snap"] = _data(
+        "none", "snap: move span ends to word ends and merge overlaps."
     )
-    system_prompt: str | None = option(
-        None, "System turn of the chat template.", panel="Chat template"
+    system_prompt: str | None = _template(None, "System turn of the chat template.")
+    date_string: str | None = _template(None, "Date given to the chat template.")
+    chat_template_kwargs: str | None = _template(
+        None, "More variables of the chat template, a JSON object: '{\"enable_thinking\": false}'."
     )
-    date_string: str | None = option(
-        None, "Date given to the chat template.", panel="Chat template"
-    )
-    chat_template_kwargs: str | None = option(
-        None,
-        "More variables of the chat template, a JSON object: '{\"enable_thinking\": false}'.",
-        panel="Chat template",
-    )
-    force_template: bool = option(
-        False, "Take these template options even if palu.json differs.", panel="Chat template"
+    force_template: bool = _template(
+        False, "Take these template options even if palu.json differs."
     )
 
 
@@ -67,15 +62,12 @@ class TextOptions:
 class WeightOptions:
     """How weights are loaded."""
 
-    dtype: str = option(
-        "auto", "Of the weights: auto, float32, bfloat16 or float16.", panel="Machine"
-    )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", panel="Machine")
-    allow_missing: str | None = option(
+    dtype: str = _machine("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    device: str = _machine("auto", "auto, cpu, cuda, cuda:1, ...")
+    allow_missing: str | None = _machine(
         None,
         "A regular expression: tensors it matches may be missing in the weights, be too many or of "
         "another shape. Missing ones are random.",
-        panel="Machine",
     )
 
 

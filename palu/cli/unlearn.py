@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from palu.cli.config_file import (
 )
 from palu.cli.data import (
     data_notes,
+    load_for_training,
     plain_warnings,
     quiet,
     read_both,
@@ -40,23 +42,19 @@ from palu.training.options import (
     option,
 )
 
+_output = partial(option, panel="Output")
+
 
 @dataclass(kw_only=True)
 class PlaceOptions:
     """Where a run writes."""
 
-    output: Path = option(MISSING, "Folder for the new model.", panel="Output")
-    rescue: Path | None = option(
-        None,
-        "Folder for the model if it cannot be written to --output.",
-        shown=False,
-        panel="Output",
-    )
-    resume: bool = option(
+    output: Path = _output(MISSING, "Folder for the new model.")
+    rescue: Path | None = _output(None, "Folder for the model if it cannot be written to --output.")
+    resume: bool = _output(
         False,
         "Go on from the last checkpoint of an interrupted run with the same settings, data and "
         "model; from the beginning where there is none.",
-        panel="Output",
     )
 
 
@@ -182,13 +180,7 @@ class Run:
         import torch
 
         from palu import unlearn as run
-        from palu.models.checks import check_causal, first_texts
-        from palu.models.loading import (
-            check_token_ids,
-            freeze_other_towers,
-            load_to_train,
-            load_tokenizer,
-        )
+        from palu.models.loading import freeze_other_towers, load_tokenizer
         from palu.models.lora import add_lora
         from palu.training.trainer_checks import marks_something
 
@@ -206,16 +198,10 @@ class Run:
             raise ValueError(
                 f"{options.forget} marks nothing to forget: no span is left in any row"
             )
-        model, self.saved = load_to_train(
-            options.model,
-            options.dtype,
-            str(config.device),
-            bf16=options.bf16,
-            allow_missing=options.allow_missing,
+        model, self.saved = load_for_training(
+            options, str(config.device), self.tokenizer, self.rows, self.retain_rows or []
         )
         self.compute_dtype = torch.bfloat16 if options.bf16 else model.dtype
-        check_token_ids(model, self.tokenizer, [*self.rows, *(self.retain_rows or ())])
-        check_causal(model, first_texts(self.rows))
         if self.lora is not None:
             model, self.saved = add_lora(model, self.lora, options.seed), None  # stays float32
         freeze_other_towers(model)

@@ -71,7 +71,14 @@ def choices(kind: type, name: str) -> tuple[str, ...]:
     return next((get_args(one) for one in literals if getattr(one, "__origin__", 0) is Literal), ())
 
 
+_method = partial(option, panel="Method")
 _loss = partial(option, panel="PALU's loss")
+_other = partial(option, panel="Other methods")
+_reference = partial(option, panel="Reference model")
+_lora = partial(option, panel="LoRA")
+_training = partial(option, panel="Training")
+_output = partial(option, panel="Output")
+_machine = partial(option, panel="Machine")
 
 
 @dataclass
@@ -79,7 +86,9 @@ class LossOptions:
     """The options of `palu.PALULoss`: the method that forgets marked spans."""
 
     objective: Literal["flatten", "entropy"] = _loss(
-        "flatten", "What is done to the largest logits of a token to forget."
+        "flatten",
+        "How the largest logits of a token to forget are levelled: flatten (pulled to --center) or "
+        "entropy (their softmax made uniform).",
     )
     top_k: int = _loss(50, "How many of its largest logits are levelled.")
     center: str = _loss(
@@ -97,43 +106,36 @@ class LossOptions:
     )
 
 
-_method = partial(option, panel="Other methods")
-
-
 @dataclass
 class MethodOptions:
     """The options that only other methods read; None is the method's default."""
 
-    beta: float | None = _method(
+    beta: float | None = _other(
         None,
         "inverse temperature; of wga the exponent of the weight, of undial how far the token's "
         "logit is lowered.",
         of={"npo": 0.1, "dpo": 0.1, "idk_dpo": 0.1, "sim_npo": 4.5, "wga": 1, "undial": 10},
     )
-    beta1: float | None = _method(None, "exponent of the saturation weight.", of={"sat_imp": 5})
-    beta2: float | None = _method(None, "exponent of the importance weight.", of={"sat_imp": 1})
-    delta: float | None = _method(None, "margin.", of={"sim_npo": 0})
-    ignore_first: int | None = _method(
-        None,
-        "tokens at the start of an answer that are left alone.",
-        of={"ce_u": 1},
+    beta1: float | None = _other(None, "exponent of the saturation weight.", of={"sat_imp": 5})
+    beta2: float | None = _other(None, "exponent of the importance weight.", of={"sat_imp": 1})
+    delta: float | None = _other(None, "margin.", of={"sim_npo": 0})
+    ignore_first: int | None = _other(
+        None, "tokens at the start of an answer that are left alone.", of={"ce_u": 1}
     )
-    retain_loss_eps: float | None = _method(None, "bound on the retain loss.", of={"pdu": 0.3})
-    dual_step_size: float | None = _method(
-        None,
-        "step size of the retain weight, which moves to keep the bound.",
-        of={"pdu": 1},
+    retain_loss_eps: float | None = _other(None, "bound on the retain loss.", of={"pdu": 0.3})
+    dual_step_size: float | None = _other(
+        None, "step size of the retain weight, which moves to keep the bound.", of={"pdu": 1}
     )
-    dual_warmup_epochs: float | None = _method(
+    dual_warmup_epochs: float | None = _other(
         None, "epochs before the retain weight moves.", of={"pdu": 5}
     )
-    layer_id: int | None = _method(
+    layer_id: int | None = _other(
         None,
         "the decoder layer whose output is steered, from 0; default 7, or the last of fewer.",
         of={"rmu": None},
     )
-    steering_coeff: float | None = _method(None, "length of the vector steered to.", of={"rmu": 2})
-    trainable_params_regex: str | None = _method(
+    steering_coeff: float | None = _other(None, "length of the vector steered to.", of={"rmu": 2})
+    trainable_params_regex: str | None = _other(
         None,
         "which parameters up to that layer train, by whole names; default: all of that layer and "
         "the two before it.",
@@ -159,111 +161,76 @@ class RunOptions:
         "ce_u",
         "pdu",
         "rmu",
-    ] = option(
+    ] = _method(
         "palu",
         "palu forgets the marked spans, the others whole answers (dpo prefers alternate_answer, "
         "idk_dpo refusals, pdu bounds the retain loss, rmu steers activations).",
-        panel="Method",
     )
-    forget_weight: float = option(1.0, "Weight of the forget term.", panel="Method")
-    retain_weight: float = option(1.0, "Weight of the retain term.", panel="Method")
-    retain_loss: Literal["nll", "kl", "embed_diff"] | None = option(
+    forget_weight: float = _method(1.0, "Weight of the forget term.")
+    retain_weight: float = _method(1.0, "Weight of the retain term.")
+    retain_loss: Literal["nll", "kl", "embed_diff"] | None = _method(
         None,
         "Loss on the retain set: nll, kl to the original model, or (of rmu alone, and its default) "
         "embed_diff, the distance to the original's activations.",
         shown="nll",
-        panel="Method",
     )
-    retain_batch_size: int | None = option(
-        None,
-        "Retain examples beside each forget batch.",
-        shown="as many as forget examples",
-        panel="Method",
+    retain_batch_size: int | None = _method(
+        None, "Retain examples beside each forget batch.", shown="as many as forget examples"
     )
-    normalization: Literal["step", "micro_batch"] = option(
+    normalization: Literal["step", "micro_batch"] = _method(
         "step",
         "What the means are over: all tokens of the optimizer step, or each micro-batch by itself, "
         "averaged (the released code).",
-        panel="Method",
     )
-    reference: Literal["live", "adapter_off", "cached"] = option(
+    reference: Literal["live", "adapter_off", "cached"] = _reference(
         "live",
         "Where the original model's numbers come from: live (a frozen copy runs beside it), cached "
         "(computed once, before training) or adapter_off (the model without its LoRA adapter: no "
         "second model).",
         shown="live; with --lora-rank adapter_off",
-        panel="Reference model",
     )
-    reference_cache: str | None = option(
-        None,
-        "Folder of the cache, built if it is not there.",
-        shown="OUTPUT-reference-cache",
-        panel="Reference model",
+    reference_cache: str | None = _reference(
+        None, "Folder of the cache, built if it is not there.", shown="OUTPUT-reference-cache"
     )
-    stop_at_forget_prob: float | None = option(
+    stop_at_forget_prob: float | None = _training(
         None,
         "Stop after the first epoch (or eval_steps) that leaves the tokens to forget with at most "
         "this probability, such as 0.05.",
-        shown=False,
-        panel="Training",
     )
-    backend: Literal["auto", "triton", "torch"] = option(
-        "auto", "What computes the losses.", panel="Machine"
-    )
+    backend: Literal["auto", "triton", "torch"] = _machine("auto", "What computes the losses.")
 
 
 @dataclass
 class TrainingOptions:
     """The options of `transformers.TrainingArguments` that `palu unlearn` has, by its names."""
 
-    learning_rate: float = option(
-        1e-5,
-        "Peak, then linear to 0. LoRA usually wants about ten times as much: 1e-4.",
-        above=0,
-        panel="Training",
+    learning_rate: float = _training(
+        1e-5, "Peak, then linear to 0. LoRA usually wants about ten times as much: 1e-4.", above=0
     )
-    epochs: float = option(
-        10.0, "Passes over the forget set.", above=0, trainer="num_train_epochs", panel="Training"
+    epochs: float = _training(
+        10.0, "Passes over the forget set.", above=0, trainer="num_train_epochs"
     )
-    batch_size: int = option(
-        8,
-        "Forget examples in a micro-batch.",
-        least=1,
-        trainer="per_device_train_batch_size",
-        panel="Training",
+    batch_size: int = _training(
+        8, "Forget examples in a micro-batch.", least=1, trainer="per_device_train_batch_size"
     )
-    gradient_accumulation: int = option(
-        1,
-        "Micro-batches in an optimizer step.",
-        least=1,
-        trainer="gradient_accumulation_steps",
-        panel="Training",
+    gradient_accumulation: int = _training(
+        1, "Micro-batches in an optimizer step.", least=1, trainer="gradient_accumulation_steps"
     )
-    gradient_checkpointing: bool = option(
-        False,
-        "Compute activations again in backward instead of keeping them: less memory, slower.",
-        panel="Training",
+    gradient_checkpointing: bool = _training(
+        False, "Compute activations again in backward instead of keeping them: less memory, slower."
     )
-    seed: int = option(0, "Seed of the batches and the adapter.", panel="Training")
-    report_to: str = option(
+    seed: int = _training(0, "Seed of the batches and the adapter.")
+    report_to: str = _training(
         "none",
         "Where the logs go too: tensorboard (into OUTPUT-logs), wandb, ... or all; several with "
         "commas between them.",
-        panel="Training",
     )
-    save_steps: int | None = option(
+    save_steps: int | None = _output(
         None,
         "Write a checkpoint every so many steps, into OUTPUT-checkpoints, for --resume; removed "
         "when the model is written.",
-        shown=False,
-        panel="Output",
     )
-    bf16: bool = option(
-        False, "Compute in bfloat16 (autocast) over float32 weights.", panel="Machine"
-    )
-
-
-_lora = partial(option, panel="LoRA")
+    bf16: bool = _machine(False, "Compute in bfloat16 (autocast) over float32 weights.")
 
 
 @dataclass
@@ -274,7 +241,6 @@ class LoRAOptions:
         None,
         "Train a LoRA adapter of this rank and nothing else; the output is a PEFT folder (palu "
         "merge folds it in).",
-        shown=False,
     )
     lora_alpha: int | None = _lora(None, "The adapter's scale is alpha / rank.", shown="2 * rank")
     lora_dropout: float = _lora(0.0, "Dropout before the adapter.")

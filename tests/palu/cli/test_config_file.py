@@ -103,6 +103,7 @@ def test_words_that_cannot_be_used(palu, words, message):
 
 
 def test_logs_for_tensorboard_lie_beside_the_output(palu, work, monkeypatch):
+    pytest.importorskip("tensorboard")
     monkeypatch.setattr(os, "environ", os.environ.copy())
     status, _, error = palu(RUN + "--output logged --report-to tensorboard")
     assert status == 0, error
