@@ -24,7 +24,6 @@ from transformers import (
 from palu.data.pairs import own_alternates, refusals
 from palu.data.records import Example
 from palu.data.template import Template
-from palu.methods import Method
 from palu.models.layers import layer_count
 from palu.models.lora import name_base
 from palu.reference.cached import CachedReference
@@ -111,16 +110,15 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
         retain: whether there is a retain set.
     """
     config.check_retain(given=retain)
-    loss, retain = config.make_loss(), retain and config.retain_weight > 0
-    if isinstance(loss, Method):
-        needed = loss.needs_reference or (retain and config.retain_loss != "nll")
-        loss.check_run(retain=retain, reference=config.reference, reference_needed=needed)
-        count = None
-        with suppress(Exception):  # `load_model` will say what is wrong with the folder
-            options = {"local_files_only": True, "trust_remote_code": False}
-            count = layer_count(AutoConfig.from_pretrained(model, **options))
-        if count is not None:
-            loss.check_layers(count)
+    method, retain = config.make_loss(), retain and config.retain_weight > 0
+    needed = method.needs_reference or (retain and config.retain_loss != "nll")
+    method.check_run(retain=retain, reference=config.reference, reference_needed=needed)
+    count = None
+    with suppress(Exception):  # `load_model` will say what is wrong with the folder
+        options = {"local_files_only": True, "trust_remote_code": False}
+        count = layer_count(AutoConfig.from_pretrained(model, **options))
+    if count is not None:
+        method.check_layers(count)
 
 
 def prepare_model(config: PALUConfig, model: nn.Module) -> None:
@@ -130,10 +128,9 @@ def prepare_model(config: PALUConfig, model: nn.Module) -> None:
     Raises:
         ValueError: the model will not do: see `Method.prepare`.
     """
-    loss = config.make_loss()
-    if isinstance(loss, Method):
-        loss.prepare(model)
-        config.layer_id = getattr(loss, "layer_id", None)
+    method = config.make_loss()
+    method.prepare(model)
+    config.layer_id = getattr(method, "layer_id", None)
 
 
 def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:

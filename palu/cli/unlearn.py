@@ -180,21 +180,22 @@ class Run:
         import torch
 
         from palu import unlearn as run
+        from palu.methods import METHODS
         from palu.models.loading import freeze_other_towers, load_tokenizer
         from palu.models.lora import add_lora
         from palu.training.trainer_checks import marks_something
 
         options, config = self.options, self.config
         self.tokenizer = load_tokenizer(options.model)
-        by_span = options.method == "palu"
+        self.by_span = METHODS[options.method].by_span
         self.rows, self.retain_rows = read_both(
             options,
             self.tokenizer,
             self.template,
-            require_spans=by_span,
+            require_spans=self.by_span,
             second_answers=run.second_answers(config),
         )
-        if by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
+        if self.by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
             raise ValueError(
                 f"{options.forget} marks nothing to forget: no span is left in any row"
             )
@@ -228,8 +229,8 @@ class Run:
         from palu.training import checkpoints
 
         if self.retain_rows is None:
-            by_span = self.options.method == "palu"
-            hold = "only the other words of the forget answers hold" if by_span else "nothing holds"
+            hold = "only the other words of the forget answers hold"
+            hold = hold if self.by_span else "nothing holds"
             warn(f"no --retain file: {hold} the model in place")
         if self.options.resume:
             text = f"Resuming from {self.resume_from}"

@@ -91,7 +91,7 @@ def test_options_that_are_not_read_are_refused(tmp_path, options, message):
 
 
 def test_options_say_which_methods_read_them_and_their_defaults():
-    assert choices(RunOptions, "method") == ("palu", *METHODS)
+    assert choices(RunOptions, "method") == (*METHODS,)
     assert choices(RunOptions, "reference") == REFERENCES
     for option in fields(MethodOptions):
         of = {
