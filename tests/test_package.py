@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pydoc
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import palu
 import palu_kernels
-from tests.support import ROOT
+from tests.support import ROOT, small
+from tests.support.command import write_data
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
@@ -79,6 +82,15 @@ def test_every_data_file_is_in_the_wheel():
     assert patterns.keys() == {"palu", "palu_kernels"}
 
 
+def python(code: str, folder: Path = ROOT) -> str:
+    """What `code` prints in a Python of its own, started in `folder`."""
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def in_process_without(modules: str, code: str) -> str:
     """What `code` prints in a Python of its own that finds none of `modules`."""
     blocked = (
@@ -91,10 +103,7 @@ def in_process_without(modules: str, code: str) -> str:
         "        return None if hidden else super().find_spec(name, path, target)\n"
         "sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding\n"
     )
-    command = [sys.executable, "-c", blocked + code]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return python(blocked + code)
 
 
 def test_kernels_need_no_transformers():
@@ -115,3 +124,41 @@ def test_all_but_the_trainer_needs_no_extra():
     )
     said = in_process_without("accelerate datasets peft typer rich scipy matplotlib", code)
     assert said == "set()\n"
+
+
+# What each command may load, one after the other in one process, of the libraries that take long.
+COMMANDS = {
+    "plan --model Llama-3.2-1B --gpu-memory 24": set(),
+    "plan --model model --gpu-memory 24": {"accelerate", "transformers"},  # the config's class
+    "inspect forget.jsonl --model model": {"accelerate", "transformers"},
+}
+HEAVY = {"accelerate", "datasets", "pandas", "peft", "scipy", "sklearn", "transformers"}
+HEAVY |= {"transformers.modeling_utils", "transformers.trainer"}
+
+
+def test_a_command_starts_without_libraries_that_it_does_not_need(tmp_path):
+    tokenizer = small.tokenizer()
+    for part in (tokenizer, small.model(tokenizer).config):
+        part.save_pretrained(tmp_path / "model")
+    write_data(tmp_path)
+    code = (
+        "import sys\n"
+        "from palu.cli.app import app\n"
+        f"for command in {list(COMMANDS)}:\n"
+        "    assert not app(command.split(), standalone_mode=False)\n"
+        f"    print('LOADED', sorted({HEAVY} & set(sys.modules)))"
+    )
+    loaded = [line for line in python(code, tmp_path).splitlines() if line.startswith("LOADED")]
+    assert loaded == [f"LOADED {sorted(names)}" for names in COMMANDS.values()]
+
+
+def test_the_trainer_loads_what_transformers_trainer_loads_and_palu():
+    code = (
+        "import sys\n"
+        "from transformers import Trainer\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "from palu import PALUTrainer\n"
+        "after = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(*sorted(after - before - sys.stdlib_module_names))"
+    )
+    assert python(code) == "palu palu_kernels\n"

@@ -9,14 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from palu.data.collator import Collator
 from palu.models.folders import (
@@ -34,6 +26,8 @@ from palu.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -164,6 +158,12 @@ def load_model(
 def _auto_class(folder: Path) -> type:
     """Return the class that has all of the folder's towers: of a checkpoint with images the one
     of its `architectures`, where AutoModelForCausalLM would take the language part alone."""
+    # Not at the top: a command that reads a tokenizer or a config waits for no model.
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
     config = read_object(folder / "config.json")
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.get("model_type"))
     named = config.get("architectures") or ()
@@ -191,6 +191,8 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
         FileNotFoundError: no such model folder.
         ValueError: it holds no tokenizer that can be read.
     """
+    from transformers import AutoTokenizer
+
     folder = folder_with("tokenizer_config.json", model_folder(path), base)
     with reading(f"could not load a tokenizer from {str(folder)!r}", folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

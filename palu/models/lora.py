@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
 
 from palu.models.folders import named_from, reading, tensor_names, warn_of_not_finite
 from palu.storage.files import write_json
@@ -19,6 +18,7 @@ from palu.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -115,6 +115,7 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftM
         ValueError: a target is no module of the model, or one that PEFT has no LoRA layer for.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
     if settings.target != ALL_LINEAR:
         _check_targets(model, settings.target)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-from transformers import AutoConfig
 
 from palu.models.loading import model_folder
 
@@ -39,6 +38,8 @@ _PUBLISHED = {
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     name: dict(zip(_FIELDS, values, strict=True)) for name, values in _PUBLISHED.items()
 }
+_SOFTCAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+KNOWN_MODELS["google/gemma-2-9b"] |= _SOFTCAPS
 
 
 class Linear(NamedTuple):
@@ -132,8 +133,8 @@ class ModelSizes:
 
 
 def read_config(model: str) -> Any:
-    """The transformers config of a model folder, of a name in KNOWN_MODELS (with or without its
-    owner), or of a model on the hub or in its cache. No weights are read.
+    """Return the config of a model folder, of a name in KNOWN_MODELS (with or without its owner;
+    only what decides memory), or of a model on the hub or in its cache. Read no weights.
 
     Raises:
         FileNotFoundError: a folder without a `config.json`.
@@ -143,7 +144,7 @@ def read_config(model: str) -> Any:
         return _read(str(model_folder(model)), f"the config of {model!r} cannot be read")
     for name, values in KNOWN_MODELS.items():
         if model.lower() in (name.lower(), name.lower().partition("/")[2]):
-            return AutoConfig.for_model(**values)
+            return SimpleNamespace(**values, dtype=None)
     known = ", ".join(KNOWN_MODELS)
     return _read(
         model, f"{model!r} is no folder, none of {known}, and no model of the hub that can be read"
@@ -151,6 +152,8 @@ def read_config(model: str) -> Any:
 
 
 def _read(place: str, failed: str) -> Any:
+    from transformers import AutoConfig  # only here: the models named above wait for nothing
+
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # of many kinds: the file is the user's, its readers are not ours

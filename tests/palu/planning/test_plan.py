@@ -66,6 +66,8 @@ def test_config_of_a_folder_of_a_known_name_and_of_the_hub(tmp_path, monkeypatch
     config = AutoConfig.for_model(**SMALL | MODELS["gemma2"])
     config.save_pretrained(tmp_path)
     assert ModelSizes.from_config(read_config(str(tmp_path))) == sizes("gemma2")
+    for name in KNOWN_MODELS:  # read without transformers
+        assert ModelSizes.from_config(read_config(name.lower())) == published(name)
     assert read_config("llama-3.2-1b").hidden_size == 2048
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: (name, config))
     assert read_config("someone/something") == ("someone/something", config)
