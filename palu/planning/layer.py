@@ -1,7 +1,7 @@
-"""What the backward of a decoder layer needs: bytes of what its forward keeps, and of gradients.
+"""Bytes of a decoder layer: activations that its forward saves, gradients, transient memory.
 
 The formulas say what PyTorch's autograd saves for the operators that transformers' modules run;
-`benchmarks/memory/model.py` checks them on small models. Rows of a batch differ in length, so
+`benchmarks/memory/model.py` checks them on small models. Examples of a batch differ in length, so
 attention gets a mask. What is less than a hundredth of a layer is left out.
 """
 
@@ -13,19 +13,19 @@ from palu.planning.model import ModelSizes
 
 
 class Precision(NamedTuple):
-    """Bytes of an entry."""
+    """Bytes of an element."""
 
     weights: int  # and of the residual stream
-    products: int  # of what enters and leaves a matrix product
+    products: int  # of inputs and outputs of matrix products
 
     @property
     def casts(self) -> bool:
-        """Whether autocast copies what enters a product."""
+        """Whether autocast copies the inputs of matrix products."""
         return self.products != self.weights
 
     @property
     def copy(self) -> int:
-        """Of a copy in the products' dtype of what is in float32: none where that is float32."""
+        """Of a copy of a float32 tensor in the products' dtype: none where that is float32."""
         return self.products if self.products != 4 else 0
 
 
@@ -34,7 +34,7 @@ PRECISIONS = {
     "bfloat16": Precision(2, 2),
     "autocast": Precision(4, 2),  # float32 weights under bfloat16 autocast
 }
-ADAPTERS = 4  # bytes of an entry: PEFT keeps adapters in float32
+ADAPTERS = 4  # bytes of an element: PEFT keeps adapters in float32
 
 
 class Layer(NamedTuple):
@@ -52,18 +52,18 @@ class Layer(NamedTuple):
 
     @property
     def residual(self) -> int:
-        """What enters the layer."""
+        """The layer's input."""
         return self.positions * self.sizes.hidden * self.precision.weights
 
     @property
     def norm(self) -> int:
-        """What enters a norm, in float32; the gradient of its weight needs the normed entries."""
+        """A norm's input in float32; the gradient of its weight needs the normed input too."""
         normed = 4 if self.sizes.family.float32_norms else self.precision.weights
         return self.positions * self.sizes.hidden * (4 + (0 if self.adapters else normed))
 
     @property
     def kept(self) -> dict[str, int]:
-        """What the forward keeps, by kind."""
+        """Activations saved for backward, by kind."""
         sizes, entry = self.sizes, self.precision.products
         # Queries, and keys and values repeated for every query head; sdpa's result too.
         tensors, squares = (3, "attention scores") if sizes.family.eager else (4, "attention masks")
@@ -79,8 +79,8 @@ class Layer(NamedTuple):
 
     @property
     def _squares(self) -> int:
-        """Eager: every head's scores after the softmax in float32, its copy that meets the values
-        and the tanh of a cap. sdpa: the mask as numbers, which every layer makes for itself."""
+        """Eager: every head's softmax output in float32, its copy in the values' dtype and the tanh
+        of a softcap. sdpa: the mask as numbers, which every layer makes for itself."""
         p, squares = self.precision, self.positions * self.length
         if not self.sizes.family.eager:
             return squares * p.products
@@ -89,8 +89,9 @@ class Layer(NamedTuple):
 
     @property
     def _linear_inputs(self) -> int:
-        """For the gradients of weights or adapters. Autocast makes a copy for every layer that
-        reads float32, PEFT one in float32 for every layer that reads bfloat16."""
+        """Inputs of linear layers, for the gradients of weights or adapters. Autocast makes a copy
+        for every layer that reads float32, PEFT one in float32 for every one that reads
+        bfloat16."""
         sizes, p = self.sizes, self.precision
         copied = p.casts or (self.adapters and p.weights != ADAPTERS)
         entry = ADAPTERS if self.adapters and not p.casts else p.products
@@ -101,22 +102,22 @@ class Layer(NamedTuple):
 
     @property
     def gradients(self) -> int:
-        """The most that gradients are in the layer's backward, less what it has let go of `kept`:
-        at the product of the MLP's two factors, or at the softmax of eager attention."""
+        """Peak of the gradients in the layer's backward, less what is freed of `kept` by then: at
+        the product of the MLP's two factors, or at the softmax of eager attention."""
         sizes, p = self.sizes, self.precision
         largest = self.positions * 2 * p.products * sizes.intermediate
         if self.adapters and p.copy:  # those that return from PEFT's copies
             largest += self.positions * sizes.hidden * (2 * ADAPTERS + p.copy)
         if sizes.family.eager:
             scores = self.positions * self.length * sizes.heads * (8 - p.copy)
-            done = sum(self.kept[name] for name in ("norms", "mlp", "linear inputs"))
-            largest = max(largest, scores - done)
+            freed = sum(self.kept[name] for name in ("norms", "mlp", "linear inputs"))
+            largest = max(largest, scores - freed)
         return self.residual + largest
 
     @property
     def passing(self) -> int:
-        """The most that a forward holds which keeps nothing: the MLP's factors and their product,
-        or PEFT's copies of one, or what enters a softmax, in float32 too, and what leaves it."""
+        """Peak transient memory of a no-grad forward: the largest of the MLP's factors and product,
+        PEFT's copies, and softmax input plus output."""
         sizes, p = self.sizes, self.precision
         entry = p.products
         if self.adapters:

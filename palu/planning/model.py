@@ -1,4 +1,4 @@
-"""The sizes of a decoder model as its config tells them: what `palu plan` computes with."""
+"""Sizes of a decoder model, read from its config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = {
     "gemma2": Family(norms=4, float32_norms=True, eager=True),
 }
 
-# What decides memory in the published configs of four models, for machines that reach no hub.
+# The sizes in the published configs of four models, for machines without access to the hub.
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 _PUBLISHED = {
@@ -68,7 +68,7 @@ class ModelSizes:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSizes:
-        """From a transformers config.
+        """Read a transformers config.
 
         Raises:
             ValueError: another `model_type` than those of FAMILIES, quantized weights, or a size
@@ -112,12 +112,12 @@ class ModelSizes:
 
     @property
     def head_parameters(self) -> int:
-        """Of the output head, which may be the embedding too."""
+        """Number of parameters of the output head, which may be the embedding too."""
         return self.vocab * self.hidden
 
     @property
     def linear_weights(self) -> int:
-        """Parameters in the weights of one layer's linear layers."""
+        """Number of parameters in the weights of one layer's linear layers."""
         return sum(linear.inputs * linear.outputs for linear in self.linears)
 
     @property
@@ -128,7 +128,7 @@ class ModelSizes:
         return embeddings + self.layers * layer + self.hidden
 
     def lora_parameters(self, rank: int) -> int:
-        """Of adapters on every linear layer of the decoder layers."""
+        """Return the number of parameters of adapters on every linear layer of the decoder."""
         return self.layers * rank * sum(one.inputs + one.outputs for one in self.linears)
 
 
@@ -146,16 +146,15 @@ def read_config(model: str) -> Any:
         if model.lower() in (name.lower(), name.lower().partition("/")[2]):
             return SimpleNamespace(**values, dtype=None)
     known = ", ".join(KNOWN_MODELS)
-    return _read(
-        model, f"{model!r} is no folder, none of {known}, and no model of the hub that can be read"
-    )
+    failed = f"{model!r} is no folder, none of {known}, and no model of the hub that can be read"
+    return _read(model, failed)
 
 
-def _read(place: str, failed: str) -> Any:
+def _read(source: str, failed: str) -> Any:
     from transformers import AutoConfig  # only here: the models named above wait for nothing
 
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of many kinds: the file is the user's, its readers are not ours
         raise ValueError(f"{failed}: {str(error).strip().splitlines()[0]}") from error
 

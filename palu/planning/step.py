@@ -1,12 +1,12 @@
-"""How much memory a step of unlearning needs, before it is run: `predict` and `largest_batch`.
+"""Predict the peak memory of an unlearning step from a model's config.
 
-Arithmetic on a model's config: which tensors are alive at each of the few moments of a step that
-can be its largest, and the sum of their bytes. What an accelerator needs besides tensors (its
-context, workspaces of libraries, what the allocator holds back) is in no prediction.
+The prediction is the sum of the bytes of the tensors that are alive at each of the few moments of a
+step that can be its peak. What an accelerator needs besides tensors (its context, workspaces of
+libraries, the allocator's fragments) is not in it.
 
-A step is what `PALUTrainer` runs after its first, which makes the optimizer's state: forget rows,
-then as many retain rows, each with a forward and a backward of its own, and a fused AdamW with two
-float32 numbers a weight; float32 masters of bfloat16 weights.
+A step is one of `PALUTrainer`'s after the first, which makes the optimizer's state: a forget and a
+retain micro-batch of as many examples, each with a forward and a backward, and a fused AdamW with
+two float32 numbers a weight; float32 masters of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from palu_kernels.linear.chunked import chunk_rows, padded
 from palu_kernels.linear.functional import CHUNK_BYTES
 
 REFERENCES = ("live", "adapter_off", "cached")
-# Of all positions, those that carry a loss, and of the forget rows those that are preserved: TOFU's
+# Share of all positions that carry a loss, and of the forget examples' that are preserved: TOFU's
 # forget10 at `prefix_length` 3. They size the chunk buffers, which do not grow beyond CHUNK_BYTES.
 ANSWER_SHARE, PRESERVE_SHARE = 0.33, 0.27
-MASTER = 4  # bytes of an entry: see `palu.training.master_weights`
+MASTER = 4  # bytes of an element: see `palu.training.master_weights`
 GIB = 2**30
-MOST_ROWS = 2**20  # that `largest_batch` tries
+LARGEST_BATCH = 2**20  # that `largest_batch` tries
 
 Items = dict[str, int]  # bytes by kind of tensor
 
@@ -35,8 +35,8 @@ class Setup:
     """How a model is trained.
 
     Args:
-        batch_size: forget rows, and as many retain rows.
-        length: tokens of a padded row.
+        batch_size: forget examples, and as many retain examples.
+        length: tokens of a padded example.
         dtype: `float32`, `bfloat16` (weights and all), or `autocast` (bfloat16 autocast over
             float32 weights).
         lora_rank: 0 trains every weight; else of LoRA adapters on all linear layers of the decoder
@@ -77,35 +77,35 @@ class Prediction:
 
     @property
     def moment(self) -> str:
-        """The largest."""
+        """Name of the largest moment."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def items(self) -> Items:
-        """What is alive then."""
+        """Bytes by kind of tensor at that moment."""
         return {name: size for name, size in self.moments[self.moment].items() if size}
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """Bytes at that moment."""
         return sum(self.items.values())
 
 
 def predict(sizes: ModelSizes, setup: Setup) -> Prediction:
-    """The memory of a step."""
+    """Return the memory of a step."""
     step = Step(sizes, setup)
     return Prediction({name: {**step.base, **items} for name, items in step.moments()})
 
 
 def largest_batch(sizes: ModelSizes, setup: Setup, limit: float) -> int:
-    """The most forget rows of a batch whose predicted peak is at most `limit` bytes; 0 if none
-    fits. `batch_size` of the setup is not used."""
+    """Return the largest `batch_size` whose predicted peak is at most `limit` bytes, 0 if none
+    fits. That of the setup is not used."""
 
-    def fits(rows: int) -> bool:
-        return predict(sizes, replace(setup, batch_size=rows)).peak <= limit
+    def fits(batch_size: int) -> bool:
+        return predict(sizes, replace(setup, batch_size=batch_size)).peak <= limit
 
     low, high = 0, 1
-    while high <= MOST_ROWS and fits(high):
+    while high <= LARGEST_BATCH and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -114,7 +114,7 @@ def largest_batch(sizes: ModelSizes, setup: Setup, limit: float) -> int:
 
 
 class Step:
-    """The moments of a step that can be its largest."""
+    """The moments of a step that can be its peak."""
 
     has_masters = True
 
@@ -125,11 +125,11 @@ class Step:
         self.layer = Layer(sizes, p, setup.batch_size, setup.length, not self.full)
         adapters = sizes.lora_parameters(setup.lora_rank) * ADAPTERS
         weights = sizes.parameters * p.weights + adapters
-        # Weights of 16 bits that train have float32 masters, and so are gradients and state.
+        # 16-bit weights that train have float32 masters, gradients and optimizer state.
         masters = self.full and self.has_masters and p.weights < MASTER
         trained = MASTER * sizes.parameters if masters else weights
         self.gradients = trained if self.full else adapters
-        # A cache is with the host; without a second model there is a copy of a head that trains.
+        # A cache is in host memory; without a second model a head that trains has a frozen copy.
         frozen_head = sizes.head_parameters * p.weights if self.full else 0
         self.base = {
             "weights": weights,
@@ -139,7 +139,7 @@ class Step:
         }
 
     def activations(self, batches: int = 1) -> Items:
-        """What the model's forward leaves for its backward; `batches`: forwards before it."""
+        """Return the activations that `batches` forwards save before a backward."""
         layer, layers = self.layer, self.sizes.layers
         if self.setup.checkpointing:
             inputs = batches * layers * layer.residual
@@ -151,31 +151,31 @@ class Step:
         return kept
 
     def backward_of_layer(self, batches: int = 1) -> Items:
-        """The activations and gradients in the backward of the last layer."""
+        """Return the activations and gradients in the backward of the last layer."""
         again = self.layer.kept if self.setup.checkpointing else {}
         return {**self.activations(batches), **again, "layer gradients": self.layer.gradients}
 
     @property
     def embedding_gradient(self) -> int:
-        """A tied head's gradient has waited for the embedding's, and then there is their sum."""
-        made = self.sizes.head_parameters * self.precision.weights if self.full else 0
-        return made * (3 if self.sizes.tied else 1)
+        """The embedding's gradient; a tied head's beside it, and their sum."""
+        one = self.sizes.head_parameters * self.precision.weights if self.full else 0
+        return one * (3 if self.sizes.tied else 1)
 
     def moments(self) -> Iterator[tuple[str, Items]]:
-        """A name, and what is alive beside `base`."""
+        """Yield the name of each moment and the tensors alive beside `base`."""
         kept, head = self.activations(), self.sizes.head_parameters
-        waiting = {"gradients": self.gradients}  # those of the forget rows
+        waiting = {"gradients": self.gradients}  # of the forget micro-batch
         if self.setup.reference != "cached":
             yield "forward of the reference", {**kept, "passing": self.layer.passing}
         yield "loss of the forget rows", {**kept, **self._loss(with_reference=True)}
         yield "loss of the retain rows", {**waiting, **kept, **self._loss(with_reference=False)}
         if self.full and self.precision.casts:
-            # Copies of weights that train are there until the forward ends.
+            # Autocast keeps its copies of weights that train until the forward ends.
             copies = self.sizes.layers * self.layer.kept["weight copies"]
             copies += head * self.precision.products
             yield "end of the forward", {**waiting, **kept, "weight copies": copies}
         if self.full:
-            # Sums in float32, and what they are times the gradient of the loss.
+            # The float32 sums, and their product with the gradient of the loss.
             entry = 4 + self.precision.weights
             yield "backward of the loss", {**waiting, **kept, "head gradient": entry * head}
         yield "backward of a layer", {**waiting, **self.backward_of_layer()}
@@ -185,7 +185,7 @@ class Step:
         )
 
     def _loss(self, with_reference: bool) -> Items:
-        """`palu_kernels/linear/chunked.py`: chunks of logits of model and reference."""
+        """Return the tensors of the chunk loop over logits of model and reference."""
         columns, entry = self.sizes.vocab, self.precision.products
         rows, preserved = (
             round(share * self.layer.positions) for share in (ANSWER_SHARE, PRESERVE_SHARE)
