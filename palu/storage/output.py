@@ -200,9 +200,8 @@ def claim_output(
     real = Path(path).resolve()
     with locked(real):
         remove_abandoned(real)
-        check_output(
-            path, overwrite=overwrite, inputs=inputs
-        )  # it may have appeared before the lock was held
+        # Once more: it may have appeared before the lock was held.
+        check_output(path, overwrite=overwrite, inputs=inputs)
         yield Claim(real)
 
 
