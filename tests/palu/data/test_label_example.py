@@ -91,7 +91,7 @@ def answers_with_spans(draw):
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(drawn=answers_with_spans(), question=st.sampled_from([None, QUESTION, "née à 東京?"]))
 def test_any_answer_any_spans(any_tokenizer, drawn, question):

@@ -236,12 +236,12 @@ def test_a_few_wrong_places_are_no_proof(tok, texts, monkeypatch):
 # ---- a model that does not move ------------------------------------------------------------------
 
 
-REFERENCES = ("live", "adapter_off", "cached")
-PRECISIONS = ("float32", "bf16", "launcher", "bfloat16 weights")
-GRID = [
-    pytest.param(r, p, marks=() if p == "float32" or r == "cached" else pytest.mark.slow)
-    for r in REFERENCES
-    for p in PRECISIONS
+# A cache is the one that is computed elsewhere than the step.
+GRID = [("cached", kind) for kind in ("float32", "bf16", "launcher", "bfloat16 weights")]
+GRID += [
+    pytest.param(reference, kind, marks=pytest.mark.slow)
+    for reference in ("live", "adapter_off")
+    for _, kind in GRID
 ]
 
 

@@ -22,7 +22,7 @@ from palu.reference.cache import CacheError, CacheMismatch, ReferenceCache
 from palu.storage.fingerprint import example_id, example_ids, model_fingerprint
 from palu_kernels import topk_indices
 from tests.support import small
-from tests.support.caches import loss_of, padded
+from tests.support.caches import builder, loss_of, padded
 
 
 def live(model, batch, loss):
@@ -358,14 +358,18 @@ MISMATCHES = {
 }
 
 
+@pytest.fixture(scope="module")
+def known(tok, tmp_path_factory):
+    """A cache that no test changes."""
+    return builder(tok, tmp_path_factory.mktemp("known"))(small.model(tok)).path
+
+
 @pytest.mark.parametrize("name", MISMATCHES)
-def test_a_mismatch_is_named(build, tok, rows, name):
+def test_a_mismatch_is_named(known, tok, rows, name):
     change, words = MISMATCHES[name]
-    model = small.model(tok)
-    cache = build(model)
     with pytest.raises(CacheMismatch, match=words) as caught:
-        ReferenceCache.open(cache.path, **change(model, tok, rows))
-    assert str(cache.path) in str(caught.value) and "palu cache build" in str(caught.value)
+        ReferenceCache.open(known, **change(small.model(tok), tok, rows))
+    assert str(known) in str(caught.value) and "palu cache build" in str(caught.value)
 
 
 def test_a_cache_that_holds_too_little(build, tok):
