@@ -1,11 +1,20 @@
-"""Where there is no GPU, Triton's interpreter runs the kernels; it must know before the import."""
+"""Environment of the tests: set before torch and triton are imported, which read it once."""
 
 import os
 
-# Threads that spin while they wait make a busy machine many times slower; read when torch loads.
+# Threads that spin while they wait make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # Triton's interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Let `-n auto` be one process where there is a GPU: some tests fill its memory."""
+    return 0 if torch.cuda.is_available() else None

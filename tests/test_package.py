@@ -86,7 +86,7 @@ def python(code: str, folder: Path = ROOT) -> str:
     """What `code` prints in a Python of its own, started in `folder`."""
     command = [sys.executable, "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=240)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -252,7 +252,7 @@ def test_two_processes_give_the_same(work, log):
             )
         )  # fmt: skip
     try:
-        said = [process.communicate(timeout=60)[0] for process in running]
+        said = [process.communicate(timeout=240)[0] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -34,7 +34,7 @@ def launch(launcher, target, folder):
     words = [sys.executable, "-m", *command, str(WORKERS / "distributed.py"), str(folder)]
     words.append(str(target))
     done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=85, cwd=folder
+        words, env=environment, capture_output=True, text=True, timeout=240, cwd=folder
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(count)]

@@ -302,7 +302,7 @@ WORKER = WORKERS / "killed.py"
 def unlearn(*words, kill=None):
     """`palu unlearn` in a process of its own, which kills itself with SIGKILL at a step."""
     command = [sys.executable, str(WORKER), "none" if kill is None else str(kill), *map(str, words)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=80)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
     return found.returncode, found.stdout + found.stderr
 
 
