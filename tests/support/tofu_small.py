@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from palu.data.labels import label_example
 from palu.demo.people import write_jsonl
 from tests.support import small
 from tests.support.command import palu_in, write_model
 
-SMALL = ["--tofu", "tofu", "--split", "forget01", "--max-new-tokens", 6, "--batch-size", 3]
+SMALL = "--tofu tofu --split forget01 --max-new-tokens 6 --batch-size 3 "
 PEOPLE = [("Ada", "Paris"), ("Bob", "Lisbon"), ("Eva", "Rome now, all day"), ("Zoë", "Lund")]
 
 
@@ -27,21 +26,24 @@ def records(start, *, para=True, pert=True):
     return made
 
 
-def build(folder):
-    """Writes a model that knows a few facts, TOFU's files in small and a holdout file."""
-    tok = small.tokenizer()
-    model = small.model(tok)
+def learn(model, tok, pairs, steps):
+    """A few steps on whole texts, or no argmax would ever be right."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(10):
-        loss = 0
-        for record in records("Where"):
-            row = label_example(tok, record["question"], record["answer"], (), max_length=64)
-            ids = torch.tensor([row["input_ids"]])
-            loss = loss + model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    for _ in range(steps):
+        for question, answer in pairs:
+            ids = tok(f"Question: {question}\nAnswer: {answer}")["input_ids"]
+            ids = torch.tensor([[*ids, tok.eos_token_id]])
+            model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    write_model(folder / "model", model.eval())
+    return model.eval()
+
+
+def build(folder):
+    """Write a model that knows a few facts, TOFU's files in small and a holdout file."""
+    tok = small.tokenizer()
+    facts = [(r["question"], r["answer"]) for r in records("Where")]
+    write_model(folder / "model", learn(small.model(tok), tok, facts, 10))
     tofu = folder / "tofu"
     tofu.mkdir()
     write_jsonl(tofu / "forget01_perturbed.json", records("Where"))
@@ -55,4 +57,4 @@ def build(folder):
 def evaluate_in(folder, monkeypatch, capsys):
     """A function that runs `palu evaluate` in this process: (exit status, stdout, stderr)."""
     run = palu_in(folder, monkeypatch, capsys)
-    return lambda *words: run("evaluate", "--model", "model", "--device", "cpu", *words)
+    return lambda line="", *words: run(f"evaluate --model model --device cpu {line}", *words)

@@ -1,4 +1,4 @@
-"""The four numbers against their definitions, and that measuring changes nothing."""
+"""`evaluate_examples` and greedy answers against plain loops; measuring changes nothing."""
 
 import math
 
@@ -13,11 +13,7 @@ from palu.evaluation import METRICS, evaluate_examples, metrics_table
 from palu.evaluation.inference import greedy_answers
 from palu.evaluation.metrics import extraction_strength, rouge
 from tests.support import small
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
+from tests.support.tofu_small import learn
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def model(tok):
 
 
 def by_hand(model, tok, example):
-    """Answer and sensitive probability and exact memorization of one example, unpadded."""
+    """Answer and sensitive probability and memorization of one example, unpadded."""
     row = label_example(tok, example.question, example.answer, example.spans, max_length=64)
     ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
     logits = model(input_ids=ids).logits[0].double()
@@ -35,38 +31,28 @@ def by_hand(model, tok, example):
     nll = {t: -logp[t - 1, ids[0, t]].item() for t in places}
     sensitive = [nll[t] for t in places if labels[t] >= 0]
     words = [t for t in places if ids[0, t] != tok.eos_token_id]
-    hits = [logits[t - 1].argmax().item() == ids[0, t].item() for t in words]
+    correct = [logits[t - 1].argmax().item() == ids[0, t].item() for t in words]
     assert len(places) == len(words) + 1  # the closing token counts for the probability alone
     return {
         "answer_probability": math.exp(-sum(nll.values()) / len(nll)),
         "sensitive_probability": math.exp(-sum(sensitive) / len(sensitive)) if sensitive else None,
-        "exact_memorization": sum(hits) / len(hits),
-        "extraction_strength": extraction_strength(hits),
+        "exact_memorization": sum(correct) / len(correct),
+        "extraction_strength": extraction_strength(correct),
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("batch_size", [2, 16])
 def test_numbers_are_their_definitions(tok, model, batch_size):
     examples = small.examples()
-    # A few steps of training, or no argmax would ever be right.
-    rows = small.rows(tok)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(12):
-        loss = 0
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            loss = loss + model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, tok, [(e.question, e.answer) for e in examples], 12)
     result = evaluate_examples(model, tok, examples, batch_size=batch_size, max_new_tokens=0)
     wanted = [by_hand(model, tok, example) for example in examples]
     for example, got, want in zip(examples, result["examples"], wanted, strict=True):
         assert got["id"] == example.id
         for name, value in want.items():
             assert got[name] == (None if value is None else pytest.approx(value, rel=1e-4))
-    hits = [w["exact_memorization"] for w in wanted]
-    assert 0 < sum(hits) < len(hits)
+    known = [w["exact_memorization"] for w in wanted]
+    assert 0 < sum(known) < len(known)
     for name in wanted[0]:
         values = [w[name] for w in wanted if w[name] is not None]
         assert result["mean"][name] == pytest.approx(sum(values) / len(values), rel=1e-4)
@@ -85,19 +71,15 @@ def greedy_by_hand(model, tok, prompt, limit):
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_answers_do_not_depend_on_padding(tok, model, pad_is_eos):
+def test_answers_do_not_depend_on_padding(model, pad_is_eos):
+    tok = small.tokenizer()
     prompts = [tok(text)["input_ids"] for text in ("Question: Who", "Ada", "Bob is in Lisbon. It")]
     assert len({len(p) for p in prompts}) == 3
     want = [greedy_by_hand(model, tok, p, 8) for p in prompts]
-    old = tok.pad_token
-    try:
-        if pad_is_eos:
-            tok.pad_token = tok.eos_token
-        got = greedy_answers(
-            model, tok, prompts, eos_token_ids=[tok.eos_token_id], max_new_tokens=8, batch_size=3
-        )
-    finally:
-        tok.pad_token = old
+    if pad_is_eos:
+        tok.pad_token = tok.eos_token
+    options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 8, "batch_size": 3}
+    got = greedy_answers(model, tok, prompts, **options)
     assert got == want and len(set(want)) > 1
 
 
@@ -106,24 +88,24 @@ def test_stored_sampling_settings_have_no_effect(tok, model, adapter):
     prompt = [tok("Ada is")["input_ids"]]
     options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 6, "batch_size": 1}
     plain = greedy_answers(model, tok, prompt, **options)
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 5.0
-    model.generation_config.repetition_penalty = 9.0
     stored = model.generation_config
+    stored.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
     called = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
     assert greedy_answers(called, tok, prompt, **options) == plain
-    assert model.generation_config is stored and stored.temperature == 5.0
-    assert called.generation_config is stored
+    assert called.generation_config is model.generation_config is stored
+    assert stored.temperature == 5.0
 
 
 def test_nothing_is_changed(tok, model):
     model.train()
-    tok.padding_side = "right"
-    before = [p.clone() for p in model.parameters()]
+    model.model.eval()  # a part with a mode of its own
+    side, before = tok.padding_side, [p.clone() for p in model.parameters()]
+    state = torch.random.get_rng_state()
     evaluate_examples(model, tok, small.examples(), batch_size=2, max_new_tokens=3)
-    assert model.training and tok.padding_side == "right"
+    assert model.training and not model.model.training and tok.padding_side == side
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_rouge_of_the_greedy_answer(tok, model):
@@ -135,13 +117,6 @@ def test_rouge_of_the_greedy_answer(tok, model):
     assert result["rougeL_recall"] == rouge(example.answer, want)["rougeL_recall"]
 
 
-def test_rouge_is_recall_with_stemming():
-    assert (
-        rouge("He likes the cats", "he liked a cat and much else besides")["rougeL_recall"] == 0.75
-    )
-    assert rouge("one two", "two one")["rougeL_recall"] == 0.5
-
-
 def test_a_document_has_no_answer_to_generate(tok, model):
     document = Example("d", None, "Ada is in Paris now.", ((10, 15),), {})
     result = evaluate_examples(model, tok, [document], max_new_tokens=4)
@@ -151,14 +126,8 @@ def test_a_document_has_no_answer_to_generate(tok, model):
 
 def test_progress_reaches_its_total(tok, model):
     seen = []
-    evaluate_examples(
-        model,
-        tok,
-        small.examples(),
-        batch_size=2,
-        max_new_tokens=2,
-        progress=lambda *done: seen.append(done),
-    )
+    options = {"batch_size": 2, "max_new_tokens": 2, "progress": lambda *done: seen.append(done)}
+    evaluate_examples(model, tok, small.examples(), **options)
     assert seen[-1] == (10, 10) and [d for d, _ in seen] == sorted(d for d, _ in seen)
 
 
@@ -172,7 +141,8 @@ def test_bad_arguments(tok, model):
 def test_table_fits_80_columns():
     result = {"count": 400, "mean": dict.fromkeys(METRICS, 0.12345)}
     result["mean"]["rougeL_recall"] = None
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(metrics_table("t", [("unlearned", "forget", result)]))
-    text = console.export_text()
+    console = Console(width=80)
+    with console.capture() as said:
+        console.print(metrics_table("t", [("unlearned", "forget", result)]))
+    text = said.get()
     assert "…" not in text and "0.123" in text and " - " in text and "memorization" in text
