@@ -17,21 +17,21 @@ class UserError(Exception):
 
 def one_line(error: object, limit: int = 400) -> str:
     """Return what an error of a library says, in one line that is not too long."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     # The text of a KeyError is the key alone.
-    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
-    return said if len(said) <= limit else said[:limit] + "..."
+    text = f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a machine or its accelerator has no memory left."""
     if isinstance(error, MemoryError):
         return True
-    said = str(error)
+    text = str(error)
     # torch.OutOfMemoryError, without importing torch; the CPU has no class of its own.
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError)
-        and ("DefaultCPUAllocator" in said or "out of memory" in said)
+        and ("DefaultCPUAllocator" in text or "out of memory" in text)
     )
 
 
@@ -42,11 +42,11 @@ class WriteError(Exception):
 
 def failed_to_write(error: BaseException) -> bool:
     """Return whether an error is of a file system, by whichever library it comes."""
-    said, kind = str(error), type(error).__name__  # without importing torch or safetensors
+    text, kind = str(error), type(error).__name__  # without importing torch or safetensors
     return (
         isinstance(error, OSError)
-        or (kind == "SafetensorError" and ("I/O error" in said or "os error" in said))
-        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in said)
+        or (kind == "SafetensorError" and ("I/O error" in text or "os error" in text))
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in text)
     )
 
 

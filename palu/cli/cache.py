@@ -203,15 +203,15 @@ def verify(context: typer.Context, options: SimpleNamespace) -> None:
     shown: Any = bar(bars, "Computing again") if again else bars.status("Reading every byte")
     with shown as report, user_errors(CacheError):
         worst = verify_cache(options.path, report=report if again else None, **given)
-    said = [f"Every byte of {options.path} is as it was written"]
+    parts = [f"Every byte of {options.path} is as it was written"]
     compared = {"model": options.model, "forget data": forget, "retain data": retain}
     if same := [name for name, value in compared.items() if value]:
-        said.append(f"it was built from this {' and this '.join(same)}")
+        parts.append(f"it was built from this {' and this '.join(same)}")
     if "hidden" in worst:
-        said.append(f"hidden states computed again differ by {worst['hidden']:.2g} (relative)")
+        parts.append(f"hidden states computed again differ by {worst['hidden']:.2g} (relative)")
     if "indices" in worst:
-        said.append(f"{worst['indices']:.2%} of the top-k indices are others")
-    out.print("; ".join(said), soft_wrap=True, highlight=False)
+        parts.append(f"{worst['indices']:.2%} of the top-k indices are others")
+    out.print("; ".join(parts), soft_wrap=True, highlight=False)
 
 
 def _load_for_verify(options: SimpleNamespace, about: dict[str, Any]) -> dict[str, Any]:

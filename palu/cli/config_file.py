@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -52,13 +53,15 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         with user_errors():
             values = _load(path)
             defaults = {p.name: p.default for p in context.command.params}
-            own = {n: v for n, v in values.items() if n in defaults and n not in _NOT_IN_A_FILE}
-            rest = {name: value for name, value in values.items() if name not in own}
+            known = [name for name in defaults if name not in _NOT_IN_A_FILE]
+            trainer = values.pop("set", None) or {}
+            if not isinstance(trainer, dict):
+                raise ValueError(f"{path}: set is {trainer!r}; it must hold names and values")
+            trainer |= {name: value for name, value in values.items() if name not in known}
             try:
-                trainer = dict(own.pop("set", None) or {}) | rest
-                check_trainer_names(trainer, known=[n for n in defaults if n not in _NOT_IN_A_FILE])
-                words = {n: _word(n, v, defaults[n]) for n, v in own.items()}
-            except (TypeError, ValueError) as error:
+                check_trainer_names(trainer, known)
+                words = {n: _word(n, v, defaults[n]) for n, v in values.items() if n in known}
+            except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         context.obj = trainer
         words = {name: word for name, word in words.items() if word is not None}
@@ -68,18 +71,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 def _load(path: Path) -> dict[str, Any]:
     """Return the options that a file holds by their names, with `_` for `-`."""
-    text = read_text(path)
+    kind, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path)
     try:
-        if path.suffix == ".json":
-            content = parse(text)
-        else:
-            import yaml
-
-            content = yaml.safe_load(text)
+        content = parse(text) if kind == "JSON" else _parse_yaml(text)
     except NotJSON as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    except (RecursionError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not readable YAML: {one_line(error)}") from None
+        raise ValueError(f"{path} is not readable {kind}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold names and values")
     if "made_by" in content:  # a `palu.json`
@@ -91,6 +87,25 @@ def _load(path: Path) -> dict[str, Any]:
         model = os.path.normpath(path.parent / str(content.get("base_model")))
         content = {"model": model, **content["options"]}
     return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return the value that a YAML text says.
+
+    Raises:
+        NotJSON: it says none, or has a key twice.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            keys = Counter(str(key.value) for key, _ in root.value)
+            if twice := [key for key, count in keys.items() if count > 1]:
+                raise ValueError(f"it has the key {twice[0]!r} twice")
+        return yaml.safe_load(text)
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise NotJSON(one_line(error)) from None
 
 
 def _word(name: str, value: Any, default: Any) -> str | None:

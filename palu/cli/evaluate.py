@@ -128,9 +128,9 @@ class EvaluateRun:
         written = [] if output is None else [output / name for name in EVALUATION_FILES]
         if json is not None and json.resolve() in {path.resolve() for path in written}:
             raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
-        for place in (json, output):
-            if place is not None:
-                self.context.with_resource(locked(place))
+        for path in (json, output):
+            if path is not None:
+                self.context.with_resource(locked(path))
 
     def load(self) -> None:
         """Read the data, the models and what an earlier run left."""

@@ -117,14 +117,14 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
     shape = f"{setups[0].batch_size} x {setups[0].length}"
     fitting = [setup for setup in setups if predict(sizes, setup).peak <= limit]
     if fitting:
-        said = f"{len(fitting)} of {len(setups)} ways fit at {shape}. The first:"
-        return True, f"{said} {_described(sizes, fitting[0])}"
+        text = f"{len(fitting)} of {len(setups)} ways fit at {shape}. The first:"
+        return True, f"{text} {_described(sizes, fitting[0])}"
     most, setup = max(
         ((largest_batch(sizes, setup, limit), setup) for setup in setups), key=lambda pair: pair[0]
     )
     if most:
-        said = f"Nothing fits at {shape}. Take smaller batches, and --gradient-accumulation:"
-        return True, f"{said} {_described(sizes, replace(setup, batch_size=most))}"
+        text = f"Nothing fits at {shape}. Take smaller batches, and --gradient-accumulation:"
+        return True, f"{text} {_described(sizes, replace(setup, batch_size=most))}"
     alone = [replace(setup, batch_size=1) for setup in setups]
     least = min(alone, key=lambda setup: predict(sizes, setup).peak)
     shorter = (least.length >> n for n in range(1, least.length.bit_length() - 1))
@@ -132,10 +132,10 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
         (n for n in shorter if predict(sizes, replace(least, length=n)).peak <= limit), None
     )
     times = predict(sizes, least).peak / limit
-    said = f"Nothing fits, not even one row of {least.length} tokens. "
-    said += f"Take rows of at most {length} tokens, or " if length else "Take a smaller model, or "
-    said += f"a GPU with {times:.2f} times the memory. The least:"
-    return False, f"{said} {_described(sizes, least)}"
+    text = f"Nothing fits, not even one row of {least.length} tokens. "
+    text += f"Take rows of at most {length} tokens, or " if length else "Take a smaller model, or "
+    text += f"a GPU with {times:.2f} times the memory. The least:"
+    return False, f"{text} {_described(sizes, least)}"
 
 
 def _described(sizes: ModelSizes, setup: Setup) -> str:

@@ -246,8 +246,8 @@ class Run:
         from palu.training import checkpoints
         from palu.training.room import keep
 
-        def write_whole(place: Path) -> None:
-            with output_folder(place) as folder:
+        def write_whole(path: Path) -> None:
+            with output_folder(path) as folder:
                 self._write(folder)
 
         self.outcome = None

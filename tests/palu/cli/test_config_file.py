@@ -78,6 +78,8 @@ def test_names_may_be_written_as_on_the_command_line_and_of_the_trainer(palu, wo
         ("chat_template_kwargs: {messages: []}", "chat_template_kwargs must"),
         ("- top_k", "holds a list; it must hold names and values"),
         ("top_k: [", "is not readable YAML"),
+        ("top_k: 3\nforget: x\ntop_k: 4", "is not readable YAML: it has the key 'top_k' twice"),
+        ("set: weight_decay=1", "set is 'weight_decay=1'; it must hold names and values"),
         ('{"made_by": "palu demo"}', "holds no options of a run"),
     ],
 )

@@ -20,6 +20,11 @@ def test_center_and_preserve_survive_the_command_line(tmp_path):
         )
         assert args.loss_options()["center"] == value
         assert args.preserve is None and args.remove_unused_columns is False
+    words = "--method npo --beta 0.2 --retain_loss kl --normalization micro_batch"
+    (args,) = parser.parse_args_into_dataclasses([*words.split(), "--output_dir", str(tmp_path)])
+    assert (args.method, args.beta, args.retain_loss) == ("npo", 0.2, "kl")
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--objective", "flat", "--output_dir", str(tmp_path)])
     assert PALUConfig(output_dir=str(tmp_path), center=2.0).loss_options()["center"] == 2.0
 
 
