@@ -95,11 +95,8 @@ _Reader = tuple[int, Callable[[int], tuple[Any, str]]]
 
 
 def split_slice(path: str) -> tuple[str, slice]:
-    """Split `PATH[-40:]` into the file or folder, which exists, and the rows to take of it.
-
-    Raises:
-        ValueError: there is no such file, or the slice has another form.
-    """
+    """Split `PATH[-40:]` into the file or folder, which exists, and the rows to take of it. Raises
+    ValueError where there is no such file, or the slice has another form."""
     if os.path.exists(path):
         look(path, folder=True)
         return path, slice(None)

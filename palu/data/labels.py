@@ -19,9 +19,8 @@ class LabeledExample(dict):
     """The tokens of one example: a dict of `input_ids`, `labels` and `attention_mask` (lists of
     int, one length).
 
-    It also unpacks into those three values, in that order: `input_ids, labels, attention_mask =
-    example`. (So iterating gives the values; `keys()`, `items()`, `in`, `dict(example)` and
-    `**example` are those of a dict.)
+    It also unpacks into those three values, in that order: iterating gives the values; `keys()`,
+    `items()`, `in`, `dict(example)` and `**example` are those of a dict.
 
     Attributes:
         lost_spans: spans of which at least one token was cut off by `max_length`.
@@ -210,9 +209,8 @@ def place_spans(
     """Find the tokens that share a character with a span.
 
     Args:
-        text: what the tokens were made of.
-        starts, ends: first and last-plus-one character of every token.
-        spans: in characters of `text`.
+        text: what the tokens were made of; `starts` and `ends` are their first and last-plus-one
+            characters, `spans` count in it too.
         kept: how many tokens are kept.
         seen: a character from which on no token is kept or given; None where all are given.
 

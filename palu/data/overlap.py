@@ -21,11 +21,7 @@ def without_overlap(
     """Return the retain examples, with `drop` without those that the forget set has too.
 
     Questions and answers are compared without regard to case, white space and Unicode form. One
-    warning tells how many are in both.
-
-    Args:
-        files: what messages call retain and forget set.
-        drop: leave them out.
+    warning tells how many are in both; `files` is what messages call retain and forget set.
 
     Raises:
         ValueError: all of them are.

@@ -40,11 +40,8 @@ REFUSALS = (
 
 
 def own_alternates(examples: Sequence[Example]) -> list[str]:
-    """Return the `alternate_answer` of each record.
-
-    Raises:
-        ValueError: one has none, or it is no text; names its id and the field.
-    """
+    """Return the `alternate_answer` of each record. Raises ValueError where one has none, or no
+    text."""
     for example in examples:
         text = example.extra.get(FIELD)
         if not isinstance(text, str) or not text.strip():
@@ -67,16 +64,8 @@ def add_alternates(
     tokenizer: Any,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Add second answers to tokenised examples.
-
-    Args:
-        rows: what `tokenize_examples` made of `examples`.
-        texts: a second answer each.
-        tokenizer, **options: as given to `tokenize_examples`.
-
-    Raises:
-        ValueError: as `tokenize_examples`.
-    """
+    """Add second answers, `texts`, to the rows that `tokenize_examples` made of `examples` with the
+    same tokenizer and options."""
     others = [
         dataclasses.replace(example, answer=text, spans=())
         for example, text in zip(examples, texts, strict=True)

@@ -56,8 +56,8 @@ def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
     """Check that the logits of a position do not change with later tokens.
 
     Later tokens are changed at three places of each text, and so are as many earlier ones. In a
-    causal model later ones change nothing but roundings (a mixture's experts get other batches);
-    in others they weigh about as much as earlier ones.
+    causal model later ones change nothing but roundings (a mixture's experts get other batches); in
+    others they weigh about as much as earlier ones.
 
     Raises:
         ValueError: they do, or the config says that the model has an encoder.

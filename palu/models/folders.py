@@ -38,8 +38,7 @@ def named_from(folder: Path, path: str | Path) -> str:
 
 @contextmanager
 def reading(failed: str, *folders: Path) -> Iterator[None]:
-    """Turn whatever a library raises that reads the user's folders into a ValueError of one
-    line.
+    """Turn whatever a library raises that reads the user's folders into a ValueError of one line.
 
     Args:
         failed: what could not be done.
@@ -78,8 +77,8 @@ def _bad_file(path: Path) -> str | None:
 def check_weights_files(folder: Path) -> None:
     """Check the weights that transformers will read: safetensors in this folder alone.
 
-    A name in an index must be plain. (A file of that name may be a link: the cache of the hub is
-    made of links to its blobs, and who made the folder made them.)
+    A name in an index must be plain. (A file of that name may be a link, as in the cache of the
+    hub.)
 
     Raises:
         ValueError: a file is missing, is no safetensors file or not all of one, or is named that
@@ -138,11 +137,8 @@ def _shards(folder: Path) -> list[str]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file.
-
-    Raises:
-        ValueError: it is none, or not all of one.
-    """
+    """Return the names of the tensors in a safetensors file. Raises ValueError where it is none, or
+    not all of one."""
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -26,15 +26,11 @@ _TAKES_MASK: dict[type, bool] = {}
 
 
 def shift_to_logits(at_labels: Tensor) -> Tensor:
-    """Shift a mask of labels to the positions whose logits predict them.
+    """Shift a mask of labels, bool `[B, T]`, to the positions whose logits predict them: `t` to `t
+    - 1`.
 
-    Args:
-        at_labels: bool `[B, T]`, true where the token at `t` is to be predicted. Position 0 is
-            never predicted.
-
-    Returns:
-        bool `[B, T]`, true at `t - 1`; the last column is false. Row-major order is kept, so
-        `x[:, 1:][at_labels[:, 1:]]` lines up with `logits[shift_to_logits(at_labels)]`.
+    Position 0 is never predicted. Row-major order is kept, so `x[:, 1:][at_labels[:, 1:]]` lines up
+    with `logits[shift_to_logits(at_labels)]`.
     """
     positions = torch.zeros_like(at_labels)
     positions[:, :-1] = at_labels[:, 1:]
@@ -52,9 +48,8 @@ def logits_at(
 
     The module that the caller holds is the one that is called, so hooks of DDP, FSDP and PEFT run.
     Where the installed transformers takes a boolean mask as `logits_to_keep` (5.23 does, 5.17 does
-    not) only these positions go through the output head. Elsewhere all logits are computed and
-    indexed: slower, same numbers. Which of the two holds is found out on the first call for a model
-    class and remembered.
+    not) only these positions go through the output head, elsewhere all do: slower, same numbers.
+    The first call for a model class finds out which.
 
     Args:
         model: a causal language model, wrapped or not.
@@ -97,24 +92,16 @@ def logits_at(
 def model_hidden_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
 ) -> Tensor:
-    """Return the hidden states that enter the output embedding (after the final norm), without
-    computing logits.
+    """Return the hidden states that enter the output embedding (after the final norm), `[B, T, D]`,
+    without computing logits.
 
     The module that the caller holds is the one that is called, in its own mode, so hooks of DDP and
-    PEFT run and gradients flow. A hook that lives as long as the call takes the rows and hands none
-    of them on, so the product with the head has no rows and the model's outputs are empty.
-
-    The rows have the dtype in which they enter the head. Where the model runs under autocast, the
-    product with the head belongs under the same autocast.
+    PEFT run and gradients flow. A hook takes the rows for the time of the call and hands none on,
+    so the product with the head is empty. The rows have the dtype in which they enter the head:
+    under autocast the product with the head belongs under the same autocast.
 
     Args:
-        model: a causal language model, wrapped or not.
-        input_ids: int64 `[B, T]`.
-        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
-        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
-
-    Returns:
-        `[B, T, D]`.
+        model, input_ids, attention_mask, **model_inputs: as for `logits_at`.
 
     Raises:
         UnsupportedHead: the model is compiled (compiled code does not see the hook), has no output

@@ -14,12 +14,8 @@ from palu.models.wrappers import incompatible_wrapper, is_compiled, text_only_in
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the layers of a causal language model, first to last.
-
-    They are the one list of modules inside it that has as many entries as its config says.
-
-    Args:
-        model: wrapped or not.
+    """Return the layers of a causal language model, first to last: the one list of modules inside
+    it that has as many entries as its config says.
 
     Raises:
         ValueError: there is no such list, or more than one; names the model's class.
@@ -55,28 +51,21 @@ def layer_output(
     attention_mask: Tensor | None = None,
     **model_inputs: Any,
 ) -> Tensor:
-    """Return the output of one decoder layer (the residual stream after it).
+    """Return the output of one decoder layer (the residual stream after it), `[B, T, D]`.
 
     The module that the caller holds is the one that is called, so hooks of DDP and PEFT run and
-    gradients flow. For as long as the call lasts the layers after this one hand on what it put out,
-    so that they cost nothing, and the head sees one position of each row (all of them in a model
-    whose `forward` has no `logits_to_keep`, as some of transformers before 5).
+    gradients flow. For the time of the call the layers after this one repeat its output, so that
+    they cost nothing, and the head sees one position of each row (all of them in a model whose
+    `forward` has no `logits_to_keep`).
 
     Args:
-        model: a causal language model, wrapped or not.
         layer_id: from 0.
-        input_ids: int64 `[B, T]`.
-        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
-        **model_inputs: more arguments of the model's forward; no `labels`.
-
-    Returns:
-        `[B, T, D]`.
+        model, input_ids, attention_mask, **model_inputs: as for `palu.models.forward.logits_at`.
 
     Raises:
-        ValueError: the model is compiled (compiled code does not see the hook), does not call the
-            layer exactly once with `[B, T, D]` coming out, or switches gradients on or off before
-            it does; or gradients are on and a wrapper waits for them at the model's outputs (FSDP,
-            DDP with `static_graph`).
+        ValueError: the model is compiled, does not call the layer exactly once with `[B, T, D]`
+            coming out, or switches gradients on or off before it does; or gradients are on and a
+            wrapper waits for them at the model's outputs (FSDP, DDP with `static_graph`).
     """
     layers, inner = decoder_layers(model), unwrap(model)
     with_grad = torch.is_grad_enabled()

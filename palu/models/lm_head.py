@@ -51,15 +51,11 @@ class LMHead(palu_kernels.LMHead):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LMHead:
-        """Return the output embedding of `model` with the scale and the cap that its config
-        names.
+        """Return the output embedding of `model` with the scale and the cap that its config names.
 
         The parameters are held, not copied: gradients reach them, and the head is to be read anew
         when the model gets another output embedding (`resize_token_embeddings`). What the model
         does to its logits is only looked up here; `check_head` tests it.
-
-        Args:
-            model: a causal language model, in wrappers (DDP, PEFT) or not.
 
         Raises:
             UnsupportedHead: there is no output embedding, or it is anything but an `nn.Linear` with
@@ -80,16 +76,12 @@ def fusable_head(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
 ) -> LMHead | None:
     """Return the head of `model` if losses may be computed from hidden states; else None, with a
-    warning that says why.
-
-    Runs the model twice on a few tokens: ask once, not in every step.
+    warning that says why. Runs the model twice on a few tokens: ask once, not in every step.
 
     Args:
         model: a causal language model, wrapped as it will be called.
-        input_ids: int64 `[B, T]`, any batch for this model.
-        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
-        **model_inputs: more arguments of the model's forward; those that begin with `[B, T]` are
-            tried out with the tokens.
+        input_ids, attention_mask, **model_inputs: any batch for this model, as for
+            `palu.models.forward.logits_at`.
     """
     try:
         head = LMHead.from_model(model)

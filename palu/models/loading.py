@@ -34,11 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_device(device: str | None) -> torch.device:
     """Return the device of a name; None or "auto" is an accelerator when there is one, else the
-    CPU.
-
-    Raises:
-        ValueError: the name is unknown, or this machine has no such device.
-    """
+    CPU. Raises ValueError for an unknown name, or where this machine has no such device."""
     if device is None or device == "auto":
         if torch.accelerator.is_available():
             return torch.device(torch.accelerator.current_accelerator().type)
@@ -74,11 +70,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Check that `path` is a folder of a model or of a PEFT adapter and return it.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no `config.json`.
-    """
+    """Return `path` if it is a folder of a model or of a PEFT adapter. Raises FileNotFoundError."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {str(folder)!r} does not exist")
@@ -91,15 +83,8 @@ def model_folder(path: str | Path) -> Path:
 
 
 def folder_with(name: str, path: str | Path, base: str | Path | None = None) -> Path:
-    """Return the folder that has a file: `path`, or where that is an adapter without it, its
-    base model.
-
-    Args:
-        base: the base model; None: the one that the adapter names.
-
-    Raises:
-        ValueError: the adapter names no base model that is here.
-    """
+    """Return the folder that has a file: `path`, or where that is an adapter without it, its base
+    model. Raises ValueError where the adapter names no base model that is here."""
     folder = Path(path)
     if (folder / name).is_file() or not is_adapter(folder):
         return folder
@@ -121,13 +106,13 @@ def load_model(
         path: a model, or a PEFT adapter, which comes on its base model.
         dtype: of the model's weights; those of an adapter are float32 at least.
         base: the base model of an adapter; None: the one that the adapter names.
-        allow_missing: a regular expression; the weights whose names it matches need not be what
-            the config says. See `palu.models.folders.check_loaded`.
+        allow_missing: a regular expression of weights that need not be what the config says, see
+            `palu.models.folders.check_loaded`.
 
     Raises:
         FileNotFoundError: no such model folder.
-        ValueError: unknown dtype or device, the folder's weights cannot be read or are not those
-            of its config, or the adapter cannot be used.
+        ValueError: unknown dtype or device, the folder's weights cannot be read or are not those of
+            its config, or the adapter cannot be used.
     """
     folder, where, kind = model_folder(path), resolve_device(device), resolve_dtype(dtype)
     check_pattern(allow_missing)
@@ -201,15 +186,10 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Token
 def check_token_ids(
     model: nn.Module, tokenizer: Tokenizer, rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Check that the embedding has a row for every token of the data and for the padding.
+    """Raise ValueError where the embedding has no row for a token of the data, or for the padding.
 
     Args:
-        model: as `load_model` gives it.
-        tokenizer: the one that made the rows.
-        rows: with `input_ids`, lists of int, and perhaps `alternate_input_ids`.
-
-    Raises:
-        ValueError: it has too few; names a token that has none.
+        rows: with `input_ids`, lists of int, and perhaps `alternate_input_ids`, by `tokenizer`.
     """
     columns = ("input_ids", "alternate_input_ids")
     used = {i for row in rows for name in columns for i in row.get(name) or ()}

@@ -29,14 +29,11 @@ ALL_LINEAR = "all-linear"
 class LoRASettings:
     """Settings of the adapter that `palu unlearn --lora-rank` puts on a model.
 
-    Args:
+    Attributes:
         rank: of the two factors of each layer's change.
         alpha: the change is multiplied with `alpha / rank`.
         dropout: share of a layer's inputs that the change does not see in training.
         target: `all-linear` (every linear layer but the output head) or names of modules.
-
-    Raises:
-        ValueError: a value out of its range, naming its option.
     """
 
     rank: int
@@ -82,14 +79,10 @@ def lora_settings(
 
 
 def reference_kind(asked: str | None, lora: LoRASettings | None, cache: Path | None) -> str:
-    """Return which reference `palu unlearn` uses.
-
-    Args:
-        asked: the option, None where nothing was said: then `adapter_off` with LoRA, else `live`.
-        cache: the folder of a cache that was asked for.
+    """Return which reference `palu unlearn` uses: `asked`, or `adapter_off` with LoRA, else `live`.
 
     Raises:
-        ValueError: `adapter_off` without an adapter, or with a cache.
+        ValueError: `adapter_off` without an adapter, or with a cache folder.
     """
     kind = asked or ("live" if lora is None else "adapter_off")
     if kind == "adapter_off" and lora is None:
@@ -103,13 +96,8 @@ def reference_kind(asked: str | None, lora: LoRASettings | None, cache: Path | N
 
 
 def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftModel:
-    """Add a fresh LoRA adapter, which changes nothing yet; nothing but it trains.
-
-    The model is changed in place and part of what is returned. The adapter remembers the model's
-    folder with its whole path; `name_base` makes it relative where the adapter is written.
-
-    Args:
-        seed: of the adapter's weights.
+    """Add a fresh LoRA adapter, which changes nothing yet; nothing but it trains. The model is
+    changed in place and part of what is returned.
 
     Raises:
         ValueError: a target is no module of the model, or one that PEFT has no LoRA layer for.
@@ -319,10 +307,8 @@ def fold_in_measured(model: PeftModel, input_ids: Tensor) -> tuple[PreTrainedMod
 
     The share is the distance between the logits with the adapter folded in and with it beside the
     weights, over the distance between those and the base model's: small changes of weights in
-    bfloat16 are lost in part. 0 where the adapter has no effect.
-
-    Args:
-        input_ids: int64 `[B, T]`, the tokens it is measured on.
+    bfloat16 are lost in part. 0 where the adapter has no effect. `input_ids`, int64 `[B, T]`, are
+    the tokens it is measured on.
     """
     with model.disable_adapter():
         base = model(input_ids=input_ids).logits.double()

@@ -106,13 +106,9 @@ class ReferencePass:
     """One pass of the frozen starting model over data; call its methods in `eval_mode`.
 
     Args:
-        model: the starting model, in wrappers or not.
         sources: the forget set, and the retain set where its term is a KL.
         loss: says which rows matter and what of them is needed.
         collator: pads a list of examples.
-
-    Attributes:
-        head: the model's output head.
 
     Raises:
         CacheError: the model's head is none that can be cached.

@@ -59,10 +59,9 @@ SHARD_BYTES = 64 * 2**20
 class ReferenceCache:
     """A folder with `manifest.json` and safetensors files, memory-mapped for reading.
 
-    Rows are found by the id of their example, a name made of its tokens and labels
-    (`palu.storage.fingerprint.example_ids` gives those of a batch). The rows of an example
-    are in the order of their positions, those of a batch in the order of its examples, as in
-    `hidden[shift_to_logits(...)]`, whatever the padding.
+    Rows are found by the id of their example (`palu.storage.fingerprint.example_ids` gives those of
+    a batch). They are in the order of their positions, examples in the order of the batch, whatever
+    the padding, as in `hidden[shift_to_logits(...)]`.
 
     The numbers are those of the batches the cache was built in. Other batches and other padding
     change them by roundings; a model with absolute positions and no position_ids (GPT-2) by more
@@ -74,7 +73,7 @@ class ReferenceCache:
         path: the folder.
         manifest: everything that decided the numbers, as JSON values.
         head: the frozen output head where it is stored (training may change the head), else None.
-        device: where rows are handed out; the CPU until `to`.
+        device: where rows are returned; the CPU until `to`.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -120,25 +119,21 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Run the model over the data once and write what the loss will ask for.
 
-        The model is run as it is now (an adapter that is active counts), in eval mode without
-        gradients; its modes and the random state are as before afterwards. Batches are made of
-        examples of like length. The folder is written beside its place (`.NAME.partial`) and
-        renamed when it is whole. A build that was interrupted goes on after its last whole shard
-        if everything that decides the numbers is the same, and starts anew if not.
+        The model runs as it is now (an active adapter counts), in eval mode without gradients; its
+        modes and the random state are restored. The folder is written beside its place
+        (`.NAME.partial`) and renamed when it is whole. An interrupted build goes on after its last
+        whole shard if everything that decides the numbers is the same, and starts anew if not.
 
         Args:
             model: the starting model, in wrappers or not.
-            dataset: the forget set: a sequence of mappings with `input_ids` and `labels`
-                (`palu.data.examples.tokenize_examples`). Identical examples share an entry.
+            dataset: the forget set: a sequence of mappings with `input_ids` and `labels`.
             path: the folder.
             loss: says which rows matter and what of them is needed.
-            collator: pads a list of examples; give the one that training uses. Default:
-                `palu.data.collator.Collator`.
-            retain_dataset: the retain set when its term is a KL; the last hidden states of its
-                answer rows are stored.
+            collator: pads a list of examples, as in training; default `palu.Collator`.
+            retain_dataset: the retain set when its term is a KL.
             tokenizer: its fingerprint is remembered; its padding token is used.
             template: remembered by its repr.
-            batch_size: examples a forward pass.
+            batch_size: examples a forward pass, of like length together.
             autocast_dtype: run under autocast with this dtype, as training will; None: without.
             train_head: whether training may change the output head: then a frozen copy is stored.
                 None: whether its weight (tied to the embedding or not) or bias wants a gradient.
@@ -151,8 +146,8 @@ class ReferenceCache:
             CacheError: the data holds two examples with one id, a label that is no token, no row;
                 the model's head is none that can be cached; another process builds here.
             FileExistsError: the folder is not empty.
-            CacheWriteError: the disk is full, or another fault of the file system; names the file.
-                What was finished is kept for the next build.
+            CacheWriteError: a fault of the file system; what was finished is kept for the next
+                build.
             FloatingPointError: the model's hidden states are not finite.
             ValueError: the model is not causal.
         """
@@ -198,18 +193,16 @@ class ReferenceCache:
 
         Args:
             path: the folder.
-            model: the starting model. Its weights, settings, dtype and `autocast_dtype` must be
-                those of the build.
-            dataset, retain_dataset: must hold the same examples as at the build, in any order.
-            loss: `prefix_length` and `eos_token_id` must be those of the build, and what it needs
-                must be there (`top_k` indices, preserve rows); more may be.
+            model: the starting model: weights, settings, dtype and `autocast_dtype` as at the
+                build.
+            dataset, retain_dataset: the same examples as at the build, in any order.
+            loss: `prefix_length` and `eos_token_id` as at the build; what it needs must be there.
             tokenizer, template: compared when the cache remembers one.
-            autocast_dtype: what the model will be run under, None for no autocast; compared when
-                `model` is given.
+            autocast_dtype: what the model will be run under; compared when `model` is given.
             train_head: whether training may change the head, so that a frozen one must be stored.
                 None: as the parameters of `model` say.
-            starting_model: the `starting_model` of the cache that a checkpoint remembers. It is
-                compared instead of the weights of `model`, which training has changed since.
+            starting_model: the `starting_model` of the cache that a checkpoint remembers, compared
+                instead of the weights of `model`, which training has changed since.
 
         Raises:
             CacheMismatch: something differs; names all that does, with both values.
@@ -255,11 +248,8 @@ class ReferenceCache:
         starting_model: str | None = None,
         **options: Any,
     ) -> ReferenceCache:
-        """`open` the cache, or `build` it where there is none.
-
-        Args:
-            model, dataset, path, starting_model: as there.
-            **options: those of `build`, without `overwrite`.
+        """`open` the cache, or `build` it (with `options`, but for `overwrite`) where there is
+        none.
 
         Raises:
             CacheMismatch: the cache belongs to something else; or there is none, and the model is
@@ -307,14 +297,12 @@ class ReferenceCache:
         return self._rows("forget", "indices", example_ids)
 
     def preserve_hidden(self, example_ids: Tensor | Iterable[int]) -> Tensor:
-        """The reference's last hidden states: `[preserve rows of these examples, D]`, in the dtype
-        of their product with the head: the model's, or autocast's where it was built under one.
-        Arguments and errors as `forget_indices`."""
+        """Return the reference's last hidden states: `[preserve rows of these examples, D]`, in the
+        dtype of their product with the head. Arguments and errors as `forget_indices`."""
         return self._rows("forget", "hidden", example_ids)
 
     def retain_hidden(self, example_ids: Tensor | Iterable[int]) -> Tensor:
-        """The reference's last hidden states: `[answer rows of these retain examples, D]`, as
-        `preserve_hidden`."""
+        """Return `[answer rows of these retain examples, D]`; see `preserve_hidden`."""
         return self._rows("retain", "hidden", example_ids)
 
     def info(self) -> dict[str, Any]:

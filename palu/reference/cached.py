@@ -72,11 +72,10 @@ def make_reference(
 def open_run_cache(
     model: nn.Module, dataset: Any, folder: str, checkpoint: str | None, **options: Any
 ) -> ReferenceCache:
-    """Open the cache in `folder`; where there is none the main process builds it before the
-    others open it.
+    """Open the cache in `folder`; where there is none the main process builds it before the others
+    open it.
 
     Args:
-        model, dataset, **options: of `ReferenceCache.build`.
         checkpoint: the folder of a checkpoint: it remembers which model its run started from, and
             may go on with that model's cache.
 

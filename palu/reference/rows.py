@@ -51,17 +51,15 @@ def reference_rows(
     """Run the model on a batch and keep what the loss will ask for; call it in `eval_mode`.
 
     Args:
-        model: the frozen starting model.
-        head: its output head.
         batch: `input_ids`, `labels`, `attention_mask`, `[B, T]` each.
         ids: the names of its examples.
         source: `forget`: indices of forget rows and hidden states of preserve rows; `retain`:
             hidden states of all answer rows.
 
     Returns:
-        what a shard holds, on the CPU: int64 `[B]` `example_ids`, `index_rows` and `hidden_rows`
-        (how many rows of either kind an example has); where they are wanted int32 `indices`
-        `[rows, k]` and `hidden` `[rows, D]`, the rows of one example after those of another.
+        the tensors of a shard, on the CPU: int64 `[B]` `example_ids`, `index_rows` and
+        `hidden_rows` (rows of either kind that an example has), and as wanted int32 `indices`
+        `[rows, k]` and `hidden` `[rows, D]`, one example after the other.
 
     Raises:
         FloatingPointError: a hidden state is infinite or NaN.

@@ -55,23 +55,12 @@ class CacheWriteError(OSError):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file; what is there is replaced.
-
-    Returns:
-        the file's record: `file`, `bytes`, `blake2b` (hex), for `check_file`.
-
-    Raises:
-        CacheWriteError: the file system refused.
-    """
+    """Write a safetensors file and return its record for `check_file`. Raises CacheWriteError."""
     return _write(path, save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}))
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with a checksum over itself.
-
-    Raises:
-        CacheWriteError: the file system refused.
-    """
+    """Write JSON with a checksum over itself. Raises CacheWriteError."""
     _write(path, _sealed(content))
 
 
@@ -110,11 +99,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Return the path of a file that `write_tensors` wrote, after reading it.
-
-    Raises:
-        CacheDamaged: it is missing, truncated, or a byte of it was changed.
-    """
+    """Read a file that `write_tensors` wrote and return its path. Raises CacheDamaged where it is
+    missing, truncated, or a byte of it was changed."""
     path = folder / record["file"]
     if not path.is_file():
         raise CacheDamaged(f"{str(path)!r} is missing; {_REPAIR}")

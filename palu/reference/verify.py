@@ -40,15 +40,14 @@ def verify_cache(
     """Read every byte of a cache, compare its fingerprints with what is given and, where both model
     and data are, compute its numbers again.
 
-    Label settings and autocast are those in the manifest.
-
     Args:
-        path, model, dataset, retain_dataset, tokenizer: as for `ReferenceCache.open`.
+        path, model, dataset, retain_dataset, tokenizer: as for `ReferenceCache.open`. Label
+            settings and autocast are those in the manifest.
         report: called with (batches done, batches).
 
     Returns:
-        where numbers were computed, and none else: `hidden`, the distance of the hidden states in
-        relative norm, the worst batch's; `indices`, the share of indices that are others now.
+        where numbers were computed, and none else: `hidden`, the worst batch's distance of hidden
+        states in relative norm; `indices`, the share of indices that are others now.
 
     Raises:
         CacheMismatch: something differs, a number by more than `TOLERANCE` among it.

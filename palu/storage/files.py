@@ -82,15 +82,8 @@ def check_regular(path: Path) -> None:
 
 
 def check_json(path: Path, keys: set[str], writer: str) -> None:
-    """Check that a JSON file may be written: there is none, or an empty one, or one of ours.
-
-    Args:
-        keys: what an object of ours has.
-        writer: what messages call it.
-
-    Raises:
-        FileExistsError: something else is there.
-    """
+    """Check that a JSON file may be written: there is none, or an empty one, or one with these
+    `keys`. Raises FileExistsError, with what messages call the `writer`."""
     try:
         path.lstat()  # unlike `lexists`, raises where the name is too long
     except FileNotFoundError:
@@ -106,12 +99,7 @@ def check_json(path: Path, keys: set[str], writer: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that is whole or absent.
-
-    Raises:
-        ValueError: a number is not finite.
-        OSError: see `new_file`.
-    """
+    """Write JSON that is whole or absent. Raises ValueError where a number is not finite."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     with new_file(path) as file:
         file.write(text + "\n")
@@ -129,12 +117,8 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> list[Path]:
-    """Give the files below `folder` the mode of new ones (safetensors writes 0600) and flush all of
-    it to the disk.
-
-    Returns:
-        the files, sorted.
-    """
+    """Give the files below `folder` the mode of new ones (safetensors writes 0600), flush all of it
+    to the disk, and return the files, sorted."""
     mode = folder.stat().st_mode & 0o666  # of a folder that was made under this umask
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file() and not path.is_symlink()]

@@ -45,8 +45,8 @@ def example_id(example: Mapping[str, Any]) -> int:
     """Return a stable name of one example: 63 bits that depend on its tokens and labels alone.
 
     Args:
-        example: has `input_ids` and `labels`, integers `[T]` (lists, arrays or CPU tensors); where
-            it has an `attention_mask`, positions with 0 do not count.
+        example: has `input_ids` and `labels`, integers `[T]`; positions where it has an
+            `attention_mask` of 0 do not count.
     """
     digest = hashlib.blake2b(example_bytes(example), digest_size=8, person=b"palu.example")
     return int.from_bytes(digest.digest(), "little") & (2**63 - 1)

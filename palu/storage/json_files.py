@@ -49,12 +49,8 @@ class NotJSON(ValueError):
 
 
 def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raise ValueError where a path is not a regular file's, without opening it: a pipe or a device
-    may have no end.
-
-    Args:
-        folder: whether it may be a folder.
-    """
+    """Raise ValueError where a path is not a regular file's (or, with `folder`, a folder's),
+    without opening it: a pipe or a device may have no end."""
     shown = one_line(os.fspath(path) or repr(""), limit=200)
     try:
         mode = os.stat(path).st_mode
@@ -71,11 +67,8 @@ def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a regular file of UTF-8 text, without a byte order mark.
-
-    Raises:
-        ValueError: it is none; names the file and what it looks like.
-    """
+    """Read a regular file of UTF-8 text, without a byte order mark. Raises ValueError, which names
+    the file and what it looks like."""
     look(path)
     try:
         raw = Path(path).read_bytes()
@@ -104,11 +97,8 @@ def check_kind(path: str | os.PathLike[str], head: bytes) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a model or adapter.
-
-    Raises:
-        ValueError: it is not readable, or holds something else; names the file.
-    """
+    """Read the JSON object in a file of a model or adapter. Raises ValueError, which names the
+    file."""
     try:
         content = parse(read_text(path), unique_keys=False)
     except NotJSON as error:

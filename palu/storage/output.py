@@ -41,11 +41,8 @@ def versions() -> dict[str, str]:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """Read the `palu.json` of a model folder; None where there is none.
-
-    Raises:
-        ValueError: the file is no JSON object.
-    """
+    """Read the `palu.json` of a model folder; None where there is none. Raises ValueError for no
+    object."""
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
