@@ -13,9 +13,7 @@ from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, check_values
-from palu_kernels.linear.functional import no_transforms
-from palu_kernels.linear.head import check_hidden
-from palu_kernels.roles import linear_role_losses, role_losses
+from palu_kernels.roles import linear_role_losses, prepare, role_losses
 from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
@@ -202,13 +200,10 @@ class PALULoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as above, or the reference is missing.
         """
-        check_hidden("hidden", hidden, head)
-        if ref_hidden is not None:
-            check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
         if ref_indices is not None:
             arguments.dense("ref_indices", ref_indices)
         integers = {"labels": labels, "ref_indices": ref_indices}
-        no_transforms("PALULoss", hidden, head, ref_hidden, ref_head, **integers)
+        prepare("PALULoss", hidden, head, ref_hidden, ref_head, **integers)
         if hidden.dim() != 3:
             raise ValueError(
                 f"hidden has shape {list(hidden.shape)}; it must be [B, T, {head.hidden_size}]"

@@ -59,6 +59,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loss is computed and returned in: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_values(device: torch.device) -> bool:
     """Whether values inside tensors are checked: always on the CPU, elsewhere only under
     ``PALU_CHECK=1`` (it synchronises). While `torch.compile` traces, and on

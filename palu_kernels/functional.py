@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from palu_kernels import logits_op as custom_ops
-from palu_kernels import reference
 from palu_kernels import validation as arguments
-from palu_kernels.backend import resolve
+from palu_kernels.backend import accum_dtype, resolve
 
 
 def topk_indices(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
@@ -91,7 +90,7 @@ def local_entropy_loss(
     loss = custom_ops.local_entropy(
         z, ref_logits, indices, top_k, objective, kind, number, reduction, served_by
     )[0]
-    return loss.to(reference.work_dtype(logits.dtype))
+    return loss.to(accum_dtype(logits.dtype))
 
 
 def kl_loss(
@@ -129,7 +128,7 @@ def kl_loss(
     arguments.reference("ref_logits", ref_logits, logits)
     z, ref_logits = _alike(logits, ref_logits)
     loss = custom_ops.kl(z, ref_logits, direction, reduction, _resolve(backend, z))[0]
-    return loss.to(reference.work_dtype(logits.dtype))
+    return loss.to(accum_dtype(logits.dtype))
 
 
 def cross_entropy_loss(

@@ -17,7 +17,7 @@ from torch import Tensor
 from palu_kernels import reference
 from palu_kernels import torch_backend as eager
 from palu_kernels import validation as arguments
-from palu_kernels.backend import check_values, on_device_of
+from palu_kernels.backend import accum_dtype, check_values, on_device_of
 from palu_kernels.layout import bitmap_words, empty_rows_like, gradient_rows_like
 from palu_kernels.op_autograd import differentiable
 
@@ -45,7 +45,7 @@ def _blocks(*tensors: Tensor | None) -> list[tuple[slice, list[Tensor | None]]]:
 
 def _empty_losses(logits: Tensor) -> Tensor:
     rows = math.prod(logits.shape[:-1])
-    return logits.new_empty(rows, dtype=reference.work_dtype(logits.dtype))
+    return logits.new_empty(rows, dtype=accum_dtype(logits.dtype))
 
 
 def _reduced(rows: Tensor, reduction: str, count: Tensor | int, shape: torch.Size) -> Tensor:
@@ -64,7 +64,7 @@ def _row_weights(grad: Tensor, reduction: str, count: Tensor | int, rows: int) -
 
 def _empty_outputs(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss and state as the fake implementations see them."""
-    dtype = reference.work_dtype(logits.dtype)
+    dtype = accum_dtype(logits.dtype)
     shape = logits.shape[:-1] if reduction == "none" else ()
     rows = math.prod(logits.shape[:-1])
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(

@@ -19,12 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palu_kernels.backend import accum_dtype
+
 NEG_INF = float("-inf")
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loss is computed and returned in: float64 for float64, float32 for the rest."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def head_logits(
@@ -70,7 +67,7 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """The rows in the dtype they are worked in, and S as int64 ``[N, k]``. A row that holds a NaN
     becomes NaN as a whole."""
-    z = logits.to(work_dtype(logits.dtype))
+    z = logits.to(accum_dtype(logits.dtype))
     spoiled = z.isnan().any(-1)
     if indices is None:
         chooser = logits.detach() if ref_logits is None else ref_logits
@@ -161,7 +158,7 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -
     +inf where the second distribution lacks an entry that the first one has (the gradient is then
     not finite either).
     """
-    z, r = (t.to(work_dtype(logits.dtype)) for t in (logits, ref_logits))
+    z, r = (t.to(accum_dtype(logits.dtype)) for t in (logits, ref_logits))
     a, b = (z, r) if direction == "reverse" else (r, z)
     in_a = a != NEG_INF
     lacking = in_a & (b == NEG_INF)
@@ -184,7 +181,7 @@ def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, directio
 
     Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j (0 without a q).
     """
-    z, r = (t.to(work_dtype(logits.dtype)) for t in (logits, ref_logits))
+    z, r = (t.to(accum_dtype(logits.dtype)) for t in (logits, ref_logits))
     log_p, log_q = log_softmax(z), log_softmax(r)
     kl = kl_loss(z, r, direction=direction)[:, None]
     if direction == "reverse":
@@ -198,7 +195,7 @@ def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, directio
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """logsumexp(z) - z[label]; 0 for an ignored row."""
-    z = logits.to(work_dtype(logits.dtype))
+    z = logits.to(accum_dtype(logits.dtype))
     return F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="none")
 
 
@@ -206,7 +203,7 @@ def cross_entropy_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
     """d(sum of weights * rows)/d logits = softmax(z) - onehot(label), 0 for an ignored row."""
-    grad = logits.to(work_dtype(logits.dtype)).softmax(-1)
+    grad = logits.to(accum_dtype(logits.dtype)).softmax(-1)
     counted = labels != ignore_index
     target = torch.where(counted, labels, 0).long()[:, None]
     grad.scatter_add_(-1, target, torch.full_like(grad[:, :1], -1.0))

@@ -9,21 +9,21 @@ batch's size in it, whatever the number of losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
 from palu_kernels import row_loss as row_losses
-from palu_kernels.backend import on_device_of, resolve
+from palu_kernels.backend import accum_dtype, on_device_of, resolve
 from palu_kernels.layout import empty_rows_like, gradient_rows_like
-from palu_kernels.linear.functional import prepare
-from palu_kernels.linear.head import LMHead
-from palu_kernels.linear.op import CHUNK_BYTES, call, pick, settle
+from palu_kernels.linear.head import prepare
+from palu_kernels.linear.op import linear_role_losses
 from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_loss import Chunk, RowLoss
+
+__all__ = ["linear_role_losses", "prepare", "role_losses"]
 
 PIECE_BYTES = 64 * 2**20  # of the rows that are copied out at a time
 
@@ -53,70 +53,6 @@ def role_losses(
     return by_role(logits, ref_logits, roles, weights, encoded, served_by)
 
 
-def linear_role_losses(
-    hidden: Tensor,
-    head: LMHead,
-    roles: Tensor,
-    losses: Sequence[RowLoss],
-    weights: Tensor,
-    *,
-    ref_hidden: Tensor | None = None,
-    ref_head: LMHead | None = None,
-    data: Sequence[Tensor | None] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return what `role_losses` does, from what enters the output head.
-
-    Args:
-        hidden: `[B, T, D]`.
-        head: as in `linear_local_entropy_loss`; all losses share one pass over it, and one gradient
-            of it.
-        roles: `[B, T]` integers, on the device of `hidden` or on the host, where looking them up
-            waits for no device.
-        losses: `LocalEntropy` is computed dense or sparse, as is cheaper.
-        weights: `[n]`, of the losses in the total; float32 (float64 for float64).
-        ref_hidden: the frozen reference's rows of `hidden`, `[B, T, D]`; or, of the losses that
-            need it alone, `[r, D]`, loss by loss.
-        ref_head: the reference's head; None takes `head`, which must not train then.
-        data: the integers of each loss (indices, labels), `[B, T, ...]` or by row of that loss; or
-            None.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-    data = [None] * len(losses) if data is None else data
-    integers = {f"data[{i}]": values for i, values in enumerate(data)}
-    compute = prepare("a loss by roles", hidden, head, ref_hidden, ref_head, **integers)
-    for loss in losses:
-        if loss.needs_reference and ref_hidden is None:
-            raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
-    rows, counts = roles, []
-    if not torch.compiler.is_compiling() and not hidden.is_meta:
-        flat = hidden.detach().flatten(0, 1)
-        rows, counts, ref_hidden, data = pick(
-            roles, losses, flat, head.vocab_size, ref_hidden, data
-        )
-        options = {"train_head": head.requires_grad, "compute": compute}
-        losses = settle(losses, counts, head.weight, head.softcap, **options)
-    total, sums = call(
-        hidden.flatten(0, 1),
-        head,
-        rows,
-        counts,
-        losses,
-        weights,
-        ref_hidden,
-        ref_head,
-        data,
-        compute=compute,
-        chunk_bytes=chunk_bytes,
-        backend=backend,
-    )
-    work = reference.work_dtype(hidden.dtype)
-    return total.to(work), sums.to(work)
-
-
 @torch.library.custom_op("palu_kernels::by_role", mutates_args=())
 def by_role(
     logits: Tensor,
@@ -126,7 +62,7 @@ def by_role(
     losses: str,
     served_by: str,
 ) -> tuple[Tensor, Tensor]:
-    sums = logits.new_zeros(len(weights), dtype=reference.work_dtype(logits.dtype))
+    sums = logits.new_zeros(len(weights), dtype=accum_dtype(logits.dtype))
     with on_device_of(logits):
         for place, loss, rows in _pieces(logits, roles, losses):
             found = loss(_chunk(loss, logits, ref_logits, rows, served_by))
@@ -138,7 +74,7 @@ def by_role(
 def _(
     logits: Tensor, ref_logits: Tensor | None, roles: Tensor, weights: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    work = reference.work_dtype(logits.dtype)
+    work = accum_dtype(logits.dtype)
     return logits.new_empty((), dtype=work), logits.new_empty(weights.shape, dtype=work)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from palu_kernels import reference
+from palu_kernels.backend import accum_dtype
 
 TILE_ENTRIES = 2**19  # of a tile: 2 MB in float32
 
@@ -31,7 +32,7 @@ def tiles(logits: Tensor) -> Iterator[slice]:
 
 def capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """-> logits in the dtype they are worked in, under the cap, and the cap's slope (None: 1)."""
-    z = x.to(reference.work_dtype(x.dtype))
+    z = x.to(accum_dtype(x.dtype))
     if softcap is None:
         return z, None
     share = torch.tanh(z / softcap)
@@ -83,7 +84,7 @@ def local_entropy(
     grad: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
     for tile in tiles(logits):
         x, w = logits[tile], None if weights is None else weights[tile]
         z, slope = capped(x, softcap)
@@ -146,7 +147,7 @@ def kl(
     grad: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         r, _ = capped(ref_logits[tile], ref_softcap)
@@ -182,7 +183,7 @@ def cross_entropy(
     grad: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    losses = logits.new_empty(logits.shape[0], dtype=reference.work_dtype(logits.dtype))
+    losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         counted = labels[tile] != ignore_index

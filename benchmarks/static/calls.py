@@ -64,17 +64,33 @@ class Calls:
 
 
 class Waits(TorchDispatchMode):
-    """Count operators that wait for the host on an accelerator, those inside custom ones too."""
+    """Count operators that wait for the host on an accelerator, those inside custom ones too.
 
-    def __init__(self) -> None:
+    What would stay on the host there (a batch's `RowRoles`, and what is made of it or of no tensor
+    and for no device) waits for nothing.
+
+    Args:
+        inputs: of `training_step`.
+    """
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__()
         self.gathers = self.reads = 0
+        batches = [inputs, inputs.get("palu_retain") or {}]
+        roles = [batch["palu_roles"].at for batch in batches if "palu_roles" in batch]
+        self._host = {id(tensor): tensor for tensor in roles}
 
     def __torch_dispatch__(
         self, func: Any, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func.name()
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if all(id(value) in self._host for value in given) and kwargs.get("device") is None:
+            result = func(*args, **kwargs)
+            made = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+            self._host |= {id(value): value for value in made}
+            return result
         masked = name.startswith("aten::index") and any(
             isinstance(value, Tensor) and value.dtype == torch.bool
             for value in tree_iter(args[1] if len(args) > 1 else ())
@@ -138,7 +154,7 @@ def trainer(folder: str) -> tuple[Any, list[Calls], list[Calls], list[Waits]]:
                 with steps[-1]:
                     return super().training_step(*args, **kwargs)
             if self.state.global_step == WARM_UP + 1:
-                waits.append(Waits())
+                waits.append(Waits(args[1]))
                 with waits[-1]:
                     return super().training_step(*args, **kwargs)
             return super().training_step(*args, **kwargs)

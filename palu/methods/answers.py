@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from palu_kernels import LMHead, cross_entropy_loss, linear_cross_entropy_loss
+from palu_kernels.backend import accum_dtype
 from palu_kernels.linear.chunked import chunk_rows
 from palu_kernels.linear.functional import CHUNK_BYTES
-from palu_kernels.reference import work_dtype
 
 
 @dataclass(eq=False)
@@ -102,4 +102,4 @@ class Answers:
 
 def _logits(rows: Tensor, head: LMHead | None) -> Tensor:
     logits = rows if head is None else head.logits(rows)
-    return logits.to(work_dtype(logits.dtype))
+    return logits.to(accum_dtype(logits.dtype))

@@ -22,6 +22,7 @@ ROLES = "palu_roles"
 # int64 [3] beside a batch: what each of its terms is divided by; 0 where it does not count.
 # Integers, since DeepSpeed casts floating-point inputs to half precision.
 DENOMINATORS = "palu_denominators"
+COUNTS = "palu_counts"  # what each term is a mean over, in this micro-batch
 RETAINED = 3  # the role of a row that predicts a retained token, beside FORGET and PRESERVE
 
 
@@ -79,7 +80,14 @@ class RowRoles:
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what the model is called with."""
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    ours = ("labels", "palu_")
+    return {name: value for name, value in batch.items() if not name.startswith(ours)}
+
+
+def only_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a micro-batch is made of, of a collated batch: what the model is called with, and
+    labels."""
+    given = {name: batch.get(name) for name in COLUMNS}
     return given | more_inputs(batch)
 
 
@@ -94,7 +102,8 @@ def together(forget: Mapping[str, Any], retain: Mapping[str, Any]) -> dict[str, 
     at = [batch[ROLES].at for batch in (forget, retain)]
     length = max(roles.shape[1] for roles in at)
     at = torch.cat([functional.pad(roles, (0, length - roles.shape[1])) for roles in at])
-    batch = joined(forget, retain) | {ROLES: RowRoles(at, forget[ROLES].forget)}
+    counts = [a + b for a, b in zip(forget[COUNTS], retain[COUNTS], strict=True)]
+    batch = joined(forget, retain) | {ROLES: RowRoles(at, forget[ROLES].forget), COUNTS: counts}
     if DENOMINATORS in forget:
         batch[DENOMINATORS] = forget[DENOMINATORS]
     return batch

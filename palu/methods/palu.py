@@ -14,17 +14,23 @@ from palu.loss import PALULoss
 from palu.methods.base import Method
 from palu.methods.micro_batch import RETAINED, ROLES, model_inputs, next_tokens
 from palu.methods.step_loss import StepLoss
-from palu.models.forward import logits_at, model_hidden_states
+from palu.models.forward import logits_at
 from palu.reference.cached import CachedReference
 from palu.storage.fingerprint import example_ids
 from palu_kernels.roles import linear_role_losses
 from palu_kernels.row_loss import KL, CrossEntropy, RowLoss
+
+TERM_ROLES = FORGET, PRESERVE, RETAINED  # of the terms 0, 1, 2
 
 
 class PALUStepLoss(StepLoss):
     """The forget, preserve and retain term of a micro-batch, in one pass over the head."""
 
     method: PALU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._by_source: dict[str, list[RowLoss]] = {}
 
     def terms(
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
@@ -38,7 +44,7 @@ class PALUStepLoss(StepLoss):
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
         roles, inputs = batch[ROLES], model_inputs(batch)
-        hidden = model_hidden_states(model, **inputs)
+        hidden = self.hidden_states(model, inputs)
         losses, weights, which = self._losses(batch)
         data: list[Tensor | None] = [None] * len(losses)
         if roles.retain and not self.retain_kl:
@@ -49,7 +55,7 @@ class PALUStepLoss(StepLoss):
             data[0] = data[0] if indices is None else indices
         elif any(loss.needs_reference for loss in losses):
             with self.autocast():
-                ref_hidden = self.reference.of(model, lambda m: model_hidden_states(m, **inputs))
+                ref_hidden = self.reference.of(model, lambda m: self.hidden_states(m, inputs))
         shares = torch.stack([denominators[term] for term in which])
         with self.autocast():
             total, sums = linear_role_losses(
@@ -74,14 +80,21 @@ class PALUStepLoss(StepLoss):
         losses: list[RowLoss] = []
         weights, which = [method.forget_weight, method.preserve_weight], [0, 1]
         if roles.forget:
-            cached = isinstance(self.reference, CachedReference)
-            by_indices = cached and method.select_from == "reference"
-            losses = method.palu_loss.losses("indices" if by_indices else method.select_from)
+            losses = self._forget_losses()
         weights, which = weights[: len(losses)], which[: len(losses)]
         if roles.retain:
             losses = [*losses, KL("forward") if self.retain_kl else CrossEntropy()]
             weights, which = [*weights, self.retain_weight], [*which, 2]
         return losses, weights, which
+
+    def _forget_losses(self) -> list[RowLoss]:
+        """Return the losses of the roles FORGET and PRESERVE; they are the same in every step."""
+        by_cache = isinstance(self.reference, CachedReference)
+        source = self.method.select_from
+        source = "indices" if by_cache and source == "reference" else source
+        if source not in self._by_source:
+            self._by_source[source] = self.method.palu_loss.losses(source)
+        return self._by_source[source]
 
     def _cached(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return S of the forget rows, and the hidden rows of the losses that need them."""
@@ -129,11 +142,11 @@ class PALUStepLoss(StepLoss):
 
 
 def _numbered(roles: Tensor, which: list[int]) -> Tensor:
-    """Roles of the terms 0, 1, 2 -> 1, 2, ... in the order of the losses; 0 for other rows."""
-    numbers = torch.zeros(RETAINED + 1, dtype=torch.int8)
+    """Return roles of the terms 0, 1, 2 as 1, 2, ... in the order of the losses; 0 elsewhere."""
+    numbered = torch.zeros_like(roles)
     for number, term in enumerate(which, 1):
-        numbers[(FORGET, PRESERVE, RETAINED)[term]] = number
-    return numbers[roles.long()]
+        numbered += (roles == TERM_ROLES[term]) * number
+    return numbered
 
 
 @dataclass(kw_only=True)

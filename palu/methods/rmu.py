@@ -16,7 +16,7 @@ from palu.methods.micro_batch import RETAINED, ROLES, RowRoles, model_inputs
 from palu.methods.step_loss import StepLoss
 from palu.models.layers import decoder_layers, layer_output
 from palu.models.wrappers import unwrap
-from palu_kernels.reference import work_dtype
+from palu_kernels.backend import accum_dtype
 
 USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
 
@@ -59,7 +59,7 @@ class RMUStepLoss(StepLoss):
         # Roles are those of the rows before the tokens; here the tokens themselves count.
         order = torch.cat([roles.order(FORGET), roles.order(RETAINED)]) + 1
         rows = output.flatten(0, 1).index_select(0, order.to(output.device))
-        return rows.to(work_dtype(rows.dtype))
+        return rows.to(accum_dtype(rows.dtype))
 
 
 def _sum_of_means(difference: Tensor, lengths: Tensor) -> Tensor:

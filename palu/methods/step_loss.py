@@ -13,7 +13,7 @@ import palu_kernels
 from palu.data.roles import FORGET
 from palu.methods.answers import Answers
 from palu.methods.micro_batch import RETAINED, ROLES, model_inputs, next_tokens
-from palu.models.forward import logits_at, model_hidden_states
+from palu.models.forward import HiddenStates, logits_at
 from palu.models.lm_head import fusable_head
 from palu.models.router_loss import RouterLoss, wanted
 from palu.reference.cached import CachedReference, Reference
@@ -63,7 +63,9 @@ class StepLoss:
         self.autocast = autocast
         self.head: palu_kernels.LMHead | None = None
         self._path_chosen = False
+        self._hidden: dict[nn.Module, HiddenStates] = {}
         self.router = RouterLoss()
+        self._add_router_loss: bool | None = None  # asked at the first call
 
     def state(self) -> dict[str, float]:
         """Return what training changes and checkpoints keep: nothing, unless a subclass does."""
@@ -85,11 +87,13 @@ class StepLoss:
         """
         if not self._path_chosen:
             self._choose_path(model, batch)
+        if self._add_router_loss is None:
+            self._add_router_loss = self.retain_nll and wanted(model)
+        roles = batch[ROLES]
+        if not (self._add_router_loss and roles.retain):
+            return self.terms(model, batch, denominators)
         with self.router.watching(model) as outputs:
             total, means = self.terms(model, batch, denominators)
-        roles = batch[ROLES]
-        if not (roles.retain and self.retain_nll and wanted(model)):
-            return total, means
         extra = self.router.of(model, outputs, batch.get("attention_mask"), roles.forget)
         extra = extra * (roles.count(RETAINED) / denominators[2])
         total = total + self.retain_weight * extra
@@ -118,6 +122,13 @@ class StepLoss:
         if self.head is None:
             return cross_entropy_loss(rows, targets, **options)
         return linear_cross_entropy_loss(rows, self.head, targets, **options)
+
+    def hidden_states(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Return `[B, T, D]`; see `palu.models.forward.model_hidden_states`."""
+        call = self._hidden.get(model)
+        if call is None:
+            call = self._hidden[model] = HiddenStates(model)
+        return call(**inputs)
 
     def _choose_path(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self._path_chosen = True
@@ -174,7 +185,7 @@ class AnswerStepLoss(StepLoss):
         if self.head is None:
             keep = (roles.at != 0).to(inputs["input_ids"].device)
             return logits_at(model, positions=keep, **inputs)
-        hidden = model_hidden_states(model, **inputs)
+        hidden = self.hidden_states(model, inputs)
         order = torch.cat([roles.order(FORGET), roles.order(RETAINED)])
         return hidden.flatten(0, 1).index_select(0, order.to(hidden.device))
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from palu.models.wrappers import (
     UnsupportedHead,
-    head_pre_hook,
     incompatible_wrapper,
+    output_embedding,
+    refuse_compiled,
     text_only_inputs,
     unwrap,
+    wants_token_types,
 )
 
 # Per model class: does its `logits_to_keep` take a 2-D boolean mask? Filled by the first real call.
@@ -109,28 +111,51 @@ def model_hidden_states(
             before it does, or fails when no row reaches it; or gradients are on and a wrapper waits
             for them at the model's outputs (FSDP, DDP with `static_graph`).
     """
-    entered: list[Tensor] = []
-    with_grad = torch.is_grad_enabled()
-    reason = incompatible_wrapper(model) if with_grad else None
-    if reason is not None:
-        raise UnsupportedHead(reason)
+    return HiddenStates(model)(input_ids, attention_mask, **model_inputs)
 
-    def take(module: nn.Module, args: tuple) -> tuple | None:
-        if not args:
-            return None
-        # Under a checkpoint around the whole model the rows would come without a gradient.
-        if torch.is_grad_enabled() != with_grad:
-            raise UnsupportedHead("the model switches gradients on or off inside its forward")
-        entered.append(args[0])
-        return args[0][..., :0, :], *args[1:]
 
-    with head_pre_hook(model, take):
+class HiddenStates:
+    """`model_hidden_states` of one model, whose modules are looked through once and not at every
+    call.
+
+    Raises:
+        UnsupportedHead: as `model_hidden_states`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.head = output_embedding(model)
+        self.inner = unwrap(model)
+        self.incompatible = incompatible_wrapper(model)
+        self.wants_token_types = wants_token_types(model)
+        refuse_compiled(model, self.head)
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
+    ) -> Tensor:
+        """Return `[B, T, D]`; see `model_hidden_states`."""
+        if self.model._compiled_call_impl or self.inner._compiled_call_impl:  # since then
+            refuse_compiled(self.model, self.head)
+        entered: list[Tensor] = []
+        with_grad = torch.is_grad_enabled()
+        if with_grad and self.incompatible is not None:
+            raise UnsupportedHead(self.incompatible)
+
+        def take(module: nn.Module, args: tuple) -> tuple | None:
+            if not args:
+                return None
+            # Under a checkpoint around the whole model the rows would come without a gradient.
+            if torch.is_grad_enabled() != with_grad:
+                raise UnsupportedHead("the model switches gradients on or off inside its forward")
+            entered.append(args[0])
+            return args[0][..., :0, :], *args[1:]
+
+        if self.wants_token_types and self.inner.training:
+            model_inputs.setdefault("token_type_ids", torch.zeros_like(input_ids))
+        hook = self.head.register_forward_pre_hook(take)
         try:
-            model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **{**text_only_inputs(model, input_ids), **model_inputs},
+            self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs
             )
         except (UnsupportedHead, torch.OutOfMemoryError):
             raise
@@ -141,17 +166,19 @@ def model_hidden_states(
             raise UnsupportedHead(
                 f"the model fails when no row enters its output embedding ({line})"
             ) from error
-    if len(entered) != 1:
-        raise UnsupportedHead(
-            f"the model calls its output embedding {len(entered)} times, not once"
-        )
-    (hidden,) = entered
-    if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
-        raise UnsupportedHead(
-            f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of shape "
-            f"{list(input_ids.shape)}"
-        )
-    return hidden
+        finally:
+            hook.remove()
+        if len(entered) != 1:
+            raise UnsupportedHead(
+                f"the model calls its output embedding {len(entered)} times, not once"
+            )
+        (hidden,) = entered
+        if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+            raise UnsupportedHead(
+                f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of "
+                f"shape {list(input_ids.shape)}"
+            )
+        return hidden
 
 
 def _parameters(model: nn.Module) -> Any:

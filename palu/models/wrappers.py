@@ -103,10 +103,14 @@ def _eos_of(holder: Any) -> set[int]:
 
 def text_only_inputs(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     """Return the `token_type_ids` that Gemma 3 asks for in training: no token is an image's."""
-    inner = unwrap(model)
-    if inner.training and getattr(getattr(inner, "config", None), "model_type", None) == "gemma3":
+    if unwrap(model).training and wants_token_types(model):
         return {"token_type_ids": torch.zeros_like(input_ids)}
     return {}
+
+
+def wants_token_types(model: nn.Module) -> bool:
+    """Return whether the model asks for `token_type_ids` in training."""
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None) == "gemma3"
 
 
 def incompatible_wrapper(model: nn.Module) -> str | None:
@@ -146,6 +150,13 @@ def output_embedding(model: nn.Module) -> nn.Module:
     return module
 
 
+def refuse_compiled(model: nn.Module, module: nn.Module) -> None:
+    """Raise UnsupportedHead if `module` is in compiled code: what was compiled before does not run
+    a hook, and what is compiled now may keep it."""
+    if is_compiled(model, module):
+        raise UnsupportedHead("the model is compiled, and compiled code does not see a hook")
+
+
 @contextmanager
 def head_pre_hook(
     model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]
@@ -153,12 +164,10 @@ def head_pre_hook(
     """Run `hook` before the output embedding inside the block.
 
     Raises:
-        UnsupportedHead: the model is compiled: code compiled before does not run the hook, and code
-            compiled now may keep it.
+        UnsupportedHead: the model is compiled.
     """
     module = output_embedding(model)
-    if is_compiled(model, module):
-        raise UnsupportedHead("the model is compiled, and compiled code does not see a hook")
+    refuse_compiled(model, module)
     handle = module.register_forward_pre_hook(hook)
     try:
         yield

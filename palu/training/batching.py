@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from palu.methods import Method
-from palu.methods.micro_batch import DENOMINATORS, RETAIN, ROLES, RowRoles, together
+from palu.methods.micro_batch import (
+    COUNTS,
+    DENOMINATORS,
+    RETAIN,
+    ROLES,
+    RowRoles,
+    only_inputs,
+    together,
+)
 from palu.models.inputs import stacked
 
 MEGABATCH = 50  # as in transformers' LengthGroupedSampler
@@ -239,11 +247,14 @@ class BatchBuilder:
             batch, roles = stacked(batch), None
         if roles is None:
             roles = RowRoles.of_labels(self.method.roles(batch["labels"]))
-        return {**batch, ROLES: roles}
+        return self._micro_batch(batch, roles)
 
     def retained(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a collated batch of retain examples as a micro-batch."""
-        return {**batch, ROLES: RowRoles.of_retain(batch["labels"])}
+        return self._micro_batch(batch, RowRoles.of_retain(batch["labels"]))
+
+    def _micro_batch(self, batch: Mapping[str, Any], roles: RowRoles) -> dict[str, Any]:
+        return {**only_inputs(batch), ROLES: roles, COUNTS: self.method.counts(roles)}
 
     def together(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a collated forget batch, with a collated retain batch under `RETAIN` or not, as
@@ -263,11 +274,9 @@ class BatchBuilder:
 
     def _counts(self, batch: Mapping[str, Any]) -> list[int]:
         """Of a forget micro-batch and its retain micro-batch together."""
-        counts = self.method.counts(batch[ROLES])
         if batch[RETAIN] is None:
-            return counts
-        retain = self.method.counts(batch[RETAIN][ROLES])
-        return [a + b for a, b in zip(counts, retain, strict=True)]
+            return batch[COUNTS]
+        return [a + b for a, b in zip(batch[COUNTS], batch[RETAIN][COUNTS], strict=True)]
 
     def _own_rows(self, rows: int, own: range) -> int:
         """How many rows of a batch are no repeats."""

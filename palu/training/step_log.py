@@ -22,7 +22,11 @@ TERMS = ("forget", "preserve", "retain")
 
 
 class StepLog:
-    """Adds up the steps of a logging window; everything stays on the device until it is collected.
+    """Add up the steps of a logging window; everything stays on the device until it is collected.
+
+    Attributes:
+        terms: float32 `[2, 3]`, to be added to: the sum of each term's row losses, in the order of
+            `TERMS`, and how many rows that were.
 
     Args:
         device: where the batches are.
@@ -37,7 +41,7 @@ class StepLog:
     def reset(self) -> None:
         """Begins a new window."""
         self.steps = 0
-        self._terms = torch.zeros(2, len(TERMS), device=self.device)
+        self.terms = torch.zeros(2, len(TERMS), device=self.device)
         self._tokens = torch.zeros((), device=self.device)
         self._positions = 0
         self._started: float | None = None
@@ -61,15 +65,6 @@ class StepLog:
             real = real_tokens(batch)
             count = batch["input_ids"].numel() if real is None else real.sum().to(self.device)
             self._tokens += count
-
-    def add_terms(self, sums: Tensor, rows: Tensor) -> None:
-        """One micro-batch, or the forget or retain half of one.
-
-        Args:
-            sums: float32 `[3]`, the sum of each term's row losses, in the order of `TERMS`.
-            rows: float32 `[3]`, how many rows that were.
-        """
-        self._terms += torch.stack([sums, rows])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -105,7 +100,7 @@ class StepLog:
             peak_memory_mib: the largest process's, see `peak_memory_mib`; absent where unknown.
         """
         others = [self._positions, peak_memory_mib(self.device) or 0.0]
-        own = [self._terms.flatten(), self._tokens[None], self._tokens.new_tensor(others)]
+        own = [self.terms.flatten(), self._tokens[None], self._tokens.new_tensor(others)]
         found = gather(torch.cat(own)[None]).tolist()
         # That copy to the host has waited for the device, so the clock is read after it.
         seconds = time.perf_counter() - (self._started or 0.0) - self._pauses

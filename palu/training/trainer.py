@@ -19,7 +19,15 @@ from palu.data.collator import Collator
 from palu.data.overlap import warn_of_overlap
 from palu.data.pairs import PairCollator
 from palu.data.roles import check_labels
-from palu.methods.micro_batch import DENOMINATORS, RETAIN, ROLES, RowRoles, one_by_one, together
+from palu.methods.micro_batch import (
+    COUNTS,
+    DENOMINATORS,
+    RETAIN,
+    ROLES,
+    RowRoles,
+    one_by_one,
+    together,
+)
 from palu.methods.pdu import DualAscent, PDUStepLoss
 from palu.models.checks import (
     check_adapter_off,
@@ -458,7 +466,7 @@ class PALUTrainer(CheckpointTrainer):
         terms = self._terms(model, inputs)
         self._raise_if_not_finite(terms, inputs)
         if model.training:
-            self.step_log.add_terms(terms.means * terms.denominators, terms.rows)
+            self.step_log.terms += torch.stack([terms.means * terms.denominators, terms.rows])
         # Gradients are averaged over processes, but the terms are divided by everyone's rows
         # already.
         loss = terms.loss * self.args.world_size if DENOMINATORS in inputs else terms.loss
@@ -469,8 +477,8 @@ class PALUTrainer(CheckpointTrainer):
     def _terms(self, model: nn.Module, batch: dict[str, Any]) -> _Terms:
         if ROLES not in batch:  # not from `get_batch_samples`: the caller's own
             batch = self.batches_of(None, 1).together(batch)
-        rows = torch.tensor(self.method.counts(batch[ROLES]), dtype=torch.float32)
-        rows = rows.to(self.args.device)
+        counts = batch.get(COUNTS) or self.method.counts(batch[ROLES])
+        rows = torch.tensor(counts, dtype=torch.float32).to(self.args.device)
         divisors = denominators = rows.clamp(min=1)
         if DENOMINATORS in batch:
             given = batch[DENOMINATORS].to(rows.device)

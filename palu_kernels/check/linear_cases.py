@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palu_kernels import reference
+from palu_kernels.backend import accum_dtype
 from palu_kernels.linear import functional
 from palu_kernels.linear.head import LMHead
 
@@ -168,7 +169,7 @@ def head_logits(
 ) -> Tensor:
     """``reference.head_logits``, its products as a half-precision one rounds, but in float32:
     PyTorch's own may be what is wrong here (``layout.READ``)."""
-    work = reference.work_dtype(hidden.dtype)
+    work = accum_dtype(hidden.dtype)
     wide = (None if t is None else t.to(work) for t in (hidden, weight, bias))
     logits = F.linear(*wide).to(hidden.dtype) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
 from palu_kernels import row_loss as row_losses
-from palu_kernels.backend import on_device_of
+from palu_kernels.backend import accum_dtype, on_device_of
 from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
 from palu_kernels.row_loss import Chunk, RowLoss, SparseLocalEntropy
@@ -138,7 +137,7 @@ class Accumulator:
     def __init__(
         self, head: Head, hidden: Tensor, weights: Tensor, want_weight: bool, want_bias: bool
     ) -> None:
-        work = reference.work_dtype(hidden.dtype)
+        work = accum_dtype(hidden.dtype)
         self.head = head
         self.hidden = hidden
         self.scale = weights.abs().max() if weights.numel() else weights.new_zeros(())
@@ -193,7 +192,7 @@ def run(
     of the products); the head's ``[V, D]`` and ``[V]`` of the sum of ``weights [R]`` times losses
     (float32). Those not wanted are empty."""
     hidden, head = rows.hidden, rows.head
-    work = reference.work_dtype(hidden.dtype)
+    work = accum_dtype(hidden.dtype)
     losses = hidden.new_empty(hidden.shape[0], dtype=work)
     grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
     if weights is None:

@@ -6,15 +6,22 @@ is all that a choice between roads many times apart needs.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
 
-from palu_kernels.reference import work_dtype
+from palu_kernels import validation
+from palu_kernels.backend import accum_dtype
 
 # The PyTorch road's block of gathered rows, in the dtype they are worked in: on a CPU with 32 MB of
 # L3 larger ones leave the cache before they are used, smaller ones cost in calls.
 BLOCK_BYTES = 8 << 20
+
+IMPLEMENTATIONS = ("auto", "dense", "sparse")
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple] = set()
 
 
 class _Costs(NamedTuple):
@@ -44,7 +51,7 @@ _COSTS = {
 }
 
 
-def cheaper(
+def prefer_sparse(
     rows: int,
     k: int,
     vocab_size: int,
@@ -54,11 +61,10 @@ def cheaper(
     dtype: torch.dtype,
     train_head: bool,
     global_mean: bool,
-    logits_needed_anyway: bool = False,
 ) -> bool:
     """Whether loss and gradients cost less from chosen rows than from all logits.
 
-    Dense: a product for the logits (unless they are needed anyway), one for the hidden gradient and
+    Dense: a product for the logits, one for the hidden gradient and
     one for the weight gradient, each at the speed of memory or of arithmetic, whichever is slower,
     and the row loss on ``rows * V`` logits. Sparse: chosen rows read twice (on the CPU once, where
     those of one row of hidden states fit a block), and with a head that trains a scatter and, for
@@ -68,13 +74,85 @@ def cheaper(
     cost = _COSTS["cpu" if device_type == "cpu" else "cuda", bytes_each]
     weight = vocab_size * hidden_size
     chosen = rows * k * hidden_size
-    products = 1 + (not logits_needed_anyway) + train_head
+    products = 2 + train_head
     dense = products * max(weight * cost.read, rows * weight * cost.multiply)
     dense += rows * vocab_size * cost.logit
-    fits = k * hidden_size * work_dtype(dtype).itemsize <= BLOCK_BYTES
+    fits = k * hidden_size * accum_dtype(dtype).itemsize <= BLOCK_BYTES
     passes = 1 if device_type == "cpu" and fits else 2
     sparse = cost.call + rows * cost.row + passes * chosen * cost.gather
     if train_head:
         sparse += chosen * cost.scatter
         sparse += global_mean * weight * (cost.read + cost.spread)
     return sparse < dense
+
+
+def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
+    """Whether the loss needs nothing outside S: all but the global mean under a softcap, which is
+    no function of the mean row."""
+    return not needs_mean(objective, center_kind) or softcap is None
+
+
+def needs_mean(objective: str, center_kind: str) -> bool:
+    """Whether ``forward`` wants a ``mean_row``."""
+    return objective == "flatten" and center_kind == "global_mean"
+
+
+def choose(
+    implementation: str,
+    objective: str,
+    center_kind: str,
+    softcap: float | None,
+    *,
+    rows: int,
+    k: int,
+    vocab_size: int,
+    hidden_size: int,
+    device_type: str,
+    dtype: torch.dtype,
+    train_head: bool,
+) -> bool:
+    """Return True to use the sparse implementation: as requested, or, for `auto`, if it applies and
+    the cost model prefers it. The automatic choice is logged once for every kind of call.
+
+    Raises:
+        ValueError: ``implementation`` is unknown, or is ``sparse`` where only dense is right.
+    """
+    validation.choice("implementation", implementation, IMPLEMENTATIONS)
+    possible = supports(objective, center_kind, softcap)
+    if implementation == "sparse" and not possible:
+        raise ValueError(
+            f"implementation is 'sparse', center is {center_kind!r} and softcap is {softcap}; the "
+            "mean of capped logits needs all of them: implementation must be 'auto' or 'dense' "
+            "here (or center 'local_mean' or a number, or softcap None)"
+        )
+    if implementation != "auto":
+        return implementation == "sparse"
+    chosen = possible and prefer_sparse(
+        rows,
+        k,
+        vocab_size,
+        hidden_size,
+        device_type=device_type,
+        dtype=dtype,
+        train_head=train_head,
+        global_mean=needs_mean(objective, center_kind),
+    )
+    kind = (chosen, objective, center_kind, softcap, k, vocab_size, hidden_size, device_type, dtype)
+    if not torch.compiler.is_compiling() and (kind, train_head) not in _logged:
+        _logged.add((kind, train_head))
+        logger.info(
+            "%s implementation for %s, center %s, softcap %s, %d rows, k = %d, V = %d, D = %d "
+            "on %s in %s, head %s",
+            "sparse" if chosen else "dense",
+            objective,
+            center_kind,
+            softcap,
+            rows,
+            k,
+            vocab_size,
+            hidden_size,
+            device_type,
+            dtype,
+            "trained" if train_head else "frozen",
+        )
+    return chosen

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from palu_kernels import reference
 from palu_kernels import validation as arguments
-from palu_kernels.linear import sparse
-from palu_kernels.linear.head import LMHead, check_hidden
+from palu_kernels.backend import accum_dtype
+from palu_kernels.linear.cost_model import IMPLEMENTATIONS
+from palu_kernels.linear.head import LMHead, check_hidden, prepare, product_dtype
 from palu_kernels.linear.op import CHUNK_BYTES, call, settle
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss
 
@@ -61,7 +60,7 @@ def linear_local_entropy_loss(
     check_hidden("hidden", hidden, head)
     arguments.positive_int("top_k", top_k)
     arguments.choice("objective", objective, arguments.OBJECTIVES)
-    arguments.choice("implementation", implementation, sparse.IMPLEMENTATIONS)
+    arguments.choice("implementation", implementation, IMPLEMENTATIONS)
     kind, number = arguments.center(center)
     if ref_hidden is not None and indices is not None:
         raise ValueError("ref_hidden and indices are both given; at most one of them may choose S")
@@ -79,7 +78,7 @@ def linear_local_entropy_loss(
         head.weight,
         head.softcap,
         train_head=head.requires_grad,
-        compute=_product_dtype(hidden),
+        compute=product_dtype(hidden),
         implementation=implementation,
     )
     return _single(
@@ -178,7 +177,7 @@ def _single(
     compute = prepare("a linear loss", hidden, head, ref_hidden, ref_head, integers=data)
     arguments.positive_int("chunk_bytes", chunk_bytes)
     shape, rows = hidden.shape[:-1], math.prod(hidden.shape[:-1])
-    work, weights = reference.work_dtype(hidden.dtype), None
+    work, weights = accum_dtype(hidden.dtype), None
     if reduction != "none":
         weights = hidden.new_ones(1, dtype=work)
         if reduction == "mean":
@@ -199,91 +198,3 @@ def _single(
         backend=backend,
     )
     return out.to(work).reshape(shape) if reduction == "none" else out.to(work)
-
-
-def prepare(
-    name: str,
-    hidden: Tensor,
-    head: LMHead,
-    ref_hidden: Tensor | None,
-    ref_head: LMHead | None,
-    **integers: Tensor | None,
-) -> torch.dtype:
-    """Check what the operator `name` is given, and return the dtype of its products."""
-    check_hidden("hidden", hidden, head)
-    no_transforms(name, hidden, head, ref_hidden, ref_head, **integers)
-    if ref_hidden is not None:
-        check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
-        _frozen("ref_hidden", ref_hidden, hidden)
-        frozen_head(head, ref_head)
-    return compute_dtype(hidden, head, ref_hidden, ref_head)
-
-
-def no_transforms(
-    name: str,
-    hidden: Tensor,
-    head: LMHead,
-    ref_hidden: Tensor | None,
-    ref_head: LMHead | None,
-    **more: Tensor | None,
-) -> None:
-    heads = {
-        f"{kind}.{part}": getattr(own, part)
-        for kind, own in (("head", head), ("ref_head", ref_head))
-        if own is not None
-        for part in ("weight", "bias")
-    }
-    arguments.no_transforms(name, hidden=hidden, ref_hidden=ref_hidden, **heads, **more)
-
-
-def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:
-    if value.requires_grad:
-        raise ValueError(
-            f"{name} requires grad; it must be frozen (no gradient reaches it): compute it under "
-            "torch.no_grad() or pass .detach()"
-        )
-    arguments.same_device(name, value, hidden, "hidden")
-
-
-def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
-    if ref_head is None:
-        if head.requires_grad:
-            raise ValueError(
-                "ref_head is None and head requires grad; it must be the reference's own head, "
-                "which stays as it was while head trains (head.detach() if this one is meant)"
-            )
-        return
-    if ref_head.requires_grad:
-        raise ValueError("ref_head requires grad; it must be frozen (pass ref_head.detach())")
-    if ref_head.vocab_size != head.vocab_size:
-        raise ValueError(
-            f"ref_head has {ref_head.vocab_size} rows of weight; it must have those of head, "
-            f"{head.vocab_size}"
-        )
-
-
-def compute_dtype(
-    hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
-) -> torch.dtype:
-    """The dtype of the products: autocast's, as for ``F.linear``, else the widest of all four."""
-    if _autocasts(hidden):
-        return _product_dtype(hidden)
-    if head.weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"head.weight has dtype {head.weight.dtype}; it must have the dtype of hidden, "
-            f"{hidden.dtype} (or run under torch.autocast)"
-        )
-    compute = hidden.dtype
-    for t in (ref_hidden, None if ref_head is None else ref_head.weight):
-        compute = compute if t is None else torch.promote_types(compute, t.dtype)
-    return compute
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
-
-
-def _autocasts(hidden: Tensor) -> bool:
-    if hidden.is_meta or hidden.dtype == torch.float64:  # autocast knows no meta device
-        return False
-    return torch.is_autocast_enabled(hidden.device.type)

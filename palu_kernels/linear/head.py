@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from palu_kernels import reference
-from palu_kernels import validation as arguments
+from palu_kernels import reference, validation
 from palu_kernels.linear import sparse
 
 
@@ -38,9 +38,9 @@ class LMHead:
     _mean: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        arguments.matrix("weight", self.weight, "[V, D]")
+        validation.matrix("weight", self.weight, "[V, D]")
         if self.bias is not None:
-            arguments.dense("bias", self.bias)
+            validation.dense("bias", self.bias)
             if list(self.bias.shape) != [self.vocab_size]:
                 raise ValueError(
                     f"bias has shape {list(self.bias.shape)}; it must be [{self.vocab_size}] "
@@ -111,7 +111,7 @@ def check_hidden(name: str, value: object, head: object) -> None:
         raise TypeError(
             f"the head beside {name} is a {type(head).__name__}; it must be a palu_kernels.LMHead"
         )
-    arguments.floats(name, value)
+    validation.floats(name, value)
     if value.dim() not in (2, 3) or value.shape[-1] != head.hidden_size:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; it must be [N, {head.hidden_size}] or "
@@ -122,6 +122,94 @@ def check_hidden(name: str, value: object, head: object) -> None:
             f"{name} is on {value.device}; it must be on the device of its head, "
             f"{head.weight.device}"
         )
+
+
+def prepare(
+    name: str,
+    hidden: Tensor,
+    head: LMHead,
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    **integers: Tensor | None,
+) -> torch.dtype:
+    """Check what the operator `name` is given, and return the dtype of its products."""
+    check_hidden("hidden", hidden, head)
+    no_transforms(name, hidden, head, ref_hidden, ref_head, **integers)
+    if ref_hidden is not None:
+        check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
+        _frozen("ref_hidden", ref_hidden, hidden)
+        frozen_head(head, ref_head)
+    return compute_dtype(hidden, head, ref_hidden, ref_head)
+
+
+def no_transforms(
+    name: str,
+    hidden: Tensor,
+    head: LMHead,
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    **more: Tensor | None,
+) -> None:
+    heads = {
+        f"{kind}.{part}": getattr(own, part)
+        for kind, own in (("head", head), ("ref_head", ref_head))
+        if own is not None
+        for part in ("weight", "bias")
+    }
+    validation.no_transforms(name, hidden=hidden, ref_hidden=ref_hidden, **heads, **more)
+
+
+def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad; it must be frozen (no gradient reaches it): compute it under "
+            "torch.no_grad() or pass .detach()"
+        )
+    validation.same_device(name, value, hidden, "hidden")
+
+
+def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
+    if ref_head is None:
+        if head.requires_grad:
+            raise ValueError(
+                "ref_head is None and head requires grad; it must be the reference's own head, "
+                "which stays as it was while head trains (head.detach() if this one is meant)"
+            )
+        return
+    if ref_head.requires_grad:
+        raise ValueError("ref_head requires grad; it must be frozen (pass ref_head.detach())")
+    if ref_head.vocab_size != head.vocab_size:
+        raise ValueError(
+            f"ref_head has {ref_head.vocab_size} rows of weight; it must have those of head, "
+            f"{head.vocab_size}"
+        )
+
+
+def compute_dtype(
+    hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
+) -> torch.dtype:
+    """The dtype of the products: autocast's, as for ``F.linear``, else the widest of all four."""
+    if _autocasts(hidden):
+        return product_dtype(hidden)
+    if head.weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"head.weight has dtype {head.weight.dtype}; it must have the dtype of hidden, "
+            f"{hidden.dtype} (or run under torch.autocast)"
+        )
+    compute = hidden.dtype
+    for t in (ref_hidden, None if ref_head is None else ref_head.weight):
+        compute = compute if t is None else torch.promote_types(compute, t.dtype)
+    return compute
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
+
+
+def _autocasts(hidden: Tensor) -> bool:
+    if hidden.is_meta or hidden.dtype == torch.float64:  # autocast knows no meta device
+        return False
+    return torch.is_autocast_enabled(hidden.device.type)
 
 
 def _number(name: str, value: object) -> None:

@@ -20,15 +20,80 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palu_kernels import reference, row_loss, validation
-from palu_kernels.backend import check_values, resolve
+from palu_kernels import row_loss, validation
+from palu_kernels.backend import accum_dtype, check_values, resolve
 from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import Head, Rows, apart, blocks, parts_of, run
-from palu_kernels.linear.head import LMHead
+from palu_kernels.linear.cost_model import choose
+from palu_kernels.linear.head import LMHead, prepare
 from palu_kernels.op_autograd import refuse_higher_order
 from palu_kernels.row_loss import CrossEntropy, LocalEntropy, RowLoss, SparseLocalEntropy
 
 CHUNK_BYTES = 256 * 2**20
+
+
+def linear_role_losses(
+    hidden: Tensor,
+    head: LMHead,
+    roles: Tensor,
+    losses: Sequence[RowLoss],
+    weights: Tensor,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_head: LMHead | None = None,
+    data: Sequence[Tensor | None] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return what `role_losses` does, from what enters the output head.
+
+    Args:
+        hidden: `[B, T, D]`.
+        head: as in `linear_local_entropy_loss`; all losses share one pass over it, and one gradient
+            of it.
+        roles: `[B, T]` integers, on the device of `hidden` or on the host, where looking them up
+            waits for no device.
+        losses: `LocalEntropy` is computed dense or sparse, as is cheaper.
+        weights: `[n]`, of the losses in the total; float32 (float64 for float64).
+        ref_hidden: the frozen reference's rows of `hidden`, `[B, T, D]`; or, of the losses that
+            need it alone, `[r, D]`, loss by loss.
+        ref_head: the reference's head; None takes `head`, which must not train then.
+        data: the integers of each loss (indices, labels), `[B, T, ...]` or by row of that loss; or
+            None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    data = [None] * len(losses) if data is None else data
+    integers = {f"data[{i}]": values for i, values in enumerate(data)}
+    compute = prepare("a loss by roles", hidden, head, ref_hidden, ref_head, **integers)
+    for loss in losses:
+        if loss.needs_reference and ref_hidden is None:
+            raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
+    rows, counts = roles, []
+    if not torch.compiler.is_compiling() and not hidden.is_meta:
+        flat = hidden.detach().flatten(0, 1)
+        rows, counts, ref_hidden, data = pick(
+            roles, losses, flat, head.vocab_size, ref_hidden, data
+        )
+        options = {"train_head": head.requires_grad, "compute": compute}
+        losses = settle(losses, counts, head.weight, head.softcap, **options)
+    total, sums = call(
+        hidden.flatten(0, 1),
+        head,
+        rows,
+        counts,
+        losses,
+        weights,
+        ref_hidden,
+        ref_head,
+        data,
+        compute=compute,
+        chunk_bytes=chunk_bytes,
+        backend=backend,
+    )
+    work = accum_dtype(hidden.dtype)
+    return total.to(work), sums.to(work)
 
 
 class Picked(NamedTuple):
@@ -160,7 +225,7 @@ def settle(
                     "must be 'dense' (or 'auto') where the current logits choose S"
                 )
             return loss
-        is_sparse = sparse.choose(
+        is_sparse = choose(
             implementation,
             loss.objective,
             loss.center_kind,
@@ -310,7 +375,7 @@ def _(
     compute: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    work, weighted = reference.work_dtype(compute), weights is not None
+    work, weighted = accum_dtype(compute), weights is not None
     picked = rows.shape[0] if rows is not None and counts else hidden.shape[0]
     columns, width = weight.shape
     return (

@@ -18,23 +18,17 @@ then takes no part in a mean, a sum or a count, as everywhere in this package.
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from palu_kernels import reference
-from palu_kernels import validation as arguments
-from palu_kernels.backend import on_device_of
-from palu_kernels.linear.cost_model import BLOCK_BYTES, cheaper
-from palu_kernels.reference import NEG_INF, work_dtype
+from palu_kernels.backend import accum_dtype, on_device_of
+from palu_kernels.linear.cost_model import BLOCK_BYTES, needs_mean
+from palu_kernels.reference import NEG_INF
 
-logger = logging.getLogger("palu_kernels.linear.sparse")
-
-IMPLEMENTATIONS = ("auto", "dense", "sparse")
 NEAR_ROWS = 256  # of the head, whose mean is taken for a number near the mean of all
-_logged: set[tuple] = set()
 
 
 class Rows(NamedTuple):
@@ -46,81 +40,6 @@ class Rows(NamedTuple):
     grad_hidden: Tensor | None  # [N, D], of each row's own loss, unweighted
 
 
-def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
-    """Whether the loss needs nothing outside S: all but the global mean under a softcap, which is
-    no function of the mean row."""
-    return not needs_mean(objective, center_kind) or softcap is None
-
-
-def needs_mean(objective: str, center_kind: str) -> bool:
-    """Whether ``forward`` wants a ``mean_row``."""
-    return objective == "flatten" and center_kind == "global_mean"
-
-
-def choose(
-    implementation: str,
-    objective: str,
-    center_kind: str,
-    softcap: float | None,
-    *,
-    rows: int,
-    k: int,
-    vocab_size: int,
-    hidden_size: int,
-    device_type: str,
-    dtype: torch.dtype,
-    train_head: bool,
-    logits_needed_anyway: bool = False,
-) -> bool:
-    """Whether a call takes the sparse road: as ``implementation`` says, or for ``auto`` where it
-    can and ``cheaper`` finds that it pays. The automatic choice is logged once for every kind of
-    call.
-
-    Raises:
-        ValueError: ``implementation`` is unknown, or is ``sparse`` where only dense is right.
-    """
-    arguments.choice("implementation", implementation, IMPLEMENTATIONS)
-    possible = supports(objective, center_kind, softcap)
-    if implementation == "sparse" and not possible:
-        raise ValueError(
-            f"implementation is 'sparse', center is {center_kind!r} and softcap is {softcap}; the "
-            "mean of capped logits needs all of them: implementation must be 'auto' or 'dense' "
-            "here (or center 'local_mean' or a number, or softcap None)"
-        )
-    if implementation != "auto":
-        return implementation == "sparse"
-    chosen = possible and cheaper(
-        rows,
-        k,
-        vocab_size,
-        hidden_size,
-        device_type=device_type,
-        dtype=dtype,
-        train_head=train_head,
-        global_mean=needs_mean(objective, center_kind),
-        logits_needed_anyway=logits_needed_anyway,
-    )
-    kind = (chosen, objective, center_kind, softcap, k, vocab_size, hidden_size, device_type, dtype)
-    if not torch.compiler.is_compiling() and (kind, train_head) not in _logged:
-        _logged.add((kind, train_head))
-        logger.info(
-            "%s road for %s, center %s, softcap %s, %d rows, k = %d, V = %d, D = %d on %s in %s, "
-            "head %s",
-            "sparse" if chosen else "dense",
-            objective,
-            center_kind,
-            softcap,
-            rows,
-            k,
-            vocab_size,
-            hidden_size,
-            device_type,
-            dtype,
-            "trained" if train_head else "frozen",
-        )
-    return chosen
-
-
 @torch.no_grad()
 def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean over the vocabulary of ``weight [V, D]`` and ``bias [V]``: ``[D]`` and 0-dim, in
@@ -129,7 +48,7 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Taken piece by piece, without a copy of the weight. Entries that the bias masks are left out.
     """
-    dtype = work_dtype(weight.dtype)
+    dtype = accum_dtype(weight.dtype)
     wide = torch.float64 if weight.device.type in ("cpu", "cuda") else dtype
     parts = _parts_of_mean(weight.shape[0], bias, weight)
     total = weight.new_zeros(weight.shape[1], dtype=dtype)
@@ -151,7 +70,7 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:
     """What each entry's share in the mean is: one over the number of live ones, or 0. ``[V]``."""
-    dtype = work_dtype(like.dtype)
+    dtype = accum_dtype(like.dtype)
     if bias is None:
         return torch.full((vocab_size,), 1 / vocab_size, dtype=dtype, device=like.device)
     live = (bias != NEG_INF).to(dtype)
@@ -264,7 +183,7 @@ def _by_torch(
 ) -> Rows:
     """A block of chosen rows at a time: of several hidden rows where S is short, of one otherwise,
     and a part of S where even one does not fit (its other parts are then gathered twice)."""
-    dtype = work_dtype(hidden.dtype)
+    dtype = accum_dtype(hidden.dtype)
     rows, k = indices.shape
     width = weight.shape[1]
     step = max(1, BLOCK_BYTES // (width * dtype.itemsize))

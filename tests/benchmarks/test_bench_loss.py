@@ -14,7 +14,7 @@ from benchmarks.released import released_terms
 from palu import PALULoss
 from palu.data.roles import FORGET, PRESERVE, token_roles
 from palu_kernels import kl_loss
-from palu_kernels.linear import sparse
+from palu_kernels.linear import cost_model
 
 SHAPE = Shape(1003, 24, 8 * 20, 19, 71, 20)  # odd V, unequal examples
 SIZES = {"vocab": 1003, "hidden": 24, "positions": 160, "forget": 19, "preserve": 71, "top-k": 20}
@@ -31,7 +31,7 @@ def in_this_process(monkeypatch):
 @pytest.fixture(params=[False, True], ids=["by_cost", "sparse"])
 def sparse_pays(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(sparse, "cheaper", lambda *args, **kwargs: True)
+        monkeypatch.setattr(cost_model, "prefer_sparse", lambda *args, **kwargs: True)
     return request.param
 
 

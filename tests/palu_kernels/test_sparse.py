@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palu_kernels import reference
-from palu_kernels.linear import sparse
+from palu_kernels.backend import accum_dtype
+from palu_kernels.linear import cost_model, sparse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["triton", "torch"]
@@ -54,7 +55,7 @@ def truth(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None)
 def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, *, served_by):
     objective, center = loss
     kind, number = (center, 0.0) if isinstance(center, str) else ("number", center)
-    global_mean = sparse.needs_mean(objective, kind)
+    global_mean = cost_model.needs_mean(objective, kind)
     rows = sparse.forward(
         hidden,
         weight,
@@ -69,7 +70,7 @@ def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, 
         served_by=served_by,
         want_hidden=True,
     )
-    work = reference.work_dtype(hidden.dtype)
+    work = accum_dtype(hidden.dtype)
     acc_weight = torch.zeros(weight.shape, dtype=work, device=DEVICE)
     acc_bias = None if bias is None else torch.zeros(bias.shape, dtype=work, device=DEVICE)
     shares = rows.shares if global_mean else None
@@ -363,7 +364,7 @@ CALL = {
 
 
 def choice(implementation="auto", objective="flatten", center="global_mean", cap=None, **call):
-    return sparse.choose(implementation, objective, center, cap, **{**CALL, **call})
+    return cost_model.choose(implementation, objective, center, cap, **{**CALL, **call})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -382,10 +383,9 @@ def test_few_of_many_are_sparse_and_most_are_dense(device_type, dtype):
 
 def test_what_else_decides():
     assert choice() and choice(train_head=True, center="local_mean")
-    # the mean row and a visit to every row of the gradient, for a few small products
-    small = {"rows": 2, "k": 50, "dtype": torch.bfloat16, "logits_needed_anyway": True}
-    assert choice(**small)
-    assert choice(k=4_000) and not choice(k=4_000, logits_needed_anyway=True)
+    assert choice(rows=2, k=50, dtype=torch.bfloat16)
+    # the mean row and a visit to every row of the gradient
+    assert choice(k=4_000, center="local_mean", train_head=True) and choice(k=4_000)
 
 
 def test_forced():
@@ -400,8 +400,8 @@ def test_forced():
 
 
 def test_logged_once_for_every_kind_of_call(caplog, monkeypatch):
-    monkeypatch.setattr(sparse, "_logged", set())
-    with caplog.at_level(logging.INFO, logger="palu_kernels.linear.sparse"):
+    monkeypatch.setattr(cost_model, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="palu_kernels.linear.cost_model"):
         for rows in (50, 51, 52):
             choice(rows=rows)
         choice(k=1001)

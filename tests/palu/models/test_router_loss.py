@@ -87,7 +87,8 @@ def test_it_is_the_models_own(tok, tmp_path, name, hidden):
             got = found.get(name_, torch.zeros_like(grad))
             torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
     model.config.output_router_logits = False
-    assert own - made._terms(model, batch).means[2] > 0.3
+    without = trainer(tok, tmp_path, model, hidden=hidden)
+    assert own - without._terms(model, batch).means[2] > 0.3
 
 
 @pytest.mark.parametrize("method", ["grad_diff", "pdu"])

@@ -198,7 +198,7 @@ def test_processes_are_summed_and_the_largest_memory_counts(clock):
         batch = {"input_ids": torch.zeros(ids), "attention_mask": torch.ones(ids)}
         batch["attention_mask"][0, 3:] = 0
         log.add_step([batch, {"input_ids": torch.zeros(1, 7)}])
-        log.add_terms(torch.tensor(terms), torch.tensor([2.0, 0.0, 1.0]))
+        log.terms += torch.stack([torch.tensor(terms), torch.tensor([2.0, 0.0, 1.0])])
         parts.append(log)
     clock.now += 4
     kept = []
