@@ -300,7 +300,7 @@ def test_a_loss_asked_for_in_evaluation_is_not_logged(tok, tmp_path):
     made = trainer(tok, config(tmp_path))
     made.model.eval()
     made.compute_loss(made.model, Collator(tok)(small.rows(tok)))
-    assert not made.step_log._terms.any()
+    assert not made.step_log.terms.any()
 
 
 def test_retain_rows_is_pure_and_fair():
