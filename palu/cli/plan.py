@@ -83,7 +83,7 @@ def plan(context: typer.Context, options: SimpleNamespace) -> None:
     _say(
         f"{options.model}: {sizes.parameters:,} parameters, {dtype}; {limit / GIB:.1f} of "
         f"{gpu_memory:g} GiB to use. GiB: at {options.batch_size} x {options.length}. Then the "
-        "most rows a batch by tokens a row:"
+        "largest batch by tokens an example:"
     )
     out.print(_table(sizes, setups, limit))
     fits, advice = _advice(sizes, setups, limit)
@@ -132,8 +132,10 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
         (n for n in shorter if predict(sizes, replace(least, length=n)).peak <= limit), None
     )
     times = predict(sizes, least).peak / limit
-    text = f"Nothing fits, not even one row of {least.length} tokens. "
-    text += f"Take rows of at most {length} tokens, or " if length else "Take a smaller model, or "
+    text = f"Nothing fits, not even one example of {least.length} tokens. "
+    text += (
+        f"Take examples of at most {length} tokens, or " if length else "Take a smaller model, or "
+    )
     text += f"a GPU with {times:.2f} times the memory. The least:"
     return False, f"{text} {_described(sizes, least)}"
 

@@ -105,7 +105,7 @@ class Run:
 
         options = self.options
         if options.drop_overlap and options.retain is None:
-            raise ValueError("--drop-overlap leaves out retain rows: it needs a --retain file")
+            raise ValueError("--drop-overlap leaves out retain examples: it needs a --retain file")
         files = without_slices(options.forget, options.retain)
         wanted = {"overwrite": options.overwrite, "inputs": (options.model, *files)}
         check_output(options.output, **wanted)
@@ -197,7 +197,7 @@ class Run:
         )
         if self.by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
             raise ValueError(
-                f"{options.forget} marks nothing to forget: no span is left in any row"
+                f"{options.forget} marks nothing to forget: no span is left in any example"
             )
         model, self.saved = load_for_training(
             options, str(config.device), self.tokenizer, self.rows, self.retain_rows or []

@@ -62,7 +62,10 @@ def test_rows_in_both_are_said_and_left_out_on_request(palu, work, method):
     status, _, told = palu(
         *[w for w in command if w not in ("--retain", "full.jsonl")], "--drop-overlap"
     )
-    assert status == 2 and "--drop-overlap leaves out retain rows: it needs a --retain file" in told
+    assert (
+        status == 2
+        and "--drop-overlap leaves out retain examples: it needs a --retain file" in told
+    )
 
 
 def test_a_cache_is_built_of_the_rows_that_are_left(palu):

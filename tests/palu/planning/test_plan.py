@@ -196,8 +196,8 @@ def test_what_to_change(plan):
     assert "--lora-rank 16 --gradient-checkpointing" in text
     status, output = plan(*options, "--gpu-memory", 16, "--length", 8192)
     text = " ".join(output.split())
-    assert status == 1 and "not even one row of 8192 tokens. Take rows of at most " in text
-    length = int(text.partition("rows of at most ")[2].split()[0])
+    assert status == 1 and "not even one example of 8192 tokens. Take examples of at most " in text
+    length = int(text.partition("examples of at most ")[2].split()[0])
     least = Setup(1, length, "bfloat16", 16, "cached", True)
     assert predict(model, least).peak <= 16 * GIB
     assert predict(model, Setup(1, 2 * length, "bfloat16", 16, "cached", True)).peak > 16 * GIB
