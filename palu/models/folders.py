@@ -69,8 +69,8 @@ def _bad_file(path: Path) -> str | None:
             parse(read_text(path), unique_keys=False)
     except NotJSON as error:
         return f"{path} is not readable JSON: {error}"
-    except ValueError as error:
-        return str(error)
+    except (ValueError, OSError) as error:
+        return one_line(error)
     return None
 
 
@@ -105,9 +105,8 @@ def check_weights_files(folder: Path) -> None:
     text = config.get("text_config")
     for settings in (config, text if isinstance(text, dict) else {}):
         layers = settings.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > max(
-            len(seen), 1000
-        ):  # transformers makes them one by one
+        # transformers makes the layers one by one, before it looks at the weights
+        if isinstance(layers, int) and layers > max(len(seen), 1000):
             raise ValueError(
                 f"{folder / 'config.json'} has num_hidden_layers {layers}, and the weights are "
                 f"{len(seen)} tensors"

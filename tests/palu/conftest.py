@@ -198,6 +198,12 @@ def _bert() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Waiting for the disk is most of the time that a small file takes."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
 @pytest.fixture(scope="session")
 def all_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     """All of `FAMILIES`, by name. Shared: take a copy.deepcopy before changing one."""
