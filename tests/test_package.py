@@ -9,6 +9,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,19 @@ def python(code: str, folder: Path = ROOT) -> str:
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=240)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(tmp_path):
+    """An import hook, setuptools' other way, is invisible to them and loses against a clone's own
+    folder named `palu`."""
+    names = ("pyproject.toml", "README.md", "LICENSE", "palu", "palu_kernels")
+    for name in names:
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "from setuptools import build_meta; print(build_meta.build_editable('.'))"
+    wheel = tmp_path / python(code, tmp_path).splitlines()[-1]
+    with zipfile.ZipFile(wheel) as files:
+        paths = [files.read(name) for name in files.namelist() if name.endswith(".pth")]
+    assert [path.decode().strip() for path in paths] == [str(tmp_path)]
 
 
 def in_process_without(modules: str, code: str) -> str:
