@@ -1,4 +1,4 @@
-"""The examples in README run as they stand there."""
+"""The examples in README and docs run as they stand there."""
 
 import copy
 import math
@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainingArguments
 
 from palu.data.collator import Collator
-from tests.support import readme_world
-from tests.support.readme_world import prepare, run
-
-LOOP, ONE_MORE_LOSS, DISTRIBUTED, TRAINER, LORA, HIDDEN = range(1, 7)
+from palu.methods import METHODS
+from tests.support import ROOT, readme_world
+from tests.support.readme_world import (
+    DISTRIBUTED,
+    HIDDEN,
+    LOOP,
+    LORA,
+    METHOD,
+    ONE_MORE_LOSS,
+    TRAINER,
+    prepare,
+    run,
+)
 
 
 @pytest.fixture
@@ -41,7 +49,32 @@ def changed(before, after):
 
 
 def test_every_example_is_here():
-    assert len(readme_world.PYTHON) == 6 and len(readme_world.RECORDS) == 2
+    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD}
+    assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
+
+
+def test_pages_and_links():
+    """README fits two screens, lines fit 100 columns, and what is linked is there."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert (ROOT / "README.md").stat().st_size <= 9000
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (page.parent / link).exists(), (page.name, link)
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        long = [x for x in prose.split("\n") if len(x) > 100 and not x.startswith(("|", "!"))]
+        assert not [x for x in long if " " in x.strip("`. ")], (page.name, long)
+
+
+def test_a_method_of_ones_own(world):
+    try:
+        run(METHOD, world)
+        before = weights(world)
+        options = 'objective="entropy"', 'method="floor_ascent"'
+        run(TRAINER, world, lambda code: code.replace(*options))
+        assert changed(before, world["model"].state_dict())
+    finally:
+        METHODS.pop("floor_ascent", None)
 
 
 @pytest.mark.parametrize("number", [LOOP, TRAINER, HIDDEN])
@@ -85,13 +118,12 @@ def test_lora(world):
 def test_two_processes_are_one(world, tmp_path):
     """The example for several devices, by `torchrun`, two micro-batches a step in each, against the
     plain loop: the rows of a step are its rows, twice."""
-    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["-m", "tests.support.readme_world", str(tmp_path), str(DISTRIBUTED)]
+    command += ["-m", "tests.support.readme_world", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     before = weights(world)
@@ -235,7 +267,9 @@ def test_gradient_of_palu_trainer(number, accumulation, bf16, world):
 @pytest.mark.parametrize("counted", [False, True])
 def test_what_accelerate_divides(counted, world):
     """Nothing to do for a batch's own means; counts of the step as README's sentence has them."""
-    (counted_loss,) = re.findall(r"`accelerator\.backward\((.+?)\)`\.", readme_world.README)
+    (counted_loss,) = re.findall(
+        r"`accelerator\.backward\((.+?)\)`\.", readme_world.page("docs/training.md")
+    )
     names = prepare(LOOP, world)
     names["frozen_original"].lm_head.weight.data.mul_(1.2)
     batches = [Collator(names["tokenizer"])([row]) for row in names["rows"]]

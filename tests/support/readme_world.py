@@ -21,10 +21,26 @@ from palu.data.collator import Collator
 from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
 from palu.demo.models import build_tokenizer
+from tests.support import ROOT
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-RECORDS = [json.loads(line) for line in re.findall(r'^\{"(?:question|text)".*\}$', README, re.M)]
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# Every example of every page, by the page and its place on it.
+EXAMPLES = {
+    (name, number): code
+    for name in ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").iterdir()))]
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page(name), re.S))
+}
+LOOP, TRAINER = ("README.md", 0), ("README.md", 1)
+ONE_MORE_LOSS, DISTRIBUTED, LORA = (("docs/training.md", number) for number in range(3))
+HIDDEN, METHOD = ("docs/memory.md", 0), ("docs/methods.md", 0)
+RECORDS = [
+    json.loads(line)
+    for line in re.findall(r'^\{"(?:question|text)".*\}$', page("docs/data.md"), re.M)
+]
 
 
 def world(folder: Path, rank: int = 0) -> dict:
@@ -61,26 +77,29 @@ def world(folder: Path, rank: int = 0) -> dict:
     }
 
 
-def run(number: int, names: dict, edit: Callable[[str], str] = str) -> None:
-    """Example `number` of README, from 1, with `names`."""
-    exec(compile(edit(PYTHON[number - 1]), f"README.md, example {number}", "exec"), names)
+Example = tuple[str, int]
 
 
-def prepare(number: int, names: dict) -> dict:
+def run(example: Example, names: dict, edit: Callable[[str], str] = str) -> None:
+    """An example with `names`."""
+    exec(compile(edit(EXAMPLES[example]), f"{example[0]}, example {example[1]}", "exec"), names)
+
+
+def prepare(number: Example, names: dict) -> dict:
     """The names that an example before leaves behind, which has not trained."""
     run(number, given := names | {"forget_loader": [], "forget_steps": []})
     return names | {name: given[name] for name in given if name not in names}
 
 
-def main(place: Path, number: int) -> None:
+def main(place: Path) -> None:
     rank = int(os.environ["RANK"])
     (place / str(rank)).mkdir()
-    names = prepare(1, world(place / str(rank), rank))
-    run(number, names)
+    names = prepare(LOOP, world(place / str(rank), rank))
+    run(DISTRIBUTED, names)
     save_file(names["model"].state_dict(), place / f"{rank}.safetensors")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
