@@ -1,14 +1,15 @@
 """The public operators on logits: they check their arguments, pick the backend and call one
-custom op each (``custom_ops.py``)."""
+custom op each (``logits_op.py``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from palu_kernels import logits_op as custom_ops
+from palu_kernels import logits_op
 from palu_kernels import validation as arguments
 from palu_kernels.backend import accum_dtype, resolve
+from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss, encode
 
 
 def topk_indices(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
@@ -29,7 +30,7 @@ def topk_indices(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     """
     arguments.scores("scores", scores)
     arguments.positive_int("k", k)
-    return custom_ops.topk(scores.detach(), k, _resolve(backend, scores))
+    return logits_op.topk(scores.detach(), k, resolve(backend, scores.device, scores.dtype))
 
 
 def local_entropy_loss(
@@ -85,12 +86,9 @@ def local_entropy_loss(
         arguments.reference("ref_logits", ref_logits, logits)
     if indices is not None:
         arguments.indices(indices, top_k, logits, logits.shape[-1])
-    z, ref_logits = _alike(logits, ref_logits)
-    served_by = _resolve(backend, z)
-    loss = custom_ops.local_entropy(
-        z, ref_logits, indices, top_k, objective, kind, number, reduction, served_by
-    )[0]
-    return loss.to(accum_dtype(logits.dtype))
+    source = "reference" if ref_logits is not None else "current" if indices is None else "indices"
+    loss = LocalEntropy(top_k, objective, kind, number, source)
+    return _loss(loss, logits, ref_logits, indices, reduction, backend)
 
 
 def kl_loss(
@@ -126,9 +124,7 @@ def kl_loss(
     arguments.choice("direction", direction, arguments.DIRECTIONS)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.reference("ref_logits", ref_logits, logits)
-    z, ref_logits = _alike(logits, ref_logits)
-    loss = custom_ops.kl(z, ref_logits, direction, reduction, _resolve(backend, z))[0]
-    return loss.to(accum_dtype(logits.dtype))
+    return _loss(KL(direction), logits, ref_logits, None, reduction, backend)
 
 
 def cross_entropy_loss(
@@ -162,18 +158,23 @@ def cross_entropy_loss(
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.integers("labels", labels, list(logits.shape[:-1]), logits)
     arguments.an_int("ignore_index", ignore_index)
-    served_by = _resolve(backend, logits)
-    return custom_ops.cross_entropy(logits, labels, ignore_index, reduction, served_by)[0]
+    return _loss(CrossEntropy(ignore_index), logits, None, labels, reduction, backend)
 
 
-def _alike(logits: Tensor, ref_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both in the wider of their dtypes: that keeps S exact, and the gradient goes back into the
-    dtype of the logits."""
-    if ref_logits is None:
-        return logits, None
-    wide = torch.promote_types(logits.dtype, ref_logits.dtype)
-    return logits.to(wide), ref_logits.to(wide)
-
-
-def _resolve(name: str, logits: Tensor) -> str:
-    return resolve(name, logits.device, logits.dtype)
+def _loss(
+    loss: RowLoss,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    data: Tensor | None,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """Call the op, in the wider of the two dtypes: S stays exact, and the gradient goes back into
+    the dtype of the logits."""
+    wide = logits
+    if ref_logits is not None:
+        dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
+        wide, ref_logits = logits.to(dtype), ref_logits.to(dtype)
+    backend = resolve(backend, wide.device, wide.dtype)
+    out = logits_op.logits_loss(wide, ref_logits, data, encode(loss), reduction, backend)[0]
+    return out.to(accum_dtype(logits.dtype))

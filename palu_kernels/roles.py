@@ -20,8 +20,8 @@ from palu_kernels.backend import accum_dtype, on_device_of, resolve
 from palu_kernels.layout import empty_rows_like, gradient_rows_like
 from palu_kernels.linear.head import prepare
 from palu_kernels.linear.op import linear_role_losses
-from palu_kernels.op_autograd import refuse_higher_order
-from palu_kernels.row_loss import Chunk, RowLoss
+from palu_kernels.logits_op import refuse_higher_order
+from palu_kernels.row_loss import Operands, RowLoss
 
 __all__ = ["linear_role_losses", "prepare", "role_losses"]
 
@@ -65,8 +65,8 @@ def by_role(
     sums = logits.new_zeros(len(weights), dtype=accum_dtype(logits.dtype))
     with on_device_of(logits):
         for place, loss, rows in _pieces(logits, roles, losses):
-            found = loss(_chunk(loss, logits, ref_logits, rows, served_by))
-            sums[place] += found.sum()
+            operands = _operands(loss, logits, ref_logits, rows, served_by)
+            sums[place] += loss.fused(operands, gradient=False).sum()
     return (weights * sums).sum(), sums
 
 
@@ -92,9 +92,9 @@ def by_role_backward(
     with on_device_of(logits):
         for place, loss, rows in _pieces(logits, roles, losses):
             by_row = (grad * weights[place]).expand(len(rows[0])).contiguous()
-            chunk = _chunk(loss, logits, ref_logits, rows, served_by, by_row)
-            loss(chunk)
-            out[rows] = chunk.logits.to(out.dtype)
+            operands = _operands(loss, logits, ref_logits, rows, served_by)
+            loss.fused(operands, True, by_row)
+            out[rows] = operands.logits.to(out.dtype)
     return out
 
 
@@ -114,19 +114,18 @@ def _pieces(
             yield place, row_losses.decode(line), tuple(n[start : start + step] for n in own)
 
 
-def _chunk(
+def _operands(
     loss: RowLoss,
     logits: Tensor,
     ref_logits: Tensor | None,
     rows: tuple[Tensor, ...],
     served_by: str,
-    weights: Tensor | None = None,
-) -> Chunk:
+) -> Operands:
     own, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
     if ref is not None:
         wide = _wider(own, ref)
         own, ref = own.to(wide), ref.to(wide)
-    return Chunk(own, None, ref, None, None, weights is not None, served_by, weights)
+    return Operands(own, ref, None, served_by)
 
 
 def _wider(logits: Tensor, ref_logits: Tensor | None) -> torch.dtype:

@@ -1,58 +1,146 @@
-"""Row losses for the chunk loop: a chunk of logits in, the loss of every row out, and the chunk
-overwritten with its gradient.
+"""Row losses: the loss of a row of logits and its gradient, on either backend. One class a loss.
 
-A new loss is one class here. It sees the chunk before the head's softcap and returns the gradient
-with respect to that, so that the head's products need no pass of their own. In the chunk loop its
-rows are not weighted (``linear.py`` does that in float32).
+A loss is used in two ways. The op on logits (`logits_op.py`) calls `forward`, and `backward` when
+the gradient is asked for. The chunk loop (`linear/chunked.py`) and the op by roles (`roles.py`)
+call `fused`, which overwrites the logits with their gradient at once. Logits are before the head's
+softcap, and so is the gradient: the head's products need no pass of their own.
 """
 
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
-from palu_kernels import torch_backend as eager
+from palu_kernels import reference, torch_backend, validation
+from palu_kernels.backend import accum_dtype
+from palu_kernels.layout import bitmap_words, gradient_rows_like
+
+STATE = 4  # float32 values a row that a forward leaves for its backward
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Rows of one part: ``logits [n, V]`` before the cap, the reference's beside them if the loss
-    needs them, the rows' own integers (indices ``[n, k]``, labels ``[n]``)."""
+class Operands:
+    """What a row loss is computed from; `data` are top-k indices `[N, k]` or labels `[N]`."""
 
-    logits: Tensor
-    softcap: float | None
+    logits: Tensor  # [N, V], or for the op on logits [B, T, V]
     ref_logits: Tensor | None
-    ref_softcap: float | None
     data: Tensor | None
-    gradient: bool  # whether to overwrite the logits with the gradient
-    served_by: str
-    weights: Tensor | None = None  # [n], of the rows in the gradient; None: 1 each
-
-    @property
-    def grad(self) -> Tensor | None:
-        """Where the gradient goes."""
-        return self.logits if self.gradient else None
-
-    def grad_of(self, losses: Tensor) -> Tensor:
-        """What the kernels multiply the gradient of every row with."""
-        return losses.new_ones(losses.shape) if self.weights is None else self.weights
+    backend: str  # triton or torch
+    softcap: float | None = None
+    ref_softcap: float | None = None
 
 
 class RowLoss:
-    """``loss(chunk)`` -> the losses of its rows; what it needs beside their logits it says here."""
+    """A loss of rows; a subclass says what it needs and how either backend computes it."""
 
     needs_reference: ClassVar[bool] = False  # the reference's logits of its rows
-    needs_mean: ClassVar[bool] = False  # the mean over the head's rows
+    needs_mean: ClassVar[bool] = False  # the mean row of the head's weight
+
+    def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Return losses `[N]`; write the gradient, times `weights [N]`, into `grad`."""
+        raise NotImplementedError
+
+    def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `forward` does."""
+        raise NotImplementedError
+
+    def triton_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        """Write the gradient, times `weights [N]`, into `grad`, which may be the logits."""
+        raise NotImplementedError
+
+    def kept_shape(self, x: Operands) -> tuple[int, ...]:
+        """Return the shape of `kept`, the int32 tensor that a forward leaves beside its state."""
+        return (math.prod(x.logits.shape[:-1]), 0)
+
+    def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
+        """Return the reference's logits and the integers if backward reads them again."""
+        return None, x.data
+
+    def check_values(self, data: Tensor, vocab_size: int) -> None:
+        """Raise ValueError for integers that are out of range."""
+
+    def count(self, rows: int, data: Tensor | None) -> Tensor | int:
+        """Return what a mean over the rows divides by."""
+        return rows
+
+    def fused(self, x: Operands, gradient: bool, weights: Tensor | None = None) -> Tensor:
+        """Return losses `[N]`; with `gradient`, overwrite the logits with theirs."""
+        if x.backend == "torch":
+            return self.torch_tiles(x, x.logits if gradient else None, weights)
+        losses, state, kept = self.triton_forward(x)
+        if gradient:
+            weights = torch.ones_like(losses) if weights is None else weights
+            self.triton_backward(weights, x, state, kept, x.logits)
+        return losses
+
+    def forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses `[N]`, and for `backward` float32 state `[N, STATE]` and int32 `kept`."""
+        if x.backend == "triton":
+            return self.triton_forward(x)
+        rows = math.prod(x.logits.shape[:-1])
+        losses = x.logits.new_empty(rows, dtype=accum_dtype(x.logits.dtype))
+        kept = x.logits.new_empty(self.kept_shape(x), dtype=torch.int32)
+        for part, block, _ in _blocks(x):
+            losses[part] = self.torch_forward(block, kept[part])
+        state = losses.new_zeros((rows, STATE), dtype=torch.float32)
+        state[:, 0] = losses
+        return losses, state, kept
+
+    def backward(self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
+        """Return the gradient of `sum(weights * losses)` to the logits."""
+        grad = gradient_rows_like(x.logits)
+        if x.backend == "triton":
+            self.triton_backward(weights, x, state, kept, grad)
+            return grad
+        # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
+        weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
+        for part, block, block_grad in _blocks(x, grad):
+            self.torch_tiles(self.with_kept(block, kept[part]), block_grad, weights[part])
+        return grad
+
+    def torch_forward(self, x: Operands, kept: Tensor) -> Tensor:
+        """Return losses `[N]`; fill `kept`."""
+        return self.torch_tiles(x, None, None)
+
+    def with_kept(self, x: Operands, kept: Tensor) -> Operands:
+        """Return the operands of backward, from what the forward kept."""
+        return x
+
+
+def _blocks(
+    x: Operands, grad: Tensor | None = None
+) -> Iterator[tuple[slice, Operands, Tensor | None]]:
+    """Yield which rows, their operands and their part of `grad` as views `[N, V]`: all rows at
+    once where the strides of `[B, T, V]` allow it, else batch by batch."""
+    data = None if x.data is None else x.data.reshape(-1, *x.data.shape[x.logits.dim() - 1 :])
+    tensors = (x.logits, x.ref_logits, grad)
+    try:
+        views = [[None if t is None else t.view(-1, t.shape[-1]) for t in tensors]]
+    except RuntimeError:
+        views = [[None if t is None else t[i] for t in tensors] for i in range(len(x.logits))]
+    start = 0
+    for logits, ref_logits, block_grad in views:
+        part = slice(start, start := start + len(logits))
+        block = replace(
+            x, logits=logits, ref_logits=ref_logits, data=None if data is None else data[part]
+        )
+        yield part, block, block_grad
 
 
 @dataclass(frozen=True)
 class LocalEntropy(RowLoss):
-    """PALU's forget loss; ``chooser`` says what S comes from: reference, indices or current."""
+    """PALU's forget loss; `chooser` says what S comes from: reference, indices or current."""
 
     top_k: int
     objective: str
@@ -64,107 +152,124 @@ class LocalEntropy(RowLoss):
     def needs_reference(self) -> bool:
         return self.chooser == "reference"
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        ref_logits = chunk.ref_logits if self.needs_reference else None
-        if chunk.served_by == "torch":
-            center = self.center_value if self.center_kind == "number" else self.center_kind
-            return eager.local_entropy(
-                chunk.logits,
-                ref_logits,
-                chunk.data,
-                self.top_k,
-                self.objective,
-                center,
-                chunk.softcap,
-                chunk.grad,
-                chunk.weights,
-            )
-        from palu_kernels.triton import local_entropy as kernels
+    def check_values(self, data: Tensor, vocab_size: int) -> None:
+        validation.index_values(data.reshape(-1, data.shape[-1]), vocab_size)
 
-        losses, state, chosen = kernels.forward(
-            chunk.logits,
-            ref_logits,
-            chunk.data,
-            self.top_k,
-            self.objective,
-            self.center_kind,
-            self.center_value,
-            chunk.softcap,
-        )
-        if chunk.gradient:
-            kernels.backward(
-                chunk.grad_of(losses),
-                chunk.logits,
-                self.chooser == "current",
-                state,
-                chosen,
-                self.objective,
-                chunk.logits,
-                chunk.softcap,
-            )
-        return losses
+    def kept_shape(self, x: Operands) -> tuple[int, ...]:
+        """S: from PyTorch its indices unless they were given; from the kernels a bit an entry, or
+        threshold key and tie cut where the logits themselves choose."""
+        rows, vocab_size = math.prod(x.logits.shape[:-1]), x.logits.shape[-1]
+        if x.backend == "torch":
+            return rows, 0 if self.chooser == "indices" else min(self.top_k, vocab_size)
+        return (2, rows) if self.chooser == "current" else (rows, bitmap_words(vocab_size))
+
+    def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
+        return None, x.data if x.backend == "torch" else None
+
+    def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
+        center = self.center_value if self.center_kind == "number" else self.center_kind
+        options = (self.top_k, self.objective, center, x.softcap, grad, weights)
+        return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
+
+    def torch_forward(self, x: Operands, kept: Tensor) -> Tensor:
+        if self.chooser == "indices":
+            return self.torch_tiles(x, None, None)
+        scores = x.ref_logits if self.needs_reference else x.logits
+        kept.copy_(torch_backend.topk_indices(scores, self.top_k))
+        # a NaN of the reference ranks first, so it is in S
+        has_nan = scores.gather(-1, kept.long()).isnan().any(-1)
+        losses = self.torch_tiles(self.with_kept(x, kept), None, None)
+        return losses.masked_fill(has_nan, torch.nan)
+
+    def with_kept(self, x: Operands, kept: Tensor) -> Operands:
+        return x if self.chooser == "indices" else replace(x, ref_logits=None, data=kept)
+
+    def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        options = (self.top_k, self.objective, self.center_kind, self.center_value, x.softcap)
+        return _kernels("local_entropy").forward(x.logits, x.ref_logits, x.data, *options)
+
+    def triton_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        options = (self.chooser == "current", state, kept, self.objective, grad, x.softcap)
+        _kernels("local_entropy").backward(weights, x.logits, *options)
 
 
 @dataclass(frozen=True)
 class KL(RowLoss):
-    """KL to the reference's row, ``direction`` reverse or forward."""
+    """KL divergence to the reference's row, `direction` reverse or forward."""
 
     direction: str
 
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        caps = chunk.softcap, chunk.ref_softcap
-        if chunk.served_by == "torch":
-            options = (self.direction, *caps, chunk.grad, chunk.weights)
-            return eager.kl(chunk.logits, chunk.ref_logits, *options)
-        from palu_kernels.triton import kl_div as kernels
+    def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
+        return x.ref_logits, None
 
-        losses, state = kernels.forward(chunk.logits, chunk.ref_logits, self.direction, *caps)
-        if chunk.gradient:
-            kernels.backward(
-                chunk.grad_of(losses),
-                chunk.logits,
-                chunk.ref_logits,
-                state,
-                self.direction,
-                chunk.logits,
-                *caps,
-            )
-        return losses
+    def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
+        options = (self.direction, x.softcap, x.ref_softcap, grad, weights)
+        return torch_backend.kl(x.logits, x.ref_logits, *options)
+
+    def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        options = (self.direction, x.softcap, x.ref_softcap)
+        losses, state = _kernels("kl_div").forward(x.logits, x.ref_logits, *options)
+        return losses, state, state.new_empty(self.kept_shape(x), dtype=torch.int32)
+
+    def triton_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        options = (state, self.direction, grad, x.softcap, x.ref_softcap)
+        _kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
 
 
 @dataclass(frozen=True)
 class CrossEntropy(RowLoss):
-    """Negative log-likelihood of labels; rows whose label is ``ignore_index`` count as 0."""
+    """Negative log-likelihood of labels; 0 for rows whose label is `ignore_index`."""
 
     ignore_index: int = -100
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        return _cross_entropy(chunk, chunk.data, self.ignore_index)
+    def check_values(self, data: Tensor, vocab_size: int) -> None:
+        validation.label_values(data, self.ignore_index, vocab_size)
+
+    def count(self, rows: int, data: Tensor | None) -> Tensor | int:
+        return (data != self.ignore_index).sum()
+
+    def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
+        options = (self.ignore_index, x.softcap, grad, weights)
+        return torch_backend.cross_entropy(x.logits, x.data, *options)
+
+    def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        options = (self.ignore_index, x.softcap)
+        losses, state = _kernels("cross_entropy").forward(x.logits, x.data, *options)
+        return losses, state, state.new_empty(self.kept_shape(x), dtype=torch.int32)
+
+    def triton_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        options = (state, self.ignore_index, grad, x.softcap)
+        _kernels("cross_entropy").backward(weights, x.logits, x.data, *options)
 
 
 @dataclass(frozen=True)
 class LikeliestNLL(RowLoss):
-    """Negative log-likelihood of the token that the reference finds likeliest; 0 where all of its
-    row is masked, NaN where it holds a NaN."""
+    """Negative log-likelihood of the reference's most likely token; 0 where all of the reference's
+    row is masked, NaN where it holds a NaN. Fused only."""
 
     needs_reference: ClassVar[bool] = True
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        found = topk_indices(chunk.ref_logits, 1, chunk.served_by)
-        largest = chunk.ref_logits.gather(-1, found.long())[:, 0]  # a NaN ranks first
-        labels = torch.where(largest == reference.NEG_INF, -100, found[:, 0])
-        first = chunk.logits[:, 0]
+    def fused(self, x: Operands, gradient: bool, weights: Tensor | None = None) -> Tensor:
+        top = topk_indices(x.ref_logits, 1, x.backend)
+        largest = x.ref_logits.gather(-1, top.long())[:, 0]  # a NaN ranks first
+        labels = torch.where(largest == reference.NEG_INF, -100, top[:, 0])
+        first = x.logits[:, 0]
         first.copy_(torch.where(largest.isnan(), torch.nan, first))
-        return _cross_entropy(chunk, labels, ignore_index=-100)
+        return CrossEntropy().fused(replace(x, data=labels), gradient, weights)
 
 
 @dataclass(frozen=True)
 class SparseLocalEntropy(RowLoss):
-    """``LocalEntropy`` without logits outside S: no chunk, the loop hands its rows to
-    ``sparse.py``; ``chooser`` is indices or reference (whose logits then choose S, chunk by
-    chunk)."""
+    """`LocalEntropy` without logits outside S, by indices or by the reference's logits: the chunk
+    loop hands its rows to `linear/sparse.py`."""
 
     top_k: int
     objective: str
@@ -181,27 +286,16 @@ class SparseLocalEntropy(RowLoss):
         return self.objective == "flatten" and self.center_kind == "global_mean"
 
 
-def topk_indices(scores: Tensor, k: int, served_by: str) -> Tensor:
-    if served_by == "torch":
-        return eager.topk_indices(scores, k)
-    from palu_kernels.triton import radix_select as kernels
+def topk_indices(scores: Tensor, k: int, backend: str) -> Tensor:
+    """Return int32 `[N, min(k, V)]` on the backend that was resolved."""
+    return (torch_backend if backend == "torch" else _kernels("radix_select")).topk_indices(
+        scores, k
+    )
 
-    return kernels.topk_indices(scores, k)
 
-
-def _cross_entropy(chunk: Chunk, labels: Tensor, ignore_index: int) -> Tensor:
-    if chunk.served_by == "torch":
-        options = ignore_index, chunk.softcap, chunk.grad, chunk.weights
-        return eager.cross_entropy(chunk.logits, labels, *options)
-    from palu_kernels.triton import cross_entropy as kernels
-
-    losses, state = kernels.forward(chunk.logits, labels, ignore_index, chunk.softcap)
-    if chunk.gradient:
-        weights = chunk.grad_of(losses)
-        kernels.backward(
-            weights, chunk.logits, labels, state, ignore_index, chunk.logits, chunk.softcap
-        )
-    return losses
+def _kernels(name: str) -> ModuleType:
+    """Triton is imported when a kernel is called for: it may not be installed."""
+    return importlib.import_module(f"palu_kernels.triton.{name}")
 
 
 _KINDS = {
@@ -211,11 +305,13 @@ _KINDS = {
 
 
 def encode(loss: RowLoss) -> str:
-    """A custom op takes no objects: a row loss travels as text (that torch.compile can make)."""
+    """Return a loss as text, which `torch.compile` can trace: a custom op takes no objects."""
     fields = [repr(getattr(loss, name)) for name in type(loss).__match_args__]
     return ",".join([type(loss).__name__, *fields])
 
 
+@lru_cache
 def decode(text: str) -> RowLoss:
+    """Return the loss that `encode` was given."""
     kind, *fields = text.split(",")
     return _KINDS[kind](*map(ast.literal_eval, fields))

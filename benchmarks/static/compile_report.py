@@ -49,7 +49,7 @@ from triton.runtime import jit
 from palu.storage.files import check_json, write_json
 from palu_kernels import functional as operators
 from palu_kernels.linear.chunked import buffer
-from palu_kernels.row_loss import KL, Chunk, CrossEntropy, LocalEntropy
+from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, Operands
 from palu_kernels.triton import gathered_matmul as gathered
 from palu_kernels.triton import row_io as rows
 
@@ -172,10 +172,11 @@ def call_capped(dtype: torch.dtype, columns: int) -> None:
     ]
     for loss in (*forget, KL("reverse"), KL("forward"), CrossEntropy()):
         chunk, ref_chunk = (buffer(torch.zeros(0, dtype=dtype), ROWS, columns) for _ in range(2))
+        ref_chunk = ref_chunk if loss.needs_reference else None
         data = labels if isinstance(loss, CrossEntropy) else None
         if isinstance(loss, LocalEntropy) and loss.chooser == "indices":
             data = indices
-        loss(Chunk(chunk, 30.0, ref_chunk, 30.0, data, gradient=True, served_by="triton"))
+        loss.fused(Operands(chunk, ref_chunk, data, "triton", 30.0, 30.0), gradient=True)
 
 
 def call_gathered(dtype: torch.dtype, width: int) -> None:

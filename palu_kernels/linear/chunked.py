@@ -1,6 +1,6 @@
 """Hidden rows meet the output head chunk by chunk: the one loop behind every linear operator.
 
-A chunk of logits is made in a buffer, each part's row loss (``row_losses.py``) turns its share of
+A chunk of logits is made in a buffer, each part's row loss (``row_loss.py``) turns its share of
 it into losses and overwrites it with the gradient, and two products carry the gradient to the
 hidden rows and into the head's accumulator. Buffers are made once a call; no more logits than one
 chunk of the current model, and one of the reference, exist at a time.
@@ -23,7 +23,7 @@ from palu_kernels import row_loss as row_losses
 from palu_kernels.backend import accum_dtype, on_device_of
 from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
-from palu_kernels.row_loss import Chunk, RowLoss, SparseLocalEntropy
+from palu_kernels.row_loss import Operands, RowLoss, SparseLocalEntropy
 
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
 HEAD_BLOCK_BYTES = 16 * 2**20  # of a float32 piece of the head or of its gradient
@@ -251,17 +251,15 @@ def _dense(
             if part.loss.needs_reference:
                 ref_rows = rows.ref_hidden[part.ref_slice(a, b)]
                 ref_logits = rows.ref_head.logits(ref_rows, ref_chunk[: b - a])
-            losses[a:b] = part.loss(
-                Chunk(
-                    logits[a - start : b - start],
-                    head.softcap,
-                    ref_logits,
-                    rows.ref_head.softcap if rows.ref_head else None,
-                    None if part.data is None else part.data[a - part.start : b - part.start],
-                    gradient,
-                    rows.served_by,
-                )
+            operands = Operands(
+                logits[a - start : b - start],
+                ref_logits,
+                None if part.data is None else part.data[a - part.start : b - part.start],
+                rows.served_by,
+                head.softcap,
+                rows.ref_head.softcap if rows.ref_head else None,
             )
+            losses[a:b] = part.loss.fused(operands, gradient)
         if want_hidden:
             head.pull_back(logits, grad_hidden[start:stop])
         sums.add(slice(start, stop), logits)

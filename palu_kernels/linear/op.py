@@ -26,8 +26,8 @@ from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import Head, Rows, apart, blocks, parts_of, run
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare
-from palu_kernels.op_autograd import refuse_higher_order
-from palu_kernels.row_loss import CrossEntropy, LocalEntropy, RowLoss, SparseLocalEntropy
+from palu_kernels.logits_op import refuse_higher_order
+from palu_kernels.row_loss import LocalEntropy, RowLoss, SparseLocalEntropy
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -328,10 +328,7 @@ def _rows(
         decoded = settle(decoded, counts, weight, softcap or None, **options)
     for loss, values in zip(decoded, data, strict=True):
         if values is not None and check_values(values.device):
-            if isinstance(loss, CrossEntropy):
-                validation.label_values(values, loss.ignore_index, len(weight))
-            else:
-                validation.index_values(values, len(weight))
+            loss.check_values(values, len(weight))
     mean = None if mean_weight is None else (mean_weight, mean_bias)
     if mean is None and _need_mean(decoded):
         mean = sparse.mean_row(weight, bias)

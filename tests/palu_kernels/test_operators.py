@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from palu_kernels import backend, cross_entropy_loss, kl_loss, local_entropy_loss, topk_indices
-from palu_kernels import logits_op as custom_ops
+from palu_kernels import (
+    backend,
+    cross_entropy_loss,
+    kl_loss,
+    local_entropy_loss,
+    logits_op,
+    topk_indices,
+)
+from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, encode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["triton", "torch"]
@@ -181,13 +188,14 @@ def test_opcheck(served_by, batch, shifted):
         z = torch.cat([z, z[:, :1]], 1)[:, :-1]
     z.requires_grad_()
     checks = [
-        (custom_ops.topk, (ref, 5, served_by)),
-        (custom_ops.kl, (z, ref, "reverse", "mean", served_by)),
-        (custom_ops.cross_entropy, (z, labels, -100, "none", served_by)),
+        (logits_op.topk, (ref, 5, served_by)),
+        (logits_op.logits_loss, (z, ref, None, encode(KL("reverse")), "mean", served_by)),
+        (logits_op.logits_loss, (z, None, labels, encode(CrossEntropy()), "none", served_by)),
     ]
-    for chosen in ((ref, None), (None, indices), (None, None)):
-        plain = (9, "flatten", "global_mean", 0.0, "mean", served_by)
-        checks.append((custom_ops.local_entropy, (z, *chosen, *plain)))
+    chosen = {"reference": (ref, None), "indices": (None, indices), "current": (None, None)}
+    for select_by, tensors in chosen.items():
+        loss = encode(LocalEntropy(9, "flatten", "global_mean", 0.0, select_by))
+        checks.append((logits_op.logits_loss, (z, *tensors, loss, "mean", served_by)))
     for op, arguments in checks:
         torch.library.opcheck(op, arguments)
 
