@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from palu import PALULoss
+from palu.data.collator import Collator
 from palu.integrations.open_unlearning import compat, launch, register
 from palu.integrations.open_unlearning import trainer as integration
 from palu.integrations.open_unlearning.dataset import AnnotatedQA
 from palu.integrations.open_unlearning.trainer import PALUMixin
-from tests.support import small
+from tests.support import ROOT, small
 
 # Of the audit: one row of the data has no span, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows without target")
@@ -162,35 +163,46 @@ def test_a_slow_tokenizer_is_refused(checkout, tmp_path):
 # ---- the trainer ---------------------------------------------------------------------------------
 
 
-def make_trainer(checkout, tmp_path, tokenizer, model, **settings):
-    args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
-    args |= {"remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True}
-    args |= settings.pop("args", {})
-    return checkout["trainer"].load_trainer(
-        "PALU",
-        args,
-        settings,
-        model=model,
-        tokenizer=tokenizer,
-        train_dataset=settings.pop("train_dataset", None),
-        data_collator=settings.pop("data_collator", None),
-        template_args=PLAIN,
-    )
+@pytest.fixture
+def make(checkout, tmp_path, tok):
+    """`make(model, **settings)`: the checkout's trainer of PALU."""
+
+    def made(model, args=None, train_dataset=None, data_collator=None, **settings):
+        fixed = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
+        fixed |= {"remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True}
+        return checkout["trainer"].load_trainer(
+            "PALU",
+            fixed | (args or {}),
+            settings,
+            model=model,
+            tokenizer=tok,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            template_args=PLAIN,
+        )
+
+    return made
 
 
 @pytest.fixture
-def batch(checkout, tmp_path):
-    """A tokenizer, and a batch with forget and retain rows of different lengths."""
-    tokenizer = small.tokenizer()
+def collate(checkout):
     from train import collate
 
-    forget = dataset(checkout, write(tmp_path), tokenizer)
-    retain = checkout["data"].QADataset(write(tmp_path, RECORDS[::-1]), PLAIN, tokenizer)
-    yield (
-        tokenizer,
-        collate([{"forget": f, "retain": r} for f, r in zip(forget, retain, strict=True)]),
-    )
+    yield collate
     del sys.modules["train"]
+
+
+@pytest.fixture
+def inputs(checkout, collate, tmp_path, tok):
+    """A batch with forget and retain rows of different lengths."""
+    forget = dataset(checkout, write(tmp_path), tok)
+    retain = checkout["data"].QADataset(write(tmp_path, RECORDS[::-1]), PLAIN, tok)
+    return collate([{"forget": f, "retain": r} for f, r in zip(forget, retain, strict=True)])
+
+
+@pytest.fixture
+def model(tok):
+    return small.model(tok)
 
 
 def moved(model):
@@ -206,7 +218,8 @@ def nll(logits, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-SETTINGS = [
+ALL = 10**6
+SETTINGS = [  # the released code's parameters, and `PALULoss`'s
     ({}, {}),
     (
         {"top_k": 1, "first_n": -1, "gamma": 2.0, "alpha": 0.5},
@@ -217,8 +230,8 @@ SETTINGS = [
         {"center": "local_mean", "preserve": "nll", "prefix_length": 1},
     ),
     (
-        {"objective": "entropy", "non_sensitive_constraint_type": "forward_kl", "top_k": 10**6},
-        {"objective": "entropy", "preserve": "forward_kl", "top_k": 10**6},
+        {"objective": "entropy", "non_sensitive_constraint_type": "forward_kl", "top_k": ALL},
+        {"objective": "entropy", "preserve": "forward_kl", "top_k": ALL},
     ),
     (
         {"target_mode": -2.5, "non_sensitive_constraint_type": None},
@@ -228,10 +241,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("released", "own"), SETTINGS)
-def test_the_loss_is_palus(checkout, batch, tmp_path, released, own):
-    tokenizer, inputs = batch
-    model = small.model(tokenizer)
-    trainer = make_trainer(checkout, tmp_path, tokenizer, model, **released)
+def test_the_loss_is_palus(make, model, inputs, tok, released, own):
+    trainer = make(model, **released)
     moved(model)
     forget, retain = inputs["forget"], inputs["retain"]
     loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=7)
@@ -239,61 +250,45 @@ def test_the_loss_is_palus(checkout, batch, tmp_path, released, own):
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
 
     model.zero_grad()
-    direct = PALULoss(eos_token_id=tokenizer.eos_token_id, **own)
+    direct = PALULoss(eos_token_id=tok.eos_token_id, **own)
     of = {"input_ids": forget["input_ids"], "attention_mask": forget["attention_mask"]}
     with torch.no_grad():
         reference = trainer.ref_model(**of).logits
     output = direct(model(**of).logits, forget["labels"], reference)
     kept = output.num_forget + (output.num_preserve if direct.preserve else 0)
-    assert outputs["logits"].shape == (kept, len(tokenizer)) and output.num_forget > 0
+    assert outputs["logits"].shape == (kept, len(tok)) and output.num_forget > 0
     retained = model(retain["input_ids"], retain["attention_mask"]).logits
     alpha = own.get("preserve_weight", 1.0)
     expected = output.loss + alpha * nll(retained, retain["labels"])
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        error = (gradient - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 1e-5
+        assert (gradient - parameter.grad).norm() < 1e-5 * parameter.grad.norm()
 
 
-def test_kl_retain_is_the_checkouts(checkout, batch, tmp_path):
-    tokenizer, inputs = batch
-    model = small.model(tokenizer)
+def test_kl_retain_is_the_checkouts(make, model, inputs):
     settings = {"gamma": 0.0, "alpha": 0.5, "non_sensitive_constraint_type": None}
-    trainer = make_trainer(checkout, tmp_path, tokenizer, model, retain_loss_type="KL", **settings)
+    trainer = make(model, retain_loss_type="KL", **settings)
     moved(model)
     expected = 0.5 * trainer.compute_retain_loss(model, inputs["retain"])
     assert expected > 0.01
     torch.testing.assert_close(trainer.compute_loss(model, inputs), expected)
 
 
-def test_the_reference_is_frozen_and_not_the_model(checkout, batch, tmp_path):
-    tokenizer, inputs = batch
-    model = small.model(tokenizer)
-    trainer = make_trainer(checkout, tmp_path, tokenizer, model)
+def test_the_reference_is_frozen_and_not_the_model(make, model, inputs):
+    trainer = make(model)
     trainer.compute_loss(moved(model), inputs).backward()
     pairs = zip(model.parameters(), trainer.ref_model.parameters(), strict=True)
     assert all(ref.grad is None and not torch.equal(own, ref) for own, ref in pairs)
 
 
-def test_a_step_of_two_micro_batches_is_their_mean(checkout, batch, tmp_path):
-    tokenizer, _ = batch
-    collate = sys.modules["train"].collate
-    forget = dataset(checkout, write(tmp_path), tokenizer)
+def test_a_step_of_two_micro_batches_is_their_mean(checkout, make, model, collate, tok, tmp_path):
+    forget = dataset(checkout, write(tmp_path), tok)
     pairs = [{"forget": item, "retain": item | {"labels": item["input_ids"]}} for item in forget]
-    model = small.model(tokenizer)
     args = {"max_steps": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1}
     args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     args |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": 3}
-    trainer = make_trainer(
-        checkout,
-        tmp_path,
-        tokenizer,
-        model,
-        args=args,
-        train_dataset=pairs[:4],
-        data_collator=collate,
-    )
+    trainer = make(model, args=args, train_dataset=pairs[:4], data_collator=collate)
     batches = [*trainer.get_train_dataloader()]
     loss = sum(trainer.compute_loss(model, inputs) for inputs in batches) / 2
     terms = (trainer._terms / trainer._batches).tolist()
@@ -312,47 +307,33 @@ def test_a_step_of_two_micro_batches_is_their_mean(checkout, batch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind", "message"),
+    ("name", "value", "kind", "message"),
     [
-        ({"top_k": 0}, ValueError, "top_k is 0; it must be at least 1"),
-        ({"first_n": 2.5}, TypeError, "first_n must be an integer, got 2.5"),
-        (
-            {"target_mode": "median"},
-            ValueError,
-            "target_mode is 'median'; it must be one of",
-        ),
-        ({"target_mode": None}, ValueError, "target_mode is None; it must be one of"),
-        ({"target_mode": True}, TypeError, "target_mode is True; it must be .* or a finite number"),
-        (
-            {"non_sensitive_constraint_type": "mse"},
-            ValueError,
-            "non_sensitive_constraint_type is 'mse'; it must be one of 'kl'",
-        ),
-        ({"objective": "npo"}, ValueError, "objective is 'npo'; it must be one of 'flatten'"),
-        ({"gamma": -1.0}, ValueError, "gamma is -1.0; it must be a finite number of at least 0"),
-        ({"alpha": "big"}, ValueError, "alpha is 'big'; it must be a finite number"),
-        ({"retain_loss_type": "nll"}, ValueError, "retain_loss_type is 'nll'; .*'NLL', 'KL'"),
-        ({"topk": 5}, TypeError, "topk"),
+        ("top_k", 0, ValueError, "top_k is 0; it must be at least 1"),
+        ("first_n", 2.5, TypeError, "first_n must be an integer, got 2.5"),
+        ("target_mode", "median", ValueError, "target_mode is 'median'; it must be one of"),
+        ("target_mode", None, ValueError, "target_mode is None; it must be one of"),
+        ("target_mode", True, TypeError, "target_mode is True; it must be .* or a finite number"),
+        ("non_sensitive_constraint_type", "mse", ValueError, "'mse'; it must be one of 'kl'"),
+        ("objective", "npo", ValueError, "objective is 'npo'; it must be one of 'flatten'"),
+        ("gamma", -1.0, ValueError, "gamma is -1.0; it must be a finite number of at least 0"),
+        ("alpha", "big", ValueError, "alpha is 'big'; it must be a finite number"),
+        ("retain_loss_type", "nll", ValueError, "retain_loss_type is 'nll'; .*'NLL', 'KL'"),
+        ("topk", 5, TypeError, "topk"),
     ],
 )
-def test_parameters_are_checked(checkout, tmp_path, settings, kind, message):
-    tokenizer = small.tokenizer()
+def test_parameters_are_checked(make, model, name, value, kind, message):
     with pytest.raises(kind, match=message):
-        make_trainer(checkout, tmp_path, tokenizer, small.model(tokenizer), **settings)
+        make(model, **{name: value})
 
 
-def test_a_batch_without_retain_rows(checkout, batch, tmp_path):
-    tokenizer, inputs = batch
-    model = small.model(tokenizer)
-    trainer = make_trainer(checkout, tmp_path, tokenizer, model)
+def test_a_batch_without_retain_rows(make, model, inputs):
     with pytest.raises(ValueError, match="the batch has 'forget' and no 'retain'; PALU needs"):
-        trainer.compute_loss(model, {"forget": inputs["forget"]})
+        make(model).compute_loss(model, {"forget": inputs["forget"]})
 
 
-def test_data_without_annotations_are_warned_of_once(checkout, batch, tmp_path, recwarn):
-    tokenizer, inputs = batch
-    model = small.model(tokenizer)
-    trainer = make_trainer(checkout, tmp_path, tokenizer, model)
+def test_data_without_annotations_are_warned_of_once(make, model, inputs, recwarn):
+    trainer = make(model)
     plain = {"forget": inputs["retain"], "retain": inputs["retain"]}
     with pytest.warns(UserWarning, match="no label -200: every answer token counts as sensitive"):
         trainer.compute_loss(model, plain)
@@ -396,50 +377,32 @@ def test_the_tokenizer_by_the_name_the_trainer_knows(monkeypatch, old):
 # ---- the launcher --------------------------------------------------------------------------------
 
 
-def test_runs_the_checkouts_train(tmp_path):
+def test_runs_the_checkouts_train(tmp_path, tok, model):
     """From the command line, in a process of its own; the first loss is that of the same rows
     computed here."""
-    tokenizer = small.tokenizer()
-    model = small.model(tokenizer)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tok.save_pretrained(folder)
     data = write(tmp_path)
+    args = {"output_dir": str(tmp_path / "out"), "max_steps": 2, "logging_steps": 1}
+    args |= {"logging_dir": str(tmp_path / "logs")}  # unknown to transformers 5
+    args |= {"per_device_train_batch_size": len(RECORDS), "learning_rate": 1e-2, "use_cpu": True}
+    args |= {"remove_unused_columns": False, "report_to": "none", "save_strategy": "no"}
+    method_args = {"top_k": 7, "first_n": 2, "target_mode": "mean", "alpha": 0.5}
     settings = {
         "model": str(folder),
         "template_args": PLAIN,
         "forget": {"handler": "PALUAnnotatedQA", "path": data},
         "retain": {"handler": "QADataset", "path": data},
         "report": str(tmp_path / "report.json"),
-        "trainer": {
-            "handler": "PALU",
-            "method_args": {"top_k": 7, "first_n": 2, "target_mode": "mean", "alpha": 0.5},
-            "args": {
-                "output_dir": str(tmp_path / "out"),
-                "logging_dir": str(tmp_path / "logs"),  # unknown to transformers 5
-                "max_steps": 2,
-                "logging_steps": 1,
-                "per_device_train_batch_size": len(RECORDS),
-                "learning_rate": 1e-2,
-                "remove_unused_columns": False,
-                "report_to": "none",
-                "save_strategy": "no",
-                "use_cpu": True,
-            },
-        },
+        "trainer": {"handler": "PALU", "method_args": method_args, "args": args},
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    command = [sys.executable, "-m", "palu.integrations.open_unlearning"]
-    command += [
-        "--checkout",
-        str(STANDIN),
-        f"settings={tmp_path / 'settings.json'}",
-        "trainer=PALU",
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "palu.integrations.open_unlearning", "--checkout", STANDIN]
+    command += [f"settings={tmp_path / 'settings.json'}", "trainer=PALU"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     script, *arguments = report["arguments"]
@@ -447,27 +410,18 @@ def test_runs_the_checkouts_train(tmp_path):
     assert arguments[0] == "--config-name=unlearn.yaml" and arguments[-1] == "trainer=PALU"
     assert arguments[1] == f"hydra.searchpath=['file://{launch.CONFIGS}']"
     # What needs a newer transformers than the checkout's stays out.
-    assert not {"palu.training.trainer", "palu.training.config", "palu.models.lm_head"} & {
-        *report["modules"]
-    }
+    newer = {"palu.training.trainer", "palu.training.config", "palu.models.lm_head"}
+    assert not newer & {*report["modules"]}
 
-    rows = small.rows(tokenizer)  # the same text, as the template's tags are palu's own
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["input_ids"]) for r in rows], True)
-    labels = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(r["labels"]) for r in rows], True, padding_value=-100
-    )
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(r["labels"])] for r in rows])
-    model = type(model).from_pretrained(folder)
-    logits = model(ids, mask.long()).logits.detach()
-    output = PALULoss(7, 2, eos_token_id=tokenizer.eos_token_id, preserve_weight=0.5)(
-        logits, labels, logits
-    )
-    first = report["logs"][0]
+    batch = Collator(tok)(small.rows(tok))  # the same text, as the template's tags are palu's own
+    logits = small.model(tok)(batch["input_ids"], batch["attention_mask"]).logits.detach()
+    loss = PALULoss(7, 2, eos_token_id=tok.eos_token_id, preserve_weight=0.5)
+    output = loss(logits, batch["labels"], logits)
+    first, second, *_ = report["logs"]
     assert first["forget_loss"] == pytest.approx(float(output.forget), rel=1e-5)
     assert first["preserve_loss"] == pytest.approx(0, abs=1e-5)
     total = first["forget_loss"] + 0.5 * first["retain_loss"]
     assert first["loss"] == pytest.approx(total, rel=1e-5)
-    second = report["logs"][1]
     assert second["loss"] < first["loss"] and second["preserve_loss"] > 1e-4
 
 
