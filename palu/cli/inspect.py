@@ -16,7 +16,7 @@ from rich.text import Text
 from palu.cli.data import plain_warnings, template_of
 from palu.cli.options import TextOptions, with_options
 from palu.errors import user_errors
-from palu.terminal import bars, out
+from palu.terminal import bars, out, visible
 from palu.training.options import LossOptions, option
 
 if TYPE_CHECKING:
@@ -192,15 +192,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         text = _decode(tokenizer, ids[context:end])
         if text.endswith("\ufffd") and end < len(ids) and end - shown < 4:
             continue  # within a character
-        pieces[shown] = _visible(text[len(before) :] if text.startswith(before) else text)
+        pieces[shown] = visible(text[len(before) :] if text.startswith(before) else text)
         context, shown = shown, end
     return pieces
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _visible(text: str) -> str:
-    """Spell out control characters: a data file must not steer the reader's terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

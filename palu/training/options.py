@@ -96,9 +96,11 @@ class LossOptions:
         "Of flatten: the value that logits are pulled to: global_mean, local_mean or a number.",
         objective="flatten",
     )
-    prefix_length: int = _loss(3, "Tokens forgotten at the start of each span; 0: all.")
+    prefix_length: int = _loss(3, "Tokens forgotten at the start of each span; 0 or less: all.")
     preserve: Literal["reverse_kl", "forward_kl", "nll", "none"] | None = _loss(
-        "reverse_kl", "The loss that holds the other answer tokens."
+        "reverse_kl",
+        "The loss that holds the other answer tokens: reverse_kl or forward_kl to the original "
+        "model, nll of its likeliest token, or none.",
     )
     preserve_weight: float = _loss(1.0, "Weight of the preserve term.")
     select_from: Literal["reference", "current"] = _loss(
