@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palu_kernels import LMHead, cross_entropy_loss, linear_cross_entropy_loss
 from palu_kernels.backend import accum_dtype
-from palu_kernels.linear.chunked import chunk_rows
-from palu_kernels.linear.functional import CHUNK_BYTES
+from palu_kernels.roles import CHUNK_BYTES, chunk_shape
 
 
 @dataclass(eq=False)
@@ -82,7 +81,7 @@ class Answers:
 
         columns = self.rows.shape[1] if self.head is None else self.head.vocab_size
         count = len(self.targets)
-        size = max(chunk_rows(count, columns, 4, CHUNK_BYTES), 1)
+        size = max(chunk_shape(count, columns, 4, CHUNK_BYTES)[0], 1)
         parts = [slice(start, start + size) for start in range(0, max(count, 1), size)]
         if not torch.is_grad_enabled():
             return torch.cat([of(part) for part in parts])

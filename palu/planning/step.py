@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 
 from palu.planning.layer import ADAPTERS, PRECISIONS, Layer
 from palu.planning.model import ModelSizes
-from palu_kernels.linear.chunked import chunk_rows, padded
-from palu_kernels.linear.functional import CHUNK_BYTES
+from palu_kernels.roles import chunk_shape
 
 REFERENCES = ("live", "adapter_off", "cached")
 # Share of all positions that carry a loss, and of the forget examples' that are preserved: TOFU's
-# forget10 at `prefix_length` 3. They size the chunk buffers, which do not grow beyond CHUNK_BYTES.
+# forget10 at `prefix_length` 3. They size the chunk buffers, which do not grow beyond 256 MiB.
 ANSWER_SHARE, PRESERVE_SHARE = 0.33, 0.27
 MASTER = 4  # bytes of an element: see `palu.training.master_weights`
 GIB = 2**30
@@ -190,7 +189,7 @@ class Step:
         rows, preserved = (
             round(share * self.layer.positions) for share in (ANSWER_SHARE, PRESERVE_SHARE)
         )
-        step = chunk_rows(rows, columns, entry, CHUNK_BYTES) if rows else 0
+        step, width = chunk_shape(rows, columns, entry) if rows else (0, 0)
         chunks = step + min(step, preserved) * with_reference
         second = self.full or self.setup.reference == "live"
         heads = 1 + (with_reference and second)
@@ -198,5 +197,5 @@ class Step:
         return {
             "head copies": heads * head * entry if self.precision.casts else 0,
             "head gradient": 4 * head if self.full else 0,
-            "chunk buffers": chunks * padded(columns) * entry,
+            "chunk buffers": chunks * width * entry,
         }

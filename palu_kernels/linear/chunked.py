@@ -25,6 +25,7 @@ from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
 from palu_kernels.row_loss import Operands, RowLoss, SparseLocalEntropy
 
+CHUNK_BYTES = 256 * 2**20
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
 HEAD_BLOCK_BYTES = 16 * 2**20  # of a float32 piece of the head or of its gradient
 
@@ -100,6 +101,13 @@ def chunk_rows(rows: int, columns: int, element_size: int, chunk_bytes: int) -> 
     chunks = -(-rows // max(most, TILE_ROWS))
     tiles = -(-rows // (max(chunks, 1) * TILE_ROWS))
     return min(tiles * TILE_ROWS, rows)
+
+
+def chunk_shape(
+    rows: int, columns: int, element_size: int, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[int, int]:
+    """Return the shape of a buffer of logits for so many rows."""
+    return chunk_rows(rows, columns, element_size, chunk_bytes), padded(columns)
 
 
 def padded(columns: int) -> int:

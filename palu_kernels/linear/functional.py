@@ -8,9 +8,10 @@ from torch import Tensor
 
 from palu_kernels import validation as arguments
 from palu_kernels.backend import accum_dtype
+from palu_kernels.linear.chunked import CHUNK_BYTES
 from palu_kernels.linear.cost_model import IMPLEMENTATIONS
 from palu_kernels.linear.head import LMHead, check_hidden, prepare, product_dtype
-from palu_kernels.linear.op import CHUNK_BYTES, call, settle
+from palu_kernels.linear.op import call, settle
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss
 
 

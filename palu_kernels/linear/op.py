@@ -23,13 +23,11 @@ from torch import Tensor
 from palu_kernels import row_loss, validation
 from palu_kernels.backend import accum_dtype, check_values, resolve
 from palu_kernels.linear import sparse
-from palu_kernels.linear.chunked import Head, Rows, apart, blocks, parts_of, run
+from palu_kernels.linear.chunked import CHUNK_BYTES, Head, Rows, apart, blocks, parts_of, run
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare
 from palu_kernels.logits_op import refuse_higher_order
 from palu_kernels.row_loss import LocalEntropy, RowLoss, SparseLocalEntropy
-
-CHUNK_BYTES = 256 * 2**20
 
 
 def linear_role_losses(

@@ -249,7 +249,7 @@ def test_evaluation_gives_the_means_over_all(tok, tmp_path):
 def test_no_logits_are_kept_where_the_head_is_plain(tok, tmp_path, monkeypatch):
     """Neither by operators nor by `map_logits`, whose chunks live one at a time."""
     monkeypatch.setattr(answers, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(answers, "chunk_rows", lambda *_: 5)
+    monkeypatch.setattr(answers, "chunk_shape", lambda *_: (5, 0))
     made = made_by(tok, tmp_path, "ce_u")
     batch = batch_of(tok, "ce_u")
     made._terms(made.model, batch)
