@@ -59,8 +59,13 @@ from palu.training.batching import (
     Sharding,
 )
 from palu.training.callbacks import StopAtForgetProb
-from palu.training.checkpoint_trainer import CheckpointTrainer
-from palu.training.checkpoints import LogAtCheckpoints, read_state, run_identity, write_state
+from palu.training.checkpoints import (
+    CheckpointTrainer,
+    LogAtCheckpoints,
+    read_state,
+    run_identity,
+    write_state,
+)
 from palu.training.collated import ExampleRows, try_out
 from palu.training.config import PALUConfig
 from palu.training.master_weights import (
