@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +56,14 @@ class PALULoss(nn.Module):
         self,
         top_k: int = 50,
         prefix_length: int = 3,
-        objective: str = "flatten",
+        objective: Literal["flatten", "entropy"] = "flatten",
         center: str | float = "global_mean",
-        preserve: str | None = "reverse_kl",
+        preserve: Literal["reverse_kl", "forward_kl", "nll"] | None = "reverse_kl",
         forget_weight: float = 1.0,
         preserve_weight: float = 1.0,
-        select_from: str = "reference",
+        select_from: Literal["reference", "current"] = "reference",
         eos_token_id: int | Sequence[int] | None = None,
-        backend: str = "auto",
+        backend: Literal["auto", "triton", "torch"] = "auto",
     ) -> None:
         super().__init__()
         arguments.positive_int("top_k", top_k)
