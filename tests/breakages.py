@@ -1,0 +1,301 @@
+"""Break the code on purpose, one fault at a time, and see the default tests notice.
+
+    python tests/breakages.py [--repo DIR] [--only WORD] [--output FILE]
+
+Each fault replaces a piece of text that stands in one source file alone. The checkout is copied,
+the fault put in, and the test files named beside it run as `pytest -x` runs them by default. A fault
+that no test notices is a line `NOT CAUGHT`, and the exit status is 1. A fault has more than one pair
+of texts where the code was written otherwise before; the first one that is found counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    name: str
+    texts: list[tuple[str, str]]  # (as it is, broken)
+    tests: str  # stems of test files, without `test_`
+
+
+FAULTS = [
+    # kernels and operators
+    Fault(
+        "KL without its gradient (PyTorch)",
+        [("difference.sub_(found[:, None]).mul_(p)", "difference.mul_(0)")],
+        "operators check eager torch_backend check_linear",
+    ),
+    Fault(
+        "cross-entropy's gradient misses the label",
+        [("torch.full_like(out[:, :1], -1.0)", "torch.full_like(out[:, :1], 0.0)")],
+        "operators check eager torch_backend check_linear",
+    ),
+    Fault(
+        "a tie goes to the highest index (PyTorch)",
+        [("tie_column[rank < need[tie_row]]", "tie_column[rank >= (ties - need)[tie_row]]")],
+        "operators eager torch_backend",
+    ),
+    Fault(
+        "flatten's gradient without the term of the mean",
+        [("off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]", "off_s = 0 * on_s[:, :1]")],
+        "operators check eager torch_backend",
+    ),
+    Fault(
+        "entropy without log k",
+        [("math.log(z_s.shape[1]) + negative_entropy[:, 0]", "negative_entropy[:, 0]")],
+        "operators check eager torch_backend",
+    ),
+    Fault(
+        "a softcap whose slope is forgotten",
+        [("1 - share.square()", "1 + 0 * share")],
+        "linear eager torch_backend check_linear check",
+    ),
+    # the chunk loop
+    Fault(
+        "rows of a chunk's second part take the reference's first rows",
+        [
+            (
+                "slice(self.ref_start + start - self.start, self.ref_start + stop - self.start)",
+                "slice(start - self.start, stop - self.start)",
+            )
+        ],
+        "linear loss_hidden",
+    ),
+    Fault(
+        "the head's gradient misses the logit scale",
+        [("self.shares[rows] * self.head.scale", "self.shares[rows]")],
+        "linear check_linear check",
+    ),
+    Fault(
+        "the head's gradient misses the common scale of the weights",
+        [("t.mul_(self.scale)", "t")],
+        "linear check_linear check",
+    ),
+    Fault(
+        "hidden gradients are not weighted by row",
+        [
+            ("(grad_hidden * scale[:, None])", "(grad_hidden * scale.mean())"),
+            ("grad_hidden * by_row[:, None]", "grad_hidden * by_row.mean()"),
+        ],
+        "linear loss_hidden",
+    ),
+    Fault(
+        "padding behind a row is left as it was",
+        [("whole[:, columns:] = 0", "whole[:, columns:] = float('nan')")],
+        "read_beyond",
+    ),
+    # labels and roles
+    Fault(
+        "a prefix is one token longer",
+        [("sensitive & (rank <= prefix_length)", "sensitive & (rank <= prefix_length + 1)")],
+        "labels loss",
+    ),
+    Fault(
+        "the end token is forgotten too",
+        [("(labels >= 0) & ~is_eos & predicted", "(labels >= 0) & predicted")],
+        "labels loss",
+    ),
+    Fault(
+        "roles are not shifted to the rows that predict them",
+        [("pad(self.roles(labels)[:, 1:], (0, 1), value=NONE)", "pad(self.roles(labels), (0, 0))")],
+        "loss loss_hidden",
+    ),
+    Fault(
+        "the trainer's roles are not shifted",
+        [
+            ("functional.pad(roles.cpu()[:, 1:], (0, 1))", "functional.pad(roles.cpu(), (0, 0))"),
+            ("rows[:, :-1] = at_labels[:, 1:]", "rows[:] = at_labels"),
+        ],
+        "objective trainer",
+    ),
+    # trainer
+    Fault(
+        "means over a micro-batch instead of the step",
+        [
+            (
+                "reduce(counts.sum(0)).clamp(min=1).repeat(len(batches), 1)",
+                "counts.clamp(min=1)",
+            )
+        ],
+        "trainer methods",
+    ),
+    Fault(
+        "a resumed run begins its retain examples anew",
+        [("walked = step * self.step_rows", "walked = 0 * self.step_rows")],
+        "trainer resume",
+    ),
+    Fault(
+        "retained tokens are taken one place early",
+        [
+            ('functional.pad(batch["input_ids"][:, 1:], (0, 1))', 'batch["input_ids"]'),
+            (
+                'retain["input_ids"][:, 1:][retain["labels"][:, 1:] != IGNORE]',
+                'retain["input_ids"][:, :-1][retain["labels"][:, 1:] != IGNORE]',
+            ),
+        ],
+        "trainer objective methods",
+    ),
+    Fault(
+        "the model stays in evaluation mode after its adapter was off",
+        [
+            ("module.training = mode", "module.training = False"),
+        ],
+        "objective lora modeling model_checks checks",
+    ),
+    Fault(
+        "the reference trains along",
+        [("self.model.requires_grad_(False)", "self.model.requires_grad_(True)")],
+        "objective trainer",
+    ),
+    Fault(
+        "repeated examples count",
+        [
+            (
+                "range(places.start, max(min(places.stop, self.rows), places.start))",
+                "places",
+            )
+        ],
+        "distributed collated batches",
+    ),
+    # methods
+    Fault(
+        "NPO by the sum of the wrong sign",
+        [("logsigmoid(-self.beta * log_ratio)", "logsigmoid(self.beta * log_ratio)")],
+        "methods",
+    ),
+    Fault(
+        "DPO prefers the answer to forget",
+        [("self.beta * (second - first)", "self.beta * (first - second)")],
+        "methods",
+    ),
+    Fault(
+        "RMU steers at the row before the token",
+        [
+            ("roles.order(RETAINED)]) + 1", "roles.order(RETAINED)])"),
+            ("output[:, 1:][inputs.keep[:, :-1]]", "output[:, :-1][inputs.keep[:, :-1]]"),
+        ],
+        "rmu",
+    ),
+    Fault(
+        "PDU's dual never moves",
+        [
+            (
+                "max(0.0, dual + self.dual_step_size * (retain - self.retain_loss_eps))",
+                "max(0.0, dual)",
+            )
+        ],
+        "pdu",
+    ),
+    # cache and checkpoints
+    Fault(
+        "a cache of another model is opened",
+        [
+            ("model_fingerprint(model) != starting_model", "False"),
+            (
+                "        if differences:\n            raise CacheMismatch(",
+                "        if False:\n            raise CacheMismatch(",
+            ),
+        ],
+        "cache cache_faults manifest",
+    ),
+    Fault(
+        "a checkpoint's files are not compared with their digests",
+        [("check_digests(checkpoint, read_record(checkpoint))", "read_record(checkpoint)")],
+        "resume events",
+    ),
+    Fault(
+        "masters round to the nearest",
+        [("round_into(parameter, master, generators[where])", "parameter.copy_(master)")],
+        "master_weights",
+    ),
+    # metrics
+    Fault(
+        "ROUGE's precision for its recall",
+        [('("recall", "recall")', '("recall", "precision")')],
+        "tofu_definitions evaluation metrics",
+    ),
+    Fault(
+        "extraction strength counts from the first wrong token",
+        [
+            ("min(wrong[-1] + 1, len(argmax_correct) - 1)", "wrong[0]"),
+            ("min(wrong[-1] + 1, len(hits) - 1)", "wrong[0]"),
+        ],
+        "tofu_definitions evaluation metrics inference evaluator",
+    ),
+    Fault(
+        "privleak against 1 instead of the retrained model",
+        [("100 * (ref - value) / (1 - ref + EPSILON)", "100 * (1 - value)")],
+        "tofu_definitions tofu_summary metrics",
+    ),
+    # command line and files
+    Fault(
+        "a file that could not be written whole takes the place of the old one",
+        [
+            ("            os.replace(aside, path)", "            os.replace(aside, path)"),
+            ("        os.replace(aside, path)", "        pass"),
+        ],
+        "files output folders",
+    ),
+]
+
+
+def place(repo: Path, fault: Fault) -> tuple[Path, str, str] | None:
+    """Return the one source file that holds the first text found, that text, and the broken one."""
+    sources = [p for top in ("palu", "palu_kernels") for p in (repo / top).rglob("*.py")]
+    for text, broken in fault.texts:
+        holders = [path for path in sources if text in path.read_text(encoding="utf-8")]
+        if len(holders) == 1 and text != broken:
+            return holders[0], text, broken
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repo", type=Path, default=Path(__file__).parents[1])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    lines = []
+    for fault in FAULTS:
+        if given.only not in fault.name:
+            continue
+        lines.append(f"{run(given.repo.resolve(), fault):<12} {fault.name}")
+        print(lines[-1], flush=True)
+        if given.output is not None:
+            given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(any(not line.startswith("caught") for line in lines))
+
+
+def run(repo: Path, fault: Fault) -> str:
+    """Return `caught`, `NOT CAUGHT`, or `NOT FOUND` where the code has no such text."""
+    found = place(repo, fault)
+    if found is None:
+        return "NOT FOUND"
+    path, text, broken = found
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, repo.name)
+        shutil.copytree(repo, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "results"))
+        target = copy / path.relative_to(repo)
+        target.write_text(target.read_text(encoding="utf-8").replace(text, broken), "utf-8")
+        stems = [f"test_{stem}.py" for stem in fault.tests.split()]
+        tests = [str(p) for p in sorted((copy / "tests").rglob("test_*.py")) if p.name in stems]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            timeout=900,
+        )
+    return {0: "NOT CAUGHT", 1: "caught"}.get(done.returncode, f"ERROR {done.returncode}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
