@@ -3,9 +3,9 @@
     python tests/breakages.py [--repo DIR] [--only WORD] [--output FILE]
 
 Each fault replaces a piece of text that stands in one source file alone. The checkout is copied,
-the fault put in, and the test files named beside it run as `pytest -x` runs them by default. A fault
-that no test notices is a line `NOT CAUGHT`, and the exit status is 1. A fault has more than one pair
-of texts where the code was written otherwise before; the first one that is found counts.
+the fault put in, and the test files named beside it run as `pytest -x` runs them by default. A
+fault that no test notices is a line `NOT CAUGHT`, and the exit status is 1. A fault has more than
+one pair of texts where the code was written otherwise before; the first one that is found counts.
 """
 
 from __future__ import annotations
