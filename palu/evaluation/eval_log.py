@@ -45,20 +45,19 @@ class Log(NamedTuple):
         Raises:
             LogError: the file cannot be read, or does not hold an object.
         """
-        place = name if isinstance(log, Mapping) else os.fspath(log)
-        if not isinstance(log, Mapping):
-            try:
-                text = read_text(log)
-            except ValueError as error:
-                raise LogError(str(error)) from None
-            try:
-                log = parse(text)
-            except NotJSON as error:
-                line = "" if error.line is None else f":{error.line}"
-                raise LogError(f"{place}{line}: not readable JSON: {error}") from None
-        if not isinstance(log, Mapping):
-            raise LogError(f"{place}: a log must be an object, got {type(log).__name__}")
-        return cls(log, place)
+        if isinstance(log, Mapping):
+            return cls(log, name)
+        place = os.fspath(log)
+        try:
+            metrics = parse(read_text(log))
+        except NotJSON as error:
+            line = "" if error.line is None else f":{error.line}"
+            raise LogError(f"{place}{line}: not readable JSON: {error}") from None
+        except ValueError as error:
+            raise LogError(str(error)) from None
+        if not isinstance(metrics, Mapping):
+            raise LogError(f"{place}: a log must be an object, got {type(metrics).__name__}")
+        return cls(metrics, place)
 
     def entry(self, metric: str, needed_by: str | None = None) -> Mapping[str, Any]:
         """Return the entry of a metric.
