@@ -232,7 +232,7 @@ class EvaluateRun:
                 self.log,
                 self.retrained,
                 store.save if writes else lambda log: None,
-                "log" if store is None else store.place,
+                "log" if store is None else store.source,
             )
 
     def write(self) -> None:

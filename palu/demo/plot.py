@@ -68,28 +68,20 @@ def _draw_curves(axes, curve: Sequence[dict[str, float]]) -> None:
 def _draw_tokens(axes, question: str, tokens: Sequence[TokenChange]) -> None:
     from matplotlib.patches import Patch
 
-    places = range(len(tokens))
-    for place, token in zip(places, tokens, strict=True):
-        if token.sensitive:
-            axes.axvspan(place - 0.5, place + 0.5, color=SENSITIVE, alpha=0.12, linewidth=0)
-    bar = 0.38
-    before = axes.bar(
-        [p - bar / 2 for p in places], [t.before for t in tokens], bar, color=BEFORE, label="before"
-    )
-    after = axes.bar(
-        [p + bar / 2 for p in places], [t.after for t in tokens], bar, color=AFTER, label="after"
-    )
-    for place, token in zip(places, tokens, strict=True):
-        # A bar near 0 cannot be seen; its value can.
-        if token.sensitive:
-            x = place + bar / 2
-            value = f"{token.after:.3f}"
-            axes.text(
-                x, token.after + 0.02, value, color=AFTER, fontsize=8, ha="center", rotation=90
-            )
+    width = 0.38
+    positions = range(len(tokens))
+    sensitive = [(x, token) for x, token in zip(positions, tokens, strict=True) if token.sensitive]
+    for x, _ in sensitive:  # behind the bars
+        axes.axvspan(x - 0.5, x + 0.5, color=SENSITIVE, alpha=0.12, linewidth=0)
+    left, right = ([x + shift * width / 2 for x in positions] for shift in (-1, 1))
+    before = axes.bar(left, [t.before for t in tokens], width, color=BEFORE, label="before")
+    after = axes.bar(right, [t.after for t in tokens], width, color=AFTER, label="after")
+    for x, token in sensitive:  # a bar near 0 cannot be seen; its value can
+        style = {"color": AFTER, "fontsize": 8, "ha": "center", "rotation": 90}
+        axes.text(x + width / 2, token.after + 0.02, f"{token.after:.3f}", **style)
     # A dollar sign would start a formula.
     labels = [token.text.replace("$", r"\$") for token in tokens]
-    axes.set_xticks(list(places), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks(list(positions), labels, rotation=45, ha="right", rotation_mode="anchor")
     for label, token in zip(axes.get_xticklabels(), tokens, strict=True):
         if token.sensitive:
             label.set_color(SENSITIVE)

@@ -74,7 +74,7 @@ class EvalSet:
         for field in (*required, *optional):
             lacking = [e for e in examples if e.extra.get(field) is None]
             if lacking and (field in required or len(lacking) < len(examples)):
-                raise ValueError(_place(source, lacking[0], field) + " is missing")
+                raise ValueError(_describe(source, lacking[0], field) + " is missing")
             if not lacking:
                 fields.append(field)
         rows = {}
@@ -104,12 +104,12 @@ class EvalSet:
             digest.update(json.dumps([example.question, answers]).encode())
         return digest.hexdigest()
 
-    def place(self, number: int, field: str) -> str:
+    def describe(self, number: int, field: str) -> str:
         """Return the name of a field of example `number` in messages."""
-        return _place(self.source, self.examples[number], field)
+        return _describe(self.source, self.examples[number], field)
 
 
-def _place(source: str, example: Example, field: str) -> str:
+def _describe(source: str, example: Example, field: str) -> str:
     return f"{source}, row {example.id!r}, field {field!r}"
 
 
@@ -119,17 +119,17 @@ def _texts(source: str, example: Example, field: str) -> list[str]:
     texts = example.extra[field]
     if field == PERTURBED and isinstance(texts, list):
         if not texts:
-            raise ValueError(_place(source, example, field) + " is an empty list")
+            raise ValueError(_describe(source, example, field) + " is an empty list")
     else:
         texts = [texts]
-    return [check_text(_place(source, example, field), text) for text in texts]
+    return [check_text(_describe(source, example, field), text) for text in texts]
 
 
 def _rows(
     source: str, example: Example, field: str, tokenizer: Any, template: Template, max_length: int
 ) -> list[LabeledExample]:
     spans = example.spans if field == ANSWER else ()
-    place = _place(source, example, field)
+    description = _describe(source, example, field)
     rows = []
     for text in _texts(source, example, field):
         try:
@@ -138,11 +138,11 @@ def _rows(
             )
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{place}: {error}") from error
+            raise kind(f"{description}: {error}") from error
         if row.answer_start == len(row["input_ids"]):
             raise ValueError(
-                f"{place}: max_length={max_length} leaves no token of the answer; raise max_length "
-                "or shorten the text before it"
+                f"{description}: max_length={max_length} leaves no token of the answer; raise "
+                "max_length or shorten the text before it"
             )
         rows.append(row)
     return rows

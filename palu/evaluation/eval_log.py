@@ -36,7 +36,7 @@ class Log(NamedTuple):
     """The content of a log and its name in messages."""
 
     metrics: Mapping[str, Any]
-    place: str
+    source: str
 
     @classmethod
     def read(cls, log: Mapping[str, Any] | str | os.PathLike[str], name: str) -> Log:
@@ -47,17 +47,17 @@ class Log(NamedTuple):
         """
         if isinstance(log, Mapping):
             return cls(log, name)
-        place = os.fspath(log)
+        source = os.fspath(log)
         try:
             metrics = parse(read_text(log))
         except NotJSON as error:
             line = "" if error.line is None else f":{error.line}"
-            raise LogError(f"{place}{line}: not readable JSON: {error}") from None
+            raise LogError(f"{source}{line}: not readable JSON: {error}") from None
         except ValueError as error:
             raise LogError(str(error)) from None
         if not isinstance(metrics, Mapping):
-            raise LogError(f"{place}: a log must be an object, got {type(metrics).__name__}")
-        return cls(metrics, place)
+            raise LogError(f"{source}: a log must be an object, got {type(metrics).__name__}")
+        return cls(metrics, source)
 
     def entry(self, metric: str, needed_by: str | None = None) -> Mapping[str, Any]:
         """Return the entry of a metric.
@@ -67,11 +67,11 @@ class Log(NamedTuple):
         """
         if metric not in self.metrics:
             why = f", which {needed_by} needs" if needed_by else ""
-            raise LogError(f"{self.place}: has no metric {metric!r}{why}")
+            raise LogError(f"{self.source}: has no metric {metric!r}{why}")
         entry = self.metrics[metric]
         if not isinstance(entry, Mapping):
             raise LogError(
-                f"{self.place}: metric {metric!r} must be an object with 'value_by_index', got "
+                f"{self.source}: metric {metric!r} must be an object with 'value_by_index', got "
                 f"{shown(entry)} (a summary holds aggregates only: give the TOFU_EVAL.json beside "
                 "it)"
             )
@@ -83,22 +83,22 @@ class Log(NamedTuple):
         Raises:
             LogError: there are none.
         """
-        entry, place = self.entry(metric, needed_by), f"{self.place}: metric {metric!r}"
+        entry, source = self.entry(metric, needed_by), f"{self.source}: metric {metric!r}"
         if part is not None:
-            entry, place = entry.get(part), f"{place}, part {part!r}"
+            entry, source = entry.get(part), f"{source}, part {part!r}"
         rows = entry.get("value_by_index") if isinstance(entry, Mapping) else None
         if not isinstance(rows, Mapping):
-            raise LogError(f"{place} has no 'value_by_index' (an object with a row an example)")
+            raise LogError(f"{source} has no 'value_by_index' (an object with a row an example)")
         if not rows:
-            raise LogError(f"{place}: 'value_by_index' is empty")
-        return Rows(rows, place)
+            raise LogError(f"{source}: 'value_by_index' is empty")
+        return Rows(rows, source)
 
 
 class Rows(NamedTuple):
     """The per-example values of one metric and their name in messages."""
 
     rows: Mapping[str, Any]
-    place: str
+    source: str
 
     def values(self, field: str) -> dict[str, Value]:
         """Return field `field` of every row that has a value there.
@@ -115,7 +115,7 @@ class Rows(NamedTuple):
             if row is None:
                 continue
             if not isinstance(row, Mapping) or field not in row:
-                raise LogError(f"{self.place}, row {index!r} has no field {field!r}")
+                raise LogError(f"{self.source}, row {index!r} has no field {field!r}")
             value = row[field]
             if isinstance(value, list):
                 value = [self._number(v, index, field) for v in value if v is not None]
@@ -124,7 +124,7 @@ class Rows(NamedTuple):
             elif value is not None:
                 values[index] = self._number(value, index, field)
         if not values:
-            raise LogError(f"{self.place}: no row has a value in field {field!r}")
+            raise LogError(f"{self.source}: no row has a value in field {field!r}")
         return values
 
     def numbers(self, field: str) -> dict[str, float]:
@@ -142,7 +142,7 @@ class Rows(NamedTuple):
             if math.isfinite(number):
                 return number
             wrong = f"is not finite: {shown(value)}"
-        raise LogError(f"{self.place}, row {index!r}, field {field!r} {wrong}")
+        raise LogError(f"{self.source}, row {index!r}, field {field!r} {wrong}")
 
 
 def mean(value: Value) -> float:
@@ -183,7 +183,7 @@ class LogFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite and (folder / EVAL).exists() and not (folder / RECORD).exists():
             raise LogError(
-                f"--overwrite: {self.place} was not written by palu, and is left as it is; name "
+                f"--overwrite: {self.source} was not written by palu, and is left as it is; name "
                 "another --output"
             )
         if overwrite or not (folder / EVAL).exists():
@@ -198,10 +198,10 @@ class LogFolder:
         try:
             json.dumps(entry, allow_nan=False, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise LogError(f"{self.place}: metric {metric!r} is not valid Unicode") from None
+            raise LogError(f"{self.source}: metric {metric!r} is not valid Unicode") from None
         except ValueError:
             raise LogError(
-                f"{self.place}: metric {metric!r} holds a number that is not finite; name "
+                f"{self.source}: metric {metric!r} holds a number that is not finite; name "
                 "another --output or add --overwrite"
             ) from None
 
@@ -229,7 +229,7 @@ class LogFolder:
                 )
 
     @property
-    def place(self) -> str:
+    def source(self) -> str:
         """Name of the log in messages."""
         return str(self.folder / EVAL)
 

@@ -139,7 +139,7 @@ class Evaluator:
         log: dict[str, Entry],
         retrained: Log | None,
         save: Callable[[dict[str, Entry]], None],
-        place: str = "log",
+        source: str = "log",
     ) -> None:
         """Add to `log` what it lacks, one metric after the other.
 
@@ -148,23 +148,23 @@ class Evaluator:
             retrained: log of the retrained model, for forget quality and privleak. Where it is
                 None, numbers against an earlier one stay.
             save: called after every metric and at the end.
-            place: name of the log in messages.
+            source: name of the log in messages.
 
         Raises:
             FloatingPointError: a loss that is not finite; names file, row and field.
             LogError: an entry of `log` with other rows than its set has.
         """
-        self._check(Log(log, place))
+        self._check(Log(log, source))
         with eval_mode(self.model):
             for metric, measure in self.metrics.items():
                 if not log.get(metric):
                     log[metric] = measure()
-                    log[metric]["agg_value"] = aggregate(Log(log, place), metric)
+                    log[metric]["agg_value"] = aggregate(Log(log, source), metric)
                     log[metric] = dict(sorted(log[metric].items()))
                     save(log)
                 elif metric.endswith("_ROUGE"):
                     self._recall_answers(metric, log[metric])
-        for metric, entry in derived_entries(Log(log, place), retrained).items():
+        for metric, entry in derived_entries(Log(log, source), retrained).items():
             kept = retrained is None and metric in ("forget_quality", "privleak")
             if not (kept and log.get(metric, {}).get("agg_value") is not None):
                 log[metric] = entry
@@ -293,7 +293,7 @@ class Evaluator:
             }
             if {*map(str, rows)} != wanted:
                 raise LogError(
-                    f"{log.place}: metric {metric!r} has {len(rows)} rows and is not of the "
+                    f"{log.source}: metric {metric!r} has {len(rows)} rows and is not of the "
                     f"{len(wanted)} rows of {data.source}; name another --output or add "
                     "--overwrite"
                 )
@@ -420,6 +420,6 @@ def _check_finite(data: EvalSet, field: str, scores: Sequence[Sequence[AnswerSco
             wrong = np.flatnonzero(~np.isfinite(score.nll))
             if wrong.size:
                 raise FloatingPointError(
-                    f"{data.place(number, field)}: the model's loss is not finite "
+                    f"{data.describe(number, field)}: the model's loss is not finite "
                     f"({score.nll[wrong[0]]} at token {wrong[0]} of the answer)"
                 )

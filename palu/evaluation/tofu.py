@@ -98,10 +98,10 @@ def summarize(eval_log: _Path, retain_log: _Path | None = None) -> dict[str, flo
         else:
             summary[metric] = aggregate(log, metric, retrained)
     if not summary:
-        raise LogError(f"{log.place}: has none of TOFU's metrics, only {unknown}")
+        raise LogError(f"{log.source}: has none of TOFU's metrics, only {unknown}")
     if unknown:
         warnings.warn(
-            f"{log.place}: left out, not one of TOFU's metrics: {', '.join(map(str, unknown))}",
+            f"{log.source}: left out, not one of TOFU's metrics: {', '.join(map(str, unknown))}",
             stacklevel=2,
         )
     return summary
@@ -131,7 +131,7 @@ def derived_entries(log: Log, retrained: Log | None = None) -> dict[str, dict[st
             pairs = _pairs(log, right, wrong, "prob").items()
             scores = {i: {"prob": normalised_probability(r, w)} for i, (r, w) in pairs}
             derived[f"{name}_Q_A_Prob_normalised"] = {"value_by_index": scores}
-    whole = Log({**log.metrics, **derived}, log.place)
+    whole = Log({**log.metrics, **derived}, log.source)
     for metric, needed in (
         ("forget_quality", ("forget_truth_ratio",)),
         ("model_utility", UTILITY),
@@ -177,11 +177,11 @@ def _rouge(log: Log, retrained: Log | None, metric: str) -> float:
             differing.append(index)
     if differing:
         warnings.warn(
-            f"{rows.place}: rougeL_recall of {len(differing)} of {len(again)} rows is not that of "
+            f"{rows.source}: rougeL_recall of {len(differing)} of {len(again)} rows is not that of "
             f"the stored texts, which is taken (first: row {differing[0]!r})",
             stacklevel=4,
         )
-    return mean([*Rows(again, rows.place).numbers("rougeL_recall").values()])
+    return mean([*Rows(again, rows.source).numbers("rougeL_recall").values()])
 
 
 def _recall_of_texts(row: Any) -> float | list[float] | None:
@@ -216,8 +216,8 @@ def _forget_quality(log: Log, retrained: Log | None, metric: str) -> float | Non
     other = retrained.rows("forget_truth_ratio", needed_by=metric).numbers("score")
     if len(model) != len(other):
         warnings.warn(
-            f"forget quality compares {len(model)} truth ratios of {log.place} with {len(other)} "
-            f"of {retrained.place}: are both of one split?",
+            f"forget quality compares {len(model)} truth ratios of {log.source} with {len(other)} "
+            f"of {retrained.source}: are both of one split?",
             stacklevel=4,
         )
     return forget_quality([*model.values()], [*other.values()])
@@ -244,7 +244,7 @@ def _pairs(log: Log, right: str, wrong: str, field: str) -> dict[str, tuple[floa
     rights, wrongs = log.rows(right), log.rows(wrong)
     if lacking := set(rights.rows) ^ set(wrongs.rows):
         raise LogError(
-            f"{log.place}: metrics {right!r} and {wrong!r} must hold the same rows; row "
+            f"{log.source}: metrics {right!r} and {wrong!r} must hold the same rows; row "
             f"{min(lacking, key=str)!r} is in one of them only"
         )
     one, other = rights.numbers(field), wrongs.values(field)
@@ -254,5 +254,5 @@ def _pairs(log: Log, right: str, wrong: str, field: str) -> dict[str, tuple[floa
         if i in other
     }
     if not both:
-        raise LogError(f"{log.place}: no row has {field!r} in both {right!r} and {wrong!r}")
+        raise LogError(f"{log.source}: no row has {field!r} in both {right!r} and {wrong!r}")
     return both
