@@ -85,6 +85,24 @@ def sigmoid_loss(beta, x):
     return (2 / beta) * (1 + (-x).exp()).log()
 
 
+def formula_of_distributions(name, options, log_p, ref_log_p, tokens):
+    """The terms of a method that reads whole distributions, token by token."""
+    if name == "pdu":
+        return [(row.max() - row.sum() / len(row)) ** 2 for row in log_p]
+    assert name in ("undial", "ce_u")
+    terms = []
+    for row, ref_row, token in zip(log_p, ref_log_p, tokens, strict=True):
+        if name == "undial":
+            lowered = ref_row.clone()
+            lowered[token] -= options["beta"]
+            terms.append(-(lowered.softmax(0) * row).sum())
+        else:
+            others = row.detach().exp()
+            others[token] = 0
+            terms.append(-((others / others.sum()) * row).sum())
+    return terms[options.get("ignore_first", 0) :]
+
+
 def formula(name, options, current, original):
     """The forget term: the mean over tokens or answers of what the papers write."""
     beta, parts, ratios = options.get("beta"), [], []
@@ -106,19 +124,8 @@ def formula(name, options, current, original):
         elif name == "sim_npo":
             margin = beta * options["delta"]  # gamma in the paper
             parts.append(sigmoid_loss(beta, -(beta / len(tokens)) * log_token.sum() - margin))
-        elif name == "pdu":
-            parts += [(row.max() - row.sum() / len(row)) ** 2 for row in log_p]
-        elif name == "undial":
-            for row, ref_row, token in zip(log_p, ref_log_p, tokens, strict=True):
-                lowered = ref_row.clone()
-                lowered[token] -= beta
-                parts.append(-(lowered.softmax(0) * row).sum())
         else:
-            assert name == "ce_u"
-            for row, token in list(zip(log_p, tokens, strict=True))[options["ignore_first"] :]:
-                others = row.detach().exp()
-                others[token] = 0
-                parts.append(-((others / others.sum()) * row).sum())
+            parts += formula_of_distributions(name, options, log_p, ref_log_p, tokens)
     for lose, win in zip(ratios[:3], ratios[3:], strict=True):
         parts.append(-(1 / (1 + (-beta * (win - lose)).exp())).log())
     return torch.stack(parts).mean()
