@@ -88,15 +88,15 @@ class StepLog:
             gather: `[1, n]` of this process -> `[processes, n]`, as `Accelerator.gather`.
 
         Returns:
-            forget, preserve, retain: unweighted means over the rows of the window; 0 without rows.
-            num_forget, num_preserve, num_retain: rows a step.
-            head_rows_share: rows that carry a loss, for which the output head is needed, as a share
-                of all token positions of the forget and retain batches, padding included. (Where
-                neither the model's hidden rows nor a mask as `logits_to_keep` can be used the
-                model computes the logits of all rows nevertheless: see
-                `palu.models.forward.logits_at`.)
-            tokens_per_second: input tokens of forget and retain rows, padding not counted, a second
-                of training, with loading of data and without evaluation and checkpoints.
+            forget, preserve, retain: unweighted means over the tokens of the window; 0 without any.
+            num_forget, num_preserve, num_retain: tokens a step.
+            loss_token_fraction: tokens that carry a loss, for which the output head is needed, as a
+                share of all positions of the forget and retain batches, padding included. (Where
+                neither the model's hidden states nor a mask as `logits_to_keep` can be used the
+                model computes all logits nevertheless: see `palu.models.forward.logits_at`.)
+                `head_rows_share`, its old name, stands beside it for one release.
+            tokens_per_second: input tokens of forget and retain examples, padding not counted, a
+                second of training, with loading of data and without evaluation and checkpoints.
             peak_memory_mib: the largest process's, see `peak_memory_mib`; absent where unknown.
         """
         others = [self._positions, peak_memory_mib(self.device) or 0.0]
@@ -110,7 +110,7 @@ class StepLog:
         in_head = sum(rows) if self.preserve else sum(rows) - rows[1]
         logs = dict(zip(TERMS, row_means(sums, rows), strict=True))
         logs |= {f"num_{n}": count / self.steps for n, count in zip(TERMS, rows, strict=True)}
-        logs["head_rows_share"] = in_head / max(positions, 1.0)
+        logs["loss_token_fraction"] = logs["head_rows_share"] = in_head / max(positions, 1.0)
         logs["tokens_per_second"] = tokens / seconds
         if memory:
             logs["peak_memory_mib"] = memory

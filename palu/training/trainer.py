@@ -106,7 +106,7 @@ class PALUTrainer(CheckpointTrainer):
     each with a forward and a backward of the wrapper the Trainer holds, and losses are computed
     from hidden rows, or from the logits of rows that carry a loss. The logs carry each term
     unweighted (`forget`, `preserve`, `retain`: means over the rows since the last log), the rows
-    per step (`num_forget`, ...), and what they cost: `head_rows_share`, `tokens_per_second` and
+    per step (`num_forget`, ...), and what they cost: `loss_token_fraction`, `tokens_per_second` and
     `peak_memory_mib` (see `palu.training.step_log.StepLog.collect`).
 
     The retain rows of a step depend on the seed and the step alone: a resumed run sees the same
@@ -697,7 +697,8 @@ class PALUTrainer(CheckpointTrainer):
         if "loss" in logs and self.step_log.steps > 0:
             logs |= self.step_log.collect(self.accelerator.gather)
             if self.method.per_example:
-                del logs["head_rows_share"]  # it takes num_forget, which counts answers, for rows
+                for name in ("loss_token_fraction", "head_rows_share"):
+                    del logs[name]  # it takes num_forget, which counts answers, for tokens
             router_loss = self.step_loss.router.take_mean()
             if router_loss is not None:
                 logs["router_loss"] = self.accelerator.gather(router_loss).mean().item()

@@ -238,7 +238,7 @@ def test_a_split_step_is_the_same_step(tok, tmp_path, name):
     """Means over tokens and over answers are those of the whole step, in turns or not."""
     log = same_when_split(partial(made_by, tok, tmp_path, name, learning_rate=0.1))
     per_example = METHODS[name].per_example
-    assert per_example == (log[0]["num_forget"] == 3) == ("head_rows_share" not in log[0])
+    assert per_example == (log[0]["num_forget"] == 3) == ("loss_token_fraction" not in log[0])
     assert log[0]["preserve"] == 0 == log[0]["num_preserve"]
 
 

@@ -163,7 +163,7 @@ def test_processes_log_and_stop_as_one(launched, alone):
     )
     for name in ("forget", "preserve", "retain", "num_forget", "num_preserve", "num_retain"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    assert 0 < two["head_rows_share"] < 1 and two["tokens_per_second"] > 0
+    assert 0 < two["loss_token_fraction"] < 1 and two["tokens_per_second"] > 0
 
 
 def test_micro_batch_means_are_each_ones_own(tmp_path):

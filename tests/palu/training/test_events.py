@@ -26,7 +26,7 @@ from tests.support import small, training
 from tests.support.command import palu_in, write_data, write_model
 from tests.support.training import logged, sure_model, trainer, weights
 
-NEW = ("head_rows_share", "tokens_per_second", "peak_memory_mib")
+NEW = ("loss_token_fraction", "head_rows_share", "tokens_per_second", "peak_memory_mib")
 TERMS = ("forget", "preserve", "retain")
 
 
@@ -60,7 +60,7 @@ def test_tensorboard_gets_every_number(tok, tmp_path):
 
 
 @pytest.mark.parametrize("preserve", ["reverse_kl", "none"])
-def test_head_rows_share(tok, tmp_path, preserve):
+def test_loss_token_fraction(tok, tmp_path, preserve):
     rows = small.rows(tok)
     made = trainer(tok, config(tmp_path, preserve=preserve, num_train_epochs=1), retain=rows[3:4])
     made.train()
@@ -70,7 +70,7 @@ def test_head_rows_share(tok, tmp_path, preserve):
     need = (roles == 1).sum() + (retain["labels"] != -100).sum()
     need += (roles == 2).sum() if preserve != "none" else 0
     positions = forget["labels"].numel() + retain["labels"].numel()
-    assert entry["head_rows_share"] == pytest.approx(int(need) / positions, rel=1e-6)
+    assert entry["loss_token_fraction"] == pytest.approx(int(need) / positions, rel=1e-6)
 
 
 class Clock:
@@ -152,8 +152,8 @@ def test_a_window_begins_anew_after_each_log(tok, tmp_path):
             assert window[f"num_{name}"] == pytest.approx(sum(rows) / 2)
             mean = sum(e[name] * n for e, n in zip(pair, rows, strict=True)) / max(sum(rows), 1)
             assert window[name] == pytest.approx(mean, rel=1e-5, abs=1e-6)
-        shares = [e["head_rows_share"] for e in pair]
-        assert min(shares) <= window["head_rows_share"] <= max(shares)
+        shares = [e["loss_token_fraction"] for e in pair]
+        assert min(shares) <= window["loss_token_fraction"] <= max(shares)
 
 
 def test_a_second_training_does_not_see_the_first_one(tok, tmp_path):
@@ -212,7 +212,7 @@ def test_processes_are_summed_and_the_largest_memory_counts(clock):
     found = log.collect(lambda own: torch.cat(kept))
     assert found["forget"] == 1.5 and found["preserve"] == 3.0 and found["retain"] == 1.0
     assert found["num_forget"] == 4 and found["num_preserve"] == 0 and found["num_retain"] == 2
-    assert found["head_rows_share"] == pytest.approx(6 / (10 + 12 + 14))
+    assert found["loss_token_fraction"] == pytest.approx(6 / (10 + 12 + 14))
     assert found["tokens_per_second"] == pytest.approx((10 - 2 + 12 - 1 + 14) / 4)
     assert found["peak_memory_mib"] == pytest.approx(kept[1][0, -1].item())
 
