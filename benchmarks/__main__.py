@@ -5,7 +5,7 @@
     python -m benchmarks plot FILE.csv [--x rows V k]
     python -m benchmarks compare OLD.csv NEW.csv
 
-``plot`` prints the tables of a CSV and draws its pictures beside it. ``compare`` prints the medians
+`plot` prints the tables of a CSV and draws its pictures beside it. `compare` prints the medians
 of two; the exit status is 1 if something got worse by more than the spread of both.
 """
 
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="run a script", add_help=False)
     run.add_argument("name", choices=scripts())
     run.add_argument("options", nargs=argparse.REMAINDER)
-    plot = commands.add_parser("plot", help="tables and pictures of a CSV")
-    plot.add_argument("file", type=Path)
-    plot.add_argument("--x", nargs="+", choices=("rows", "V", "k"), default=("rows", "V", "k"))
-    compare = commands.add_parser("compare", help="what changed between two CSVs")
-    compare.add_argument("old", type=Path)
-    compare.add_argument("new", type=Path)
+    plotted = commands.add_parser("plot", help="tables and pictures of a CSV")
+    plotted.add_argument("file", type=Path)
+    plotted.add_argument("--x", nargs="+", choices=("rows", "V", "k"), default=("rows", "V", "k"))
+    compared = commands.add_parser("compare", help="what changed between two CSVs")
+    compared.add_argument("old", type=Path)
+    compared.add_argument("new", type=Path)
     given = parser.parse_args(arguments)
     if given.command == "list":
         for name, question in scripts().items():
@@ -59,16 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv = [given.name, *given.options]
         runpy.run_module(f"benchmarks.{given.name}", run_name="__main__", alter_sys=True)
         return 0  # not reached: a script ends by sys.exit
-    from benchmarks import tables as report
+    from benchmarks import plot, tables
 
     try:
         if given.command == "plot":
-            rows = report.read(given.file)
-            print(report.tables(rows, given.x))
-            for picture in report.plot(rows, given.file, given.x):
+            rows = tables.read(given.file)
+            print(tables.tables(rows, given.x))
+            for picture in plot.plot(rows, given.file, given.x):
                 print("picture:", picture)
             return 0
-        table, worse = report.compare(report.read(given.old), report.read(given.new))
+        table, worse = tables.compare(tables.read(given.old), tables.read(given.new))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(table)

@@ -4,324 +4,390 @@
     python -m benchmarks.bench_loss --forget-only --csv benchmarks/results/loss_step_forget.csv
     python -m benchmarks.bench_loss --scale 8 --calls 0 --repeats 1 \\
         --providers linear sparse+cached --csv benchmarks/results/loss_step_x8.csv
+    python -m benchmarks.bench_loss --repo OTHER_CHECKOUT --csv other.csv
 
-A batch [8, T] of random hidden rows, of which some carry a forget loss (flatten to the global mean)
-and some a preserve loss (reverse KL), meets a frozen head. The providers, by what they are given:
+A batch `[8, T]` of random hidden rows, of which some carry a forget loss (flatten to the global
+mean) and some a preserve loss (reverse KL), meets a frozen head. The providers, by what they are
+given:
 
-* ``released``: both models' logits of all positions and everything after them over all positions
-  (``released.py``), differentiated by autograd.
-* ``compile``: both models' logits of the rows that carry a loss, then the definitions of
-  ``palu_kernels/reference.py`` under `torch.compile`, S by `torch.topk`: PyTorch alone.
-* ``liger``: the preserve loss by liger-kernel's fused linear JSD with beta 1; it has no forget
-  loss, which is that of ``compile`` without `torch.compile`. It needs a GPU. (cut-cross-entropy has
-  neither loss, flash-linear-attention not this direction of the KL.)
-* ``rows``: both models' logits of those rows, then the operators on logits.
-* ``linear``: ``PALULoss.from_hidden`` with the reference's hidden states; rows are picked inside
-  the call.
-* ``sparse+cached``: ``PALULoss.from_hidden`` with the forget rows' top-k indices and the preserve
-  rows' reference hidden states computed before, as from a `ReferenceCache`.
-* ``floor``: no loss. The matrix products that the selected rows cannot avoid, into memory that is
-  already there: both models' logits and the gradient to the hidden rows. (``sparse+cached`` avoids
+* `released`: both models' logits of all positions and everything after them over all positions
+  (`providers.py`), differentiated by autograd.
+* `compile`: both models' logits of the rows that carry a loss, then the definitions of
+  `palu_kernels/reference.py` under `torch.compile`, S by `torch.topk`: PyTorch alone.
+* `liger`: the preserve loss by liger-kernel's fused linear JSD with beta 1; it has no forget loss,
+  which is that of `compile` without `torch.compile`. It needs a GPU. (cut-cross-entropy has neither
+  loss, flash-linear-attention not this direction of the KL.)
+* `rows`: both models' logits of those rows, then the operators on logits.
+* `linear`: the same rows through the linear operators, all logits of a row computed. (A call for
+  each of the two losses; `PALULoss.from_hidden` makes one, and its cost model may choose sparse.)
+* `sparse+cached`: `PALULoss.from_hidden` with the forget rows' top-k indices and the preserve rows'
+  reference hidden states computed before, as from a `ReferenceCache`.
+* `floor`: no loss. The matrix products that the selected rows cannot avoid, into memory that is
+  already there: both models' logits and the gradient to the hidden rows. (`sparse+cached` avoids
   those of the forget rows, so it may be below.)
 
-With ``--forget-only`` the preserve rows are left out: ``dense`` and ``sparse`` are given the top-k
-indices, ``dense+live`` the reference's hidden rows.
+With `--forget-only` the preserve rows are left out: `dense` and `sparse` are given the top-k
+indices, `dense+live` the reference's hidden rows.
 
-Every measurement is a process of its own; providers take turns (``harness.py``). In it, after a
-call on a few rows of a small head that loads the code, the first call is watched for its peak
-memory over what was there before (inputs and head were); then ``--calls`` calls are timed and their
-median is the process's time. (The mean row of a frozen head, which ``sparse`` needs, is made in the
-first call and kept.) The table shows medians over the processes. The exit status is 1 if the
-providers disagree on the losses or on the gradient. A provider that cannot run here has a row that
-says why.
+The truth is float64, with S as the inputs' own dtype gives it. In bfloat16 dozens of entries equal
+the k-th; `torch.topk` takes other ones of them into S, and the gradient of a forget row lies on S,
+so a gradient by it may be further off.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional as F
 
-from benchmarks import runner as harness
-from benchmarks.loss_providers import (
-    BATCH,
-    BOTH_TERMS,
-    FLATTEN,
-    FLOOR,
-    FORGET_ONLY,
+from benchmarks import providers, runner
+from benchmarks.providers import (
+    FORGET_ROLE,
+    IGNORE,
+    KEEP,
+    NONE,
     PREFIX,
-    PROVIDERS,
-    Case,
-    Shape,
-    caller,
-    make_case,
-    make_labels,
-    why_not,
+    PRESERVE_ROLE,
+    released_terms,
+    row_losses,
 )
-from palu.data.roles import FORGET, NONE, PRESERVE, token_roles
-from palu.models.loading import resolve_device
-from palu_kernels.linear.op import settle
-from palu_kernels.row_loss import LocalEntropy
-
-# Relative, of a loss and of the gradient in norm. In bfloat16 some providers round the logits of
-# forget rows and some do not.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
-# In bfloat16 dozens of entries equal the k-th; `torch.topk` takes other ones of them into S, and
-# the gradient of a forget row lies on S.
-BY_TORCH_TOPK = ("released", "compile", "liger")
-TIES_TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-3}
-LOSSES = ("loss", "forget_loss", "preserve_loss")
-COLUMNS = (
-    *("dtype", "provider", "repeat", "seconds", "peak_bytes", "bytes_before", *LOSSES),
-    *("gradient_error", "forget_rows_by", "calls", "vocab", "hidden", "positions", "forget"),
-    *("preserve", "top_k", "batch", "status", *harness.ENVIRONMENT),
+from benchmarks.runner import Call, Case, Outputs, Provider
+from palu import PALULoss, token_roles
+from palu_kernels import (
+    LMHead,
+    kl_loss,
+    linear_kl_loss,
+    linear_local_entropy_loss,
+    local_entropy_loss,
+    topk_indices,
 )
 
-
-# ---- one measurement -----------------------------------------------------------------------------
-
-
-def work(task: dict[str, Any]) -> dict[str, Any]:
-    """Measures a provider in this process -> its row, all but the repeat, the commit and how its
-    gradient compares; the gradient goes to ``task["gradient"]``, if that is a path."""
-    shape, device = Shape(*task["shape"]), resolve_device(task["device"])
-    dtype, provider = getattr(torch, task["dtype"]), task["provider"]
-    small = Shape(256, 64, BATCH * 16, BATCH, 4 * BATCH, 8)
-    caller(provider, make_case(small, dtype, device))()
-    case = make_case(shape, dtype, device)
-    call = caller(provider, case)
-    with harness.PeakMemory(device) as peak:
-        losses = call()
-    if task["gradient"] and losses is not None:
-        save_file({"gradient": case.hidden.grad.float().cpu()}, task["gradient"])
-    numbers = [None if loss is None else float(loss) for loss in losses or (None,) * 3]
-    seconds = [harness.timed(call, device)[1] for _ in range(task["calls"])]
-    return {
-        "dtype": task["dtype"],
-        "provider": provider,
-        "seconds": statistics.median(seconds) if seconds else None,
-        # the floor's memory was there before
-        "peak_bytes": None if provider == FLOOR else peak.extra,
-        "bytes_before": peak.before,
-        **dict(zip(LOSSES, numbers, strict=True)),
-        "forget_rows_by": forget_rows_by(provider, case),
-        "calls": task["calls"],
-        "status": "ok",
-        **shape._asdict(),
-        **harness.environment(device),
-    }
+BATCH = 8
+LOSS, FORGET_LOSS = "loss_step", "loss_step_forget"
+# Relative, of a loss and of the gradient in norm: in bfloat16 some providers round the logits of
+# forget rows and some do not. The last is for gradients with S by `torch.topk`.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6, "float16": 2**-9}
+GRADIENT_TOLERANCE = TOLERANCE | {"bfloat16": 2**-5}
+TIES_TOLERANCE = TOLERANCE | {"bfloat16": 2**-3, "float16": 2**-6}
 
 
-def forget_rows_by(provider: str, case: Case) -> str:
-    """Whether the forget rows' loss came from all their logits or from those of S alone."""
-    if provider == "sparse+cached":
-        loss = LocalEntropy(case.shape.top_k, *FLATTEN, "indices")
-        rows, head = case.rows(case.hidden)[0], case.head
-        options = {"train_head": head.requires_grad, "compute": rows.dtype}
-        (chosen,) = settle([loss], [len(rows)], head.weight, head.softcap, **options)
-        return "dense" if chosen is loss else "sparse"
-    return "sparse" if provider == "sparse" else "dense"
+@dataclass
+class Batch:
+    """What a provider may be given."""
+
+    k: int
+    labels: Tensor  # [B, T]
+    hidden: Tensor  # [B, T, D], a leaf that wants its gradient
+    ref_hidden: Tensor  # [B, T, D]
+    head: LMHead  # frozen, and the reference's too
+    roles: Tensor  # [B, T - 1]: of the tokens that rows predict
+    indices: Tensor  # int32 [forget rows, k], S by the reference
+    ref_preserve: Tensor  # [preserve rows, D]
+
+    def rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The forget rows and the preserve rows of `hidden` `[B, T, D]`."""
+        return tuple(hidden[:, :-1][self.roles == role] for role in (FORGET_ROLE, PRESERVE_ROLE))
 
 
-# ---- the run -------------------------------------------------------------------------------------
+class Losses(NamedTuple):
+    """0-dim; their sum is what backward is called on, unless `total` is given."""
+
+    forget: Tensor
+    preserve: Tensor | None = None
+    total: Tensor | None = None
 
 
-def run(given: argparse.Namespace, shape: Shape, folder: Path) -> list[dict[str, Any]]:
-    """Measures everything; the rows are written after each process."""
-    rows: list[dict[str, Any]] = []
-    commit, device = harness.commit(), resolve_device(given.device)
-    reasons = {name: why_not(name, device) for name in given.providers}
-    providers = [name for name in given.providers if reasons[name] is None]
-    for dtype in given.dtype:
-        for provider in given.providers:
-            if reasons[provider] is not None:
-                row = {"dtype": dtype, "provider": provider, "status": reasons[provider]}
-                place = harness.environment(device) | {"commit": commit}
-                rows.append(dict.fromkeys(COLUMNS) | row | shape._asdict() | place)
-        first = len(rows)
-        gradients = {name: folder / f"{dtype}-{name}.safetensors" for name in providers}
-        for repeat, provider in harness.turns(providers, given.repeats):
-            task = {"provider": provider, "dtype": dtype, "shape": shape, "calls": given.calls}
-            task |= {"device": given.device, "gradient": None}
-            if repeat == 0:
-                task["gradient"] = str(gradients[provider])
-            row = harness.run_worker("benchmarks.bench_loss", task, given.threads)
-            rows.append(row | {"repeat": repeat, "gradient_error": None, "commit": commit})
-            if len(rows) - first == len(providers):
-                compare_gradients(rows[first:], shape, gradients)
-            harness.write_csv(given.csv, COLUMNS, rows)
-            seconds = "-" if row["seconds"] is None else f"{row['seconds']:.3f} s"
-            print(dtype, provider, repeat, seconds, file=sys.stderr, flush=True)
-    return rows
+# ---- providers -----------------------------------------------------------------------------------
 
 
-def yardstick(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row that the others of its dtype are compared with: not one by `torch.topk`, if
-    possible."""
-    with_loss = [row for row in rows if row["loss"] is not None]
-    return min(with_loss, key=lambda row: row["provider"] in BY_TORCH_TOPK, default=None)
+def released(batch: Batch) -> Losses:
+    logits = batch.head.logits(batch.hidden)
+    with torch.no_grad():
+        ref_logits = batch.head.logits(batch.ref_hidden)
+    return Losses(*released_terms(logits, ref_logits, batch.labels, top_k=batch.k))
 
 
-def compare_gradients(
-    rows: Sequence[dict[str, Any]], shape: Shape, gradients: Mapping[str, Path]
-) -> None:
-    """Puts the ``gradient_error`` into a row of every provider."""
-    start = yardstick(rows)
-    roles = functional.pad(token_roles(make_labels(shape), PREFIX)[:, 1:], (0, 1), value=NONE)
-    for row in rows:
-        if row["loss"] is not None:
-            found, truth = (
-                load_file(gradients[one["provider"]])["gradient"] for one in (row, start)
+def rows(batch: Batch) -> Losses:
+    forget, preserve = map(batch.head.logits, batch.rows(batch.hidden))
+    ref_forget, ref_preserve = map(batch.head.logits, batch.rows(batch.ref_hidden))
+    forget_mean = local_entropy_loss(forget, ref_forget, top_k=batch.k)
+    return Losses(forget_mean, kl_loss(preserve, ref_preserve))
+
+
+def compiled(batch: Batch) -> Losses:
+    forget, preserve = map(batch.head.logits, batch.rows(batch.hidden))
+    ref_forget, ref_preserve = map(batch.head.logits, batch.rows(batch.ref_hidden))
+    forget_mean = _compiled(_flatten)(forget, ref_forget, batch.k)
+    return Losses(forget_mean, _compiled(_reverse_kl)(preserve, ref_preserve))
+
+
+def liger(batch: Batch) -> Losses:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    forget, preserve = batch.rows(batch.hidden)
+    ref_forget, ref_preserve = batch.rows(batch.ref_hidden)
+    forget_mean = _flatten(*map(batch.head.logits, (forget, ref_forget)), batch.k)
+    weight = batch.head.weight
+    jsd = liger_fused_linear_jsd(preserve, weight, ref_preserve, weight, jsd_beta=1.0)
+    return Losses(forget_mean, jsd)
+
+
+def _flatten(logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
+    return row_losses("flatten", logits, k=k, ref_logits=ref_logits).mean()
+
+
+def _reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return row_losses("kl_reverse", logits, ref_logits=ref_logits).mean()
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def linear(batch: Batch) -> Losses:
+    preserve, ref_preserve = (batch.rows(h)[1] for h in (batch.hidden, batch.ref_hidden))
+    forget = dense_live(batch).forget
+    return Losses(forget, linear_kl_loss(preserve, batch.head, ref_preserve))
+
+
+def sparse_cached(batch: Batch) -> Losses:
+    loss = PALULoss(top_k=batch.k, prefix_length=PREFIX)
+    inputs = (batch.hidden, batch.head, batch.labels, batch.ref_preserve)
+    output = loss.from_hidden(*inputs, ref_indices=batch.indices)
+    return Losses(output.forget, output.preserve, output.loss)
+
+
+def dense(batch: Batch) -> Losses:
+    return _forget_alone(batch, "dense", indices=batch.indices)
+
+
+def sparse(batch: Batch) -> Losses:
+    return _forget_alone(batch, "sparse", indices=batch.indices)
+
+
+def dense_live(batch: Batch) -> Losses:
+    return _forget_alone(batch, "dense", ref_hidden=batch.rows(batch.ref_hidden)[0])
+
+
+def _forget_alone(batch: Batch, implementation: str, **source: Tensor) -> Losses:
+    forget = batch.rows(batch.hidden)[0]
+    options = {"top_k": batch.k, "implementation": implementation}
+    return Losses(linear_local_entropy_loss(forget, batch.head, **source, **options))
+
+
+class Floor:
+    """z = h W^T, r = h_ref W^T and dL/dh = dL/dz W for the selected rows; z stands for dL/dz."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.weight = batch.head.weight
+        self.own, self.ref = (
+            torch.cat(batch.rows(h)).detach() for h in (batch.hidden, batch.ref_hidden)
+        )
+        self.z = self.own.new_empty((len(self.own), len(self.weight)))
+        self.r, self.grad = torch.empty_like(self.z), torch.empty_like(self.own)
+
+    def __call__(self) -> None:
+        torch.mm(self.own, self.weight.t(), out=self.z)
+        torch.mm(self.ref, self.weight.t(), out=self.r)
+        torch.mm(self.z, self.weight, out=self.grad)
+
+
+def outputs_of(loss: Callable[[Batch], Losses], batch: Batch) -> Outputs:
+    """The losses and, for each role, the gradient of its rows."""
+    batch.hidden.grad = None
+    losses = loss(batch)
+    total = losses.total
+    if total is None:
+        total = losses.forget if losses.preserve is None else losses.forget + losses.preserve
+    total.backward()
+    named = {"loss": total, "forget_loss": losses.forget, "preserve_loss": losses.preserve}
+    outputs = {name: t.detach().float() for name, t in named.items() if t is not None}
+    return outputs | by_role(batch.hidden.grad, batch)
+
+
+def by_role(gradient: Tensor, batch: Batch) -> Outputs:
+    roles = F.pad(batch.roles, (0, 1), value=NONE)
+    names = {NONE: "other", FORGET_ROLE: "forget", PRESERVE_ROLE: "preserve"}
+    return {f"{name}_gradient": gradient[roles == role] for role, name in names.items()}
+
+
+def provider(loss: Callable[[Batch], Losses], ties: bool = False, **options: object) -> Provider:
+    def allowed(case: Case, name: str) -> float:
+        if "gradient" not in name:
+            return TOLERANCE[case.dtype]
+        return (TIES_TOLERANCE if ties else GRADIENT_TOLERANCE)[case.dtype]
+
+    return Provider(
+        lambda case, batch: Call(lambda: outputs_of(loss, batch)), allowed=allowed, **options
+    )
+
+
+KERNELS = {
+    LOSS: {
+        "released": provider(released, ties=True),
+        "compile": provider(compiled, ties=True, lacks=providers.no_compiler),
+        "liger": provider(liger, ties=True, package=providers.LIGER, lacks=providers.needs_gpu),
+        "rows": provider(rows),
+        "linear": provider(linear),
+        "sparse+cached": provider(sparse_cached),
+        "floor": Provider(lambda case, batch: Call(Floor(batch))),
+    },
+    FORGET_LOSS: {
+        "dense": provider(dense),
+        "sparse": provider(sparse),
+        "dense+live": provider(dense_live),
+    },
+}
+
+
+# ---- inputs and truth ----------------------------------------------------------------------------
+
+
+def make_labels(vocab: int, positions: int, batch: int, forget: int, preserve: int) -> Tensor:
+    """Return int64 `[batch, T]` as a batch of questions has them: a prompt, an answer in which runs
+    of PREFIX sensitive tokens lie evenly between others, padding. The rows are of unequal length.
+
+    Raises:
+        ValueError: the rows do not fit, or are too few to keep the runs apart.
+    """
+    length = positions // batch
+    if length * batch != positions:
+        raise ValueError(f"positions is {positions}; it must be a multiple of {batch}")
+    labels = torch.full((batch, length), IGNORE)
+    counts = zip(_even(forget, batch), _even(preserve, batch), strict=True)
+    for row, (sensitive, other) in enumerate(counts):
+        runs = -(-sensitive // PREFIX)
+        if other < runs + 1:
+            raise ValueError(
+                f"preserve is {preserve}; it must be enough to keep the runs of {forget} forget "
+                f"rows apart, {runs + 1} in each of {batch} examples"
             )
-            row["gradient_error"] = gradient_error(found, truth, roles)
+        answer: list[int] = []
+        sizes = _even(sensitive, runs)
+        for gap, size in zip(_even(other, runs + 1), [*sizes, 0], strict=True):
+            answer += [KEEP] * gap
+            answer += [(row + len(answer) + n) % vocab for n in range(size)]
+        spare = length - len(answer)
+        if spare < 1:
+            raise ValueError(
+                f"positions is {positions}; an example has {length} of them, and a prompt "
+                f"and {len(answer)} answer tokens must fit"
+            )
+        start = 1 + (spare - 1) * (row + batch) // (2 * batch)
+        labels[row, start : start + len(answer)] = torch.tensor(answer)
+    return labels
 
 
-def gradient_error(found: Tensor, truth: Tensor, roles: Tensor) -> float:
-    """Relative in norm, ``[B, T, D]``: the larger of the forget rows' and the preserve rows';
-    infinite where a row has a gradient that should have none."""
-    errors = [0.0]
-    for role in (NONE, FORGET, PRESERVE):
-        a, b = found[roles == role], truth[roles == role]
-        off, size = float((a - b).norm()), float(b.norm())
-        errors.append(off / size if size else math.inf if off else 0.0)
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+def _even(total: int, parts: int) -> list[int]:
+    return [total * (n + 1) // parts - total * n // parts for n in range(parts)]
 
 
-def disagreements(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the providers do not agree on: losses and gradients against one provider's."""
-    found = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype and row["loss"] is not None]
-        start = yardstick(own)
-        for row in own:
-            checks = [
-                (name, abs(row[name] - start[name]) / abs(start[name]), TOLERANCE[dtype])
-                for name in LOSSES
-                if start[name] is not None
-            ]
-            if row["gradient_error"] is not None:
-                limits = TIES_TOLERANCE if row["provider"] in BY_TORCH_TOPK else TOLERANCE
-                checks.append(("gradient", row["gradient_error"], limits[dtype]))
-            found += [
-                f"{dtype}: the {name} of {row['provider']} is {error:.2e} from that of "
-                f"{start['provider']}, more than {limit:.2e}"
-                for name, error, limit in checks
-                if not error <= limit  # a NaN too
-            ]
-    return found
+def labels_of(case: Case) -> Tensor:
+    given = {name: int(value) for name, value in case.given().items()}
+    return make_labels(case.V, case.rows, given["batch"], given["forget"], given["preserve"])
 
 
-def status(rows: Sequence[dict[str, Any]], provider: str) -> str:
-    return next(row["status"] for row in rows if row["provider"] == provider)
-
-
-class Medians(NamedTuple):
-    seconds: float | None
-    peak: float | None
-    fastest: float | None
-    slowest: float | None
-    error: float | None
-
-
-def medians(rows: Sequence[dict[str, Any]], dtype: str, provider: str) -> Medians:
-    """Of the processes of one provider; None where nothing was measured."""
-    own = [row for row in rows if (row["dtype"], row["provider"]) == (dtype, provider)]
-    seconds, peaks, errors = (
-        [row[name] for row in own if row[name] is not None]
-        for name in ("seconds", "peak_bytes", "gradient_error")
+def make_batch(case: Case, device: torch.device) -> Batch:
+    """Random rows and weights: logits with a standard deviation near 2, the current model far
+    enough from the reference that neither loss is small."""
+    generator, dtype = torch.Generator(device).manual_seed(0), getattr(torch, case.dtype)
+    labels = labels_of(case).to(device)
+    head = LMHead(providers.normal(generator, 0.02, case.V, case.D, dtype=dtype))
+    scale = 2 / (0.02 * case.D**0.5)
+    ref_hidden = providers.normal(generator, scale, *labels.shape, case.D, dtype=dtype)
+    hidden = ref_hidden + providers.normal(
+        generator, 0.5 * scale, *labels.shape, case.D, dtype=dtype
     )
-    return Medians(
-        statistics.median(seconds) if seconds else None,
-        statistics.median(peaks) if peaks else None,
-        min(seconds, default=None),
-        max(seconds, default=None),
-        max(errors, default=None),
+    roles = token_roles(labels, PREFIX)[:, 1:]
+    ref_forget, ref_preserve = (
+        ref_hidden[:, :-1][roles == role] for role in (FORGET_ROLE, PRESERVE_ROLE)
     )
+    indices = [topk_indices(head.logits(piece), case.k) for piece in ref_forget.split(64)]
+    chosen = torch.cat(indices)
+    hidden.requires_grad_()
+    return Batch(case.k, labels, hidden, ref_hidden, head, roles, chosen, ref_preserve)
 
 
-def summary(rows: Sequence[dict[str, Any]], providers: Sequence[str]) -> str:
-    """A line a dtype and provider: medians over the processes, and ratios of them."""
-    base, lines = providers[0], []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        first, floor = (medians(rows, dtype, name) for name in (base, FLOOR))
-        for provider in providers:
-            own = medians(rows, dtype, provider)
-            cells = [
-                (own.seconds, ".3f"),
-                (own.fastest, ".3f"),
-                (own.slowest, ".3f"),
-                (_ratio(first.seconds, own.seconds), ".2f"),
-                (_ratio(own.seconds, floor.seconds), ".2f"),
-                (_ratio(own.peak, 2**20), ".1f"),
-                (_ratio(first.peak, own.peak), ".1f"),
-                (own.error, ".1e"),
-            ]
-            shown = ["-" if value is None else format(value, how) for value, how in cells]
-            lines.append([f"{dtype} {provider}", *shown, status(rows, provider)])
-    headings = ["", "seconds", "from", "to", f"{base} / it", "it / floor", "peak MiB"]
-    return harness.table([*headings, f"{base} / peak", "gradient off by", "status"], lines)
+def truth(case: Case, batch: Batch) -> Outputs:
+    """Piece by piece in float64, S as `indices` gives it."""
+    weight = batch.head.weight.double()
+    gradient = torch.zeros_like(batch.hidden, dtype=torch.float64)
+    losses = {}
+    own_rows, ref_rows = (batch.rows(h.detach()) for h in (batch.hidden, batch.ref_hidden))
+    terms = {
+        "forget_loss": ("flatten", FORGET_ROLE),
+        "preserve_loss": ("kl_reverse", PRESERVE_ROLE),
+    }
+    if case.kernel == FORGET_LOSS:
+        del terms["preserve_loss"]
+    for number, (name, (loss, role)) in enumerate(terms.items()):
+        losses[name], grads = 0.0, []
+        for start in range(0, len(own_rows[number]), providers.TRUTH_ROWS):
+            piece = slice(start, start + providers.TRUTH_ROWS)
+            hidden = own_rows[number][piece].double().requires_grad_()
+            source = {"ref_logits": ref_rows[number][piece].double() @ weight.T}
+            if role == FORGET_ROLE:
+                source = {"k": case.k, "indices": batch.indices[piece].long()}
+            part = row_losses(loss, hidden @ weight.T, **source).sum() / len(own_rows[number])
+            grads += torch.autograd.grad(part, [hidden])
+            losses[name] = losses[name] + part.detach()
+        gradient[:, :-1][batch.roles == role] = torch.cat(grads)
+    return {"loss": sum(losses.values()), **losses, **by_role(gradient, batch)}
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+# ---- the benchmark -------------------------------------------------------------------------------
 
 
-def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    count = harness.positive
-    parser.add_argument("--vocab", type=count, default=128256, help="V")
-    parser.add_argument("--hidden", type=count, default=2048, help="D")
-    parser.add_argument("--positions", type=count, default=832, help="of the batch of 8, padded")
-    parser.add_argument("--forget", type=count, default=50, help="rows with a forget loss")
-    parser.add_argument("--preserve", type=count, default=226, help="rows with a preserve loss")
-    parser.add_argument("--top-k", type=count, default=1000)
-    parser.add_argument("--scale", type=count, default=1, help="so many times the batch")
-    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    sizes = {
+        "vocab": (128256, "V"),
+        "hidden": (2048, "D"),
+        "positions": (832, "of the batch of 8, padded"),
+        "forget": (50, "rows with a forget loss"),
+        "preserve": (226, "rows with a preserve loss"),
+        "top-k": (1000, "k"),
+        "scale": (1, "so many times the batch"),
+    }
+    for name, (default, words) in sizes.items():
+        parser.add_argument(f"--{name}", type=runner.positive, default=default, help=words)
     parser.add_argument("--forget-only", action="store_true", help="forget rows alone")
-    parser.add_argument(
-        "--calls", type=int, default=2, help="timed calls a process; 0: memory only"
-    )
-    harness.add_options(parser, "loss_step.csv", repeats=5)
-    given = parser.parse_args(arguments)
-    allowed = list(FORGET_ONLY if given.forget_only else BOTH_TERMS)
-    given.providers = given.providers or allowed
-    if wrong := [name for name in given.providers if name not in allowed]:
-        parser.error(f"{', '.join(wrong)}: here --providers must be of {', '.join(allowed)}")
-    if given.calls < 0:
-        parser.error(f"--calls is {given.calls}; it must be at least 0")
-    return given
+
+
+def cases(given: argparse.Namespace) -> list[Case]:
+    """Raises: ValueError: the rows do not fit into the batch."""
+    sizes = {name: given.scale * getattr(given, name) for name in ("forget", "preserve")}
+    setting = " ".join(f"{k}={v}" for k, v in {"batch": given.scale * BATCH, **sizes}.items())
+    kernel = FORGET_LOSS if given.forget_only else LOSS
+    rows = given.scale * given.positions
+    base = Case(kernel, given.vocab, given.hidden, rows, given.top_k, "", setting)
+    labels_of(base)
+    return [base._replace(dtype=dtype) for dtype in given.dtype]
+
+
+BENCHMARK = runner.Benchmark(
+    name="bench_loss",
+    description=__doc__,
+    kernels=KERNELS,
+    add_options=add_options,
+    cases=cases,
+    inputs=make_batch,
+    truth=truth,
+    repeats=5,
+    calls=2,
+    csv="loss_step.csv",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if task := harness.worker_task(arguments):
-        print(json.dumps(work(task)))
-        return 0
-    given = options(arguments)
-    sizes = [given.positions, given.forget, given.preserve]
-    shape = Shape(given.vocab, given.hidden, *(given.scale * n for n in sizes), given.top_k)
-    shape = shape._replace(batch=BATCH * given.scale)
-    make_labels(shape)  # sizes that do not fit are an error now
-    with tempfile.TemporaryDirectory() as folder:
-        rows = run(given, shape, Path(folder))
-    print(", ".join(f"{name} {value}" for name, value in shape._asdict().items()))
-    print(*(rows[0][name] for name in harness.ENVIRONMENT), sep=", ")
-    print(summary(rows, given.providers))
-    wrong = disagreements(rows)
-    for line in wrong:
-        print("DISAGREE:", line)
-    return int(bool(wrong))
+    return runner.main(BENCHMARK, arguments)
 
 
 if __name__ == "__main__":

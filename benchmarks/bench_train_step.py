@@ -1,158 +1,95 @@
-"""What does a whole training step cost, and do all roads train to the same losses?
+"""What does a whole training step cost, and do all providers train to the same losses?
 
     python -m benchmarks.bench_train_step --model smollm2-tofu --data tofu
     python -m benchmarks.bench_train_step --model smollm2-tofu --data tofu \\
         --group-by-length library --csv benchmarks/results/train_step_grouped.csv
+    python -m benchmarks.bench_train_step ... --repo OTHER_CHECKOUT --csv other.csv
 
 Forward, backward, clipping at norm 1 and AdamW, on batches of TOFU's forget10 with as many retain
-rows beside them, in bfloat16 autocast over float32 weights. The providers:
+examples beside them, in bfloat16 autocast over float32 weights. The providers:
 
-* ``released``: a live second model, all logits of both, and the method's formulas over all
-  positions (``released.py``).
-* ``torch``: what PyTorch alone offers: a live second model, logits of the rows that carry a loss,
-  the definitions of ``palu_kernels/reference.py`` under `torch.compile`, and
-  `torch.nn.functional.linear_cross_entropy` for the retain rows, in turns like ``live``. (liger's
-  and flash-linear-attention's losses need a GPU and have no forget loss; cut-cross-entropy has the
-  retain loss alone.)
-* ``live``: this library (`palu.methods.step_loss.Objective`, what `PALUTrainer` runs) with a live
+* `released`: a live second model, all logits of both, and the method's formulas over all positions
+  (`providers.py`).
+* `torch`: what PyTorch alone offers: a live second model, logits of the rows that carry a loss, the
+  definitions of `palu_kernels/reference.py` under `torch.compile`, and
+  `torch.nn.functional.linear_cross_entropy` for the retain rows, one micro-batch after the other
+  like `live`. (liger's and flash-linear-attention's losses need a GPU and have no forget loss;
+  cut-cross-entropy has the retain loss alone.)
+* `live`: `PALUTrainer.train` with a live second model, from the end of a step to that of the next:
+  collating and logging are in it, as collating is for the others.
+* `cached`: the same from a `ReferenceCache`, which is built first, in a process of its own; no
   second model.
-* ``cached``: the same from a `ReferenceCache`, which is built first, in a process of its own; no
-  second model.
 
-Every measurement is a process of its own; providers take turns (``harness.py``). All providers get
-the same examples in the same order. The first step makes the optimizer's state and is not timed;
-then memory is what the steps after it needed at most over what was there before them: models,
-optimizer state and data. The second model itself is therefore not in it; its bytes (the cache's:
-all its files, the frozen head among them) are a column of their own.
+All providers get the same examples in the same order. The first step makes the optimizer's state
+and is not timed; then memory is what the steps after it needed at most over what was there before
+them: models, optimizer state and data. The second model itself is therefore not in it; its bytes
+(the cache's: all its files, the frozen head among them) are `reference_bytes`.
 
-``--group-by-length library`` puts the same examples into batches of like length for ``live`` and
-``cached``; their losses are then of other batches and compared with each other only. ``all`` does
-so for every provider. The table shows the mean time of a step, medians over the processes. The exit
-status is 1 if the losses of providers with the same batches differ. A provider that cannot run here
-has a row that says why.
+`--group-by-length library` puts the same examples into batches of like length for `live` and
+`cached`; their losses are then of other batches and compared with each other only. `all` does so
+for every provider. The exit status is 1 if the losses of providers with the same batches differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+)
 
-from benchmarks import runner as harness
-from benchmarks.train_roads import PROVIDERS, Road, Settings, palu_loss, why_not
-from palu.data.collator import Collator
-from palu.data.examples import tokenize_examples
-from palu.data.files import load_examples
-from palu.models.loading import load_model, load_tokenizer, resolve_device
-from palu.reference.cache import ReferenceCache
-from palu.run_record import choose_template
+from benchmarks import providers, runner, tables
+from benchmarks.providers import FORGET_ROLE, IGNORE, PREFIX, PRESERVE_ROLE
+from benchmarks.runner import Case, Provider, Result
+from benchmarks.tables import Row
+from palu import (
+    Collator,
+    LMHead,
+    PALUConfig,
+    PALUTrainer,
+    load_examples,
+    token_roles,
+    tokenize_examples,
+)
 
-LIBRARY = ("live", "cached")
-BUILD = "build"  # the worker that makes the cache
+TRAIN_STEP = "train_step"
+GROUPED = ", grouped"
 MAX_GRAD_NORM = 1.0
 # How far a step's losses may be apart between two providers, relative and in nats. Roundings of one
 # step are fed into the next one through AdamW, which makes small gradients as large as others; and
 # in bfloat16 those of the logits alone make a KL of thousandths between equal models.
 TOLERANCE = {"float32": (1e-3, 1e-5), "bfloat16": (5e-2, 1e-2)}
 NUMBERS = ("loss", "forget_loss", "preserve_loss", "retain_loss", "gradient_norm")
-COLUMNS = (
-    *("provider", "dtype", "grouped", "repeat", "step", "seconds", *NUMBERS, "peak_bytes"),
-    *("bytes_before", "reference_bytes", "positions", "real_tokens", "batch_size", "top_k"),
-    *("learning_rate", "model", "status", *harness.ENVIRONMENT),
-)
-Rows = list[dict[str, Any]]  # tokenised examples
+Batch = dict[str, Tensor]
+Examples = list[dict[str, Any]]  # tokenised
+Step = Callable[[Batch, Batch], Sequence[Tensor]]  # forget and retain batch -> `NUMBERS`
 
 
-# ---- one measurement -----------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 
 
-def work(task: dict[str, Any]) -> dict[str, Any]:
-    """Trains in this process -> a row for every step, all but the repeat and the commit."""
-    device = resolve_device(task["device"])
-    dtype = None if task["dtype"] == "float32" else getattr(torch, task["dtype"])
-    batches = json.loads(Path(task["batches"]).read_text(encoding="utf-8"))
-    model = load_model(task["model"], "float32", task["device"])
-    collate = Collator(batches["pad_id"])
-    if task["provider"] == BUILD:
-        data = [row for batch in batches["forget"] for row in batch]
-        options = {"loss": palu_loss(task["top_k"]), "collator": collate}
-        ReferenceCache.build(model, data, task["cache"], autocast_dtype=dtype, **options)
-        return {}
-
-    def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-    settings = Settings(task["top_k"], autocast, dtype)
-    road = PROVIDERS[task["provider"]](model, settings, task["cache"])
-    pairs = [
-        tuple({name: t.to(device) for name, t in collate(rows).items()} for rows in pair)
-        for pair in zip(batches["forget"], batches["retain"], strict=True)
-    ]
-    step = stepper(model, road, task["learning_rate"])
-    done = [(step(*pairs[0]), None)]
-    with harness.PeakMemory(device) as peak:
-        done += [harness.timed(lambda pair=pair: step(*pair), device) for pair in pairs[1:]]
-    same = {
-        "dtype": task["dtype"],
-        "peak_bytes": peak.extra,
-        "bytes_before": peak.before,
-        "reference_bytes": road.reference_bytes,
-        "batch_size": len(batches["forget"][0]),
-        "top_k": task["top_k"],
-        "learning_rate": task["learning_rate"],
-        "model": Path(task["model"]).name,
-        "status": "ok",
-        **harness.environment(device),
-    }
-    return {
-        "rows": [
-            {
-                "step": number,
-                "seconds": seconds,
-                **dict(zip(NUMBERS, map(float, numbers), strict=True)),
-                "positions": sum(batch["input_ids"].numel() for batch in pair),
-                "real_tokens": sum(int(batch["attention_mask"].sum()) for batch in pair),
-                **same,
-            }
-            for number, ((numbers, seconds), pair) in enumerate(zip(done, pairs, strict=True))
-        ]
-    }
-
-
-def stepper(
-    model: torch.nn.Module, road: Road, learning_rate: float
-) -> Callable[[dict, dict], list[torch.Tensor]]:
-    """A whole training step on a forget and a retain batch; returns its `NUMBERS`."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-
-    def step(batch: dict, retain: dict) -> list[torch.Tensor]:
-        losses = road(model, batch, retain)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return [*losses, norm]
-
-    return step
-
-
-# ---- the run -------------------------------------------------------------------------------------
-
-
-def make_batches(rows: Rows, size: int, steps: int, grouped: bool) -> list[Rows]:
-    """``steps + 1`` batches of shuffled rows. The first one, which is not measured, is the same
-    either way; the others hold the same rows, with ``grouped`` put together by length.
+def make_batches(rows: Examples, size: int, steps: int, grouped: bool) -> list[Examples]:
+    """Return `steps + 1` batches of shuffled examples. The first one, which is not measured, is the
+    same either way; the others hold the same examples, with `grouped` put together by length.
 
     Raises:
-        ValueError: there are too few rows.
+        ValueError: there are too few examples.
     """
     needed = (steps + 1) * size
     if len(rows) < needed:
@@ -171,175 +108,386 @@ def make_batches(rows: Rows, size: int, steps: int, grouped: bool) -> list[Rows]
     return [[rows[n] for n in part] for part in parts]
 
 
-def prepare(given: argparse.Namespace, folder: Path) -> dict[bool, Path]:
-    """Writes the batches of both kinds for the workers -> files by whether they are grouped."""
-    tokenizer, template = load_tokenizer(given.model), choose_template(given.model)
+def prepare(benchmark: runner.Benchmark, case: Case, task: dict[str, Any]) -> None:
+    """Write the batches of both kinds, and the cache where a provider reads one."""
+    try:
+        from palu.run_record import choose_template
+    except ImportError:  # an older checkout
+        from palu.runs import choose_template
+
+    given, folder = task["options"], Path(task["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    template, data = choose_template(Path(given["model"])), Path(given["data"])
     sets = {
-        "forget": load_examples(str(given.data / "annotated" / "forget10"), require_spans=True),
-        "retain": load_examples(str(given.data / "full.json[:400]"), require_spans=False),
+        "forget": load_examples(str(data / "annotated" / "forget10"), require_spans=True),
+        "retain": load_examples(str(data / "full.json[:400]"), require_spans=False),
     }
     tokens = {
         name: tokenize_examples(examples, tokenizer, max_length=512, template=template)
         for name, examples in sets.items()
     }
-    pad_id = Collator(tokenizer).pad_id
-    files = {}
     for grouped in (False, True):
-        content = {
-            name: make_batches(rows, given.batch_size, given.steps, grouped)
+        batches = {
+            name: make_batches(rows, case.rows, given["steps"], grouped)
             for name, rows in tokens.items()
         }
-        files[grouped] = folder / f"batches-{grouped}.json"
-        files[grouped].write_text(json.dumps({"pad_id": pad_id, **content}), encoding="utf-8")
-    return files
+        content = {"pad_id": Collator(tokenizer).pad_id, **batches}
+        (folder / f"batches-{grouped}.json").write_text(json.dumps(content), encoding="utf-8")
+    if any(name.startswith("cached") for name in task["providers"]):
+        by_trainer(Session(case, False, task), "cached", steps=0)
 
 
-def run(given: argparse.Namespace, folder: Path) -> Rows:
-    commit = harness.commit()
-    files = prepare(given, folder)
-    task = {name: getattr(given, name) for name in ("dtype", "device", "top_k", "learning_rate")}
-    task |= {"model": str(given.model.resolve()), "cache": str(folder / "cache")}
-    module = "benchmarks.bench_train_step"
-    if "cached" in given.providers:
-        build = {"provider": BUILD, "batches": str(files[False])}
-        harness.run_worker(module, task | build, given.threads)
-    rows: Rows = []
-    device = resolve_device(given.device)
-    reasons = {name: why_not(name, device) for name in given.providers}
-    for provider, reason in reasons.items():
-        if reason is not None:
-            row = {"provider": provider, "status": reason, "dtype": given.dtype}
-            sizes = {"batch_size": given.batch_size, "top_k": given.top_k}
-            place = harness.environment(device) | {"commit": commit}
-            rows.append(dict.fromkeys(COLUMNS) | row | sizes | place)
-    able = [name for name, reason in reasons.items() if reason is None]
-    for repeat, provider in harness.turns(able, given.repeats):
-        grouped = given.group_by_length == "all" or (
-            given.group_by_length == "library" and provider in LIBRARY
+# ---- one measurement -----------------------------------------------------------------------------
+
+
+class Session:
+    """The model and the batches of one process."""
+
+    def __init__(self, case: Case, grouped: bool, task: dict[str, Any]) -> None:
+        self.folder, self.options = Path(task["folder"]), task["options"]
+        batches = (self.folder / f"batches-{grouped}.json").read_text(encoding="utf-8")
+        self.batches = json.loads(batches)
+        self.device = torch.device(task["device"])
+        self.top_k, self.size = case.k, case.rows
+        self.dtype = None if case.dtype == "float32" else getattr(torch, case.dtype)
+        self.collate = Collator(self.batches["pad_id"])
+        path = self.options["model"]
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.model: PreTrainedModel = model.to(self.device)
+
+    def examples(self, name: str) -> Examples:
+        return [row for batch in self.batches[name] for row in batch]
+
+    def pairs(self) -> Iterator[tuple[Batch, Batch]]:
+        """The forget and the retain batch of each step."""
+        for rows in zip(self.batches["forget"], self.batches["retain"], strict=True):
+            yield tuple(
+                {name: t.to(self.device) for name, t in self.collate(part).items()} for part in rows
+            )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        on = self.dtype is not None
+        return torch.autocast(self.device.type, self.dtype) if on else contextlib.nullcontext()
+
+
+def measure(benchmark: runner.Benchmark, case: Case, name: str, task: dict[str, Any]) -> Result:
+    """Train in this process."""
+    session = Session(case, name.endswith(GROUPED), task)
+    kind = name.removesuffix(GROUPED)
+    train = by_trainer if kind in ("live", "cached") else by_hand
+    samples = train(session, kind)
+    pairs = list(session.pairs())
+    samples["positions"] = [sum(b["input_ids"].numel() for b in pair) for pair in pairs]
+    samples["real_tokens"] = [sum(int(b["attention_mask"].sum()) for b in pair) for pair in pairs]
+    return Result(samples, runner.OK, runner.environment(session.device))
+
+
+def by_hand(session: Session, kind: str) -> dict[str, list[float]]:
+    model, options = session.model.train(), session.options
+    losses_of = {"released": Released, "torch": Torch}[kind](session)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
+    pairs = session.pairs()
+
+    def step() -> list[float]:
+        losses = losses_of(*next(pairs))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [float(number) for number in (sum(losses), *losses, norm)]
+
+    steps, seconds = [step()], []
+    with runner.PeakMemory(session.device) as peak:
+        for _ in range(options["steps"]):
+            numbers, taken = runner.timed(step, session.device)
+            steps.append(numbers)
+            seconds.append(taken)
+    return _samples(steps, seconds, peak, _bytes(losses_of.reference))
+
+
+def _samples(
+    steps: Sequence[Sequence[float]],
+    seconds: list[float],
+    peak: runner.PeakMemory,
+    reference_bytes: int,
+) -> dict[str, list[float]]:
+    numbers = dict(zip(NUMBERS, map(list, zip(*steps, strict=True)), strict=True))
+    memory = {"peak_bytes": [peak.extra], "bytes_before": [peak.before]}
+    return {"seconds": seconds, **numbers, **memory, "reference_bytes": [reference_bytes]}
+
+
+class Released:
+    """A second model beside the first, all logits of both, each batch in a call of its own."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.reference = copy.deepcopy(session.model).eval().requires_grad_(False)
+
+    def __call__(self, batch: Batch, retain: Batch) -> list[Tensor]:
+        """Return the forget, preserve and retain loss; the gradients are in the model."""
+        model = self.session.model
+        with self.session.autocast():
+            logits = self._logits(model, batch)
+            with torch.no_grad():
+                ref_logits = self._logits(self.reference, batch)
+            labels = batch["labels"]
+            terms = providers.released_terms(logits, ref_logits, labels, top_k=self.session.top_k)
+            retain_logits = self._logits(model, retain)
+            kept = providers.released_retain(retain_logits, retain["input_ids"], retain["labels"])
+        (sum(terms) + kept).backward()
+        return [loss.detach() for loss in (*terms, kept)]
+
+    @staticmethod
+    def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model(**inputs, use_cache=False).logits
+
+
+class Torch(Released):
+    """The best that PyTorch alone has: logits of the rows that carry a loss, the definitions under
+    `torch.compile`, `linear_cross_entropy` for the retain rows; a second model beside the first,
+    and forget and retain micro-batches one after the other."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.loss = torch.compile(self._loss, dynamic=True)
+
+    def __call__(self, batch: Batch, retain: Batch) -> list[Tensor]:
+        model, dtype = self.session.model, self.session.dtype
+        with self.session.autocast():
+            roles = token_roles(batch["labels"], PREFIX)[:, 1:]
+            hidden = self._hidden(model, batch)
+            with torch.no_grad():
+                ref_hidden = self._hidden(self.reference, batch)
+            terms = []
+            for role, name in ((FORGET_ROLE, "flatten"), (PRESERVE_ROLE, "kl_reverse")):
+                logits = model.lm_head(hidden[roles == role])
+                with torch.no_grad():
+                    ref_logits = self.reference.lm_head(ref_hidden[roles == role])
+                terms.append(self.loss(name, logits, ref_logits))
+        sum(terms).backward()
+        with self.session.autocast():
+            answers = retain["labels"][:, 1:] != IGNORE
+            rows, targets = self._hidden(model, retain)[answers], retain["input_ids"][:, 1:]
+            weight = model.lm_head.weight
+            if dtype is not None:
+                rows, weight = rows.to(dtype), weight.to(dtype)
+            kept = F.linear_cross_entropy(rows, weight, targets[answers])
+        kept.backward()
+        return [loss.detach().float() for loss in (*terms, kept)]
+
+    def _loss(self, name: str, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        k = self.session.top_k
+        return providers.row_losses(name, logits, k=k, ref_logits=ref_logits).mean()
+
+    @staticmethod
+    def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return `[B, T - 1, D]` of the rows that predict a token."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+# ---- PALUTrainer ---------------------------------------------------------------------------------
+
+
+class InOrder:
+    """A data set that hands out its examples one after the other once training begins, whichever is
+    asked for: the trainer's own order, which differs from the other providers', does not matter."""
+
+    def __init__(self, rows: Examples) -> None:
+        self.rows, self.next = rows, None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.next is None:
+            return self.rows[index]
+        if self.next == len(self.rows):
+            raise RuntimeError(f"the trainer takes more than the {len(self)} examples of the steps")
+        self.next += 1
+        return self.rows[self.next - 1]
+
+
+class Clock(TrainerCallback):
+    """Begins to hand out the examples in order; notes when each step ends, and the memory of those
+    after the first."""
+
+    def __init__(self, session: Session, *sets: InOrder) -> None:
+        self.session, self.sets = session, sets
+        self.peak = runner.PeakMemory(session.device)
+        self.seconds: list[float] = []
+        self.last: float | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for rows in self.sets:
+            rows.next = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.session.device.type != "cpu":
+            torch.accelerator.synchronize(self.session.device)
+        if self.last is not None:
+            self.seconds.append(time.perf_counter() - self.last)
+        else:
+            self.peak.__enter__()
+        self.last = time.perf_counter()
+
+
+def by_trainer(
+    session: Session, kind: str, steps: int | None = None
+) -> dict[str, list[float]] | None:
+    """With `steps` it only takes a step: it builds the cache that it does not find."""
+    forget, retain = (InOrder(session.examples(name)) for name in ("forget", "retain"))
+    clock, options = Clock(session, forget, retain), session.options
+    LMHead.from_model(session.model)  # refuses a head with which another path would be measured
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        settings = PALUConfig(
+            output_dir=folder,
+            reference=kind,
+            reference_cache=str(session.folder / "cache") if kind == "cached" else None,
+            top_k=session.top_k,
+            prefix_length=PREFIX,
+            max_steps=1 + (options["steps"] if steps is None else steps),
+            per_device_train_batch_size=session.size,
+            learning_rate=options["learning_rate"],
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=MAX_GRAD_NORM,
+            bf16=session.dtype == torch.bfloat16,
+            use_cpu=session.device.type == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
         )
-        own = {"provider": provider, "batches": str(files[grouped])}
-        found = harness.run_worker(module, task | own, given.threads)["rows"]
-        own = {"provider": provider, "grouped": grouped, "repeat": repeat, "commit": commit}
-        rows += [row | own for row in found]
-        harness.write_csv(given.csv, COLUMNS, rows)
-        print(provider, repeat, f"{mean_seconds(found):.2f} s a step", file=sys.stderr, flush=True)
-    return rows
-
-
-def mean_seconds(rows: Rows) -> float:
-    return statistics.mean(row["seconds"] for row in rows if row["seconds"] is not None)
-
-
-def of_first(rows: Rows, provider: str) -> Rows:
-    """The steps of a provider's first process."""
-    return [row for row in rows if row["provider"] == provider and row["repeat"] == 0]
-
-
-def off_by(found: Rows, truth: Rows) -> float:
-    """The largest relative difference of a step's loss."""
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(found, truth, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
-
-
-def disagreements(rows: Rows, providers: Sequence[str]) -> list[str]:
-    """Which losses differ, of any process and step, among providers that had the same batches."""
-    found = []
-    relative, absolute = TOLERANCE[rows[0]["dtype"]]
-    first: dict[tuple, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: providers.index(row["provider"])):
-        start = first.setdefault((row["grouped"], row["step"]), row)
-        for name in NUMBERS:
-            a, b = row[name], start[name]
-            if not abs(a - b) <= relative * abs(b) + absolute:  # a NaN too
-                found.append(
-                    f"step {row['step']}: the {name} of {row['provider']} is {a:.6g}, that of "
-                    f"{start['provider']} {b:.6g}"
-                )
-    return found
-
-
-class Cost(NamedTuple):
-    seconds: float  # a step, median over processes
-    peak: float  # bytes over what was there before
-    reference: float  # bytes of the second model, or of the cache
-
-
-def cost(rows: Rows, provider: str) -> Cost:
-    own = [row for row in rows if row["provider"] == provider]
-    repeats = sorted({row["repeat"] for row in own})
-    by_process = [[row for row in own if row["repeat"] == repeat] for repeat in repeats]
-    return Cost(
-        statistics.median(map(mean_seconds, by_process)),
-        statistics.median(process[0]["peak_bytes"] for process in by_process),
-        own[0]["reference_bytes"],
-    )
-
-
-def summary(rows: Rows, providers: Sequence[str]) -> str:
-    """A line a provider; then the losses of every step."""
-    base, lines = providers[0], []
-    first = cost(rows, base)
-    for provider in providers:
-        own, steps = cost(rows, provider), of_first(rows, provider)
-        padding = 1 - sum(r["real_tokens"] for r in steps) / sum(r["positions"] for r in steps)
-        same = steps[0]["grouped"] == of_first(rows, base)[0]["grouped"]
-        lines.append(
-            [
-                provider + (", grouped" if steps[0]["grouped"] else ""),
-                f"{own.seconds:.3f}",
-                f"{first.seconds / own.seconds:.2f}",
-                f"{own.peak / 2**20:.0f}",
-                f"{own.peak / first.peak:.2f}",
-                f"{own.reference / 2**20:.0f}",
-                f"{(own.peak + own.reference) / (first.peak + first.reference):.2f}",
-                f"{padding:.1%}",
-                f"{off_by(steps, of_first(rows, base)):.1e}" if same else "-",
-            ]
+        trainer = PALUTrainer(
+            session.model,
+            settings,
+            train_dataset=forget,
+            retain_dataset=retain,
+            data_collator=session.collate,
+            callbacks=[clock],
         )
-    headings = ["", "s a step", f"{base} / it", "peak MiB", f"of {base}", "reference MiB"]
-    headings += ["both", "padding", "losses off by"]
-    per_step = [
-        [str(step), *(f"{of_first(rows, name)[step]['loss']:.5f}" for name in providers)]
-        for step in range(len(of_first(rows, base)))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        clock.peak.__exit__()
+    if steps is not None:
+        return None
+    if (forget.next, retain.next) != (len(forget), len(retain)):
+        raise RuntimeError(f"the trainer took {forget.next} forget and {retain.next} retain rows")
+    numbers = [
+        [entry[name] for name in ("forget", "preserve", "retain", "grad_norm")]
+        for entry in trainer.state.log_history
+        if "grad_norm" in entry
     ]
-    losses = harness.table(["step", *(f"loss, {name}" for name in providers)], per_step)
-    return harness.table(headings, lines) + "\n\n" + losses
+    numbers = [[sum(step[:3]), *step] for step in numbers]
+    if kind == "live":
+        reference_bytes = _bytes(session.model)
+    else:
+        files = (session.folder / "cache").rglob("*")
+        reference_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    return _samples(numbers, clock.seconds, clock.peak, reference_bytes)
 
 
-def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    count = harness.positive
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder with TOFU's files")
-    parser.add_argument("--steps", type=count, default=6, help="timed steps, after one that is not")
-    parser.add_argument("--batch-size", type=count, default=8, help="forget rows, and retain rows")
-    parser.add_argument("--top-k", type=count, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of autocast")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--group-by-length", choices=("none", "library", "all"), default="none")
-    harness.add_options(parser, "train_step.csv", repeats=3)
-    return parser.parse_args(arguments)
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def disagreements(rows: list[Row]) -> list[str]:
+    """Say which losses differ, of any process and step, among providers that had the same batches;
+    add the largest relative difference of each provider's loss as `loss_error`."""
+    wrong, added = [], []
+    measured = {(row["provider"], row["metric"]): row for row in rows if row["samples"]}
+    for grouped in (False, True):
+        names = [
+            name
+            for name, metric in measured
+            if metric == "loss" and name.endswith(GROUPED) == grouped
+        ]
+        for provider in names:
+            off = 0.0
+            for metric in NUMBERS:
+                row = measured[provider, metric]
+                truth = tables.by_process(measured[names[0], metric])[0]
+                relative, absolute = TOLERANCE[row["dtype"]]
+                for process in tables.by_process(row):
+                    for step, (a, b) in enumerate(zip(process, truth, strict=True)):
+                        if metric == "loss" and b:
+                            off = max(off, abs(a - b) / abs(b))
+                        if not abs(a - b) <= relative * abs(b) + absolute:  # a NaN too
+                            wrong.append(
+                                f"step {step}: the {metric} of {provider} is {a:.6g}, that of "
+                                f"{names[0]} {b:.6g}"
+                            )
+            row = measured[provider, "loss"]
+            added.append(tables.row(row, provider, "loss_error", [[off]], row["status"], row))
+    rows += added
+    return wrong
+
+
+def losses(rows: Sequence[Row]) -> str:
+    """Return the loss of every step, a column a provider."""
+    columns = {
+        row["provider"]: tables.by_process(row)[0] for row in rows if row["metric"] == "loss"
+    }
+    steps = zip(*columns.values(), strict=True)
+    lines = [[str(step), *(f"{loss:.5f}" for loss in own)] for step, own in enumerate(steps)]
+    return tables.text(["step", *(f"loss, {name}" for name in columns)], lines)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add, count = parser.add_argument, runner.positive
+    add("--model", type=lambda path: Path(path).resolve(), required=True, help="model folder")
+    add("--data", type=lambda path: Path(path).resolve(), required=True, help="TOFU's files")
+    add("--steps", type=count, default=6, help="timed steps, after one that is not")
+    add("--batch-size", type=count, default=8, help="forget examples, and retain examples")
+    add("--top-k", type=count, default=1000)
+    add("--learning-rate", type=float, default=1e-5)
+    add("--group-by-length", choices=BY_LENGTH, default="none")
+
+
+def _old_torch(device: torch.device) -> str | None:
+    return providers.no_compiler(device) or providers.old_torch(device)
+
+
+OWN = {name: Provider(measure) for name in ("live", "cached")}
+OTHERS = {"released": Provider(measure), "torch": Provider(measure, lacks=_old_torch)}
+BY_LENGTH = {
+    "none": (TRAIN_STEP, OTHERS | OWN),
+    "library": (f"{TRAIN_STEP}_library_grouped", OTHERS | {n + GROUPED: OWN[n] for n in OWN}),
+    "all": (f"{TRAIN_STEP}_grouped", {n + GROUPED: p for n, p in (OTHERS | OWN).items()}),
+}
+
+
+def cases(given: argparse.Namespace) -> list[Case]:
+    kernel, _ = BY_LENGTH[given.group_by_length]
+    setting = f"model={given.model.name.replace(' ', '-')} learning_rate={given.learning_rate}"
+    sizes = (kernel, None, None, given.batch_size, given.top_k)
+    return [Case(*sizes, dtype, setting) for dtype in given.dtype]
+
+
+BENCHMARK = runner.Benchmark(
+    name="bench_train_step",
+    description=__doc__,
+    kernels=dict(BY_LENGTH.values()),
+    add_options=add_options,
+    cases=cases,
+    dtypes=("bfloat16",),
+    axes=(),
+    csv="train_step.csv",
+    prepare=prepare,
+    measure=measure,
+    check=disagreements,
+    summary=losses,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if task := harness.worker_task(arguments):
-        print(json.dumps(work(task)))
-        return 0
-    given = options(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = run(given, Path(folder))
-    print(*(rows[0][name] for name in harness.ENVIRONMENT), sep=", ")
-    for row in rows:
-        if row["status"] != "ok":
-            print(f"{row['provider']}: {row['status']}")
-    rows = [row for row in rows if row["status"] == "ok"]
-    providers = [name for name in given.providers if any(r["provider"] == name for r in rows)]
-    print(summary(rows, providers))
-    wrong = disagreements(rows, providers)
-    for line in wrong:
-        print("DISAGREE:", line)
-    return int(bool(wrong))
+    return runner.main(BENCHMARK, arguments)
 
 
 if __name__ == "__main__":

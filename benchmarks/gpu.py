@@ -1,132 +1,297 @@
 """What do the operators cost on a GPU? All there is to measure there, in under 9 minutes.
 
-    benchmarks/gpu.sh OUT_DIR [--commit ID] [--sections card check operators linear loss_step]
-    benchmarks/gpu.sh OUT_DIR --device cpu --tiny          # to test it where there is no GPU
+    benchmarks/gpu.sh OUT_DIR [--commit ID] [--sections card check operators linear loss]
+    benchmarks/gpu.sh OUT_DIR --model smollm2-tofu --data tofu   # a whole training step too
+    benchmarks/gpu.sh OUT_DIR --device cpu --tiny                # to test it where there is no GPU
 
-The sections, in this order, each with the second by which it must end (``ENDS``; what one leaves
+A plan over the other benchmarks, each with the second by which it must end (`plan`; what one leaves
 over is the next one's):
 
-* ``card``: bandwidth of a copy, rate of matrix products. The floors of all that follows are made
-  of these two.
-* ``check``: ``python -m palu_kernels.check``, every operator against its float64 definition. Most
-  of its time goes into compiling some 290 kernel variants.
-* ``operators``: those on logits, ``linear``: those on hidden rows, at the sizes of
-  ``gpu_cases.py``, by the providers of ``gpu_ops.py``.
-* ``loss_step``: ``benchmarks/bench_loss.py`` with 20 timed calls.
+* `card`: bandwidth of a copy, rate of matrix products. The floors of all that follows are made of
+  these two.
+* `check`: `python -m palu_kernels.check`, every operator against its float64 definition. Most of
+  its time goes into compiling some 290 kernel variants.
+* `operators`, `linear`: `bench_ops.py` and `bench_linear.py` by `palu` and `eager`, at three
+  vocabularies and rows of one batch of 8 questions and of a long one. One process measures one
+  part (another goes on with the next measurement should it die), and none begins after its end.
+* `loss`: `bench_loss.py` with 20 timed calls. `train_step`: `bench_train_step.py`, where `--model`
+  and `--data` are given.
 
-A process measures one section (another goes on with the next measurement should it die); no
-measurement starts after the section's end. What was not measured has a row that says why:
-``skipped: no time left``, or what was wrong.
+What was not measured has a row that says why: `skipped: no time left`, or what was wrong. OUT_DIR
+receives `gpu.csv` (all rows), `table.txt` (all sizes; the first V is printed last), `gpu.log` (what
+was printed), and for every part `NAME.csv` and `NAME.log`; `check.json`. The table's device time is
+with a cold L2 cache, `of floor` is the floor (`floor_seconds`) over that time.
 
-OUT_DIR receives ``gpu.csv`` (all rows), ``table.txt`` (all sizes; the first V is printed last),
-``gpu.log`` (what was printed), ``workers.log``, ``check.log``, ``check.json``, ``loss_step.log``
-and ``loss_step.csv``. Metrics of forward plus backward: ``ms`` is device time with a cold L2 cache,
-``host ms`` how long the host takes to issue it, ``peak MiB`` what was allocated at most beyond what
-was there before, ``share of floor`` the floor (``gpu_cases.floor_seconds``) over the time,
-``error`` the relative distance from float64.
-
-The exit status is 1 if the check failed, or a result of this library's is further from float64 than
-``LIMIT`` says or missing for another reason than time; 2 if there is no GPU.
+The exit status is 1 if the check failed, or a result of this library's is wrong or missing for
+another reason than time; 2 if there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from benchmarks import runner as harness
-from benchmarks.gpu_cases import Case, Rates, floor_seconds, linear_cases, logits_cases
-from benchmarks.gpu_ops import DEVICE_LOST, providers
+from benchmarks import runner, tables
+from benchmarks.runner import NO_TIME, OK, Call, Case, Provider
+from benchmarks.tables import Row
 
-# Seconds after the start by which a section must be over.
-ENDS = {"card": 30, "check": 180, "operators": 310, "linear": 435, "loss_step": 525}
-LAST_START = 5  # seconds before its end after which a section starts no measurement
-LOSS_STEP_SECONDS = 45  # it is not tried with less
-# How far from float64 a result may be: its own rounding to bfloat16. Where it comes from bfloat16
-# products, also twice what `eager` is off by, or (it could not run) so much.
-LIMIT, LIMIT_OF_PRODUCTS = 2**-7, 2**-4
-COLUMNS = (
-    *("kernel", "provider", "V", "D", "rows", "k", "dtype", "metric", "p20", "p50", "p80"),
-    *("status", "versions", "hardware", "commit"),
+LAST_START = 5  # seconds before its end after which a part starts no measurement
+SHORTEST = 10  # a part is not tried with less
+COMPARISON = re.compile(r"(\s\d\.\de[-+]\d\d\s*){2}")  # the check's error and what was allowed
+# Transfers of a row of logits, forward plus backward, as the kernels' docstrings count them for
+# 16-bit types: selecting reads two rows, a bitmap of S is a sixteenth of one.
+BITS = 1 / 16
+_FORGET = {"": 2 + (2 + BITS) + (2 + BITS), "_indices": (1 + BITS) + (2 + BITS), "_current": 5}
+TRANSFERS = {
+    "topk_indices": 3,
+    **{f"{name}{by}": n for name in ("flatten", "entropy") for by, n in _FORGET.items()},
+    "kl_reverse": 2 + 3,
+    "kl_forward": 2 + 3,
+    "cross_entropy": 1 + 2,
+}
+_BY_K = ["topk_indices", *(f"{name}{by}" for by in _FORGET for name in ("flatten", "entropy"))]
+_OTHERS = ["kl_reverse", "kl_forward", "cross_entropy"]
+_LINEAR_BY_K = ["linear_flatten", "linear_flatten_trained"]
+_LINEAR_OTHERS = [
+    f"linear_{n}{t}" for n in ("kl_reverse", "cross_entropy") for t in ("", "_trained")
+]
+
+
+class Part(NamedTuple):
+    """A command, and the second after the start by which it must be over."""
+
+    section: str
+    name: str  # of its files
+    end: float
+    module: str
+    arguments: Sequence[str]
+
+
+def plan(given: argparse.Namespace) -> Iterator[Part]:
+    """Yield the parts in their order."""
+    tiny = given.tiny
+    on_logits = ["--providers", "palu", "eager", "topk", "sort"]
+    on_hidden = ["--providers", "palu", "palu sparse", "palu dense", "eager"]
+    same = ["--together", "--repeats", "1", "--dtype", "bfloat16"]
+    few = ["--calls", "2" if tiny else "20"]
+    k = ["--top-k", "9" if tiny else "1000"]
+    vocab, wide, narrow = (
+        (["1003", "257"], ["1003", "24"], ["257", "16"])
+        if tiny
+        else (["128256", "32000", "262144"], ["128256", "4096"], ["262144", "2560"])
+    )
+    by_k, others = (["5", "300"],) * 2 if tiny else (["50", "4096"], ["226", "4096"])
+    yield Part("card", "card", 30, "benchmarks.gpu", [*same, "--card", *few])
+    quick = ["--quick"] if tiny else []
+    yield Part("check", "check", 180, "palu_kernels.check", quick)
+    for name, end, kernels, rows in (
+        ("operators", 255, _BY_K, by_k),
+        ("operators-others", 310, _OTHERS, others),
+    ):
+        sizes = ["--vocab", *vocab, "--rows", *rows, *k, "--kernels", *kernels]
+        yield Part(
+            "operators", name, end, "benchmarks.bench_ops", [*sizes, *on_logits, *same, *few]
+        )
+    for name, end, kernels, rows, (V, D) in (
+        ("linear", 350, _LINEAR_BY_K, by_k, wide),
+        ("linear-others", 390, _LINEAR_OTHERS, others, wide),
+        ("linear-narrow", 415, _LINEAR_BY_K, by_k, narrow),
+        ("linear-narrow-others", 440, _LINEAR_OTHERS, others, narrow),
+    ):
+        more = [] if tiny or V != "128256" else ["32000"]
+        sizes = ["--vocab", V, *more, "--hidden", D, "--rows", *rows, *k, "--grid"]
+        arguments = [*sizes, "--kernels", *kernels, *on_hidden, *same, *few]
+        yield Part("linear", name, end, "benchmarks.bench_linear", arguments)
+    sizes = ["--vocab", "1003", "--hidden", "24", "--positions", "160", "--forget", "19"]
+    sizes = [*sizes, "--preserve", "71", "--top-k", "20"] if tiny else []
+    yield Part("loss", "loss_step", 525, "benchmarks.bench_loss", [*sizes, *same, *few])
+    if given.model is not None:
+        where = ["--model", str(given.model), "--data", str(given.data), "--repeats", "1"]
+        yield Part("train_step", "train_step", 700, "benchmarks.bench_train_step", where)
+
+
+SECTIONS = ("card", "check", "operators", "linear", "loss", "train_step")
+
+
+# ---- the card ------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """What the card was measured to do."""
+
+    bytes_per_second: float  # of a copy, read plus written
+    flops_per_second: float  # of a product of large bfloat16 matrices
+
+
+def card_cases(given: argparse.Namespace) -> list[Case]:
+    """A copy of 1 GiB and products of matrices of random numbers, as PyTorch does them unless told
+    otherwise."""
+    tiny = torch.device(given.device).type == "cpu"
+    size = 64 if tiny else 8192
+    copy = Case("copy", None, None, 2**16 if tiny else 2**30, None, "uint8")
+    return [copy, *(Case("matmul", size, size, size, None, d) for d in ("bfloat16", "float32"))]
+
+
+def card_call(case: Case, inputs: Sequence[torch.Tensor]) -> Call:
+    *sources, target = inputs
+
+    def run() -> None:
+        if case.kernel == "copy":
+            target.copy_(*sources)
+        else:
+            torch.mm(*sources, out=target)
+
+    return Call(run)
+
+
+def card_inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
+    if case.kernel == "copy":
+        return [torch.empty(case.rows, dtype=torch.uint8, device=device) for _ in range(2)]
+    shape, dtype = (case.rows, case.V), getattr(torch, case.dtype)
+    return [torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(3)]
+
+
+CARD = runner.Benchmark(
+    name="gpu",
+    description="What does the card do at best?",
+    kernels={name: {"torch": Provider(card_call)} for name in ("copy", "matmul")},
+    add_options=lambda parser: parser.add_argument("--card", action="store_true"),
+    cases=card_cases,
+    inputs=card_inputs,
+    axes=(),
 )
-COMPARISON = re.compile(r"(\s\d\.\de[-+]\d\d\s*){2}")  # its error and what was allowed
-OK = "ok"
-NO_TIME = "skipped: no time left"
-TINY_LOSS_STEP = (
-    *("--vocab", "1003", "--hidden", "24", "--positions", "160"),
-    *("--forget", "19", "--preserve", "71", "--top-k", "20"),
-)
-Measurement = tuple[Case, str]
+
+
+def rates(rows: Sequence[Row]) -> Rates | None:
+    """Return what the rows of `card` say, None where they say nothing."""
+    seconds = {(r["kernel"], r["dtype"]): r for r in rows if r["metric"] == _timed(rows)}
+    copy, product = (seconds.get(k) for k in (("copy", "uint8"), ("matmul", "bfloat16")))
+    if not (copy and product and copy["p50"] and product["p50"]):
+        return None
+    flops = 2 * product["rows"] * product["V"] * product["D"]
+    return Rates(2 * copy["rows"] / copy["p50"], flops / product["p50"])
+
+
+def _timed(rows: Sequence[Row]) -> str:
+    """The device's own time where there is one."""
+    device = any(row["metric"] == "device_seconds" for row in rows)
+    return "device_seconds" if device else "seconds"
+
+
+def floor_seconds(row: Row, rates: Rates) -> float | None:
+    """Return the bandwidth floor of an operator on logits; of a linear one the matrix floor, that
+    is every product at the card's rate of arithmetic or of memory, whichever is slower, and nothing
+    beside them; of a sparse one the time to read the chosen rows of the head twice, and where the
+    head trains to read all of it once (for its mean row) and to write its gradient."""
+    kernel, item = row["kernel"], 2  # bytes of a bfloat16
+    if kernel in TRANSFERS:
+        return TRANSFERS[kernel] * row["rows"] * row["V"] * item / rates.bytes_per_second
+    if not kernel.startswith("linear"):
+        return None
+    trained, weight = kernel.endswith("_trained"), row["V"] * row["D"]
+    if row["provider"] == "palu sparse":
+        moved = 2 * row["rows"] * row["k"] * row["D"] + trained * 2 * weight
+        return moved * item / rates.bytes_per_second
+    # logits, the reference's logits (for a KL), the gradients of hidden rows and weight
+    products = 2 + kernel.startswith("linear_kl") + trained
+    entries = row["rows"] * row["V"]
+    arithmetic = 2 * entries * row["D"] / rates.flops_per_second
+    operands = weight + row["rows"] * row["D"] + entries
+    return products * max(arithmetic, operands * item / rates.bytes_per_second)
+
+
+# ---- the run -------------------------------------------------------------------------------------
 
 
 class Run:
     """One run: its folder, its clock, and the rows that it has so far."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        self.out: Path = given.out
-        self.device = torch.device(given.device)
-        self.tiny: bool = given.tiny
+        self.given, self.out = given, given.out
         self.start = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.failures: list[str] = []
-        self.rates: Rates | None = None
-        where = harness.environment(self.device)
-        self.environment = {
-            "versions": where["versions"],
-            "hardware": where["processor"],
-            "commit": given.commit or (harness.commit() if shutil.which("git") else "unknown"),
-        }
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        with self.file("gpu.log") as stream:
+        with (self.out / "gpu.log").open("a", encoding="utf-8") as stream:
             print(text, file=stream)
 
     def fail(self, text: str) -> None:
         self.failures.append(text)
         self.say(f"FAILED: {text}")
 
-    def file(self, name: str) -> TextIO:
-        return (self.out / name).open("a", encoding="utf-8")
+    def do(self, part: Part) -> None:
+        left = self.start + part.end - time.monotonic()
+        if left < SHORTEST:
+            self.say(f"{part.name}: {NO_TIME}")
+            return
+        log, csv = (self.out / f"{part.name}.{kind}" for kind in ("log", "csv"))
+        command = [sys.executable, "-m", part.module, *part.arguments]
+        command += ["--device", self.given.device]
+        if part.section == "check":
+            command += ["--json", str(self.out / "check.json")]
+        else:
+            command += ["--csv", str(csv), "--seconds", f"{left - LAST_START:.0f}"]
+            command += ["--commit", self.given.commit] if self.given.commit else []
+        with log.open("a", encoding="utf-8") as stream:
+            status = run_logged(command, left, stream)
+        if part.section == "check":
+            self.judge_check(log.read_text(), status)
+        else:
+            self.judge_rows(part, tables.read(csv) if csv.exists() else [], status)
+        self.say(f"-- {part.name} over after {time.monotonic() - self.start:.0f} s")
 
-    def left(self, section: str) -> float:
-        """Seconds until the section must be over."""
-        return self.start + ENDS[section] - time.monotonic()
+    def judge_check(self, text: str, status: int | None) -> None:
+        failed = [line for line in text.splitlines() if line.endswith("FAILED")]
+        for one in failed[:10]:
+            self.say(one)
+        if status is None:
+            done = sum(map(bool, map(COMPARISON.search, text.splitlines())))
+            said = f"{done} comparisons before its time was up, {len(failed)} of them failed"
+            self.say(f"check: {said}")
+        elif status == 0:
+            self.say(f"check: {text.splitlines()[-1]}")
+        if failed or status not in (0, None):
+            self.fail(f"check: {len(failed)} failed, status {status}; see check.log")
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        empty = dict.fromkeys(COLUMNS) | {"status": OK}
-        self.rows += [empty | row | self.environment for row in rows]
-        harness.write_csv(self.out / "gpu.csv", COLUMNS, self.rows)
+    def judge_rows(self, part: Part, rows: list[Row], status: int | None) -> None:
+        """Only this library's failures count: what else is wrong is in the table."""
+        self.rows += rows
+        tables.write(self.out / "gpu.csv", self.rows)
+        keys = tables.grouped(rows, lambda row: (*(row[n] for n in tables.CASE), row["provider"]))
+        skipped = sum(same[0]["status"] == NO_TIME for same in keys.values())
+        done = len(keys) - skipped
+        self.say(f"{part.name}: {done} of {len(keys)} measurements, {skipped} {NO_TIME}")
+        if part.section in ("loss", "train_step"):
+            self.say((self.out / f"{part.name}.log").read_text().rstrip())
+        for same in keys.values():
+            row = same[0]
+            others = ("eager", "compile", "released", "torch", "liger", "sort")
+            if row["provider"] not in others and runner.is_bad(row["status"]):
+                self.fail(f"{tables.label(row)} {row['provider']}: {row['status']}")
+        if not rows or status not in (0, 1, None):
+            self.fail(f"{part.name}: status {status}; see {part.name}.log")
 
 
-# ---- processes -----------------------------------------------------------------------------------
-
-
-def run_logged(
-    command: Sequence[str], seconds: float, stdout: TextIO, stderr: TextIO
-) -> int | None:
-    """Exit status of a command, or None where the time was up and it was ended with all that it
-    started."""
-    if seconds <= 0:
-        return None
-    print("$", shlex.join(command)[:2000], file=stderr, flush=True)
+def run_logged(command: Sequence[str], seconds: float, log: TextIO) -> int | None:
+    """Return the exit status of a command, or None where the time was up and it was ended with all
+    that it started."""
+    print("$", shlex.join(command), file=log, flush=True)
     process = subprocess.Popen(
-        command, cwd=harness.ROOT, stdout=stdout, stderr=stderr, start_new_session=True
+        command, cwd=runner.ROOT, stdout=log, stderr=log, start_new_session=True
     )
     try:
         return process.wait(seconds)
@@ -139,203 +304,61 @@ def run_logged(
         raise
 
 
-def work(run: Run, section: str, measurements: Any) -> tuple[dict[int, list[dict]], int | None]:
-    """What a process of ``gpu_ops`` printed before it ended -> (rows by the measurement's place in
-    the list, exit status or None as above)."""
-    task = {"device": str(run.device), "tiny": run.tiny, "measurements": measurements}
-    task["seconds"] = run.left(section) - LAST_START
-    command = [sys.executable, "-m", "benchmarks.gpu_ops", harness.WORKER, json.dumps(task)]
-    with tempfile.TemporaryFile("w+") as stdout:
-        with run.file("workers.log") as stderr:
-            status = run_logged(command, run.left(section), stdout, stderr)
-        stdout.seek(0)
-        lines = [line for line in stdout if line.startswith("[")]
-    found = {}
-    for line in lines:
-        with suppress(json.JSONDecodeError):  # the last one may be cut off
-            number, rows = json.loads(line)
-            found[number] = rows
-    return found, status
-
-
-# ---- sections ------------------------------------------------------------------------------------
-
-
-def card(run: Run) -> None:
-    found, status = work(run, "card", "rates")
-    if 0 not in found:
-        run.fail(f"the card's rates were not measured (status {status}): no floors. workers.log")
-        return
-    run.add([row | {"provider": "torch"} for row in found[0]])
-    rate = {(row["kernel"], row["dtype"]): row["p50"] for row in found[0]}
-    run.rates = Rates(1e9 * rate["copy", "uint8"], 1e12 * rate["matmul", "bfloat16"])
-    for row in found[0]:
-        run.say(f"{row['kernel']} {row['dtype']}: {row['p50']:.1f} {row['metric']}")
-
-
-def check(run: Run) -> None:
-    command = [sys.executable, "-m", "palu_kernels.check", "--device", str(run.device)]
-    command += ["--json", str(run.out / "check.json"), *(["--quick"] if run.tiny else [])]
-    with run.file("check.log") as log:
-        status = run_logged(command, run.left("check"), log, log)
-    text = (run.out / "check.log").read_text()
-    failed = [line for line in text.splitlines() if line.endswith("FAILED")]
-    for one in failed[:10]:
-        run.say(one)
-    if status is None:
-        done = sum(map(bool, map(COMPARISON.search, text.splitlines())))
-        run.say(f"check: {done} comparisons before its time was up, {len(failed)} of them failed")
-    elif status == 0:
-        run.say(f"check: {text.splitlines()[-1]}")
-    if failed or status not in (0, None):
-        run.fail(f"check: {len(failed)} failed, status {status}; see check.log")
-
-
-def operators(run: Run) -> None:
-    _measure(run, "operators", logits_cases(run.tiny))
-
-
-def linear(run: Run) -> None:
-    _measure(run, "linear", linear_cases(run.tiny))
-
-
-def _measure(run: Run, section: str, cases: Iterator[Case]) -> None:
-    """All measurements of a section: by one process, or where it dies by more."""
-    todo: list[Measurement] = [(case, one) for case in cases for one in providers(case)]
-    first, total = len(run.rows), len(todo)
-    skipped = 0
-    while todo:
-        found, status = work(run, section, todo)
-        for number, rows in found.items():
-            run.add(described(*todo[number], rows, run.rates))
-        todo = todo[len(found) :]
-        if status == DEVICE_LOST:
-            continue
-        if status and todo:  # the one at which it died is not tried again
-            said = f"the process ended with status {status}; see workers.log"
-            run.add(described(*todo.pop(0), [{"metric": "ms", "status": said}], None))
-            continue
-        for one in todo:
-            run.add(described(*one, [{"metric": "ms", "status": NO_TIME}], None))
-        skipped, todo = len(todo), []
-    run.say(f"{section}: {total - skipped} of {total} measurements, {skipped} {NO_TIME}")
-    new = run.rows[first:]
-    errors = {_where(row): row["p50"] for row in new if _what(row) == ("eager", "error")}
-    for row in new:
-        if row["provider"] == "palu" and is_wrong(row, errors.get(_where(row))):
-            where = f"{row['kernel']}, V = {row['V']}, {row['rows']} rows"
-            said = row["status"] if row["status"] != OK else f"off by {row['p50']:.1e}"
-            run.fail(f"{where}: {said}")
-
-
-def loss_step(run: Run) -> None:
-    if run.left("loss_step") < LOSS_STEP_SECONDS:
-        run.say(f"loss_step: {NO_TIME}")
-        return
-    command = [sys.executable, "-m", "benchmarks.bench_loss", "--device", str(run.device)]
-    command += ["--calls", "20", "--repeats", "1", "--dtype", "bfloat16"]
-    command += ["--csv", str(run.out / "loss_step.csv"), *(TINY_LOSS_STEP if run.tiny else ())]
-    with run.file("loss_step.log") as log:
-        status = run_logged(command, run.left("loss_step"), log, log)
-    run.say((run.out / "loss_step.log").read_text().rstrip())
-    if status is None:
-        run.say("loss_step: its time was up; what it had is in loss_step.csv")
-    elif status:
-        run.fail(f"loss_step: status {status}; see loss_step.log")
-
-
-SECTIONS = {one.__name__: one for one in (card, check, operators, linear, loss_step)}
-
-
-# ---- rows ----------------------------------------------------------------------------------------
-
-
-def described(
-    case: Case, provider: str, rows: Sequence[dict[str, Any]], rates: Rates | None
-) -> list[dict[str, Any]]:
-    """Rows of a measurement with what it was of, and its share of the floor."""
-    sizes = {"V": case.vocab, "D": case.hidden or None, "rows": case.rows, "k": case.k or None}
-    names = {"kernel": case.kernel, "provider": provider, "dtype": "bfloat16"}
-    rows = list(rows)
-    for row in rows[:]:
-        if row["metric"] == "ms" and rates and row.get("p50"):
-            floor = 1e3 * floor_seconds(case, rates)
-            shares = {name: floor / row[name] for name in ("p20", "p50", "p80")}
-            rows.append({"metric": "share of floor", **shares})
-    return [names | sizes | row for row in rows]
-
-
-def _what(row: dict[str, Any]) -> tuple[str, str]:
-    return row["provider"], row["metric"]
-
-
-def _where(row: dict[str, Any]) -> tuple[str, int, int]:
-    return row["kernel"], row["V"], row["rows"]
-
-
-def is_wrong(row: dict[str, Any], eager_error: float | None) -> bool:
-    """A measurement of this library's that failed, or a result that is not right."""
-    if row["status"] != OK:
-        return row["status"] != NO_TIME
-    limit = LIMIT
-    if row["kernel"].startswith("topk_indices"):
-        limit = 0.0
-    elif row["D"] and "sparse" not in row["kernel"]:
-        limit = LIMIT_OF_PRODUCTS if eager_error is None else LIMIT + 2 * eager_error
-    return row["metric"] == "error" and not row["p50"] <= limit
-
-
-def table(rows: Sequence[dict[str, Any]], vocab: int) -> str:
-    """A line a case at one V: this library, `eager`, and what `eager` takes for one of it."""
-    cases: dict[tuple, dict[tuple, dict[str, Any]]] = {}
-    for row in rows:
-        if row["V"] == vocab:
-            case = cases.setdefault((row["kernel"], row["rows"]), {})
-            case[_what(row)] = row
+def table(rows: Sequence[Row], vocab: int, rates: Rates | None) -> str:
+    """A line a case and provider of this library's at one V, beside `eager`."""
+    metric = _timed(rows)
+    same = [row for row in rows if row["V"] == vocab and row["kernel"] != "matmul"]
+    cases = tables.grouped(same, lambda row: (row["kernel"], row["rows"]))
     lines = []
-    for (kernel, count), case in cases.items():
-
-        def value(provider: str, metric: str, how: str, case: dict = case) -> str:
-            row = case.get((provider, metric))
-            return "-" if row is None else format(row["p50"], how)
-
-        ours, theirs = (case.get((name, "ms"), {}).get("p50") for name in ("palu", "eager"))
-        lines.append(
-            [
-                kernel,
-                str(count),
-                *(_time(case.get((name, "ms"))) for name in ("palu", "eager")),
-                f"{theirs / ours:.1f}" if ours and theirs else "-",
-                value("palu", "share of floor", ".2f"),
-                value("palu", "peak MiB", ".0f"),
-                value("eager", "peak MiB", ".0f"),
-                value("palu", "error", ".0e"),
-            ]
-        )
+    for (kernel, count), own in cases.items():
+        by = {(row["provider"], row["metric"]): row for row in own}
+        providers = dict.fromkeys(row["provider"] for row in own)
+        theirs = by.get(("eager", metric))
+        for provider in providers:
+            if not provider.startswith("palu"):
+                continue
+            row = by.get((provider, metric))
+            floor = row and rates and row["p50"] and floor_seconds(row, rates)
+            errors = [r["p50"] for (n, m), r in by.items() if n == provider and m.endswith("error")]
+            ratio = row and theirs and row["p50"] and theirs["p50"] and theirs["p50"] / row["p50"]
+            status = next(r["status"] for r in own if r["provider"] == provider)
+            lines.append(
+                [
+                    f"{kernel} {provider.removeprefix('palu')}".strip(),
+                    str(count),
+                    *(_cell(r and r["p50"] and 1e3 * r["p50"], ".3f") for r in (row, theirs)),
+                    _cell(ratio, ".1f"),
+                    _cell(floor and floor / row["p50"], ".2f"),
+                    *(_cell(_mib(by.get((n, "peak_bytes"))), ".0f") for n in (provider, "eager")),
+                    _cell(max(errors, default=None), ".0e"),
+                    status[:40] if status != OK else "",
+                ]
+            )
     headings = [f"V = {vocab}", "rows", "palu ms", "eager ms", "ratio", "of floor", "MiB"]
-    return harness.table([*headings, "eager MiB", "error"], lines)
+    return tables.text([*headings, "eager MiB", "error", ""], lines)
 
 
-def _time(row: dict[str, Any] | None) -> str:
-    """Milliseconds, or in a word why there are none."""
-    if row is None:
-        return "-"
-    if row["status"] != OK:
-        return "skipped" if row["status"] == NO_TIME else row["status"].split(":")[0][:16]
-    return f"{row['p50']:.3f}"
+def _mib(row: Row | None) -> float | None:
+    return None if row is None or row["p50"] is None else row["p50"] / 2**20
 
 
-# ---- the run -------------------------------------------------------------------------------------
+def _cell(value: Any, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="new or empty")
-    parser.add_argument("--device", default="auto", help="auto: the accelerator that is here")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the run itself")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT_DIR", help="new or empty")
+    add("--device", default="auto", help="auto: the accelerator that is here")
+    add("--tiny", action="store_true", help="tiny sizes, to test the run itself")
+    add("--commit", help="what is measured, where git cannot tell")
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    add("--model", type=Path, help="model folder, for a whole training step")
+    add("--data", type=Path, help="TOFU's files, for a whole training step")
     given = parser.parse_args(arguments)
+    if (given.model is None) != (given.data is None):
+        parser.error("--model and --data go together")
     if given.device == "auto":
         if not torch.accelerator.is_available():
             parser.error(
@@ -346,7 +369,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     elif given.device == "cpu" and not given.tiny:
         parser.error("--device cpu only tests the run itself: it needs --tiny")
     try:
-        harness.device_named(given.device)
+        runner.device_named(given.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
@@ -355,18 +378,28 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = options(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if "--card" in words or words[:1] == [runner.WORKER]:
+        return runner.main(CARD, words)
+    given = options(words)
     given.out.mkdir(parents=True, exist_ok=True)
     run = Run(given)
-    run.say(", ".join(run.environment.values()))
-    for name, section in SECTIONS.items():
-        if name in given.sections:
-            section(run)
-            run.say(f"-- {name} over after {time.monotonic() - run.start:.0f} s")
-    sizes = list(dict.fromkeys(row["V"] for row in run.rows if row["V"]))
-    tables = [table(run.rows, vocab) for vocab in sizes]
-    (run.out / "table.txt").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    for one in tables[:1]:
+    place = runner.environment(torch.device(given.device))
+    run.say(", ".join(map(str, [*place.values(), given.commit or runner.commit()])))
+    for part in plan(given):
+        if part.section in given.sections:
+            run.do(part)
+    speed = rates([row for row in run.rows if row["kernel"] in ("copy", "matmul")])
+    if speed is None:
+        run.say("the card's rates were not measured: no floors")
+    else:
+        copy, product = speed.bytes_per_second / 1e9, speed.flops_per_second / 1e12
+        run.say(f"copy: {copy:.1f} GB/s; bfloat16 products: {product:.1f} TFLOP/s")
+    kinds = (*TRANSFERS, *_LINEAR_BY_K, *_LINEAR_OTHERS)
+    rows = [row for row in run.rows if row["kernel"] in kinds]
+    texts = [table(rows, vocab, speed) for vocab in dict.fromkeys(row["V"] for row in rows)]
+    (run.out / "table.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    for one in texts[:1]:
         run.say(f"\n{one}")
     for failure in run.failures:
         run.say(f"FAILED: {failure}")

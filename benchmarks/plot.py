@@ -1,30 +1,44 @@
-"""Draws the rows of one dtype: curves over sizes, or bars. Needs matplotlib."""
+"""Draw the rows of each dtype: curves over sizes, or bars. Needs matplotlib."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from benchmarks import tables
+from benchmarks.tables import Row
 
-matplotlib.use("Agg")
-from matplotlib import pyplot, ticker
-
-from benchmarks import tables as report
-from palu.storage.files import new_file
-
-Row = dict[str, Any]
 MARKS = "osD^vPX*<>"
 
 
-def draw(rows: Sequence[Row], path: Path, axes: Sequence[str]) -> bool:
-    """-> whether there was anything to draw. Time on the left of memory, a line of panels for each
-    kernel (and each other size that varies)."""
+def plot(rows: Sequence[Row], path: Path, axes: Sequence[str] = tables.AXES) -> list[Path]:
+    """Write a PNG for every dtype beside `path`, `STEM-DTYPE.png`: curves over the sizes that vary,
+    bars where none does. Without matplotlib it says so and writes none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return []
+    written = []
+    for dtype, same in tables.grouped(rows, lambda row: row["dtype"]).items():
+        picture = path.with_name(f"{path.stem}-{dtype}.png")
+        if _draw(same, picture, [axis for axis in axes if tables.sweeps(same, axis)]):
+            written.append(picture)
+    return written
+
+
+def _draw(rows: Sequence[Row], path: Path, axes: Sequence[str]) -> bool:
+    """Return whether there was anything to draw. Time on the left of memory, a line of panels for
+    each kernel (and each other size that varies)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     measured = [row for row in rows if row["p50"] is not None]
     metrics = [m for m in ("seconds", _memory(measured)) if any(r["metric"] == m for r in measured)]
     columns = [(axis, metric) for axis in axes or [""] for metric in metrics]
-    panels = _panels(measured, axes)
+    panels = tables.grouped(measured, lambda row: _title(row, axes))
     if not panels or not columns:
         return False
     providers = dict.fromkeys(row["provider"] for row in measured)
@@ -36,14 +50,13 @@ def draw(rows: Sequence[Row], path: Path, axes: Sequence[str]) -> bool:
         squeeze=False,
         layout="constrained",
     )
-    for line, (title, them) in zip(grid, panels.items(), strict=True):
+    for line, (title, same) in zip(grid, panels.items(), strict=True):
         for panel, (axis, metric) in zip(line, columns, strict=True):
-            own = [row for row in them if row["metric"] == metric]
+            own = [row for row in same if row["metric"] == metric]
             drawn = _curves(panel, own, axis, looks) if axis else _bars(panel, own, looks)
             panel.set_visible(drawn)
             panel.set_title(title, fontsize=9)
-            unit = "milliseconds" if metric == "seconds" else f"{_words(metric)}, MiB"
-            (panel.set_ylabel if axis else panel.set_xlabel)(unit, fontsize=8)
+            (panel.set_ylabel if axis else panel.set_xlabel)(_unit(metric)[1], fontsize=8)
             panel.tick_params(labelsize=8)
     if axes:
         handles = [
@@ -51,46 +64,43 @@ def draw(rows: Sequence[Row], path: Path, axes: Sequence[str]) -> bool:
             for name, (color, mark) in looks.items()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=8)
-    note = f"{rows[0]['dtype']}; medians and p20 to p80\n{report.place(rows[0])}"
-    figure.supxlabel(note, fontsize=7)
-    with new_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    where = tables.environment(rows[0])
+    figure.supxlabel(f"{rows[0]['dtype']}; medians and p20 to p80\n{where}", fontsize=7)
+    figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
     return True
 
 
 def _memory(rows: Sequence[Row]) -> str:
     """PyTorch's allocator's count where there is one: it is exact."""
-    found = any(row["metric"] == "allocated_bytes" for row in rows)
-    return "allocated_bytes" if found else "peak_bytes"
+    exact = any(row["metric"] == "allocated_bytes" for row in rows)
+    return "allocated_bytes" if exact else "peak_bytes"
 
 
-def _words(metric: str) -> str:
-    return "allocator's peak" if metric == "allocated_bytes" else "peak memory"
+def _unit(metric: str) -> tuple[float, str]:
+    if metric == "seconds":
+        return 1e-3, "milliseconds"
+    words = "allocator's peak" if metric == "allocated_bytes" else "peak memory"
+    return 2**20, f"{words}, MiB"
 
 
-def _unit(row: Row) -> float:
-    return 1e-3 if row["metric"] == "seconds" else 2**20
-
-
-def _panels(rows: Sequence[Row], axes: Sequence[str]) -> dict[str, list[Row]]:
-    """Rows by what is not on an axis."""
+def _title(row: Row, axes: Sequence[str]) -> str:
     sizes = [name for name in ("V", "D", "rows", "k") if name not in axes]
-
-    def title(row: Row) -> str:
-        parts = [f"{name} {row[name]}" for name in sizes if row[name] is not None]
-        return ", ".join([row["kernel"], *parts])
-
-    return report.grouped(rows, title)
+    parts = [f"{name} {row[name]}" for name in sizes if row[name] is not None]
+    return ", ".join(filter(None, [row["kernel"], *parts, row["setting"]]))
 
 
 def _curves(panel: Any, rows: Sequence[Row], axis: str, looks: dict[str, tuple]) -> bool:
-    lines = report.sweeps(rows, axis).values()
-    for place, line in enumerate(lines):
+    from matplotlib import ticker
+
+    lines = tables.sweeps(rows, axis).values()
+    for number, line in enumerate(lines):
         color, mark = looks[line[0]["provider"]]
-        height = {"zorder": 3 - place / len(lines)}  # the first provider over the others
+        height = {"zorder": 3 - number / len(lines)}  # the first provider over the others
         x = [row[axis] for row in line]
-        low, middle, high = ([row[q] / _unit(row) for row in line] for q in report.QUANTILES)
+        low, middle, high = (
+            [row[q] / _unit(row["metric"])[0] for row in line] for q in tables.QUANTILES
+        )
         panel.plot(x, middle, color=color, marker=mark, markersize=4, linewidth=1.2, **height)
         panel.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     panel.set_xscale("log")
@@ -106,11 +116,11 @@ def _curves(panel: Any, rows: Sequence[Row], axis: str, looks: dict[str, tuple])
 
 
 def _bars(panel: Any, rows: Sequence[Row], looks: dict[str, tuple]) -> bool:
-    for place, row in enumerate(rows):
-        low, middle, high = (row[q] / _unit(row) for q in report.QUANTILES)
+    for number, row in enumerate(rows):
+        low, middle, high = (row[q] / _unit(row["metric"])[0] for q in tables.QUANTILES)
         error = [[max(middle - low, 0)], [max(high - middle, 0)]]
-        panel.barh(place, middle, xerr=error, color=looks[row["provider"]][0], capsize=2)
-        panel.text(max(middle, high), place, f"  {middle:.3g}", va="center", fontsize=7)
+        panel.barh(number, middle, xerr=error, color=looks[row["provider"]][0], capsize=2)
+        panel.text(max(middle, high), number, f"  {middle:.3g}", va="center", fontsize=7)
     panel.set_yticks(range(len(rows)), [row["provider"] for row in rows])
     panel.invert_yaxis()
     panel.margins(x=0.15)

@@ -2,15 +2,15 @@
 
     python -m benchmarks.memory.model
 
-Two kinds of rows, in one CSV. *Predicted* (``palu.planning.step``): Llama-3.1-8B, Llama-3.2-1B,
+Two kinds of rows, in one CSV. *Predicted* (`palu.planning.step`): Llama-3.1-8B, Llama-3.2-1B,
 Gemma-2-9B and Qwen2.5-7B by their published configs, every weight and LoRA, without and with
 checkpointing, by batch and length; nothing is run for them. *Measured*: two steps of small models
 of their families,
 with `PALUTrainer` itself or in the released code's way, whose largest sum of living tensors
-(``ledger.py``) stands beside the prediction. The exit status is 1 if one is off by more than 10%.
+(`ledger.py`) stands beside the prediction. The exit status is 1 if one is off by more than 10%.
 
-The ways: ``released`` (a second model, all logits of both), ``live`` (this library, a second
-model), ``cached`` (no second model). What a GPU needs beside tensors is in no number here.
+The ways: `released` (a second model, all logits of both), `live` (this library, a second
+model), `cached` (no second model). What a GPU needs beside tensors is in no number here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -37,9 +38,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import runner as harness
+from benchmarks import runner, tables
+from benchmarks.bench_train_step import Released
 from benchmarks.memory.ledger import Ledger
-from benchmarks.train_roads import Released, Settings
 from palu import PALUConfig, PALUTrainer
 from palu.data.collator import Collator
 from palu.planning.layer import PRECISIONS
@@ -72,7 +73,7 @@ PARTS = (
 PARTS += ("attention", "attention scores", "attention masks", "mlp", "linear inputs")
 PARTS += ("weight copies", "layer gradients", "head copies", "head gradient", "embedding gradient")
 PARTS += ("passing", "chunk buffers", "logits")
-COLUMNS = ("model", *SETUP, "moment", "predicted", "measured", *PARTS, *harness.ENVIRONMENT)
+COLUMNS = ("model", *SETUP, "moment", "predicted", "measured", *PARTS, *tables.ENVIRONMENT)
 Rows = list[dict[str, Any]]
 
 # Small models in the proportions of large ones: the vocabulary is 60 times the width, a batch has
@@ -249,7 +250,8 @@ def _released_steps(model: PreTrainedModel, setup: Setup, ledger: Ledger) -> Non
 
     if setup.checkpointing:
         model.gradient_checkpointing_enable()
-    road = Released(model.train(), Settings(20, autocast, None))
+    session = SimpleNamespace(model=model.train(), top_k=20, autocast=autocast)
+    losses_of = Released(session)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     collate, size = Collator(0), setup.batch_size
@@ -258,7 +260,7 @@ def _released_steps(model: PreTrainedModel, setup: Setup, ledger: Ledger) -> Non
         pair = [collate(rows[step * size : (step + 1) * size]) for rows in sets]
         if step == 1:
             ledger.start()
-        road(model, *pair)
+        losses_of(*pair)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -316,7 +318,7 @@ def predicted_tables(rows: Rows) -> str:
         for row in own:
             line = lines.setdefault((row["model"], row["trains"], row["way"]), [])
             line.append(f"{row['predicted'] / GIB:.1f}")
-        text = harness.table(
+        text = tables.text(
             ["model", "trains", "way", *shapes], [[*names, *line] for names, line in lines.items()]
         )
         title = f"GiB, {kind[0]}, {'with' if kind[1] else 'without'} checkpointing, predicted:"
@@ -331,23 +333,23 @@ def measured_table(rows: Rows) -> str:
         off = [off_by(row) for row in rows if (row["model"], row["trains"], row["way"]) == kind]
         lines.append([*kind, str(len(off)), f"{min(off):+.1%}", f"{max(off):+.1%}"])
     heading = ["predicted, over the tensors alive", "trains", "way", "cases", "lowest", "highest"]
-    return harness.table(heading, lines)
+    return tables.text(heading, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    count = harness.positive
+    count = runner.positive
     parser.add_argument("--batch-size", type=count, nargs="+", default=[1, 8, 32])
     parser.add_argument("--length", type=count, nargs="+", default=[512, 2048])
     parser.add_argument("--lora-rank", type=count, default=16)
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, default=["bfloat16", "autocast"])
     parser.add_argument("--measure", nargs="*", choices=SMALL_MODELS, default=[*SMALL_MODELS])
-    default = harness.RESULTS / "memory_model.csv"
+    default = runner.RESULTS / "memory_model.csv"
     parser.add_argument("--csv", type=Path, default=default, help="raw rows")
     given = parser.parse_args(arguments)
     models, small = predictions(given), measurements(given.dtype, given.measure)
-    place = harness.environment(torch.device("cpu")) | {"commit": harness.commit()}
-    harness.write_csv(given.csv, COLUMNS, [row | place for row in models + small])
+    place = runner.environment(torch.device("cpu")) | {"commit": runner.commit()}
+    tables.write(given.csv, [row | place for row in models + small], COLUMNS)
     print(predicted_tables(models), measured_table(small), sep="\n\n")
     wrong = [row for row in small if abs(off_by(row)) > ALLOWED]
     for row in wrong:

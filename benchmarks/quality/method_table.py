@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner as harness
+from benchmarks import runner, tables
 from palu.evaluation.metrics import model_utility
 
 ENTROPY = "--objective entropy"
@@ -80,7 +80,7 @@ TABLE = {
     "retain_Q_A_Prob": "retain prob.",
     "retain_Q_A_ROUGE": "retain ROUGE-L",
 }
-COLUMNS = ("world", "seed", "setting", "metric", "value", "command", *harness.ENVIRONMENT)
+COLUMNS = ("world", "seed", "setting", "metric", "value", "command", *tables.ENVIRONMENT)
 Rows = list[dict[str, Any]]
 
 
@@ -100,8 +100,8 @@ class Runs:
     ) -> None:
         self.world, self.seed, self.folder = world, seed, folder
         self.forget, self.retain, self.evaluate = forget, retain, evaluate
-        self.environment = harness.environment(torch.device("cpu"))
-        self.environment["commit"] = harness.commit()
+        self.environment = runner.environment(torch.device("cpu"))
+        self.environment["commit"] = runner.commit()
 
     def unlearn(self, setting: str, options: str) -> str:
         """-> the command that made the model of a setting, which is run unless its model is there.
@@ -281,11 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs = people_runs(options.work, seed, options.demo)
             made_by = f"palu demo --seed {seed} --output seed{seed} {options.demo}".strip()
             rows += measure(runs, PEOPLE, made_by=made_by)
-            harness.write_csv(options.csv, COLUMNS, rows)
+            tables.write(options.csv, rows, COLUMNS)
     else:
         runs = tofu_runs(options.work, options.original, options.retrained, options.data)
         rows = measure(runs, TOFU, made_by="benchmarks.quality.tofu_finetune")
-        harness.write_csv(options.csv, COLUMNS, rows)
+        tables.write(options.csv, rows, COLUMNS)
     print(table(rows))
     return 0
 
@@ -305,7 +305,7 @@ def parser() -> argparse.ArgumentParser:
     tofu.add_argument("--data", type=Path, required=True, help="folder with TOFU's files")
     for world, name in ((people, "people"), (tofu, "tofu")):
         world.add_argument("--work", type=Path, required=True, help="folder for models and logs")
-        default = harness.RESULTS / f"method_table_{name}.csv"
+        default = runner.RESULTS / f"method_table_{name}.csv"
         world.add_argument("--csv", type=Path, default=default, help="raw rows")
     show = worlds.add_parser("show", help="the table of a CSV")
     show.add_argument("file", type=Path)

@@ -1,6 +1,6 @@
-"""Every declared script runs on tiny sizes, its providers agree, and a wrong one is found."""
+"""`bench_ops` and `bench_linear` run on tiny sizes, their providers agree, a wrong one is found."""
 
-import csv
+import dataclasses
 import subprocess
 import sys
 
@@ -8,159 +8,164 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import bench_linear as scaling
-from benchmarks import bench_ops as logits_ops
-from benchmarks import runner as harness
-from benchmarks import suite, topk
-from benchmarks import tables as report
-from benchmarks.definitions import untied
-from benchmarks.suite import Case, Provider
+from benchmarks import bench_linear, bench_ops, runner, tables
+from benchmarks.providers import differentiated, untied
+from benchmarks.runner import Call, Case, Provider
 
-SIZES = {
-    logits_ops: ["--vocab", "1003", "--rows", "5", "--top-k", "20"],
-    topk: ["--vocab", "1003", "257", "--rows", "3", "--k", "1", "50", "257"],
-    scaling: ["--vocab", "257", "--rows", "5", "70", "--hidden", "24", "--top-k", "20"],
-}
-COMMON = ["--calls", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]
-DTYPES = {logits_ops: ["float32", "float16"]}  # of the smoke runs
-WITHOUT_COMPILE = {
-    script: [
-        *("--providers",),
-        *dict.fromkeys(
-            name
-            for providers in script.BENCHMARK.kernels.values()
-            for name in providers
-            if name != "compile"
-        ),
-    ]
-    for script in SIZES
-}
-
-
-def read(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+OPS = ["--vocab", "1003", "--rows", "5", "--top-k", "20"]
+TOP_K = ["--vocab", "1003", "257", "--rows", "3", "--top-k", "1", "50", "257"]
+TOP_K += ["--kernels", bench_ops.TOP_K]
+LINEAR = ["--vocab", "257", "--rows", "5", "70", "--hidden", "24", "--top-k", "20"]
+ONCE = ["--calls", "1", "--repeats", "1"]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """`main` of a script without processes -> (exit status, rows)."""
-
-    def run(script, *options, benchmark=None):
-        benchmark = benchmark or script.BENCHMARK
-        monkeypatch.setattr(
-            harness, "run_worker", lambda module, task, threads: suite.work(benchmark, task)
-        )
-        path = tmp_path / "rows.csv"
-        given = [*SIZES[script], *COMMON, "--csv", str(path), *options]
-        return suite.main(benchmark, given), read(path)
+def run(in_process, tmp_path):
+    def run(module, *options, benchmark=None):
+        sizes = OPS if module is bench_ops else LINEAR
+        benchmark = benchmark or module.BENCHMARK
+        return in_process(benchmark, tmp_path / "rows.csv", *sizes, *ONCE, *options)
 
     return run
 
 
-@pytest.mark.parametrize("script", SIZES, ids=lambda s: s.BENCHMARK.name)
-def test_smoke(script, run, tmp_path, capsys):
-    dtypes = DTYPES.get(script, ["float32", "bfloat16"])
-    status, rows = run(script, "--dtype", *dtypes, *WITHOUT_COMPILE[script])
-    wrong = {row["status"] for row in rows if row["status"].startswith(("wrong", "failed"))}
-    assert not wrong and status == 0
-    kernels = {(row["kernel"], row["dtype"]) for row in rows if row["metric"] == "seconds"}
-    assert len(kernels) == 2 * len(script.BENCHMARK.kernels)
-    for kernel, providers in script.BENCHMARK.kernels.items():
+def without_compile(benchmark):
+    """Compiling takes long: a test of its own does it."""
+    names = {name for them in benchmark.kernels.values() for name in them} - {"compile"}
+    return ["--providers", *sorted(names)]
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (bench_ops, ["--dtype", "float32", "float16", "--kernels", *bench_ops.LOSSES]),
+        (bench_ops, [*TOP_K, "--dtype", "float32", "bfloat16"]),
+        (
+            bench_linear,
+            ["--dtype", "float32", "bfloat16", "--together", "--kernels", *bench_linear.KERNELS],
+        ),
+    ],
+    ids=["ops", "topk", "linear"],
+)
+def test_smoke(module, options, run, tmp_path, capsys):
+    status, rows = run(module, *options, *without_compile(module.BENCHMARK))
+    assert not {row["status"] for row in rows if runner.is_bad(row["status"])} and status == 0
+    kernels = options[options.index("--kernels") + 1 :]
+    kernels = [name for name in kernels if name in module.BENCHMARK.kernels]
+    for kernel in kernels:
         there = {row["provider"] for row in rows if row["kernel"] == kernel}
-        assert there == set(providers) - {"compile"}
+        assert there == set(module.BENCHMARK.kernels[kernel]) - {"compile"}
     for row in rows:
         if row["provider"] in ("palu", "eager", "palu sparse", "palu dense", "sort"):
             assert row["status"] == "ok"
         if row["metric"].endswith("_error") and row["dtype"] == "float32":
-            assert float(row["p50"]) < 3e-6
+            assert row["p50"] < 3e-6
         if row["metric"] == "seconds" and row["status"] == "ok":
-            assert float(row["p50"]) > 0
+            assert row["p50"] > 0
+    dtypes = {row["dtype"] for row in rows}
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert pictures == sorted(f"rows-{dtype}.png" for dtype in dtypes)
+    assert len(dtypes) == 2 and pictures == sorted(f"rows-{dtype}.png" for dtype in dtypes)
     assert "of palu" in capsys.readouterr().out
+
+
+def selected(module, *options):
+    return runner.selected(module.BENCHMARK, runner.options(module.BENCHMARK, options))
 
 
 def test_sizes_are_swept_one_at_a_time():
     sizes = ["--vocab", "257", "515", "--rows", "5", "70", "--top-k", "20", "1", "257"]
     options = [*sizes, "--hidden", "24", "--dtype", "float32"]
-    cases = suite.selected(scaling.BENCHMARK, suite.options(scaling.BENCHMARK, options))
+    cases = selected(bench_linear, *options)
     base = Case("linear_flatten", 257, 24, 5, 20, "float32")
-    sizes = [{"rows": 70}, {"V": 515}, {"k": 1}, {"k": 257}]
-    wanted = {base, *(base._replace(**size) for size in sizes)}
+    changes = [{"rows": 70}, {"V": 515}, {"k": 1}, {"k": 257}]
+    wanted = {base, *(base._replace(**change) for change in changes)}
     assert {case for case in cases if case.kernel == "linear_flatten"} == wanted
     assert len([case for case in cases if case.kernel == "linear_kl_reverse"]) == 3
-    given = suite.options(topk.BENCHMARK, [*SIZES[topk], "--k", "258", "--dtype", "float32"])
-    assert [case.V for case in suite.selected(topk.BENCHMARK, given)] == [1003]
+    grid = selected(bench_linear, *options, "--grid")
+    assert len([case for case in grid if case.kernel == "linear_flatten"]) == 12
+    cases = selected(bench_ops, *TOP_K, "--top-k", "258", "--dtype", "float32")
+    assert [case.V for case in cases] == [1003]
+    default = {(case.V, case.rows, case.k) for case in selected(bench_ops)}
+    assert default == {(128256, 128, 1000), (128256, 128, None)}
 
 
 def test_nothing_to_measure(capsys):
     for options in (["--top-k", "999"], ["--kernels", "linear_kl_reverse"]):
         given = ["--vocab", "99", "--providers", "palu sparse", *options]
         with pytest.raises(SystemExit):
-            scaling.main(given)
+            bench_linear.main(given)
         assert "leave nothing to measure" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [logits_ops, pytest.param(scaling, marks=pytest.mark.slow)])
-def test_compiled(script, run):
-    kernel = "kl_reverse" if script is logits_ops else "linear_kl_reverse"
+@pytest.mark.parametrize("module", [bench_ops, pytest.param(bench_linear, marks=pytest.mark.slow)])
+def test_compiled(module, run):
+    kernel = "kl_reverse" if module is bench_ops else "linear_kl_reverse"
     sizes = ["--rows", "5", "--vocab", "257", "--dtype", "bfloat16"]
-    status, rows = run(script, "--kernels", kernel, "--providers", "compile", *sizes)
+    status, rows = run(module, "--kernels", kernel, "--providers", "compile", *sizes)
     assert status == 0 and rows[0]["status"] in ("ok", "no C++ compiler")
+
+
+def test_three_rows_of_many_are_compared(monkeypatch):
+    from benchmarks import providers
+
+    monkeypatch.setattr(providers, "ALL_ROWS", 5000)
+    case = Case("linear_cross_entropy_trained", 257, 16, 70, None, "float32")
+    given = bench_linear.make_inputs(case, torch.device("cpu"))
+    truth = bench_linear.BENCHMARK.truth(case, given)
+    assert truth.keys() == {"gradient", "rows"} and len(truth["gradient"]) == 3
+    outputs = differentiated(bench_linear.palu, case, given).run()
+    assert runner.relative_errors(case, given, outputs, truth)["gradient"] < 1e-5
+    outputs["gradient"][-1] *= 1.1
+    assert runner.relative_errors(case, given, outputs, truth)["gradient"] > 0.04
 
 
 # ---- what is wrong is found ----------------------------------------------------------------------
 
 
-def other_k(find):
-    return lambda case, given: find(case._replace(k=case.k - 1), given)
+def changed(module, **changes):
+    """Another computation: the definition of another case or of other inputs."""
+
+    def loss(case, given):
+        names = {name: value for name, value in changes.items() if name in case._fields}
+        other = {name: f(getattr(given, name)) for name, f in changes.items() if callable(f)}
+        case = case._replace(**{name: f for name, f in names.items() if not callable(f)})
+        return module.eager(case, given._replace(**other))
+
+    return loss
 
 
-def other_rows(case, given):
-    return given._replace(ref_hidden=given.ref_hidden.flip(0))
+def flip(tensor):
+    return tensor.flip(0)
+
+
+def no_gradient_of_the_head(case, given):
+    detached = given._replace(head=given.head.detach())
+    return bench_linear.eager(case, detached) + 0 * given.head.weight.sum()
 
 
 @pytest.mark.parametrize(
-    ("script", "kernel", "loss"),
+    ("module", "kernel", "loss"),
     [
-        (logits_ops, "flatten", other_k(logits_ops.eager)),
+        (bench_ops, "flatten", changed(bench_ops, k=19)),
+        (bench_ops, "kl_forward", changed(bench_ops, kernel="kl_reverse")),
+        (bench_ops, "cross_entropy", changed(bench_ops, labels=flip)),
+        (bench_linear, "linear_flatten", changed(bench_linear, indices=flip)),
+        (bench_linear, "linear_kl_reverse", changed(bench_linear, ref_hidden=flip)),
         (
-            logits_ops,
-            "kl_forward",
-            lambda c, g: logits_ops.eager(c._replace(kernel="kl_reverse"), g),
-        ),
-        (
-            logits_ops,
-            "cross_entropy",
-            lambda c, g: logits_ops.eager(c, g._replace(labels=g.labels.flip(0))),
-        ),
-        (
-            scaling,
-            "linear_flatten",
-            lambda c, g: scaling.eager(c, g._replace(indices=g.indices.flip(0))),
-        ),
-        (scaling, "linear_kl_reverse", lambda c, g: scaling.eager(c, other_rows(c, g))),
-        (
-            scaling,
+            bench_linear,
             "linear_kl_softcap",
-            lambda c, g: scaling.eager(c, g._replace(head=scaling.LMHead(g.head.weight))),
+            changed(bench_linear, head=lambda head: bench_linear.LMHead(head.weight)),
         ),
-        (
-            scaling,
-            "linear_cross_entropy_trained",
-            lambda c, g: (
-                scaling.eager(c, g._replace(head=g.head.detach())) + 0 * g.head.weight.sum()
-            ),
-        ),
+        (bench_linear, "linear_cross_entropy_trained", no_gradient_of_the_head),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_another_computation_is_found(script, kernel, loss, dtype, run):
-    provider = Provider(lambda case, given: logits_ops.differentiated(loss, case, given))
-    benchmark = replaced(script, kernel, provider)
-    options = ["--kernels", kernel, "--providers", "palu", "eager", "--dtype", dtype]
-    status, rows = run(script, *options, benchmark=benchmark)
+def test_another_computation_is_found(module, kernel, loss, run):
+    provider = Provider(lambda case, given: differentiated(loss, case, given))
+    benchmark = replaced(module, kernel, provider)
+    options = ["--kernels", kernel, "--providers", "palu", "eager"]
+    status, rows = run(
+        module, *options, "--dtype", "float32", "bfloat16", "--together", benchmark=benchmark
+    )
     assert status == 1
     assert {r["status"].split(":")[0] for r in rows if r["provider"] == "palu"} == {"wrong"}
     assert {r["status"] for r in rows if r["provider"] == "eager"} == {"ok"}
@@ -177,30 +182,30 @@ def test_another_computation_is_found(script, kernel, loss, dtype, run):
 )
 @pytest.mark.parametrize("order", ["exact", "any order"])
 def test_other_indices_are_found(spoil, order, run):
-    def make(case, scores):
-        found = topk.topk_indices(scores, case.k)
-        return suite.Call(lambda: {order: spoil(found).clamp(min=0)})
+    def make(case, given):
+        indices = bench_ops.topk_indices(given.ref_logits, case.k)
+        return Call(lambda: {order: spoil(indices).clamp(min=0)})
 
-    benchmark = replaced(topk, topk.KERNEL, Provider(make))
-    options = ["--vocab", "257", "--k", "50", "--providers", "palu", "--dtype", "float32"]
-    status, rows = run(topk, *options, benchmark=benchmark)
+    benchmark = replaced(bench_ops, bench_ops.TOP_K, Provider(make))
+    options = [*TOP_K, "--top-k", "50", "--providers", "palu", "--dtype", "float32"]
+    status, rows = run(bench_ops, *options, benchmark=benchmark)
     assert status == 1 and rows[0]["status"].startswith("wrong: rows off by")
 
 
-def test_ties_by_another_rule_are_found_where_the_rule_is_promised():
-    case = Case(topk.KERNEL, 4, None, 1, 2, "float32")
-    scores = torch.tensor([[1.0, 3.0, 1.0, 0.0]])
-    truth = topk.truth(case, scores)
-    last = torch.tensor([[2, 1]])
-    assert topk.errors(case, scores, {"any order": last}, truth) == {"rows": 0}
-    assert topk.errors(case, scores, {"exact": last.sort(-1).values}, truth) == {"rows": 1}
-
-
-def test_an_index_twice_is_found():
-    case = Case(topk.KERNEL, 4, None, 1, 2, "float32")
-    scores = torch.tensor([[3.0, 3.0, 1.0, 0.0]])
-    found = {"any order": torch.tensor([[0, 0]])}
-    assert topk.errors(case, scores, found, topk.truth(case, scores)) == {"rows": 1}
+@pytest.mark.parametrize(
+    ("scores", "indices", "wrong"),
+    [
+        ([1.0, 3.0, 1.0, 0.0], [2, 1], {"any order": 0, "exact": 1}),  # ties by another rule
+        ([3.0, 3.0, 1.0, 0.0], [0, 0], {"any order": 1, "exact": 1}),  # an index twice
+    ],
+)
+def test_ties_by_another_rule_are_found_where_the_rule_is_promised(scores, indices, wrong):
+    case = Case(bench_ops.TOP_K, 4, None, 1, 2, "float32")
+    given = bench_ops.Inputs(*[torch.tensor([scores])] * 4)
+    truth = bench_ops.truth(case, given)
+    for order, share in wrong.items():
+        found = torch.tensor([sorted(indices) if order == "exact" else indices])
+        assert bench_ops.errors(case, given, {order: found}, truth) == {"rows": share}
 
 
 def test_untied_rows_have_one_s():
@@ -211,11 +216,29 @@ def test_untied_rows_have_one_s():
     assert untied(rows, 999).isfinite().all() and untied(rows, None) is rows
 
 
-def replaced(script, kernel, provider):
-    """The script's benchmark with another provider in the place of ``palu``."""
-    kernels = script.BENCHMARK.kernels
+def replaced(module, kernel, provider):
+    """The benchmark with another provider in the place of `palu`."""
+    kernels = module.BENCHMARK.kernels
     own = {**kernels, kernel: {**kernels[kernel], "palu": provider}}
-    return type(script.BENCHMARK)(**{**vars(script.BENCHMARK), "kernels": own})
+    return dataclasses.replace(module.BENCHMARK, kernels=own)
+
+
+def test_a_head_that_trains_takes_its_mean_row_anew(monkeypatch):
+    made = []
+    original = bench_linear.LMHead.mean_row
+
+    def mean_row(head):
+        made.append(head)
+        return original(head)
+
+    monkeypatch.setattr(bench_linear.LMHead, "mean_row", mean_row)
+    for kernel in ("linear_flatten", "linear_flatten_trained"):
+        case = Case(kernel, 257, 16, 5, 9, "float32")
+        given = bench_linear.make_inputs(case, torch.device("cpu"))
+        for _ in range(2):
+            bench_linear.palu(case, given, "sparse")
+    frozen, trained = made[:2], made[2:]
+    assert frozen[0] is frozen[1] and trained[0] is not trained[1]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -223,39 +246,37 @@ def replaced(script, kernel, provider):
 
 def test_list(capsys):
     assert command.main(["list"]) == 0
-    out = capsys.readouterr().out
-    for name in ("bench_ops", "topk", "bench_loss", "bench_train_step", "static.traffic"):
-        assert any(line.startswith(name) for line in out.splitlines())
-    assert "harness" not in out and "__main__" not in out
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("bench_ops", "bench_linear", "bench_loss", "bench_train_step", "static.traffic"):
+        assert any(line.startswith(name) for line in lines)
+    assert not any(line.startswith(("runner", "__main__")) for line in lines)
 
 
 def test_run_plot_compare(tmp_path, capsys):
     """In processes of their own, as a user runs it."""
     path = tmp_path / "topk.csv"
-    words = ["run", "topk", "--vocab", "257", "--rows", "3", "--k", "5", "--dtype", "float32"]
-    words += ["--providers", "palu", *COMMON, "--csv", str(path)]
+    words = ["run", "bench_ops", *TOP_K, "--vocab", "257", "--top-k", "5", "--dtype", "float32"]
+    words += ["--providers", "palu", *ONCE, "--threads", "1", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words],
-        cwd=harness.ROOT,
+        [sys.executable, "-m", "benchmarks", *words, "--csv", str(path)],
+        cwd=runner.ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "topk_indices V=257 rows=3 k=5 float32" in done.stdout
-    rows = report.read(path)
+    rows = tables.read(path)
     assert {row["provider"] for row in rows} == {"palu"}
     assert all(int(row["threads"]) == 1 for row in rows)
     assert command.main(["plot", str(path)]) == 0
     assert "of palu" in capsys.readouterr().out
     assert command.main(["compare", str(path), str(path)]) == 0
-    slower = tmp_path / "slower.csv"
-    with slower.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, suite.COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            twice = {q: row[q] * 2 for q in report.QUANTILES} if row["metric"] == "seconds" else {}
-            writer.writerow(row | twice)
-    assert command.main(["compare", str(path), str(slower)]) == 1
+    slower = [
+        row | {q: row[q] * 2 for q in tables.QUANTILES if row["metric"] == "seconds"}
+        for row in rows
+    ]
+    tables.write(tmp_path / "slower.csv", slower)
+    assert command.main(["compare", str(path), str(tmp_path / "slower.csv")]) == 1
     assert capsys.readouterr().out.count("worse") == 1
     with pytest.raises(SystemExit):
         command.main(["compare", str(path), str(tmp_path / "none.csv")])

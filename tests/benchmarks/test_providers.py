@@ -1,6 +1,6 @@
 """The calls of other libraries compute the same task; each is skipped where it is not installed.
 
-Without a GPU their kernels run under Triton's interpreter (``tests/conftest.py``), which
+Without a GPU their kernels run under Triton's interpreter (`tests/conftest.py`), which
 cut-cross-entropy's do not survive.
 """
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks import bench_linear as scaling
 from benchmarks import bench_ops as logits_ops
 from benchmarks import providers as peers
-from benchmarks.suite import Case
+from benchmarks.runner import Case
 
 MODULES = {peers.LIGER: "liger_kernel", peers.CCE: "cut_cross_entropy", peers.FLA: "fla"}
 CALLS = [

@@ -1,0 +1,36 @@
+"""Benchmarks without a new process for every measurement."""
+
+import contextlib
+import importlib
+import io
+import json
+
+import pytest
+
+from benchmarks import runner, tables
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """A function that runs a benchmark in this process: it returns the exit status and the rows
+    that were written."""
+
+    def run(benchmark, path, *options):
+        def run_worker(module, task, threads, repo=None):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                runner.work(benchmark, json.loads(json.dumps(task)))
+            for line in printed.getvalue().splitlines():
+                number, result = json.loads(line)
+                yield number, runner.Result(*result)
+
+        monkeypatch.setattr(runner, "run_worker", run_worker)
+        given = ["--csv", str(path), "--threads", "1", "--device", "cpu", *options]
+        status = runner.main(benchmark, given)
+        return status, tables.read(path)
+
+    return run
+
+
+def script(name):
+    return importlib.import_module(f"benchmarks.{name}").BENCHMARK
