@@ -18,8 +18,8 @@ given:
   which is that of `compile` without `torch.compile`. It needs a GPU. (cut-cross-entropy has neither
   loss, flash-linear-attention not this direction of the KL.)
 * `rows`: both models' logits of those rows, then the operators on logits.
-* `linear`: the same rows through the linear operators, all logits of a row computed. (A call for
-  each of the two losses; `PALULoss.from_hidden` makes one, and its cost model may choose sparse.)
+* `linear`: `PALULoss.from_hidden` with the reference's hidden states; the rows are picked inside
+  the call.
 * `sparse+cached`: `PALULoss.from_hidden` with the forget rows' top-k indices and the preserve rows'
   reference hidden states computed before, as from a `ReferenceCache`.
 * `floor`: no loss. The matrix products that the selected rows cannot avoid, into memory that is
@@ -63,7 +63,6 @@ from palu import PALULoss, token_roles
 from palu_kernels import (
     LMHead,
     kl_loss,
-    linear_kl_loss,
     linear_local_entropy_loss,
     local_entropy_loss,
     topk_indices,
@@ -153,15 +152,16 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def linear(batch: Batch) -> Losses:
-    preserve, ref_preserve = (batch.rows(h)[1] for h in (batch.hidden, batch.ref_hidden))
-    forget = dense_live(batch).forget
-    return Losses(forget, linear_kl_loss(preserve, batch.head, ref_preserve))
+    return _from_hidden(batch, batch.ref_hidden)
 
 
 def sparse_cached(batch: Batch) -> Losses:
+    return _from_hidden(batch, batch.ref_preserve, ref_indices=batch.indices)
+
+
+def _from_hidden(batch: Batch, ref_hidden: Tensor, **given: Tensor) -> Losses:
     loss = PALULoss(top_k=batch.k, prefix_length=PREFIX)
-    inputs = (batch.hidden, batch.head, batch.labels, batch.ref_preserve)
-    output = loss.from_hidden(*inputs, ref_indices=batch.indices)
+    output = loss.from_hidden(batch.hidden, batch.head, batch.labels, ref_hidden, **given)
     return Losses(output.forget, output.preserve, output.loss)
 
 

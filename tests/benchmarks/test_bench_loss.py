@@ -51,7 +51,8 @@ def test_providers_agree(run, capsys):
     for provider in ("released", "linear", "sparse+cached"):
         assert by["float32", provider, "forget_loss"]["p50"] > 1
         assert by["float32", provider, "preserve_loss"]["p50"] > 0.1
-    assert by["float32", "sparse+cached", "sparse"]["p50"] in (0, 1)
+    # logged once a process for calls of a kind
+    assert by["float32", "linear", "sparse"]["p50"] in (0, 1)
     assert all(name in capsys.readouterr().out for name in ("of released",))
 
 
@@ -82,7 +83,7 @@ def with_gradient(change):
 
     def loss(batch):
         losses = bench_loss.linear(batch)
-        total = losses.forget + losses.preserve
+        total = losses.total
         wanted = torch.autograd.grad(total, batch.hidden)[0]
         change(wanted, batch)
         product = (batch.hidden * wanted).sum()
