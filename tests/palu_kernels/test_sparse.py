@@ -127,7 +127,8 @@ def test_softcap(loss, dtype):
 @pytest.mark.parametrize("n, v, d, k", SHAPES)
 def test_shapes(n, v, d, k, served_by):
     zero = (LOSSES[1], LOSSES[3]) if k == 1 else ()
-    for loss in LOSSES:
+    large = served_by == "triton" and n * k >= 100  # of which the interpreter takes seconds each
+    for loss in LOSSES[:1] if large else LOSSES:
         if loss not in zero:
             agree(problem(n, v, d, k), loss, served_by=served_by)
     found = ours(*problem(n, v, d, 1), LOSSES[1], served_by=served_by)
