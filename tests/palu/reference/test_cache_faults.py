@@ -96,12 +96,19 @@ class Killed(BaseException):
 FAULTY = (OSError(errno.ENOSPC, "full"), Killed())
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("call", "first"),
+    [
+        ("replace", 0),
+        ("replace", 1),
+        ("fsync", 0),
+        pytest.param("fsync", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_at_every_step(build, tok, tmp_path, monkeypatch, call, first):
     """Of a build that replaces a cache there is the old one or the new one, nothing between.
 
-    A full disk and a kill take turns; `slow`: the other way round too.
+    A full disk and a kill take turns, one way round and the other.
     """
     model, real, count = small.model(tok), getattr(os, call), 0
     monkeypatch.setattr("palu.reference.cache.check_causal", lambda *_: None)  # half of the time
