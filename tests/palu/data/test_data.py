@@ -310,6 +310,7 @@ WRONG = [
     ('{"question": "x", "answer": "\\ud83d", "spans": []}', "field 'answer' is not valid Unicode"),
     (row(spans="x"), "field 'spans': spans must be a list of spans, got str"),
     (row(spans=covers(0, 5)), "field 'spans': spans must be a list of spans, got dict"),
+    (row(spans={"start": [0, 6], "end": [5]}), "field 'spans' has lists of different lengths"),
     (with_spans({"start": 0}), r"field 'spans': spans\[0\] has no 'end'"),
     (with_spans([0, 5], [6, 99]), r"field 'spans': spans\[1\] is \[6, 99\)"),
     (with_spans([-2, 5]), r"spans\[0\] is \[-2, 5\)"),
