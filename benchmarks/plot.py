@@ -87,7 +87,7 @@ def _unit(metric: str) -> tuple[float, str]:
 def _title(row: Row, axes: Sequence[str]) -> str:
     sizes = [name for name in ("V", "D", "rows", "k") if name not in axes]
     parts = [f"{name} {row[name]}" for name in sizes if row[name] is not None]
-    return ", ".join(filter(None, [row["kernel"], *parts, row["setting"]]))
+    return "\n".join(filter(None, [", ".join([row["kernel"], *parts]), row["setting"]]))
 
 
 def _curves(panel: Any, rows: Sequence[Row], axis: str, looks: dict[str, tuple]) -> bool:
@@ -120,7 +120,7 @@ def _bars(panel: Any, rows: Sequence[Row], looks: dict[str, tuple]) -> bool:
         low, middle, high = (row[q] / _unit(row["metric"])[0] for q in tables.QUANTILES)
         error = [[max(middle - low, 0)], [max(high - middle, 0)]]
         panel.barh(number, middle, xerr=error, color=looks[row["provider"]][0], capsize=2)
-        panel.text(max(middle, high), number, f"  {middle:.3g}", va="center", fontsize=7)
+        panel.text(max(middle, high), number, f"  {middle:.4g}", va="center", fontsize=7)
     panel.set_yticks(range(len(rows)), [row["provider"] for row in rows])
     panel.invert_yaxis()
     panel.margins(x=0.15)
