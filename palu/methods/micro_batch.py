@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.nn import functional
 
 from palu.data.roles import IGNORE
 from palu.models.inputs import COLUMNS, joined, more_inputs
+
+if TYPE_CHECKING:
+    from palu.methods.base import Method
 
 RETAIN = "palu_retain"  # the retain micro-batch beside a forget micro-batch, or None
 ROLES = "palu_roles"
@@ -78,16 +81,23 @@ class RowRoles:
         return RowRoles(self.at[example : example + 1], int(example < self.forget))
 
 
+def forget_roles(method: Method, batch: Mapping[str, Any]) -> dict[str, RowRoles]:
+    """Return the roles of collated forget examples under their key: looked up where examples are
+    collated, on the host."""
+    return {ROLES: RowRoles.of_labels(method.roles(batch["labels"]))}
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what the model is called with."""
     ours = ("labels", "palu_")
-    return {name: value for name, value in batch.items() if not name.startswith(ours)}
+    given = {name: value for name, value in batch.items() if not name.startswith(ours)}
+    return {"attention_mask": None, **given}
 
 
 def only_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a micro-batch is made of, of a collated batch: what the model is called with, and
     labels."""
-    given = {name: batch.get(name) for name in COLUMNS}
+    given = {name: batch[name] for name in COLUMNS if batch.get(name) is not None}
     return given | more_inputs(batch)
 
 

@@ -50,7 +50,7 @@ class ExampleRows:
         model: nn.Module,
         *,
         ordered: bool = False,
-        more: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: {},
+        more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.collator, self.ordered, self.more = collator, ordered, more
         self.names = input_names(model)
@@ -89,7 +89,7 @@ class ExampleRows:
             self._compare(wanted, batch)
         whose = f"{self._name} gives what {self._model_name} does not take:"
         batch = taken_inputs(batch, self.names, whose)
-        return batch | self.more(batch)
+        return batch if self.more is None else batch | self.more(batch)
 
     def _checked(self, batch: Any) -> dict[str, Any]:
         if not isinstance(batch, Mapping):

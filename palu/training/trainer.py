@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from palu.methods.micro_batch import (
     DENOMINATORS,
     RETAIN,
     ROLES,
-    RowRoles,
+    forget_roles,
     one_by_one,
     together,
 )
@@ -179,13 +180,16 @@ class PALUTrainer(CheckpointTrainer):
             )
             args._n_gpu = 1
         if data_collator is None:
+            has_tokenizer = processing_class is not None
             data_collator = Collator(
-                processing_class if processing_class is not None else _padding_token(model, eos)
+                processing_class if has_tokenizer else _padding_token(model, eos)
             )
         self._pairs = self.method.needs_alternates
         # Second answers are collated apart; of several processes' rows the last may be repeats.
         ordered = self._pairs or args.world_size > 1
-        rows = ExampleRows(data_collator, model, ordered=ordered, more=self._roles)
+        rows = ExampleRows(
+            data_collator, model, ordered=ordered, more=partial(forget_roles, self.method)
+        )
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._reference_kind = args.reference if reference is None else reference
         kept = self.retain_dataset is not None and args.retain_loss != "nll"
@@ -205,6 +209,19 @@ class PALUTrainer(CheckpointTrainer):
             data_collator=PairCollator(rows) if self._pairs else rows,
             **kwargs,
         )
+        self._set_up_losses(ref_model)
+        self._retain_lengths = None
+        if self.retain_dataset is not None and groups_by_length(args):
+            self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
+        self._columns = vocabulary_size(unwrap(self.model))
+        self.add_callback(LogAtCheckpoints())
+        if isinstance(self.step_loss, PDUStepLoss):
+            self.add_callback(DualAscent(self))
+        if args.stop_at_forget_prob is not None:
+            self.add_callback(StopAtForgetProb(self))
+
+    def _set_up_losses(self, ref_model: nn.Module | None) -> None:
+        args = self.args
         # A backend that cannot serve is an error now and not in the first step.
         resolve_backend(args.backend, args.device, torch.float32)
         self.model_accepts_loss_kwargs = True
@@ -223,20 +240,7 @@ class PALUTrainer(CheckpointTrainer):
         if place is None and args.retain_loss != "nll":
             place = f"retain_loss is {args.retain_loss!r}, not 'nll'"
         warn_if_left_out(self.model, place)
-        self._retain_lengths = None
-        if self.retain_dataset is not None and groups_by_length(args):
-            self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
-        self._columns = vocabulary_size(unwrap(self.model))
         self.step_log = StepLog(args.device, preserve=self.method.preserve is not None)
-        self.add_callback(LogAtCheckpoints())
-        if isinstance(self.step_loss, PDUStepLoss):
-            self.add_callback(DualAscent(self))
-        if args.stop_at_forget_prob is not None:
-            self.add_callback(StopAtForgetProb(self))
-
-    def _roles(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The roles of collated examples, looked up where they are collated: on the host."""
-        return {ROLES: RowRoles.of_labels(self.method.roles(batch["labels"]))}
 
     # ---- reference -------------------------------------------------------------------------------
 

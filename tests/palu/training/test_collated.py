@@ -1,6 +1,8 @@
 """Collators of the user's own: packed or padded anywhere they train to the numbers of palu's, what
 they give reaches the model, and what cannot be right is refused by name."""
 
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -190,6 +192,16 @@ def test_every_example_of_a_packed_data_set_counts(tok, tmp_path):
         counts.append(sum(entry["num_forget"] for entry in logged(made)))
         counts.append(made.evaluate()["eval_num_forget"])
     assert counts[0] == counts[1] == counts[2] == counts[3] > 0
+
+
+def test_a_data_loader_of_another_process_gets_it(tok, tmp_path):
+    """The collator is pickled where workers are spawned, without the trainer or the model."""
+    made = trainer(tok, config(tmp_path))
+    rows = [made.train_dataset[0]]
+    pickled = pickle.dumps(made.data_collator)
+    assert b"palu.training.trainer" not in pickled and b"modeling_llama" not in pickled
+    collators = pickle.loads(pickled), made.data_collator
+    assert torch.equal(*(collator(rows)["palu_roles"].at for collator in collators))
 
 
 def test_repeats_of_packed_rows_cannot_be_told(tok):
