@@ -298,12 +298,6 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"palu_kernels.triton.{name}")
 
 
-_KINDS = {
-    kind.__name__: kind
-    for kind in (LocalEntropy, KL, CrossEntropy, LikeliestNLL, SparseLocalEntropy)
-}
-
-
 def encode(loss: RowLoss) -> str:
     """Return a loss as text, which `torch.compile` can trace: a custom op takes no objects."""
     fields = [repr(getattr(loss, name)) for name in type(loss).__match_args__]
@@ -313,5 +307,6 @@ def encode(loss: RowLoss) -> str:
 @lru_cache
 def decode(text: str) -> RowLoss:
     """Return the loss that `encode` was given."""
-    kind, *fields = text.split(",")
-    return _KINDS[kind](*map(ast.literal_eval, fields))
+    name, *fields = text.split(",")
+    kinds = {kind.__name__: kind for kind in RowLoss.__subclasses__()}
+    return kinds[name](*map(ast.literal_eval, fields))

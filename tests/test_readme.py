@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from tests.support.readme_world import (
     LORA,
     METHOD,
     ONE_MORE_LOSS,
+    OPERATORS,
     TRAINER,
     prepare,
     run,
@@ -49,7 +49,7 @@ def changed(before, after):
 
 
 def test_every_example_is_here():
-    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD}
+    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
 
 
@@ -58,12 +58,28 @@ def test_pages_and_links():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     assert (ROOT / "README.md").stat().st_size <= 9000
     for page in pages:
-        text = page.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for link in re.findall(r"\]\((?!http)([^)#]+)", prose):
             assert (page.parent / link).exists(), (page.name, link)
-        prose = re.sub(r"```.*?```", "", text, flags=re.S)
         long = [x for x in prose.split("\n") if len(x) > 100 and not x.startswith(("|", "!"))]
         assert not [x for x in long if " " in x.strip("`. ")], (page.name, long)
+
+
+def test_operators():
+    names = {}
+    run(OPERATORS, names)
+    assert names["logits"].grad.shape == (2, 8, 5000) and names["hidden"].grad.shape == (2, 8, 64)
+    assert names["loss"].shape == (2, 8)
+
+
+def test_an_operator_of_ones_own(tmp_path):
+    """What docs/kernels.md adds in six files, in a copy of the package."""
+    command = [sys.executable, "-m", "tests.support.new_operator", str(tmp_path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_method_of_ones_own(world):
@@ -214,7 +230,8 @@ def test_gradient_of_a_loop(number, bf16, world):
     compare(found, world, eager(world, world["rows"], autocast=bf16)[0], bf16=bf16)
 
 
-@pytest.mark.parametrize("bf16, reference", product([False, True], ["float32", "bfloat16"]))
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("reference", ["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradient_of_one_more_loss(accumulation, bf16, reference, world, tmp_path):
     """Trainer's step is the mean of its micro-batches' losses; the original may be in bfloat16."""
