@@ -22,11 +22,6 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def work(tmp_path_factory, tok):
     """A folder with a tiny model and two data files."""
     folder = tmp_path_factory.mktemp("lora")

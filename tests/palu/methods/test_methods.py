@@ -36,11 +36,6 @@ NEEDS_REFERENCE = ("npo", "dpo", "undial")
 PAIRS = ("dpo", "idk_dpo")
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def half_learned(tok, _found={}):  # noqa: B006
     """A float64 model that finds the answers' tokens neither certain nor impossible."""
     model = small.model(tok, initializer_range=0.1).double()

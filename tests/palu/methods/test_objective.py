@@ -19,11 +19,6 @@ from tests.support import small
 from tests.support.training import config, micro_batches, trainer, weights
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def moved(model, seed=1, size=0.05):
     """Away from the reference, or its terms would be 0."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,11 +18,6 @@ from tests.support.training import config, trainer, weights
 OPTIONS = {"method": "pdu", "retain_loss_eps": 2.0, "dual_step_size": 0.25, "retain_weight": 3.0}
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def made_by(tok, tmp_path, **options):
     """Three forget rows: two steps an epoch."""
     settings = {"dual_warmup_epochs": 1, "num_train_epochs": 3, "learning_rate": 1e-2}

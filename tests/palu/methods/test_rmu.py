@@ -26,11 +26,6 @@ from tests.support.training import config, micro_batches, trainer, weights
 OPTIONS = {"method": "rmu", "layer_id": 1, "steering_coeff": 6.5}
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def deep(tok, layers=4):
     return small.model(tok, num_hidden_layers=layers, initializer_range=0.1).double()
 

@@ -28,11 +28,6 @@ from tests.support import small
 from tests.support.training import config, logged, trainer, weights
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def gpt2(tok, seed=0):
     """Learned positions, and a type for every token: both show."""
     torch.manual_seed(seed)

@@ -30,11 +30,6 @@ NEW = ("loss_token_fraction", "head_rows_share", "tokens_per_second", "peak_memo
 TERMS = ("forget", "preserve", "retain")
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 config = partial(training.config, per_device_train_batch_size=3, num_train_epochs=2)
 
 

@@ -25,11 +25,6 @@ from tests.support.training import config, trainer, weights
 STEP = 1e-5
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def run(tok, folder, dtype, *, model=None, optimizer=None, **options):
     """Trains; the trainer, and the warnings it gave."""
     model = small.model(tok).bfloat16().to(dtype) if model is None else model

@@ -22,11 +22,6 @@ from tests.support.training import config, trainer, weights
 KEYS = ("step", "loss", "forget", "preserve", "retain", "num_forget", "grad_norm", "learning_rate")
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def curve(run):
     return [{k: e[k] for k in KEYS} for e in run.state.log_history if "forget" in e]
 

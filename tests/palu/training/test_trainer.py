@@ -16,11 +16,6 @@ from tests.support import small
 from tests.support.training import config, trainer, weights
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return small.tokenizer()
-
-
 def expected_terms(model, ref, tok, forget, retain, args):
     """The three terms from full logits, with PALULoss on [B, T, V] and PyTorch's cross-entropy."""
     batch = Collator(tok)(forget)
