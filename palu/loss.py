@@ -228,7 +228,7 @@ class PALULoss(nn.Module):
             head,
             roles,
             losses,
-            self._shares(denominators),
+            self._weights(denominators) * denominators[: len(losses)].reciprocal(),
             ref_hidden=ref_hidden,
             ref_head=ref_head,
             data=[ref_indices, None][: len(losses)],
@@ -270,7 +270,7 @@ class PALULoss(nn.Module):
         counts, denominators = self._counts(roles, logits, num_forget, num_preserve)
         losses = self.losses(self.select_from)
         options = {"backend": self.backend}
-        shares = self._shares(denominators)
+        shares = self._weights(denominators) / denominators[: len(losses)]
         loss, sums = role_losses(logits, ref_logits, roles, losses, shares, **options)
         return self._output(loss, sums, denominators, counts)
 
@@ -281,11 +281,11 @@ class PALULoss(nn.Module):
         means += [loss.new_zeros(())] * (2 - len(means))
         return PALUOutput(loss, *means, *counts)
 
-    def _shares(self, denominators: Tensor) -> Tensor:
-        """Weights of the losses' sums in the total."""
+    def _weights(self, denominators: Tensor) -> Tensor:
+        """Weights of the losses' means in the total."""
         weights = [self.forget_weight, self.preserve_weight]
         terms = 1 if self.preserve is None else 2
-        return (denominators.new_tensor(weights) / denominators)[:terms]
+        return denominators.new_tensor(weights[:terms])
 
     def _score_source(self, ref_hidden: Tensor | None, ref_indices: Tensor | None) -> str:
         """Whose scores choose S, of what `from_hidden` is given."""

@@ -63,7 +63,7 @@ class PALUStepLoss(StepLoss):
                 self.head,
                 _numbered(roles.at, which),
                 losses,
-                denominators.new_tensor(weights) / shares,
+                denominators.new_tensor(weights) * shares.reciprocal(),
                 ref_hidden=None if ref_hidden is None else ref_hidden.to(hidden.dtype),
                 ref_head=None if ref_hidden is None else self.reference.head,
                 data=data,

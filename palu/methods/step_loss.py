@@ -95,7 +95,8 @@ class StepLoss:
         with self.router.watching(model) as outputs:
             total, means = self.terms(model, batch, denominators)
         extra = self.router.of(model, outputs, batch.get("attention_mask"), roles.forget)
-        extra = extra * (roles.count(RETAINED) / denominators[2])
+        count = denominators.new_tensor(roles.count(RETAINED))
+        extra = extra * (count / denominators[2])
         total = total + self.retain_weight * extra
         return total, means + nn.functional.pad(extra.detach()[None], (2, 0))
 
