@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
-from palu_kernels.backend import BACKENDS, check_values
+from palu_kernels.backend import BACKENDS, Backend, check_values
 from palu_kernels.roles import linear_role_losses, prepare, role_losses
 from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
+from palu_kernels.validation import Center, Objective
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
 SELECTIONS = ("reference", "current")
@@ -56,14 +57,14 @@ class PALULoss(nn.Module):
         self,
         top_k: int = 50,
         prefix_length: int = 3,
-        objective: Literal["flatten", "entropy"] = "flatten",
-        center: str | float = "global_mean",
+        objective: Objective = "flatten",
+        center: Center | float = "global_mean",
         preserve: Literal["reverse_kl", "forward_kl", "nll"] | None = "reverse_kl",
         forget_weight: float = 1.0,
         preserve_weight: float = 1.0,
         select_from: Literal["reference", "current"] = "reference",
         eos_token_id: int | Sequence[int] | None = None,
-        backend: Literal["auto", "triton", "torch"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         arguments.positive_int("top_k", top_k)

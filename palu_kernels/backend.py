@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS = get_args(Backend)
 # Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch road.
 _TRITON_DEVICES = ("cuda", "xpu")
 

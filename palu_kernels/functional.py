@@ -8,11 +8,12 @@ from torch import Tensor
 
 from palu_kernels import logits_op
 from palu_kernels import validation as arguments
-from palu_kernels.backend import accum_dtype, resolve
+from palu_kernels.backend import Backend, accum_dtype, resolve
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss, encode
+from palu_kernels.validation import Center, Direction, Objective, Reduction
 
 
-def topk_indices(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
+def topk_indices(scores: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     """Exact indices of the k largest entries of every row.
 
     Args:
@@ -39,10 +40,10 @@ def local_entropy_loss(
     *,
     top_k: int,
     indices: Tensor | None = None,
-    objective: str = "flatten",
-    center: str | float = "global_mean",
-    reduction: str = "mean",
-    backend: str = "auto",
+    objective: Objective = "flatten",
+    center: Center | float = "global_mean",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """PALU's forget loss: level the entries of S, the k entries that the chooser ranks highest
     (arXiv 2601.03190).
@@ -95,9 +96,9 @@ def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    direction: str = "reverse",
-    reduction: str = "mean",
-    backend: str = "auto",
+    direction: Direction = "reverse",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Kullback-Leibler divergence between the current rows and frozen reference rows, over the
     whole vocabulary.
@@ -132,8 +133,8 @@ def cross_entropy_loss(
     labels: Tensor,
     *,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy against class indices, as ``torch.nn.functional.cross_entropy``; rows are not
     shifted.
@@ -166,7 +167,7 @@ def _loss(
     logits: Tensor,
     ref_logits: Tensor | None,
     data: Tensor | None,
-    reduction: str,
+    reduction: Reduction,
     backend: str,
 ) -> Tensor:
     """Call the op, in the wider of the two dtypes: S stays exact, and the gradient goes back into

@@ -4,16 +4,19 @@ must be."""
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OBJECTIVES = ("flatten", "entropy")
-CENTERS = ("global_mean", "local_mean")
-DIRECTIONS = ("reverse", "forward")
-REDUCTIONS = ("mean", "sum", "none")
+Objective = Literal["flatten", "entropy"]
+Center = Literal["global_mean", "local_mean"]
+Direction = Literal["reverse", "forward"]
+Reduction = Literal["mean", "sum", "none"]
+OBJECTIVES, CENTERS = get_args(Objective), get_args(Center)
+DIRECTIONS, REDUCTIONS = get_args(Direction), get_args(Reduction)
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

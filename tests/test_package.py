@@ -59,6 +59,7 @@ def test_help_and_dir_show_public_names(package):
 def test_one_version():
     stated = re.search(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
     assert palu.__version__ == palu_kernels.__version__
+    assert f"\nversion: {stated}\n" in (ROOT / "CITATION.cff").read_text()
     assert palu.__version__ in (stated, "0+unknown")  # the second: a clone that is not installed
 
 

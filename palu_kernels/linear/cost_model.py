@@ -7,7 +7,7 @@ is all that a choice between roads many times apart needs.
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,7 +18,8 @@ from palu_kernels.backend import accum_dtype
 # L3 larger ones leave the cache before they are used, smaller ones cost in calls.
 BLOCK_BYTES = 8 << 20
 
-IMPLEMENTATIONS = ("auto", "dense", "sparse")
+Implementation = Literal["auto", "dense", "sparse"]
+IMPLEMENTATIONS = get_args(Implementation)
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple] = set()

@@ -7,12 +7,13 @@ import math
 from torch import Tensor
 
 from palu_kernels import validation as arguments
-from palu_kernels.backend import accum_dtype
+from palu_kernels.backend import Backend, accum_dtype
 from palu_kernels.linear.chunked import CHUNK_BYTES
-from palu_kernels.linear.cost_model import IMPLEMENTATIONS
+from palu_kernels.linear.cost_model import IMPLEMENTATIONS, Implementation
 from palu_kernels.linear.head import LMHead, check_hidden, prepare, product_dtype
 from palu_kernels.linear.op import call, settle
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss
+from palu_kernels.validation import Center, Direction, Objective, Reduction
 
 
 def linear_local_entropy_loss(
@@ -23,12 +24,12 @@ def linear_local_entropy_loss(
     *,
     top_k: int,
     indices: Tensor | None = None,
-    objective: str = "flatten",
-    center: str | float = "global_mean",
-    reduction: str = "mean",
-    implementation: str = "auto",
+    objective: Objective = "flatten",
+    center: Center | float = "global_mean",
+    reduction: Reduction = "mean",
+    implementation: Implementation = "auto",
     chunk_bytes: int = CHUNK_BYTES,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """``local_entropy_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)`` without the
     logits.
@@ -93,10 +94,10 @@ def linear_kl_loss(
     ref_hidden: Tensor,
     ref_head: LMHead | None = None,
     *,
-    direction: str = "reverse",
-    reduction: str = "mean",
+    direction: Direction = "reverse",
+    reduction: Reduction = "mean",
     chunk_bytes: int = CHUNK_BYTES,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """``kl_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)`` without the logits.
 
@@ -126,9 +127,9 @@ def linear_cross_entropy_loss(
     labels: Tensor,
     *,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     chunk_bytes: int = CHUNK_BYTES,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """``cross_entropy_loss(head.logits(hidden), labels, ...)`` without the logits; rows are not
     shifted.
@@ -162,7 +163,7 @@ def _single(
     ref_hidden: Tensor | None,
     ref_head: LMHead | None,
     data: Tensor | None,
-    reduction: str,
+    reduction: Reduction,
     chunk_bytes: int,
     backend: str,
     *,
