@@ -6,7 +6,8 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from palu.errors import one_line, user_errors
+from palu.errors import UserError, one_line, user_errors
 from palu.storage.json_files import NotJSON, parse, read_text
 from palu.training.options import (
     LossOptions,
@@ -31,6 +32,7 @@ DECIDED = dict.fromkeys(("do_train", "do_eval", "do_predict", "eval_strategy"), 
 DECIDED |= dict.fromkeys(("output_dir", "use_cpu"), "--output and --device")
 DECIDED |= dict.fromkeys(("save_strategy", "save_total_limit"), "--save-steps")
 DECIDED |= dict.fromkeys(("logging_strategy", "logging_steps"), "the loss curve, every step")
+DECIDED["push_to_hub"] = "palu, which writes a folder; upload that"
 DECIDED["activation_checkpointing"] = "--gradient-checkpointing"
 DECIDED |= {"resume_from_checkpoint": "--resume", "disable_tqdm": "palu's own progress bar"}
 DECIDED |= {"label_smoothing_factor": "the loss, whose terms have no smoothed form"}
@@ -221,6 +223,19 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _configuration = partial(option, panel="Configuration")
+
+
+@contextmanager
+def blamed_on(given: Mapping[str, Any], *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what the Trainer raises because of its options into a user's mistake of one line: only
+    where some were given, or a bug would lose its traceback."""
+    try:
+        yield
+    except kinds as error:
+        if not given:
+            raise
+        names = ", ".join(given)
+        raise UserError(f"with --set {names}: {one_line(error)}") from error
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ from palu import distributed
 from palu.cli.config_file import (
     ConfigOptions,
     as_config,
+    blamed_on,
     config_text,
     given_trainer_options,
     trainer_options,
@@ -151,7 +152,9 @@ class Run:
         )
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed is {options.seed}; it must be 0 to 2**32 - 1")
-        self.config = run.make_config(self.device, **self._settings())
+        settings = self._settings()
+        with blamed_on(options.set, ImportError):  # deepspeed
+            self.config = run.make_config(self.device, **settings)
         check_read(options, options.given)  # defaults too, where they were given
         run.check_method(self.config, options.model, retain=options.retain is not None)
         _check_reports(self.config, options.output)
@@ -279,7 +282,8 @@ class Run:
         notes = {"model": str(self.options.model), **data_notes(self.options)}
         notes["template"] = self.template.to_dict()
         mistakes = user_errors(CacheError, CacheWriteError, CheckpointError)
-        with mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
+        trainer = blamed_on(self.options.set, ImportError, TypeError, ValueError)
+        with trainer, mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
             self.outcome = run.unlearn(
                 self.model,
                 self.tokenizer,

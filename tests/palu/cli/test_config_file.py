@@ -94,6 +94,12 @@ def test_files_that_cannot_be_used(palu, work, text, message):
         ("--set weight_decay", "--set 'weight_decay' must be NAME=VALUE"),
         ("--set weight_deca=1", "the nearest known one is 'weight_decay'"),
         ("--set learning_rate=1", "learning_rate is decided by --learning-rate"),
+        ("--set push_to_hub=true", "push_to_hub is decided by palu, which writes a folder"),
+        ('--set lr_scheduler_kwargs={"cycles":2}', "with --set lr_scheduler_kwargs: get_linear_sc"),
+        (
+            "--set load_best_model_at_end=1 --set eval_delay=x",
+            "--set eval_delay=x: argument --eval",
+        ),
         ("--set fp16=perhaps", "--set fp16=perhaps: argument --fp16: "),
         ("--report-to nowhere", "--report-to nowhere: nowhere is not supported"),
         ("--config nowhere.yaml", "nowhere.yaml: no such file"),
