@@ -22,7 +22,7 @@ SELECTIONS = ("reference", "current")
 
 
 class PALUOutput(NamedTuple):
-    """What a step gives, 0-dim tensors: the weighted sum to call ``backward`` on; the two means
+    """What a step gives, 0-dim tensors: the weighted sum to call `backward` on; the two means
     by themselves (detached, unweighted); and how many rows each was taken over."""
 
     loss: Tensor
@@ -35,22 +35,22 @@ class PALUOutput(NamedTuple):
 class PALULoss(nn.Module):
     """Prefix-aware localized unlearning (arXiv 2601.03190).
 
-    ``loss = forget_weight * mean(forget rows) + preserve_weight * mean(preserve rows)``, each mean
+    `loss = forget_weight * mean(forget rows) + preserve_weight * mean(preserve rows)`, each mean
     0 when it has no rows.
 
     Args:
         top_k: k, how many of the largest logits of a forget row are levelled; more than V means V.
         prefix_length: how many tokens of each sensitive run are forgotten; 0 or less takes all.
-        objective: ``flatten``, mean over S of ``(z_i - c)^2`` (the released code), or ``entropy``,
-            ``log k - H(softmax(z_S))``.
-        center: c of flatten: ``global_mean`` (the released code), ``local_mean`` or a number.
-        preserve: ``reverse_kl`` KL(p_current || p_reference) (the released code), ``forward_kl``
-            (the paper's text), ``nll`` of the reference's most likely token, or None.
+        objective: `flatten`, mean over S of `(z_i - c)^2` (the released code), or `entropy`,
+            `log k - H(softmax(z_S))`.
+        center: c of flatten: `global_mean` (the released code), `local_mean` or a number.
+        preserve: `reverse_kl` KL(p_current || p_reference) (the released code), `forward_kl`
+            (the paper's text), `nll` of the reference's most likely token, or None.
         forget_weight, preserve_weight: finite numbers of at least 0 (gamma and alpha in the
             released code).
-        select_from: whose k largest logits are S, ``reference`` or ``current``.
+        select_from: whose k largest logits are S, `reference` or `current`.
         eos_token_id: id or ids that end a run and are never sensitive.
-        backend: ``auto``, ``triton`` or ``torch``, for every operator.
+        backend: `auto`, `triton` or `torch`, for every operator.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PALULoss(nn.Module):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether ``ref_logits`` are needed: to choose S, or to preserve."""
+        """Return whether `ref_logits` are needed: to choose S, or to preserve."""
         return self.select_from == "reference" or self.preserve is not None
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ class PALULoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def roles(self, labels: Tensor) -> Tensor:
-        """int8 ``[B, T]``: what each label is for (0 nothing, 1 forget, 2 preserve)."""
+        """int8 `[B, T]`: what each label is for (0 nothing, 1 forget, 2 preserve)."""
         return token_roles(labels, self.prefix_length, self.eos_token_id)
 
     def forward(
@@ -117,9 +117,9 @@ class PALULoss(nn.Module):
         """The loss of a batch; the logits at position t-1 predict the label at t (shifted inside).
 
         Args:
-            logits: ``[B, T, V]`` of the current model, float32, bfloat16, float16 or float64.
-            labels: int64 or int32 ``[B, T]``: -100 no loss, -200 preserve, a token id sensitive.
-            ref_logits: ``[B, T, V]`` of the frozen reference, of any of these dtypes, no gradient.
+            logits: `[B, T, V]` of the current model, float32, bfloat16, float16 or float64.
+            labels: int64 or int32 `[B, T]`: -100 no loss, -200 preserve, a token id sensitive.
+            ref_logits: `[B, T, V]` of the frozen reference, of any of these dtypes, no gradient.
             num_forget, num_preserve: denominators of the two means instead of this batch's row
                 counts, so that a step split into micro-batches or processes has one objective.
                 (What divides the loss or its gradient again by micro-batches or processes,
@@ -150,10 +150,10 @@ class PALULoss(nn.Module):
         """The same loss for rows picked beforehand, where a model computes no others.
 
         Args:
-            logits: ``[R, V]``; row i predicts a label whose role is ``row_roles[i]``.
-            row_roles: int8 ``[R]``, as ``roles`` gives them.
-            ref_logits: ``[R, V]`` of the frozen reference, no gradient.
-            num_forget, num_preserve: as in ``forward``.
+            logits: `[R, V]`; row i predicts a label whose role is `row_roles[i]`.
+            row_roles: int8 `[R]`, as `roles` gives them.
+            ref_logits: `[R, V]` of the frozen reference, no gradient.
+            num_forget, num_preserve: as in `forward`.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or the reference is missing.
@@ -186,17 +186,17 @@ class PALULoss(nn.Module):
         """The same loss from what enters the output head, without logits of whole rows.
 
         Args:
-            hidden: ``[B, T, D]`` of the current model (``palu.model_hidden_states``).
-            head: its output head (``palu.LMHead.from_model``); gradients reach it if it trains.
-            labels: int64 or int32 ``[B, T]``, as in ``forward``.
-            ref_hidden: the frozen reference's, ``[B, T, D]``; or, with ``ref_indices`` or where S
-                is the current model's choice, those of the preserve rows alone, ``[rows, D]``, row
+            hidden: `[B, T, D]` of the current model (`palu.model_hidden_states`).
+            head: its output head (`palu.LMHead.from_model`); gradients reach it if it trains.
+            labels: int64 or int32 `[B, T]`, as in `forward`.
+            ref_hidden: the frozen reference's, `[B, T, D]`; or, with `ref_indices` or where S
+                is the current model's choice, those of the preserve rows alone, `[rows, D]`, row
                 after row.
-            ref_head: the reference's head; None takes ``head``, which must not train then.
-            ref_indices: S of the forget rows, ``[rows, k]``, row after row: what the reference's
-                ``topk_indices`` are, computed before. No logit outside S is then computed where the
+            ref_head: the reference's head; None takes `head`, which must not train then.
+            ref_indices: S of the forget rows, `[rows, k]`, row after row: what the reference's
+                `topk_indices` are, computed before. No logit outside S is then computed where the
                 loss needs none.
-            num_forget, num_preserve: as in ``forward``.
+            num_forget, num_preserve: as in `forward`.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or the reference is missing.
@@ -249,7 +249,7 @@ class PALULoss(nn.Module):
         num_forget: float | Tensor | None,
         num_preserve: float | Tensor | None,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """-> rows of each kind; what their sums are divided by, ``[2]``."""
+        """Return rows of each kind; what their sums are divided by, `[2]`."""
         counts = (roles == FORGET).sum(), (roles == PRESERVE).sum()
         work = torch.float64 if like.dtype == torch.float64 else torch.float32
         found = (
@@ -267,7 +267,7 @@ class PALULoss(nn.Module):
         num_forget: float | Tensor | None,
         num_preserve: float | Tensor | None,
     ) -> PALUOutput:
-        """Rows ``[..., V]`` and their roles ``[...]``."""
+        """Rows `[..., V]` and their roles `[...]`."""
         counts, denominators = self._counts(roles, logits, num_forget, num_preserve)
         losses = self.losses(self.select_from)
         options = {"backend": self.backend}
@@ -312,7 +312,7 @@ class PALULoss(nn.Module):
         return source
 
     def center_parts(self) -> tuple[str, float]:
-        """Kind (``number`` or the name of a mean) and number of the center."""
+        """Kind (`number` or the name of a mean) and number of the center."""
         return arguments.center(self.center)
 
     def losses(self, score_source: str) -> list[RowLoss]:

@@ -215,7 +215,7 @@ def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 
 
 class TrainingBar(TrainerCallback):
-    """Shows a Trainer's steps and the last logged terms through `report`."""
+    """Show a Trainer's steps and the last logged terms through `report`."""
 
     SHOWN = ("forget", "preserve", "retain", FORGET_PROB)
 

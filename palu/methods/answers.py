@@ -42,17 +42,17 @@ class Answers:
 
     @cached_property
     def nll(self) -> Tensor:
-        """`[n]`, -log p of each token, differentiable."""
+        """Return `[n]`, -log p of each token, differentiable."""
         return self._nll(self.rows, self.head)
 
     @cached_property
     def ref_nll(self) -> Tensor:
-        """`[n]`, the original model's."""
+        """Return `[n]`, the original model's."""
         with torch.no_grad():
             return self._nll(self.ref_rows, self._frozen_head)
 
     def sums(self, values: Tensor) -> Tensor:
-        """`[n]` -> `[E]`: over the tokens of each answer."""
+        """Return `[n]` -> `[E]`: over the tokens of each answer."""
         answers = torch.arange(len(self.lengths), device=values.device)
         number = answers.repeat_interleave(self.lengths, output_size=len(values))
         return values.new_zeros(len(answers)).index_add(0, number, values)

@@ -63,7 +63,7 @@ class Method:
         return [field.name for field in fields(cls) if field.name not in shared]
 
     def check_run(self, *, retain: bool, reference: str, reference_needed: bool) -> None:
-        """Whether a run has what the method needs.
+        """Check that a run has what the method needs.
 
         Args:
             retain: whether there is a retain set.
@@ -96,7 +96,7 @@ class Method:
         return [forget, roles.count(PRESERVE), roles.count(RETAINED)]
 
     def check_layers(self, count: int) -> None:
-        """Raises ValueError where a model of so many decoder layers will not do."""
+        """Raise ValueError where a model of so many decoder layers will not do."""
 
     def prepare(self, model: nn.Module) -> None:
         """What is done to a model before it is trained: nothing, unless the method says so."""
@@ -109,7 +109,7 @@ class Method:
         return roles
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`, or `[answers]` where `per_example`: what the forget term is the mean of.
+        """Return `[tokens]`, or `[answers]` where `per_example`: the forget term is their mean.
 
         Must give no entries for no rows.
         """
@@ -117,7 +117,7 @@ class Method:
 
 
 def check_number(name: str, value: Any, *, above_zero: bool = True) -> None:
-    """Raises TypeError or ValueError unless it is a finite number above 0 (of at least 0)."""
+    """Raise TypeError or ValueError unless it is a finite number above 0 (of at least 0)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
     if not math.isfinite(value) or value < 0 or (above_zero and value == 0):

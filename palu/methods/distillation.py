@@ -35,7 +35,7 @@ class UNDIAL(Method):
         check_number("beta", self.beta)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
 
         def distill(logits: Tensor, targets: Tensor, ref_logits: Tensor) -> Tensor:
             lower = ref_logits.new_full((len(targets), 1), -self.beta)
@@ -74,7 +74,7 @@ class CEU(Method):
         return torch.where(early, NONE, roles)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
 
         def avoid(logits: Tensor, targets: Tensor, _: None) -> Tensor:
             others = logits.detach().scatter(1, targets[:, None], -torch.inf)

@@ -21,7 +21,7 @@ class GradAscent(Method):
     retain = "refused"
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
         return -answers.nll
 
 
@@ -56,7 +56,7 @@ class WGA(Method):
         check_number("beta", self.beta, above_zero=False)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
         nll = answers.nll
         return -(-self.beta * nll.detach()).exp() * nll
 
@@ -84,7 +84,7 @@ class SatImp(Method):
         check_number("beta2", self.beta2, above_zero=False)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
         nll = answers.nll
         fixed = nll.detach()
         # A row that sums to less than 1 in rounding must not give 1 - p below 0.

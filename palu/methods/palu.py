@@ -188,7 +188,7 @@ class PALU(Method):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the original chooses S, or is what is preserved."""
+        """Return whether the original chooses S, or is what is preserved."""
         return self.palu_loss.needs_reference
 
     def roles(self, labels: Tensor) -> Tensor:

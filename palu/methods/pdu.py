@@ -112,7 +112,7 @@ class PDU(Method):
         check_number("dual_warmup_epochs", self.dual_warmup_epochs, above_zero=False)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[tokens]`."""
+        """Return `[tokens]`."""
         options = {"top_k": 1, "objective": "flatten", "center": "global_mean"}
         options |= {"reduction": "none", "backend": self.backend}
         if answers.head is None:

@@ -32,7 +32,7 @@ class NPO(Method):
         check_number("beta", self.beta)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[answers]`."""
+        """Return `[answers]`."""
         log_ratio = answers.sums(answers.ref_nll - answers.nll)
         return -2 / self.beta * logsigmoid(-self.beta * log_ratio)
 
@@ -62,7 +62,7 @@ class SimNPO(Method):
         check_number("delta", self.delta, above_zero=False)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[answers]`."""
+        """Return `[answers]`."""
         nll = answers.sums(answers.nll) / answers.lengths
         return -2 / self.beta * logsigmoid(self.beta * (nll - self.delta))
 
@@ -91,7 +91,7 @@ class DPO(Method):
         check_number("beta", self.beta)
 
     def loss(self, answers: Answers) -> Tensor:
-        """`[pairs]`."""
+        """Return `[pairs]`."""
         log_ratio = answers.sums(answers.ref_nll - answers.nll)
         first, second = log_ratio.view(2, -1)
         return -logsigmoid(self.beta * (second - first))

@@ -134,7 +134,7 @@ class RMU(Method):
             ) from None
 
     def check_layers(self, count: int) -> None:
-        """Raises ValueError where `layer_id` is none of so many layers."""
+        """Raise ValueError where `layer_id` is none of so many layers."""
         if self.layer_id is not None and self.layer_id >= count:
             raise ValueError(
                 f"layer_id is {self.layer_id} and the model has {count} decoder layers; it must be "
@@ -142,7 +142,7 @@ class RMU(Method):
             )
 
     def prepare(self, model: nn.Module) -> None:
-        """Settles `layer_id`, and turns off `requires_grad` of what does not train.
+        """Settle `layer_id`, and turn off `requires_grad` of what does not train.
 
         Raises:
             ValueError: the model has no such layer, or nothing would train.

@@ -30,7 +30,7 @@ MEGABATCH = 50  # as in transformers' LengthGroupedSampler
 
 @dataclass(frozen=True)
 class Sharding:
-    """Deals a pass out as accelerate does: micro-batch `number` of a process takes the next `batch`
+    """Deal a pass out as accelerate does: micro-batch `number` of a process takes the next `batch`
     rows, processes in turn.
 
     Behind the last row accelerate starts again with the first ones, so that every process has

@@ -25,7 +25,7 @@ FORGET_PROB = "forget_prob"
 
 
 class StopAtForgetProb(TrainerCallback):
-    """Measures `forget_probability` on the training data at the end of each epoch (every
+    """Measure `forget_probability` on the training data at the end of each epoch (every
     `args.eval_steps` steps if that is set), logs it as `forget_prob`, and ends the training where
     it is at most `args.stop_at_forget_prob`.
 

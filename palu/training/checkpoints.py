@@ -112,7 +112,7 @@ def folder_beside(
 
 
 def check_home(folder: Path) -> None:
-    """Whether checkpoints can go to a folder: what palu did not write is never replaced.
+    """Check that checkpoints can go to a folder: what palu did not write is never replaced.
 
     Raises:
         CheckpointError: something is there under a name that they need.
@@ -178,7 +178,7 @@ def run_identity(
 def finish(
     aside: Path, place: Path, identity: Mapping[str, Any], *, step: int, resumable: bool
 ) -> None:
-    """Writes the record into a folder that has everything else, and puts it in its place.
+    """Write the record into a folder that has everything else, and put it in its place.
 
     Args:
         aside: the folder as it was written, in one of `make_aside`.
@@ -201,7 +201,7 @@ def finish(
 
 
 def remove_all(folder: Path) -> None:
-    """Removes the checkpoints that palu wrote, and the folder if nothing else is in it."""
+    """Remove the checkpoints that palu wrote, and the folder if nothing else is in it."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in _checkpoints(folder).values():
@@ -214,7 +214,7 @@ def remove_all(folder: Path) -> None:
 
 
 def remove_older(folder: Path, newest: Path, best: str | None, limit: int | None) -> None:
-    """Removes the checkpoints written longest ago until `limit` are left (None: none is removed).
+    """Remove the checkpoints written longest ago until `limit` are left (None: none is removed).
     The newest and the best one stay."""
     if not limit or limit < 1:
         return
@@ -276,7 +276,7 @@ def read_record(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_digests(checkpoint: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Reads all files of a checkpoint: a flipped bit would go on into the weights, unseen.
+    """Read all files of a checkpoint: a flipped bit would go on into the weights, unseen.
 
     Args:
         record: see `read_record`. A checkpoint of an older palu has no digests, and is taken as it
@@ -298,7 +298,7 @@ def check_digests(checkpoint: str | os.PathLike[str], record: Mapping[str, Any])
 
 
 def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
-    """Whether a checkpoint belongs to a run.
+    """Check that a checkpoint belongs to a run.
 
     Raises:
         CheckpointError: it is not whole, or something differs; names all that does.
@@ -331,7 +331,7 @@ def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, An
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Puts the state of an objective into a checkpoint that is being written, if it has one."""
+    """Put the state of an objective into a checkpoint that is being written, if it has one."""
     if state:
         write_json(folder / STATE, state)
 
@@ -345,7 +345,7 @@ def read_state(checkpoint: str | None) -> dict[str, Any]:
 
 
 class LogAtCheckpoints(TrainerCallback):
-    """Closes the logging window at every checkpoint: a resumed run starts a new one there, and its
+    """Close the logging window at every checkpoint: a resumed run starts a new one there, and its
     log is to be that of the whole run."""
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -146,7 +146,7 @@ class ExampleRows:
 
 
 def try_out(collator: Callable[[list], Any], datasets: Iterable[Any]) -> None:
-    """Calls a collator with the first examples of data sets that can be indexed: what is wrong with
+    """Call a collator with the first examples of data sets that can be indexed: what is wrong with
     it is told before any work. The random state is as it was afterwards."""
     python, arrays = random.getstate(), np.random.get_state()
     try:

@@ -112,7 +112,7 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
         super().__post_init__()
 
     def check_retain(self, *, given: bool) -> None:
-        """Raises ValueError for a `retain_batch_size` where no retain set is given."""
+        """Raise ValueError for a `retain_batch_size` where no retain set is given."""
         if self.retain_batch_size is not None and not given:
             raise ValueError(
                 f"retain_batch_size is {self.retain_batch_size} and there is no retain set; it "

@@ -32,7 +32,7 @@ def trains_in_half(model: nn.Module) -> list[str]:
 
 
 class MasterWeights:
-    """Puts float32 masters into an optimizer, in place of its bfloat16 and float16 parameters.
+    """Put float32 masters into an optimizer, in place of its bfloat16 and float16 parameters.
 
     Works through the hooks of `torch.optim.Optimizer`, so that any optimizer that does nothing but
     read `param.grad` and change `param` will do. The masters are part of its state dict. Gradients
@@ -116,7 +116,7 @@ class MasterWeights:
 
 @torch.no_grad()
 def round_into(out: Tensor, values: Tensor, generator: torch.Generator) -> None:
-    """Writes float32 values into a tensor of another dtype: bfloat16 at random, up with the
+    """Write float32 values into a tensor of another dtype: bfloat16 at random, up with the
     probability of how near the upper neighbour is; others to the nearest."""
     if out.dtype != torch.bfloat16 or values.dtype != torch.float32:
         out.copy_(values)
@@ -187,7 +187,7 @@ def warn_rounded_back(share: float, dtype: torch.dtype) -> None:
 
 
 def refuse_optimizer(optimizer: Any, optim: Any) -> None:
-    """Raises ValueError for an optimizer that steps by other ways than `step()` on its parameters.
+    """Raise ValueError for an optimizer that steps by other ways than `step()` on its parameters.
 
     Args:
         optimizer: what the Trainer made or was given.

@@ -54,7 +54,7 @@ def checkpoint_bytes(model: nn.Module, *, adapter: bool) -> int:
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Looks whether files can be written, by writing one, and whether there is room for them all.
+    """Look whether files can be written, by writing one, and whether there is room for them all.
 
     Args:
         needs: what is written, in words, its place, and its bytes.
@@ -98,7 +98,7 @@ def keep(
     checkpoint: str | None,
     size: int,
 ) -> WriteError:
-    """Keeps a trained model whose output could not be written.
+    """Keep a trained model whose output could not be written.
 
     Args:
         error: why not.

@@ -39,7 +39,7 @@ class StepLog:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new window."""
+        """Begin a new window."""
         self.steps = 0
         self.terms = torch.zeros(2, len(TERMS), device=self.device)
         self._tokens = torch.zeros((), device=self.device)

@@ -99,7 +99,7 @@ class _Terms:
 
 
 class PALUTrainer(CheckpointTrainer):
-    """Makes a model forget the sensitive tokens of `train_dataset` and keep everything else.
+    """Make a model forget the sensitive tokens of `train_dataset` and keep everything else.
 
     A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
     each term a mean over all its rows in the step: splitting the step into micro-batches
@@ -250,7 +250,7 @@ class PALUTrainer(CheckpointTrainer):
         return self.step_loss.reference
 
     def check_model(self, *, resumed: bool = False) -> None:
-        """Looks once, before training or evaluation, whether the model is causal and, with
+        """Look once, before training or evaluation, whether the model is causal and, with
         `adapter_off`, whether it is the original when its adapter is off.
 
         Args:
@@ -278,7 +278,7 @@ class PALUTrainer(CheckpointTrainer):
         return reference.to(self.args.device)
 
     def open_cache(self, checkpoint: str | None = None, **options: Any) -> ReferenceCache | None:
-        """Opens the reference cache, or builds it first from the model as it is now.
+        """Open the reference cache, or build it first from the model as it is now.
 
         `train` and `evaluate` do so by themselves; call it before them to give it more options.
 
@@ -376,7 +376,7 @@ class PALUTrainer(CheckpointTrainer):
 
     @property
     def has_masters(self) -> bool:
-        """Whether float32 masters are trained: see `palu.training.master_weights`."""
+        """Return whether float32 masters are trained: see `palu.training.master_weights`."""
         return self._masters is not None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -431,7 +431,7 @@ class PALUTrainer(CheckpointTrainer):
         )
 
     def fill_checkpoint(self, folder: Path) -> None:
-        """Notes the state of the objective, and the model that a reference cache is of."""
+        """Note the state of the objective, and the model that a reference cache is of."""
         write_state(folder, self.step_loss.state())
         if isinstance(self.reference, CachedReference):
             remember_starting_model(folder, self.reference.cache)
@@ -601,7 +601,7 @@ class PALUTrainer(CheckpointTrainer):
         return LengthGroups(step, lengths, seed)
 
     def check_labels(self, batch: dict) -> None:
-        """Raises ValueError for a label that is no token, where values are checked."""
+        """Raise ValueError for a label that is no token, where values are checked."""
         if self._columns is not None and check_values(batch["labels"].device):
             check_labels(batch["labels"], self._columns)
 
@@ -696,7 +696,7 @@ class PALUTrainer(CheckpointTrainer):
     # ---- logs ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the numbers of the steps since the last log to the Trainer's own training logs: see
+        """Add the numbers of the steps since the last log to the Trainer's own training logs: see
         `StepLog.collect`."""
         if "loss" in logs and self.step_log.steps > 0:
             logs |= self.step_log.collect(self.accelerator.gather)
@@ -720,8 +720,8 @@ def _padding_token(model: nn.Module, eos: list[int]) -> int:
 
 
 def groups_by_length(args: PALUConfig) -> bool:
-    """Whether the Trainer puts forget rows of like length together, so that retain rows should be
-    too (the option had another name in transformers 5.0)."""
+    """Return whether the Trainer puts forget examples of like length together, so that retain
+    examples should be too (the option had another name in transformers 5.0)."""
     strategy = getattr(args, "train_sampling_strategy", None)
     return strategy == "group_by_length" or bool(getattr(args, "group_by_length", False))
 

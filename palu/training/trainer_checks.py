@@ -14,7 +14,7 @@ from palu.training.config import PALUConfig
 
 
 def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
-    """Raises TypeError or ValueError, before any work.
+    """Raise TypeError or ValueError, before any work.
 
     Args:
         args, forget, retain: the trainer's arguments.
@@ -58,7 +58,7 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
 def marks_something(
     rows: Iterable[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
 ) -> bool:
-    """Whether any row has a token to forget. Rows are read up to the first that has one; one
+    """Return whether any row has a token to forget. Rows are read up to the first that has one; one
     without labels, which a collator may make, counts as one.
     """
     for row in rows:
