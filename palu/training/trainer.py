@@ -102,16 +102,16 @@ class PALUTrainer(CheckpointTrainer):
     """Make a model forget the sensitive tokens of `train_dataset` and keep everything else.
 
     A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
-    each term a mean over all its rows in the step: splitting the step into micro-batches
-    (`gradient_accumulation_steps`) or processes changes nothing. Forget and retain rows take turns,
-    each with a forward and a backward of the wrapper the Trainer holds, and losses are computed
-    from hidden rows, or from the logits of rows that carry a loss. The logs carry each term
-    unweighted (`forget`, `preserve`, `retain`: means over the rows since the last log), the rows
-    per step (`num_forget`, ...), and what they cost: `loss_token_fraction`, `tokens_per_second` and
+    each term a mean over all its tokens in the step: splitting the step into micro-batches
+    (`gradient_accumulation_steps`) or processes changes nothing. A forget and a retain micro-batch
+    have a forward and a backward each, of the wrapper the Trainer holds, and losses are computed
+    from hidden states, or from the logits of tokens that carry a loss. The logs carry each term
+    unweighted (`forget`, `preserve`, `retain`: means over the tokens since the last log), the
+    tokens per step (`num_forget`, ...), and what they cost: `loss_token_fraction`, `tokens_per_second` and
     `peak_memory_mib` (see `palu.training.step_log.StepLog.collect`).
 
-    The retain rows of a step depend on the seed and the step alone: a resumed run sees the same
-    ones. A checkpoint is whole or absent (`palu.training.checkpoints`). To resume, build the
+    The retain examples of a step depend on the seed and the step alone: a resumed run sees the
+    same ones. A checkpoint is whole or absent (`palu.training.checkpoints`). To resume, build the
     trainer as it was, with the original model, and call `train(resume_from_checkpoint=True)`: the
     reference is copied from the model given here, before the checkpoint's weights are loaded into
     it.
