@@ -19,8 +19,8 @@ over is the next one's):
 
 What was not measured has a row that says why: `skipped: no time left`, or what was wrong. OUT_DIR
 receives `gpu.csv` (all rows), `table.txt` (all sizes; the first V is printed last), `gpu.log` (what
-was printed), and for every part `NAME.csv` and `NAME.log`; `check.json`. The table's device time is
-with a cold L2 cache, `of floor` is the floor (`floor_seconds`) over that time.
+was printed), and for every part `NAME.csv` and `NAME.log`; `check.json`. Device time is with a cold
+L2 cache, `of floor` is the floor (`floor_seconds`) over that time.
 
 The exit status is 1 if the check failed, or a result of this library's is wrong or missing for
 another reason than time; 2 if there is no GPU.
@@ -39,12 +39,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 
 from benchmarks import runner, tables
-from benchmarks.runner import NO_TIME, OK, Call, Case, Provider
+from benchmarks.runner import NO_TIME, Call, Case, Provider
 from benchmarks.tables import Row
 
 LAST_START = 5  # seconds before its end after which a part starts no measurement
@@ -304,46 +304,16 @@ def run_logged(command: Sequence[str], seconds: float, log: TextIO) -> int | Non
         raise
 
 
-def table(rows: Sequence[Row], vocab: int, rates: Rates | None) -> str:
-    """A line a case and provider of this library's at one V, beside `eager`."""
-    metric = _timed(rows)
-    same = [row for row in rows if row["V"] == vocab and row["kernel"] != "matmul"]
-    cases = tables.grouped(same, lambda row: (row["kernel"], row["rows"]))
-    lines = []
-    for (kernel, count), own in cases.items():
-        by = {(row["provider"], row["metric"]): row for row in own}
-        providers = dict.fromkeys(row["provider"] for row in own)
-        theirs = by.get(("eager", metric))
-        for provider in providers:
-            if not provider.startswith("palu"):
-                continue
-            row = by.get((provider, metric))
-            floor = row and rates and row["p50"] and floor_seconds(row, rates)
-            errors = [r["p50"] for (n, m), r in by.items() if n == provider and m.endswith("error")]
-            ratio = row and theirs and row["p50"] and theirs["p50"] and theirs["p50"] / row["p50"]
-            status = next(r["status"] for r in own if r["provider"] == provider)
-            lines.append(
-                [
-                    f"{kernel} {provider.removeprefix('palu')}".strip(),
-                    str(count),
-                    *(_cell(r and r["p50"] and 1e3 * r["p50"], ".3f") for r in (row, theirs)),
-                    _cell(ratio, ".1f"),
-                    _cell(floor and floor / row["p50"], ".2f"),
-                    *(_cell(_mib(by.get((n, "peak_bytes"))), ".0f") for n in (provider, "eager")),
-                    _cell(max(errors, default=None), ".0e"),
-                    status[:40] if status != OK else "",
-                ]
-            )
-    headings = [f"V = {vocab}", "rows", "palu ms", "eager ms", "ratio", "of floor", "MiB"]
-    return tables.text([*headings, "eager MiB", "error", ""], lines)
-
-
-def _mib(row: Row | None) -> float | None:
-    return None if row is None or row["p50"] is None else row["p50"] / 2**20
-
-
-def _cell(value: Any, how: str) -> str:
-    return "-" if value is None else format(value, how)
+def shares_of_floor(rows: Sequence[Row], rates: Rates) -> list[Row]:
+    """Return rows of the metric `of_floor`: the floor over the time."""
+    shares = []
+    for row in rows:
+        floor = floor_seconds(row, rates) if row["metric"] == _timed(rows) and row["p50"] else None
+        if floor is not None:
+            processes = [[floor / value for value in p] for p in tables.by_process(row)]
+            add = (row["provider"], "of_floor", processes, row["status"])
+            shares.append(tables.row(row, *add, row))
+    return shares
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -395,9 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         copy, product = speed.bytes_per_second / 1e9, speed.flops_per_second / 1e12
         run.say(f"copy: {copy:.1f} GB/s; bfloat16 products: {product:.1f} TFLOP/s")
+        run.rows += shares_of_floor(run.rows, speed)
+        tables.write(run.out / "gpu.csv", run.rows)
     kinds = (*TRANSFERS, *_LINEAR_BY_K, *_LINEAR_OTHERS)
-    rows = [row for row in run.rows if row["kernel"] in kinds]
-    texts = [table(rows, vocab, speed) for vocab in dict.fromkeys(row["V"] for row in rows)]
+    rows = tables.grouped((r for r in run.rows if r["kernel"] in kinds), lambda row: row["V"])
+    texts = [tables.tables(same, axes=()) for same in rows.values()]
     (run.out / "table.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     for one in texts[:1]:
         run.say(f"\n{one}")

@@ -180,27 +180,14 @@ def test_rates():
     assert gpu.rates([copy, *products, *device]).bytes_per_second == 2 * found.bytes_per_second
 
 
-def test_table():
-    rows = [row(p50=0.002), row(metric="loss_error", p50=0.003)]
-    rows += [row(provider="eager", p50=0.004), row("entropy", status="failed: no kernel image")]
-    rows[-1]["p50"] = None
-    rows += [row("flatten", status=runner.NO_TIME), row(V=7, p50=1.0)]
-    rows[-2]["p50"] = None
-    text = gpu.table(rows, 1000, RATES).splitlines()
-    assert len(text) == 4 and text[0].startswith("V = 1000")
+def test_shares_of_floor():
     # 3 million bytes: 1 microsecond
-    assert text[1].split() == [
-        "kl_reverse",
-        "300",
-        "2.000",
-        "4.000",
-        "2.0",
-        "0.00",
-        "-",
-        "-",
-        "3e-03",
-    ]
-    assert text[2].endswith("failed: no kernel image") and text[3].endswith(runner.NO_TIME)
+    rows = [row(p50=0.002), row(provider="eager", p50=0.004), row("copy"), row(metric="loss_error")]
+    shares = gpu.shares_of_floor(rows, RATES)
+    found = {one["provider"]: one["p50"] for one in shares}
+    assert found == pytest.approx({"palu": 0.0005, "eager": 0.00025})
+    assert {one["metric"] for one in shares} == {"of_floor"}
+    assert "of floor" in tables.tables([*rows, *shares])
 
 
 # ---- the run -------------------------------------------------------------------------------------
