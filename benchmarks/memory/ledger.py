@@ -11,7 +11,7 @@ Every operator that is dispatched inside is seen: the storages of its results ar
 returns, those of its arguments when they are first met (a model that was made outside), and each
 is taken off when the last tensor that uses it is gone. Views and in-place operators cost nothing.
 
-Custom operators (``torch.library.custom_op``: all of `palu_kernels`) are looked into: their Python
+Custom operators (`torch.library.custom_op`: all of `palu_kernels`) are looked into: their Python
 implementation runs under the ledger, so that their buffers count while they exist, like anybody
 else's.
 

@@ -10,7 +10,7 @@ compiler leaves behind.
         [--json FILE]
     python -m benchmarks.static.compile_report --entries 8 16 32   # block sizes: registers
 
-The exit status is 1 if a variant does not compile or spills. Loads read ``8x16 16x2``: eight of 16
+The exit status is 1 if a variant does not compile or spills. Loads read `8x16 16x2`: eight of 16
 bytes, sixteen of 2, counted in the code and not by how often they run (the masked loads for the
 block at a row's end stand beside the wide ones for the blocks inside).
 """
@@ -94,9 +94,9 @@ class Variant:
 
     @property
     def walk(self) -> str:
-        """How it walks rows: ``aligned`` (the arguments say that they start on 16 bytes),
-        ``shifted`` (from the aligned address below), ``unproven`` (neither), ``narrow`` (rows of
-        the head that start anywhere) or ``none``."""
+        """How it walks rows: `aligned` (the arguments say that they start on 16 bytes),
+        `shifted` (from the aligned address below), `unproven` (neither), `narrow` (rows of
+        the head that start anywhere) or `none`."""
         shift = self.named.get("SHIFT")
         proven = not any(columns % 16 for columns in self.columns)
         if self.kernel.startswith("gathered_matmul."):
@@ -106,7 +106,7 @@ class Variant:
         return "aligned" if proven else "unproven"
 
     def factors(self, arch: str) -> set[tuple[str, str, str]]:
-        """What ``reduced`` wants to see at least once: each constant's value on each chip, and
+        """What `reduced` wants to see at least once: each constant's value on each chip, and
         beside each walk."""
         values = {k: str(v) for k, v in self.named.items()}
         values |= {"dtypes": str(sorted(self.dtypes)), "warps": str(self.warps)}
@@ -119,7 +119,7 @@ Task = tuple[Variant, str]  # for an architecture
 
 @contextlib.contextmanager
 def recording(variants: dict[str, Variant], dtype: str, columns: int) -> Iterator[None]:
-    """Launches inside the block are noted in ``variants``, one entry a backend, and not made."""
+    """Launches inside the block are noted in `variants`, one entry a backend, and not made."""
     backends = {t.backend: make_backend(t) for t in TARGETS.values()}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -180,7 +180,7 @@ def call_capped(dtype: torch.dtype, columns: int) -> None:
 
 
 def call_gathered(dtype: torch.dtype, width: int) -> None:
-    """The launchers of ``gathered``, on a head whose hidden size is ``width``."""
+    """The launchers of `gathered`, on a head whose hidden size is `width`."""
     hidden, weight = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(TOP_K, width, dtype=dtype)
     bias, slopes = weight[:, 0].contiguous(), torch.zeros(ROWS, TOP_K)
     acc_weight, acc_bias = torch.zeros(TOP_K, width), torch.zeros(TOP_K)
@@ -223,7 +223,7 @@ def reduced(tasks: list[Task]) -> list[Task]:
 
 
 def access_widths(code: str, kind: str, nvidia: bool) -> dict[int, int]:
-    """Bytes -> how many global loads (``kind``: or stores) of so many bytes a thread's code has."""
+    """Bytes -> how many global loads (`kind`: or stores) of so many bytes a thread's code has."""
     if nvidia:
         word = {"load": "ld", "store": "st"}[kind]
         found = re.findall(rf"\b{word}\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b", code)
@@ -243,7 +243,7 @@ def first_int(pattern: str, text: str) -> int:
 
 
 def compile_one(task: Task) -> dict[str, Any]:
-    """Compiles a variant for an architecture -> a row of the report (with ``error`` on failure)."""
+    """Compiles a variant for an architecture -> a row of the report (with `error` on failure)."""
     variant, arch = task
     target = TARGETS[arch]
     first = next(iter(variant.signature.values())).lstrip("*")
@@ -317,7 +317,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
     """A table of the most registers, and of spills, where a thread has so many entries of a block
-    in place of what ``rows.BLOCKS`` gives it; 8 warps, rows of several blocks."""
+    in place of what `rows.BLOCKS` gives it; 8 warps, rows of several blocks."""
     lines = ["entries a thread   most registers (variants that spill), by kernel and architecture"]
     for count in counts:
         blocks = {size: ((float("inf"), count * WARP * WARPS, WARPS),) for size in (2, 4)}

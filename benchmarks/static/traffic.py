@@ -1,7 +1,7 @@
 """How many bytes does every operator move, in transfers of a row, and is that within its budget?
 
 Bytes moved are the speed of these kernels, and they can be counted without a GPU: under Triton's
-interpreter every load and store is one call, with its mask. ``Traffic`` adds up the lanes that are
+interpreter every load and store is one call, with its mask. `Traffic` adds up the lanes that are
 live, a kernel launch at a time. Bytes that PyTorch moves beside the kernels (zeroing the bitmap of
 S, one bit a column) are not counted.
 
@@ -59,9 +59,9 @@ class Launch:
 
 
 class Traffic:
-    """Counts what kernels move inside a ``with`` block: one entry of ``launches`` a launch.
+    """Counts what kernels move inside a `with` block: one entry of `launches` a launch.
 
-    Works where kernels run under ``TRITON_INTERPRET=1``; raises RuntimeError elsewhere.
+    Works where kernels run under `TRITON_INTERPRET=1`; raises RuntimeError elsewhere.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class Traffic:
         self._saved.clear()
 
     def total(self, *kernels: str) -> int:
-        """Bytes of the launches of ``kernels``, of all launches without any."""
+        """Bytes of the launches of `kernels`, of all launches without any."""
         return sum(one.bytes for one in self.launches if not kernels or one.kernel in kernels)
 
     def _replace(self, owner: type, name: str, replacement: Any) -> None:
@@ -108,7 +108,7 @@ class Traffic:
         setattr(owner, name, replacement)
 
     def _count_in(self, builder: type, name: str, kind: str, mask_at: int | None) -> None:
-        """``mask_at``: where the mask stands among the arguments, after the builder itself."""
+        """`mask_at`: where the mask stands among the arguments, after the builder itself."""
         original = getattr(builder, name)
 
         def counted(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +140,7 @@ class Measurement:
 
 
 def count(call: Callable[[], Tensor]) -> Traffic:
-    """The traffic of ``call`` and, where its result has a gradient, of its backward."""
+    """The traffic of `call` and, where its result has a gradient, of its backward."""
     with warnings.catch_warnings(), Traffic() as traffic:
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about masked entries (-inf)
         out = call()
