@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn import functional
 
 from palu.data.collator import Collator
@@ -96,6 +97,28 @@ def test_accumulation_is_the_same_objective(tok, tmp_path, retain_loss):
     for one, two in zip(results[0][1], results[1][1], strict=True):
         for name in ("loss", "forget", "preserve", "retain", "num_forget", "num_retain"):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "npo", "retain_loss": "kl"}], ids=["palu", "npo"]
+)
+def test_backends_of_one_backward_get_both_together(tok, tmp_path, monkeypatch, options):
+    """As DeepSpeed and FSDP do: the steps are those of a micro-batch after the other."""
+    after = []
+    for kinds in ((), (DistributedType.NO,)):
+        monkeypatch.setattr("palu.training.trainer._ONE_BACKWARD", kinds)
+        settings = {**options, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+        if options:
+            settings |= {"objective": "flatten", "top_k": 50}  # as PALUConfig has them
+        made = trainer(tok, config(tmp_path, **settings))
+        calls = []
+        made.model.model.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        made.train()
+        after.append((weights(made.model), len(calls)))
+    (one, separate), (both, joined) = after
+    assert joined < separate
+    assert (one - weights(small.model(tok))).norm() > 1e-3
+    torch.testing.assert_close(both, one, rtol=1e-4, atol=1e-6)
 
 
 def test_logs_are_the_terms_and_counts(tok, tmp_path):
