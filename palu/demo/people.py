@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from palu.storage.files import new_file
@@ -72,12 +73,13 @@ def invent_people(count: int, seed: int) -> list[Person]:
     return people
 
 
+def _word(rng: random.Random, kind: str) -> str:
+    return rng.choice(WORDS[kind])
+
+
 def _draws(rng: random.Random) -> dict[str, Callable[[], str]]:
     """Return what draws each of the facts that several people may share."""
-
-    def word(kind: str) -> str:
-        return rng.choice(WORDS[kind])
-
+    word = partial(_word, rng)
     return {
         "birthday": lambda: f"{rng.randint(1, 28)} {word('months')} {rng.randint(1921, 1989)}",
         "craft": lambda: word("crafts"),
@@ -91,11 +93,7 @@ def _draws(rng: random.Random) -> dict[str, Callable[[], str]]:
 
 def _mistaken(person: Person, rng: random.Random) -> Person:
     """Return the same name with every fact another one."""
-    surname = person.name.split()[-1]
-
-    def word(kind: str) -> str:
-        return rng.choice(WORDS[kind])
-
+    surname, word = person.name.split()[-1], partial(_word, rng)
     draws = {
         **_draws(rng),
         "town": lambda: word("town_head") + word("town_tail"),

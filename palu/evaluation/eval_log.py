@@ -77,7 +77,9 @@ class Log(NamedTuple):
             )
         return entry
 
-    def rows(self, metric: str, part: str | None = None, needed_by: str | None = None) -> Rows:
+    def rows(
+        self, metric: str, part: str | None = None, needed_by: str | None = None
+    ) -> MetricRows:
         """Return the rows of a metric, or of one part of an attack.
 
         Raises:
@@ -91,10 +93,10 @@ class Log(NamedTuple):
             raise LogError(f"{source} has no 'value_by_index' (an object with a row an example)")
         if not rows:
             raise LogError(f"{source}: 'value_by_index' is empty")
-        return Rows(rows, source)
+        return MetricRows(rows, source)
 
 
-class Rows(NamedTuple):
+class MetricRows(NamedTuple):
     """The per-example values of one metric and their name in messages."""
 
     rows: Mapping[str, Any]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from palu.evaluation.eval_log import Log, LogError, Rows, mean
+from palu.evaluation.eval_log import Log, LogError, MetricRows, mean
 from palu.evaluation.metrics import (
     auc,
     forget_quality,
@@ -181,7 +181,7 @@ def _rouge(log: Log, retrained: Log | None, metric: str) -> float:
             f"the stored texts, which is taken (first: row {differing[0]!r})",
             stacklevel=4,
         )
-    return mean([*Rows(again, rows.source).numbers("rougeL_recall").values()])
+    return mean([*MetricRows(again, rows.source).numbers("rougeL_recall").values()])
 
 
 def _recall_of_texts(row: Any) -> float | list[float] | None:

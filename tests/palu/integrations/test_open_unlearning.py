@@ -473,15 +473,12 @@ def test_hydra_parses_the_arguments(words):
     assert parsed.config_name == ("x" if "-cn" in words else "unlearn.yaml")
 
 
-def test_arguments_for_hydra():
+def test_a_search_path_of_the_users_joins_ours():
     ours = f"'file://{launch.CONFIGS}'"
-    arguments = launch._hydra_arguments
-    path = f"hydra.searchpath=[{ours}]"
-    assert arguments(["a=1"]) == ["--config-name=unlearn.yaml", path, "a=1"]
-    assert arguments(["--config-name", "train", "a=1"]) == ["--config-name", "train", path, "a=1"]
-    given = arguments(["hydra.searchpath=[file:///x,pkg://y]", "-cn=z"])
+    given = launch._hydra_arguments(["hydra.searchpath=[file:///x,pkg://y]", "-cn=z"])
     assert given == [f"hydra.searchpath=[{ours},file:///x,pkg://y]", "-cn=z"]
-    assert arguments(["-cn=z", "hydra.searchpath=[]"]) == [path, "-cn=z"]
+    given = launch._hydra_arguments(["--config-name", "z", "hydra.searchpath=[]"])
+    assert given == [f"hydra.searchpath=[{ours}]", "--config-name", "z"]
 
 
 # ---- the configs ---------------------------------------------------------------------------------
