@@ -14,7 +14,7 @@ from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, Backend, check_values
 from palu_kernels.roles import linear_role_losses, prepare, role_losses
-from palu_kernels.row_loss import KL, LikeliestNLL, LocalEntropy, RowLoss
+from palu_kernels.row_loss import KL, LocalEntropy, ReferenceArgmaxNLL, RowLoss
 from palu_kernels.validation import Center, Objective
 
 PRESERVES = ("reverse_kl", "forward_kl", "nll", None)
@@ -321,7 +321,7 @@ class PALULoss(nn.Module):
             LocalEntropy(self.top_k, self.objective, *self.center_parts(), score_source)
         ]
         if self.preserve == "nll":
-            losses.append(LikeliestNLL())
+            losses.append(ReferenceArgmaxNLL())
         elif self.preserve is not None:
             losses.append(KL(self.preserve.removesuffix("_kl")))
         return losses

@@ -68,12 +68,12 @@ def choose(
     """The rows in the dtype they are worked in, and S as int64 ``[N, k]``. A row that holds a NaN
     becomes NaN as a whole."""
     z = logits.to(accum_dtype(logits.dtype))
-    spoiled = z.isnan().any(-1)
+    has_nan = z.isnan().any(-1)
     if indices is None:
-        chooser = logits.detach() if ref_logits is None else ref_logits
-        spoiled = spoiled | chooser.isnan().any(-1)
-        indices = topk_indices(chooser, top_k)
-    return z * torch.where(spoiled, torch.nan, 1.0).to(z.dtype)[:, None], indices.long()
+        scores = logits.detach() if ref_logits is None else ref_logits
+        has_nan = has_nan | scores.isnan().any(-1)
+        indices = topk_indices(scores, top_k)
+    return z * torch.where(has_nan, torch.nan, 1.0).to(z.dtype)[:, None], indices.long()
 
 
 def flatten(z: Tensor, s: Tensor, center: str | float) -> Tensor:

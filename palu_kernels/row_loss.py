@@ -140,17 +140,17 @@ def _blocks(
 
 @dataclass(frozen=True)
 class LocalEntropy(RowLoss):
-    """PALU's forget loss; `chooser` says what S comes from: reference, indices or current."""
+    """PALU's forget loss; `select_by` says what S comes from: reference, indices or current."""
 
     top_k: int
     objective: str
     center_kind: str
     center_value: float
-    chooser: str
+    select_by: str
 
     @property
     def needs_reference(self) -> bool:
-        return self.chooser == "reference"
+        return self.select_by == "reference"
 
     def check_values(self, data: Tensor, vocab_size: int) -> None:
         validation.index_values(data.reshape(-1, data.shape[-1]), vocab_size)
@@ -160,8 +160,8 @@ class LocalEntropy(RowLoss):
         threshold key and tie cut where the logits themselves choose."""
         rows, vocab_size = math.prod(x.logits.shape[:-1]), x.logits.shape[-1]
         if x.backend == "torch":
-            return rows, 0 if self.chooser == "indices" else min(self.top_k, vocab_size)
-        return (2, rows) if self.chooser == "current" else (rows, bitmap_words(vocab_size))
+            return rows, 0 if self.select_by == "indices" else min(self.top_k, vocab_size)
+        return (2, rows) if self.select_by == "current" else (rows, bitmap_words(vocab_size))
 
     def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
         return None, x.data if x.backend == "torch" else None
@@ -172,7 +172,7 @@ class LocalEntropy(RowLoss):
         return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
 
     def torch_forward(self, x: Operands, kept: Tensor) -> Tensor:
-        if self.chooser == "indices":
+        if self.select_by == "indices":
             return self.torch_tiles(x, None, None)
         scores = x.ref_logits if self.needs_reference else x.logits
         kept.copy_(torch_backend.topk_indices(scores, self.top_k))
@@ -182,7 +182,7 @@ class LocalEntropy(RowLoss):
         return losses.masked_fill(has_nan, torch.nan)
 
     def with_kept(self, x: Operands, kept: Tensor) -> Operands:
-        return x if self.chooser == "indices" else replace(x, ref_logits=None, data=kept)
+        return x if self.select_by == "indices" else replace(x, ref_logits=None, data=kept)
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.top_k, self.objective, self.center_kind, self.center_value, x.softcap)
@@ -191,7 +191,7 @@ class LocalEntropy(RowLoss):
     def triton_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        options = (self.chooser == "current", state, kept, self.objective, grad, x.softcap)
+        options = (self.select_by == "current", state, kept, self.objective, grad, x.softcap)
         _kernels("local_entropy").backward(weights, x.logits, *options)
 
 
@@ -251,7 +251,7 @@ class CrossEntropy(RowLoss):
 
 
 @dataclass(frozen=True)
-class LikeliestNLL(RowLoss):
+class ReferenceArgmaxNLL(RowLoss):
     """Negative log-likelihood of the reference's most likely token; 0 where all of the reference's
     row is masked, NaN where it holds a NaN. Fused only."""
 
@@ -275,11 +275,11 @@ class SparseLocalEntropy(RowLoss):
     objective: str
     center_kind: str
     center_value: float
-    chooser: str
+    select_by: str
 
     @property
     def needs_reference(self) -> bool:
-        return self.chooser == "reference"
+        return self.select_by == "reference"
 
     @property
     def needs_mean(self) -> bool:

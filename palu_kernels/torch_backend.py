@@ -57,18 +57,18 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     out = scores.new_empty((rows, k), dtype=torch.int32)
     for tile in tiles(scores):
         row = scores[tile]
-        found = row.topk(k, sorted=False)
-        threshold = found.values.amin(-1, keepdim=True)
-        if bool(found.values.isnan().any()):
+        top = row.topk(k, sorted=False)
+        threshold = top.values.amin(-1, keepdim=True)
+        if bool(top.values.isnan().any()):
             out[tile] = reference.topk_indices(row, k)  # a NaN compares with nothing
             continue
         # topk takes any of the entries that equal the smallest it takes: replace them by the first
-        taken = found.values == threshold
+        taken = top.values == threshold
         need = taken.sum(-1)
         tie_row, tie_column = (row == threshold).nonzero(as_tuple=True)
         ties = torch.bincount(tie_row, minlength=row.shape[0])
         rank = torch.arange(tie_row.shape[0], device=row.device) - (ties.cumsum(0) - ties)[tie_row]
-        chosen = found.indices.masked_scatter(taken, tie_column[rank < need[tie_row]])
+        chosen = top.indices.masked_scatter(taken, tie_column[rank < need[tie_row]])
         out[tile] = chosen.sort(-1).values
     return out
 
@@ -91,10 +91,10 @@ def local_entropy(
         if indices is not None:
             s = indices[tile].long()
         else:
-            chooser = x if ref_logits is None else ref_logits[tile]
-            s = topk_indices(chooser, top_k).long()
-            spoiled = chooser.gather(-1, s).isnan().any(-1, keepdim=True)
-            z = torch.where(spoiled, torch.nan, z) if bool(spoiled.any()) else z
+            scores = x if ref_logits is None else ref_logits[tile]
+            s = topk_indices(scores, top_k).long()
+            has_nan = scores.gather(-1, s).isnan().any(-1, keepdim=True)
+            z = torch.where(has_nan, torch.nan, z) if bool(has_nan.any()) else z
         total, z_s = z.sum(-1, keepdim=True), z.gather(-1, s)
         off_s = torch.zeros_like(total)
         if objective == "flatten":
@@ -107,7 +107,7 @@ def local_entropy(
                 deviation -= deviation.mean(-1, keepdim=True)
             else:
                 deviation = z_s - center
-            found = deviation.square().mean(-1)
+            rows = deviation.square().mean(-1)
             on_s = deviation * (2 / z_s.shape[1])
             if center == "global_mean":
                 off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]
@@ -116,10 +116,10 @@ def local_entropy(
             log_q = z_s.log_softmax(-1)
             q = log_q.exp()
             negative_entropy = (q * log_q).sum(-1, keepdim=True)
-            found = math.log(z_s.shape[1]) + negative_entropy[:, 0]
+            rows = math.log(z_s.shape[1]) + negative_entropy[:, 0]
             on_s = q * (log_q - negative_entropy)
-        if bool((found + total[:, 0]).isfinite().all()):
-            losses[tile] = found
+        if bool((rows + total[:, 0]).isfinite().all()):
+            losses[tile] = rows
             if grad is not None and slope is None:
                 on_s += off_s
                 if w is not None:
@@ -130,9 +130,9 @@ def local_entropy(
                 store(grad[tile], off_s.expand_as(z).scatter(-1, s, on_s + off_s), slope, w)
             continue
         options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
-        losses[tile] = found = reference.local_entropy_loss(z, None, **options)
+        losses[tile] = rows = reference.local_entropy_loss(z, None, **options)
         if grad is not None:
-            ones = torch.ones_like(found)
+            ones = torch.ones_like(rows)
             right = reference.local_entropy_gradient(z, None, ones, **options)
             store(grad[tile], right, slope, w)
     return losses
@@ -157,19 +157,19 @@ def kl(
             difference = log_p.sub_(log_q)
             del log_q
             p = z.softmax(-1)  # faster than exp
-            found = torch.linalg.vecdot(p, difference)
-            out = difference.sub_(found[:, None]).mul_(p) if grad is not None else None
+            rows = torch.linalg.vecdot(p, difference)
+            out = difference.sub_(rows[:, None]).mul_(p) if grad is not None else None
         else:
             # p_j - q_j
             q = r.softmax(-1)
-            found = torch.linalg.vecdot(q, log_q.sub_(log_p))
+            rows = torch.linalg.vecdot(q, log_q.sub_(log_p))
             del log_p, log_q
             out = z.softmax(-1).sub_(q) if grad is not None else None
-        if not bool(found.isfinite().all()):
-            found = reference.kl_loss(z, r, direction=direction)
+        if not bool(rows.isfinite().all()):
+            rows = reference.kl_loss(z, r, direction=direction)
             if grad is not None:
-                out = reference.kl_gradient(z, r, torch.ones_like(found), direction=direction)
-        losses[tile] = found
+                out = reference.kl_gradient(z, r, torch.ones_like(rows), direction=direction)
+        losses[tile] = rows
         if grad is not None:
             store(grad[tile], out, slope, None if weights is None else weights[tile])
     return losses

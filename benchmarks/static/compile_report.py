@@ -97,7 +97,7 @@ class Variant:
         """How it walks rows: `aligned` (the arguments say that they start on 16 bytes),
         `shifted` (from the aligned address below), `unproven` (neither), `narrow` (rows of
         the head that start anywhere) or `none`."""
-        shift = self.named.get("SHIFT")
+        shift = self.named.get("HAS_OFFSET")
         proven = not any(columns % 16 for columns in self.columns)
         if self.kernel.startswith("gathered_matmul."):
             return "aligned" if proven else "narrow"
@@ -174,7 +174,7 @@ def call_capped(dtype: torch.dtype, columns: int) -> None:
         chunk, ref_chunk = (buffer(torch.zeros(0, dtype=dtype), ROWS, columns) for _ in range(2))
         ref_chunk = ref_chunk if loss.needs_reference else None
         data = labels if isinstance(loss, CrossEntropy) else None
-        if isinstance(loss, LocalEntropy) and loss.chooser == "indices":
+        if isinstance(loss, LocalEntropy) and loss.select_by == "indices":
             data = indices
         loss.fused(Operands(chunk, ref_chunk, data, "triton", 30.0, 30.0), gradient=True)
 
@@ -286,12 +286,14 @@ def prepare_worker(cache: str) -> None:
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 
-FORMAT = "{:<26} {:<48} {:<14} {:<7} {:<7} {:>9} {:>6} {:>5} {:>6} {:>6}  {:<18} {}"
+FORMAT = "{:<44} {:<48} {:<14} {:<7} {:<7} {:>9} {:>6} {:>5} {:>6} {:>6}  {:<18} {}"
 HEADINGS = "kernel constants dtype columns arch registers spills stack shared widest loads stores"
 
 
 def table_line(row: dict[str, Any]) -> str:
-    constants = [f"{k}={v}" for k, v in row["constants"].items() if k not in ("HALF", "INFINITY")]
+    constants = [
+        f"{k}={v}" for k, v in row["constants"].items() if k not in ("IS_16BIT", "INFINITY")
+    ]
     columns = f"{row['columns'][0]}" + ("+" if len(row["columns"]) > 1 else "")
     start = (row["kernel"], " ".join(constants), "/".join(row["dtypes"]), columns, row["arch"])
     if "error" in row:
@@ -322,7 +324,7 @@ def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
     for count in counts:
         blocks = {size: ((float("inf"), count * WARP * WARPS, WARPS),) for size in (2, 4)}
         rows.BLOCKS, before = blocks, rows.BLOCKS
-        variants = [v for v in all_variants() if "BLOCK" in v.named and v.named.get("SHIFT")]
+        variants = [v for v in all_variants() if "BLOCK" in v.named and v.named.get("HAS_OFFSET")]
         rows.BLOCKS = before
         for dtype in ("bf16", "fp32"):
             own = [v for v in variants if dtype in v.dtypes and max(v.columns) > 4096]

@@ -32,7 +32,7 @@ from triton.runtime import interpreter
 
 from palu_kernels import functional as operators
 
-SELECT = ("radix_select.digit_histogram", "radix_select.pick_digit")
+SELECT = ("radix_select._digit_histogram_kernel", "radix_select._pick_digit_kernel")
 TOP_K = 50
 # Rows read to select S with 16-bit keys; float32 keys have two more digits.
 SELECT_BUDGET = 3

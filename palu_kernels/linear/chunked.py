@@ -54,7 +54,7 @@ class Head:
             bias, hidden, self.weight.t(), beta=self.scale, alpha=self.scale, out=out
         )
 
-    def pull_back(self, grad: Tensor, out: Tensor) -> None:
+    def backward_hidden(self, grad: Tensor, out: Tensor) -> None:
         """Gradient of the logits -> that of the hidden rows, into ``out``."""
         if self.in_float32:
             total = torch.zeros_like(out, dtype=torch.float32)
@@ -138,7 +138,7 @@ def apart(rows: Tensor) -> Tensor:
     return buffer(rows, *rows.shape).copy_(rows)
 
 
-class Accumulator:
+class HeadGradAccumulator:
     """The head's gradient, sums in float32 (float64 for float64), of rows weighted by ``weights
     [R]``; ``scale * weight`` is the gradient."""
 
@@ -149,16 +149,16 @@ class Accumulator:
         self.head = head
         self.hidden = hidden
         self.scale = weights.abs().max() if weights.numel() else weights.new_zeros(())
-        self.shares = weights / torch.where(self.scale > 0, self.scale, 1)
+        self.row_scale = weights / torch.where(self.scale > 0, self.scale, 1)
         shape = head.weight.shape
         self.weight = head.weight.new_zeros(shape, dtype=work) if want_weight else None
         self.bias = head.weight.new_zeros(shape[:1], dtype=work) if want_bias else None
 
     def add(self, rows: slice, grad: Tensor) -> None:
         """``grad [n, V]`` of the logits before cap and after scale, of the rows ``rows``."""
-        shares = self.shares[rows] * self.head.scale
+        row_scale = self.row_scale[rows] * self.head.scale
         if self.weight is not None:
-            hidden = (self.hidden[rows] * shares[:, None]).to(grad.dtype)
+            hidden = (self.hidden[rows] * row_scale[:, None]).to(grad.dtype)
             if grad.dtype == self.weight.dtype:
                 self.weight.addmm_(grad.t(), hidden)
             else:
@@ -168,18 +168,18 @@ class Accumulator:
                     self.weight[block] += grad[:, block].t().to(hidden.dtype) @ hidden
         if self.bias is not None:
             for block in blocks(len(self.bias), grad.shape[0]):
-                self.bias[block] += shares @ grad[:, block].to(shares.dtype)
+                self.bias[block] += row_scale @ grad[:, block].to(row_scale.dtype)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """The weight's and the bias's sums, times the common scale; empty where not wanted."""
         return tuple(
-            self.shares.new_empty(0) if t is None else t.mul_(self.scale)
+            self.row_scale.new_empty(0) if t is None else t.mul_(self.scale)
             for t in (self.weight, self.bias)
         )
 
 
 @dataclass(frozen=True)
-class Rows:
+class LoopInputs:
     """What the loop is given: hidden rows, heads and parts, in the dtype of the products."""
 
     hidden: Tensor  # [R, D]
@@ -190,11 +190,11 @@ class Rows:
     parts: list[Part]
     mean: tuple[Tensor, Tensor] | None  # of the head's rows, where a sparse part needs it
     chunk_bytes: int
-    served_by: str
+    backend: str
 
 
 def run(
-    rows: Rows, weights: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
+    rows: LoopInputs, weights: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> losses ``[R]``; the gradient of every row's own loss to its hidden row ``[R, D]`` (dtype
     of the products); the head's ``[V, D]`` and ``[V]`` of the sum of ``weights [R]`` times losses
@@ -205,7 +205,7 @@ def run(
     grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
     if weights is None:
         weights = losses.new_zeros(losses.shape)
-    sums = Accumulator(head, hidden, weights.to(work), want_weight, want_bias)
+    sums = HeadGradAccumulator(head, hidden, weights.to(work), want_weight, want_bias)
     gradient = want_hidden or want_weight or want_bias
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
         for part in rows.parts:
@@ -231,11 +231,11 @@ def _runs(parts: list[Part]) -> Iterator[list[Part]]:
 
 
 def _dense(
-    rows: Rows,
+    rows: LoopInputs,
     parts: list[Part],
     losses: Tensor,
     grad_hidden: Tensor,
-    sums: Accumulator,
+    sums: HeadGradAccumulator,
     want_hidden: bool,
     gradient: bool,
 ) -> None:
@@ -263,32 +263,32 @@ def _dense(
                 logits[a - start : b - start],
                 ref_logits,
                 None if part.data is None else part.data[a - part.start : b - part.start],
-                rows.served_by,
+                rows.backend,
                 head.softcap,
                 rows.ref_head.softcap if rows.ref_head else None,
             )
             losses[a:b] = part.loss.fused(operands, gradient)
         if want_hidden:
-            head.pull_back(logits, grad_hidden[start:stop])
+            head.backward_hidden(logits, grad_hidden[start:stop])
         sums.add(slice(start, stop), logits)
 
 
 def _sparse(
-    rows: Rows,
+    rows: LoopInputs,
     part: Part,
     losses: Tensor,
     grad_hidden: Tensor,
-    sums: Accumulator,
+    sums: HeadGradAccumulator,
     want_hidden: bool,
     gradient: bool,
 ) -> None:
     head, loss = rows.own_head, part.loss
-    own = slice(part.start, part.stop)
-    hidden, indices = rows.hidden[own], part.data
-    if loss.chooser == "reference":
-        indices, spoiled = _chosen(rows, part)
-        hidden = torch.where(spoiled[:, None], torch.nan, hidden)
-    found = sparse.forward(
+    part_rows = slice(part.start, part.stop)
+    hidden, indices = rows.hidden[part_rows], part.data
+    if loss.select_by == "reference":
+        indices, has_nan = _chosen(rows, part)
+        hidden = torch.where(has_nan[:, None], torch.nan, hidden)
+    result = sparse.forward(
         hidden,
         head.weight,
         head.bias,
@@ -299,12 +299,12 @@ def _sparse(
         objective=loss.objective,
         center_kind=loss.center_kind,
         center_value=loss.center_value,
-        served_by=rows.served_by,
+        backend=rows.backend,
         want_hidden=want_hidden,
     )
-    losses[own] = found.losses
+    losses[part_rows] = result.losses
     if want_hidden:
-        grad_hidden[own] = found.grad_hidden
+        grad_hidden[part_rows] = result.grad_hidden
     if gradient and (sums.weight is not None or sums.bias is not None):
         sparse.add_weight_gradient(
             sums.weight,
@@ -312,24 +312,24 @@ def _sparse(
             hidden,
             head.bias,
             indices,
-            found.slopes,
-            found.shares if loss.needs_mean else None,
-            sums.shares[own],
-            served_by=rows.served_by,
+            result.dloss_dx,
+            result.mean_coeff if loss.needs_mean else None,
+            sums.row_scale[part_rows],
+            backend=rows.backend,
         )
 
 
-def _chosen(rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
+def _chosen(rows: LoopInputs, part: Part) -> tuple[Tensor, Tensor]:
     """S of a part's rows by the reference's logits, chunk by chunk; and which rows hold a NaN."""
     count, columns = part.stop - part.start, rows.ref_head.weight.shape[0]
     step = chunk_rows(count, columns, rows.hidden.element_size(), rows.chunk_bytes)
     chunk = buffer(rows.hidden, step, columns)
-    chosen, spoiled = [], []
+    chosen, has_nan = [], []
     for start in range(part.start, part.stop, step):
         stop = min(start + step, part.stop)
         ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
         logits = rows.ref_head.logits(ref_rows, chunk[: stop - start])
-        chosen.append(row_losses.topk_indices(logits, part.loss.top_k, rows.served_by))
+        chosen.append(row_losses.topk_indices(logits, part.loss.top_k, rows.backend))
         # a NaN ranks first, so it is in S
-        spoiled.append(logits.gather(-1, chosen[-1].long()).isnan().any(-1))
-    return torch.cat(chosen), torch.cat(spoiled)
+        has_nan.append(logits.gather(-1, chosen[-1].long()).isnan().any(-1))
+    return torch.cat(chosen), torch.cat(has_nan)

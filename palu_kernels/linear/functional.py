@@ -71,11 +71,11 @@ def linear_local_entropy_loss(
     if indices is not None:
         arguments.indices(indices, top_k, hidden, head.vocab_size, "hidden")
         indices = indices.reshape(-1, indices.shape[-1])
-    chooser = "indices" if indices is not None else "reference"
+    select_by = "indices" if indices is not None else "reference"
     if ref_hidden is None and indices is None:
-        chooser = "current"
+        select_by = "current"
     losses = settle(
-        [LocalEntropy(top_k, objective, kind, number, chooser)],
+        [LocalEntropy(top_k, objective, kind, number, select_by)],
         [math.prod(hidden.shape[:-1])],
         head.weight,
         head.softcap,

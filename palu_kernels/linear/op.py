@@ -23,7 +23,7 @@ from torch import Tensor
 from palu_kernels import row_loss, validation
 from palu_kernels.backend import accum_dtype, check_values, resolve
 from palu_kernels.linear import sparse
-from palu_kernels.linear.chunked import CHUNK_BYTES, Head, Rows, apart, blocks, parts_of, run
+from palu_kernels.linear.chunked import CHUNK_BYTES, Head, LoopInputs, apart, blocks, parts_of, run
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare
 from palu_kernels.logits_op import refuse_higher_order
@@ -171,18 +171,18 @@ def pick(
         TypeError, ValueError: `ref_hidden` or `data` have other rows than the losses.
     """
     flat = roles.flatten()
-    places = [(flat == i + 1).nonzero()[:, 0].to(hidden.device) for i in range(len(losses))]
-    counts = [len(place) for place in places]
+    rows_by_loss = [(flat == i + 1).nonzero()[:, 0].to(hidden.device) for i in range(len(losses))]
+    counts = [len(rows_of_loss) for rows_of_loss in rows_by_loss]
     own_data, refs = [], []
-    for loss, place, values in zip(losses, places, data, strict=True):
+    for loss, rows_of_loss, values in zip(losses, rows_by_loss, data, strict=True):
         if values is not None and values.shape[: roles.dim()] == roles.shape:
-            values = values.flatten(0, roles.dim() - 1)[place]
+            values = values.flatten(0, roles.dim() - 1)[rows_of_loss]
         if values is not None and isinstance(loss, LocalEntropy):
             names = "the forget rows", "ref_indices"
-            validation.indices(values, loss.top_k, hidden[: len(place)], vocab_size, *names)
+            validation.indices(values, loss.top_k, hidden[: len(rows_of_loss)], vocab_size, *names)
         own_data.append(values)
         if loss.needs_reference:
-            refs.append(place)
+            refs.append(rows_of_loss)
     if not refs:
         ref_hidden = None
     elif ref_hidden is not None:
@@ -194,7 +194,7 @@ def pick(
                 f"ref_hidden has {len(ref_hidden)} rows; it must be [B, T, D], or have the "
                 f"{needed} preserve rows"
             )
-    return Picked(torch.cat(places), counts, ref_hidden, own_data)
+    return Picked(torch.cat(rows_by_loss), counts, ref_hidden, own_data)
 
 
 def settle(
@@ -216,7 +216,7 @@ def settle(
     def settled(loss: RowLoss, rows: int) -> RowLoss:
         if not isinstance(loss, LocalEntropy):
             return loss
-        if loss.chooser == "current":
+        if loss.select_by == "current":
             if implementation == "sparse":
                 raise ValueError(
                     "implementation is 'sparse' and neither ref_hidden nor indices is given; it "
@@ -238,7 +238,7 @@ def settle(
         )
         if not is_sparse:
             return loss
-        fields = loss.top_k, loss.objective, loss.center_kind, loss.center_value, loss.chooser
+        fields = loss.top_k, loss.objective, loss.center_kind, loss.center_value, loss.select_by
         return SparseLocalEntropy(*fields)
 
     return [settled(loss, rows) for loss, rows in zip(losses, counts, strict=True)]
@@ -274,13 +274,13 @@ def linear_loss(
     if weights is not None:
         by_row = torch.cat([w.expand(n) for w, n in zip(weights, sizes, strict=True)])
     weighted = by_row is not None
-    found, grad_hidden, *grads = run(
+    losses_by_row, grad_hidden, *grads = run(
         given, by_row, want[0], want[1] and weighted, want[2] and weighted
     )
-    sums = torch.stack([part.sum() for part in found.split(sizes)])
+    sums = torch.stack([part.sum() for part in losses_by_row.split(sizes)])
     if not weighted:
-        return found, sums, found.new_empty(0), grad_hidden, *grads
-    total = (by_row * found).sum()
+        return losses_by_row, sums, losses_by_row.new_empty(0), grad_hidden, *grads
+    total = (by_row * losses_by_row).sum()
     if rows is not None and not counts:  # shapes may not depend on the roles
         by_row = _spread(by_row, order, len(hidden))
         grad_hidden = _spread(grad_hidden, order, len(hidden)) if want[0] else grad_hidden
@@ -309,7 +309,7 @@ def _rows(
     chunk_bytes: int,
     backend: str,
     train_head: bool,
-) -> tuple[Rows, Tensor | None]:
+) -> tuple[LoopInputs, Tensor | None]:
     """Return what the chunk loop takes, in the dtype of the products, and the rows' order."""
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
@@ -341,7 +341,7 @@ def _rows(
     if ref_weight is not None and ref_hidden is not None:
         ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
     picked = hidden if order is None else hidden.index_select(0, order)
-    given = Rows(
+    given = LoopInputs(
         apart(cast(picked)),
         head,
         own_head,
@@ -387,7 +387,7 @@ def _(
 def linear_loss_backward(
     grad: Tensor,
     by_row: Tensor,
-    made: list[Tensor],
+    forward_grads: list[Tensor],
     rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
@@ -401,11 +401,11 @@ def linear_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where not wanted.
 
-    `grad`: of the weighted sum (0-dim), or of the losses `[R]`. `made`: what forward made of them.
-    `inputs`: hidden, weight and bias (if there is one), so that a second derivative is refused, and
-    not taken for 0.
+    `grad`: of the weighted sum (0-dim), or of the losses `[R]`. `forward_grads`: those that forward
+    made. `inputs`: hidden, weight and bias (if there is one), so that a second derivative is
+    refused, and not taken for 0.
     """
-    grad_hidden, grad_weight, grad_bias = made
+    grad_hidden, grad_weight, grad_bias = forward_grads
     hidden, weight, *bias = inputs
     if grad.dim() == 0:
         scale = grad * by_row
@@ -443,7 +443,7 @@ def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _(
     grad: Tensor,
     by_row: Tensor,
-    made: list[Tensor],
+    forward_grads: list[Tensor],
     rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
@@ -476,9 +476,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     grads: list[Tensor | None] = [None, None, None]
     if grad is not None:
         by_row, *saved = ctx.saved_tensors  # once: a look unpacks them all, checkpoint allows one
-        made, order, rest = saved[:3], saved[3], saved[4:]
+        forward_grads, order, rest = saved[:3], saved[3], saved[4:]
         kept, frozen = rest[: ctx.kept], rest[ctx.kept :]
-        result = linear_loss_backward(grad, by_row, made, order, kept, frozen, *ctx.plain)
+        result = linear_loss_backward(grad, by_row, forward_grads, order, kept, frozen, *ctx.plain)
         grads = [g if wanted else None for g, wanted in zip(result, ctx.plain[1], strict=True)]
     counts = None if ctx.plain[0] else []  # an empty list might hold tensors, for autograd
     return (*grads, None, None, [None] * ctx.frozen, counts, *(None,) * (len(ctx.plain) - 1))

@@ -5,11 +5,11 @@ number more: without a softcap the mean of all logits is logit_scale * (h . mean
 Loss and hidden gradient of a row then cost k * D of the head instead of V * D.
 
 Plain tensors, no autograd: what is differentiated is x = h W^T + b, of which a row needs
-``slopes`` (d loss / d x_i for i in S) and ``shares`` (d loss / d mean of x, for the global mean).
-Then, with the row's weight w:
+``dloss_dx`` (d loss / d x_i for i in S) and ``mean_coeff`` (d loss / d mean of x, for the global
+mean). Then, with the row's weight w:
 
-* hidden gradient: slopes @ W_S + shares * mean(W);
-* weight gradient: w * slopes_i * h added to row i of S, w * shares / V * h to every row;
+* hidden gradient: dloss_dx @ W_S + mean_coeff * mean(W);
+* weight gradient: w * dloss_dx_i * h added to row i of S, w * mean_coeff / V * h to every row;
 * bias gradient: the same without h.
 
 float64 is worked in float64, everything else in float32. A bias of -inf masks its entry, which
@@ -31,12 +31,12 @@ from palu_kernels.reference import NEG_INF
 NEAR_ROWS = 256  # of the head, whose mean is taken for a number near the mean of all
 
 
-class Rows(NamedTuple):
+class SparseResult(NamedTuple):
     """What a forward leaves, one entry a row; the dtype is the one that is worked in."""
 
     losses: Tensor  # [N]
-    slopes: Tensor  # [N, k]
-    shares: Tensor  # [N], 0 where the loss has no global mean
+    dloss_dx: Tensor  # [N, k]
+    mean_coeff: Tensor  # [N], 0 where the loss has no global mean
     grad_hidden: Tensor | None  # [N, D], of each row's own loss, unweighted
 
 
@@ -90,9 +90,9 @@ def forward(
     objective: str,
     center_kind: str,
     center_value: float,
-    served_by: str,
+    backend: str,
     want_hidden: bool,
-) -> Rows:
+) -> SparseResult:
     """Loss and derivatives of every row.
 
     Args:
@@ -102,7 +102,7 @@ def forward(
         indices: S, int32 or int64 ``[N, k]``, unique and in range along a row.
         mean: ``mean_row(weight, bias)`` where ``needs_mean`` says so, else None.
         objective, center_kind, center_value: as ``arguments.center`` leaves them.
-        served_by: ``triton`` or ``torch``.
+        backend: ``triton`` or ``torch``.
         want_hidden: whether to return ``grad_hidden`` too, from the rows of W that are at hand.
     """
     loss = _Loss(logit_scale, softcap, objective, center_kind, center_value)
@@ -110,17 +110,17 @@ def forward(
     with torch.autocast(hidden.device.type, enabled=False):
         if needs_mean(objective, center_kind):
             global_mean = hidden.to(mean[0].dtype) @ mean[0] + mean[1]
-        if served_by == "triton":
+        if backend == "triton":
             rows = _by_kernels(hidden, weight, bias, indices, global_mean, loss, want_hidden)
         else:
             rows = _by_torch(hidden, weight, bias, indices, global_mean, loss, want_hidden)
         if want_hidden and global_mean is not None:
-            rows.grad_hidden.addr_(rows.shares, mean[0].to(rows.shares.dtype))
+            rows.grad_hidden.addr_(rows.mean_coeff, mean[0].to(rows.mean_coeff.dtype))
     return rows
 
 
 class _Loss(NamedTuple):
-    """x = h W_S^T + b_S of some rows -> their losses, slopes and shares."""
+    """x = h W_S^T + b_S of some rows -> their losses, dloss_dx and mean_coeff."""
 
     logit_scale: float
     softcap: float | None
@@ -149,10 +149,10 @@ class _Loss(NamedTuple):
             losses = k.to(z.dtype).log() + negative_entropy
             on_s = q * (log_q - negative_entropy[:, None])
         if global_mean is None:
-            shares = torch.zeros_like(losses)
+            mean_coeff = torch.zeros_like(losses)
         else:
-            shares = -self.logit_scale * on_s.sum(-1)
-        return losses, on_s * slope, shares
+            mean_coeff = -self.logit_scale * on_s.sum(-1)
+        return losses, on_s * slope, mean_coeff
 
 
 def _by_kernels(
@@ -163,13 +163,13 @@ def _by_kernels(
     global_mean: Tensor | None,
     loss: _Loss,
     want_hidden: bool,
-) -> Rows:
+) -> SparseResult:
     from palu_kernels.triton import gathered_matmul as gathered
 
     with on_device_of(hidden):
         rows = loss(gathered.products(hidden, weight, bias, indices), global_mean)
         grad = gathered.combine(rows[1], weight, indices) if want_hidden else None
-    return Rows(*rows, grad)
+    return SparseResult(*rows, grad)
 
 
 def _by_torch(
@@ -180,7 +180,7 @@ def _by_torch(
     global_mean: Tensor | None,
     loss: _Loss,
     want_hidden: bool,
-) -> Rows:
+) -> SparseResult:
     """A block of chosen rows at a time: of several hidden rows where S is short, of one otherwise,
     and a part of S where even one does not fit (its other parts are then gathered twice)."""
     dtype = accum_dtype(hidden.dtype)
@@ -207,13 +207,13 @@ def _by_torch(
         if want_hidden:
             # backwards: the last part is still in the block
             pairs = list(zip(parts, done[-1][1].split(step, 1), strict=True))[::-1]
-            for number, (part, slopes) in enumerate(pairs):
+            for number, (part, dloss_dx) in enumerate(pairs):
                 block = gather(part) if number else block
-                for out, w, slope in zip(grad[here], block, slopes, strict=True):
+                for out, w, slope in zip(grad[here], block, dloss_dx, strict=True):
                     out.addmv_(w.T, slope)
     if not done:
-        return Rows(h.new_zeros(0), h.new_zeros((0, k)), h.new_zeros(0), grad)
-    return Rows(*(torch.cat(column) for column in zip(*done, strict=True)), grad)
+        return SparseResult(h.new_zeros(0), h.new_zeros((0, k)), h.new_zeros(0), grad)
+    return SparseResult(*(torch.cat(column) for column in zip(*done, strict=True)), grad)
 
 
 class _Gather:
@@ -241,11 +241,11 @@ def add_weight_gradient(
     hidden: Tensor,
     bias: Tensor | None,
     indices: Tensor,
-    slopes: Tensor,
-    shares: Tensor | None,
+    dloss_dx: Tensor,
+    mean_coeff: Tensor | None,
     row_weights: Tensor,
     *,
-    served_by: str,
+    backend: str,
 ) -> None:
     """Adds the gradient of the sum of row_weights * losses, in place; the same sums every time.
 
@@ -253,29 +253,29 @@ def add_weight_gradient(
         acc_weight, acc_bias: ``[V, D]`` and ``[V]`` in the dtype that is worked in, or None where
             no gradient is wanted.
         hidden, bias, indices: as ``forward`` had them.
-        slopes, shares: as ``forward`` left them; None for shares of a loss without a global mean,
+        dloss_dx, mean_coeff: as ``forward`` left them; None for the latter without a global mean,
             which spares every row of the accumulator a visit.
         row_weights: ``[N]``.
-        served_by: ``triton`` or ``torch``.
+        backend: ``triton`` or ``torch``.
     """
     accumulators = [t for t in (acc_weight, acc_bias) if t is not None]
     if not accumulators or indices.numel() == 0:
         return
     vocab_size = accumulators[0].shape[0]
-    coefficients = slopes * row_weights.to(slopes.dtype)[:, None]
+    coefficients = dloss_dx * row_weights.to(dloss_dx.dtype)[:, None]
     with torch.autocast(hidden.device.type, enabled=False):
-        if served_by == "triton":
+        if backend == "triton":
             from palu_kernels.triton import gathered_matmul as gathered
 
             with on_device_of(hidden):
                 gathered.scatter(acc_weight, acc_bias, hidden, indices, coefficients, vocab_size)
         else:
             _scatter(acc_weight, acc_bias, hidden, indices, coefficients)
-        if shares is not None:
-            weighted = shares * row_weights.to(shares.dtype)
-            parts = _parts_of_mean(vocab_size, bias, slopes)
+        if mean_coeff is not None:
+            weighted = mean_coeff * row_weights.to(mean_coeff.dtype)
+            parts = _parts_of_mean(vocab_size, bias, dloss_dx)
             if acc_weight is not None:
-                acc_weight.addr_(parts, weighted @ hidden.to(slopes.dtype))
+                acc_weight.addr_(parts, weighted @ hidden.to(dloss_dx.dtype))
             if acc_bias is not None:
                 acc_bias.add_(parts * weighted.sum())
 

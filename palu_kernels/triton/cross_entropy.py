@@ -12,86 +12,84 @@ from torch import Tensor
 
 from palu_kernels.triton.kl_div import rescaled
 from palu_kernels.triton.row_io import (
-    Layout,
-    block_of,
-    load_lanes,
-    programs_wanted,
+    RowLaunch,
+    apply_softcap,
+    load_row_block,
     row_start,
-    store_lanes,
+    store_row_block,
 )
-from palu_kernels.triton.softcap import capped
 
 
 @triton.jit
-def statistics(
+def _ce_stats_kernel(
     z_ptr,
     partial_ptr,
-    columns,
-    per,
-    outer,
-    inner,
-    slice_lanes,
+    n_cols,
+    rows_per_batch,
+    stride_batch,
+    stride_row,
+    split_size,
     cap,
-    SHIFT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maximum and sum of exponentials of a slice of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    z_row, first = row_start(z_ptr, row, per, outer, inner, SHIFT)
-    end = first + columns
+    """Maximum and sum of exponentials of a split of a row."""
+    row, split = tl.program_id(0), tl.program_id(1)
+    z_row, first = row_start(z_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
+    end = first + n_cols
     top = float("-inf")
     total = 0.0
-    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes = begin + tl.arange(0, BLOCK)
-        live = (lanes >= first) & (lanes < end)
-        whole = (begin >= first) & (begin + BLOCK <= end)
-        z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        z, _slope = capped(z, live, cap)
+    for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = (offsets >= first) & (offsets < end)
+        full_block = (begin >= first) & (begin + BLOCK <= end)
+        z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        z, _slope = apply_softcap(z, mask, cap)
         new_top = tl.maximum(top, tl.max(z, 0))
         _drop, scale = rescaled(top, new_top)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = scale * total + tl.sum(tl.exp(z - shift), 0)
         top = new_top
-    out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 2
+    out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * 2
     tl.store(out, top)
     tl.store(out + 1, total)
 
 
 @triton.jit
-def merge(
+def _ce_combine_kernel(
     z_ptr,
     labels_ptr,
     partial_ptr,
     loss_ptr,
     state_ptr,
-    per,
-    outer,
-    inner,
-    parts,
+    rows_per_batch,
+    stride_batch,
+    stride_row,
+    n_splits,
     ignore_index,
-    columns,
+    n_cols,
     cap,
 ):
-    """Slices of a row -> logsumexp(z) - z[label], and (max, log sum) for the gradient."""
+    """Splits of a row -> logsumexp(z) - z[label], and (max, log sum) for the gradient."""
     row = tl.program_id(0)
-    z_row, _ = row_start(z_ptr, row, per, outer, inner, False)
+    z_row, _ = row_start(z_ptr, row, rows_per_batch, stride_batch, stride_row, False)
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     top = float("-inf")
     total = 0.0
-    for part in range(parts):
-        slot = partial_ptr + (row.to(tl.int64) * parts + part) * 2
-        part_top = tl.load(slot)
-        new_top = tl.maximum(top, part_top)
+    for split in range(n_splits):
+        slot = partial_ptr + (row.to(tl.int64) * n_splits + split) * 2
+        split_top = tl.load(slot)
+        new_top = tl.maximum(top, split_top)
         _drop, scale = rescaled(top, new_top)
-        _drop, part_scale = rescaled(part_top, new_top)
-        total = scale * total + part_scale * tl.load(slot + 1)
+        _drop, split_scale = rescaled(split_top, new_top)
+        total = scale * total + split_scale * tl.load(slot + 1)
         top = new_top
     log_total = tl.log(total)
     # a label outside the row is read from nowhere: on an accelerator its value is not checked
-    inside = counted & (label >= 0) & (label < columns)
+    inside = counted & (label >= 0) & (label < n_cols)
     target = tl.load(z_row + label, mask=inside, other=float("nan")).to(tl.float32)
-    target, _slope = capped(target, inside, cap)
+    target, _slope = apply_softcap(target, inside, cap)
     target = tl.where(inside, target, float("nan"))
     loss = (top - target) + log_total
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
@@ -101,81 +99,70 @@ def merge(
 
 
 @triton.jit
-def gradient(
+def _ce_grad_kernel(
     z_ptr,
     out_ptr,
     labels_ptr,
     state_ptr,
     weight_ptr,
-    columns,
-    per,
-    z_outer,
-    z_inner,
-    out_outer,
-    out_inner,
-    slice_lanes,
+    n_cols,
+    rows_per_batch,
+    z_stride_batch,
+    z_stride_row,
+    o_stride_batch,
+    o_stride_row,
+    split_size,
     ignore_index,
     cap,
-    SHIFT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """softmax(z) - onehot(label), 0 for an ignored row. Entry by entry: ``out`` may be z itself."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
-    out_row, _ = row_start(out_ptr, row, per, out_outer, out_inner, SHIFT)
-    end = first + columns
+    row, split = tl.program_id(0), tl.program_id(1)
+    z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
+    out_row, _ = row_start(out_ptr, row, rows_per_batch, o_stride_batch, o_stride_row, HAS_OFFSET)
+    end = first + n_cols
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     state = state_ptr + row.to(tl.int64) * 4
     top, log_total = tl.load(state), tl.load(state + 1)
     weight = tl.load(weight_ptr + row)
     target = label.to(tl.int32) + first
-    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes = begin + tl.arange(0, BLOCK)
-        live = (lanes >= first) & (lanes < end)
-        whole = (begin >= first) & (begin + BLOCK <= end)
-        z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        z, cap_slope = capped(z, live, cap)
-        slope = tl.exp(z - top - log_total) - tl.where(lanes == target, 1.0, 0.0)
+    for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = (offsets >= first) & (offsets < end)
+        full_block = (begin >= first) & (begin + BLOCK <= end)
+        z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        z, cap_slope = apply_softcap(z, mask, cap)
+        slope = tl.exp(z - top - log_total) - tl.where(offsets == target, 1.0, 0.0)
         slope = tl.where(counted, slope * cap_slope * weight, 0.0)
-        store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
+        store_row_block(out_row, offsets, mask, full_block, slope.to(out_ptr.dtype.element_ty))
 
 
 def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """-> row losses ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
-    layout = Layout.of(logits)
-    losses = logits.new_empty(layout.rows, dtype=torch.float32)
-    state = logits.new_zeros((layout.rows, 4), dtype=torch.float32)
-    if layout.rows == 0:
+    launch = RowLaunch.of(logits)
+    losses = logits.new_empty(launch.rows, dtype=torch.float32)
+    state = logits.new_zeros((launch.rows, 4), dtype=torch.float32)
+    if launch.rows == 0:
         return losses, state
-    block, warps = block_of(layout.columns, logits.element_size())
-    slices, slice_lanes = layout.slices(programs_wanted(logits.device), block)
-    partial = logits.new_empty((layout.rows, slices, 2), dtype=torch.float32)
-    statistics[(layout.rows, slices)](
-        *layout.tensors,
-        partial,
-        layout.columns,
-        layout.per,
-        *layout.strides,
-        slice_lanes,
-        softcap,
-        SHIFT=layout.shift,
-        BLOCK=block,
-        num_warps=warps,
+    partial = logits.new_empty((*launch.grid, 2), dtype=torch.float32)
+    _ce_stats_kernel[launch.grid](
+        *launch.tensors, partial, *launch.sizes, softcap, **launch.constants
     )
-    merge[(layout.rows,)](
-        *layout.tensors,
+    _ce_combine_kernel[(launch.rows,)](
+        *launch.tensors,
         labels.reshape(-1).contiguous(),
         partial,
         losses,
         state,
-        layout.per,
-        *layout.strides,
-        slices,
+        launch.rows_per_batch,
+        *launch.strides,
+        launch.splits,
         ignore_index,
-        layout.columns,
+        launch.n_cols,
         softcap,
         num_warps=1,
     )
@@ -192,24 +179,16 @@ def backward(
     softcap: float | None = None,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
-    layout = Layout.of(logits, out=out)
-    if layout.rows == 0:
-        return out
-    block, warps = block_of(layout.columns, logits.element_size())
-    slices, slice_lanes = layout.slices(4 * programs_wanted(logits.device), block)
-    gradient[(layout.rows, slices)](
-        *layout.tensors,
-        labels.reshape(-1).contiguous(),
-        state,
-        weights,
-        layout.columns,
-        layout.per,
-        *layout.strides,
-        slice_lanes,
-        ignore_index,
-        softcap,
-        SHIFT=layout.shift,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    launch = RowLaunch.of(logits, out=out, programs=4)
+    if launch.rows > 0:
+        _ce_grad_kernel[launch.grid](
+            *launch.tensors,
+            labels.reshape(-1).contiguous(),
+            state,
+            weights,
+            *launch.sizes,
+            ignore_index,
+            softcap,
+            **launch.constants,
+        )
     return out

@@ -22,14 +22,14 @@ from palu_kernels.triton.row_io import programs_wanted
 
 # Programs of one warp, with two or more 16-byte loads of the weight a thread on their way: nothing
 # passes through shared memory, and a chip is full of them.
-ROW_BYTES = 1024  # of a chosen row that ``multiply`` reads at once,
+ROW_BYTES = 1024  # of a chosen row that ``_gathered_matmul_kernel`` reads at once,
 PLACES = 4  # and how many such rows one program reads
-TILE_ROWS, TILE_WIDTH = 4, 256  # of ``combine_tiles``
+TILE_ROWS, TILE_WIDTH = 4, 256  # of ``_gathered_combine_kernel``
 SCATTER_WIDTH = 1024
 
 
 @triton.jit
-def multiply(
+def _gathered_matmul_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
@@ -57,10 +57,10 @@ def multiply(
         sums = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            live = columns < width
+            mask = columns < width
             offsets = columns.to(tl.int64) * weight_column
-            w = tl.load(w_row + offsets, mask=live, other=0.0)
-            h = tl.load(h_row + columns, mask=live, other=0.0)
+            w = tl.load(w_row + offsets, mask=mask, other=0.0)
+            h = tl.load(h_row + columns, mask=mask, other=0.0)
             sums += w.to(tl.float32) * h.to(tl.float32)
         x = tl.sum(sums, 0)
         if BIAS:
@@ -69,7 +69,7 @@ def multiply(
 
 
 @triton.jit
-def combine_tiles(
+def _gathered_combine_kernel(
     weight_ptr,
     slopes_ptr,
     indices_ptr,
@@ -79,19 +79,19 @@ def combine_tiles(
     vocab_size,
     weight_step,
     weight_column,
-    part_places,
+    split_places,
     TILE_ROWS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
 ):
-    """Sum of slope_i * W_i over a part of S of one row, for some columns of W."""
+    """Sum of slope_i * W_i over a split of S of one row, for some columns of W."""
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(2)
+    split = tl.program_id(2)
     columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
-    live = columns < width
+    mask = columns < width
     offsets = columns.to(tl.int64) * weight_column
-    end = min((part + 1) * part_places, k)
+    end = min((split + 1) * split_places, k)
     sums = tl.zeros([TILE_ROWS, TILE_WIDTH], tl.float32)
-    for begin in range(part * part_places, end, TILE_ROWS):
+    for begin in range(split * split_places, end, TILE_ROWS):
         places = begin + tl.arange(0, TILE_ROWS)
         inside = places < end
         chosen = tl.load(indices_ptr + row * k + places, mask=inside, other=0).to(tl.int64)
@@ -99,16 +99,16 @@ def combine_tiles(
         valid = inside & (chosen >= 0) & (chosen < vocab_size)
         tile = tl.load(
             weight_ptr + (chosen * weight_step)[:, None] + offsets[None, :],
-            mask=valid[:, None] & live[None, :],
+            mask=valid[:, None] & mask[None, :],
             other=0.0,
         )
         sums += tile.to(tl.float32) * slope[:, None]
-    out = out_ptr + (part.to(tl.int64) * tl.num_programs(0) + row) * width
-    tl.store(out + columns, tl.sum(sums, 0), mask=live)
+    out = out_ptr + (split.to(tl.int64) * tl.num_programs(0) + row) * width
+    tl.store(out + columns, tl.sum(sums, 0), mask=mask)
 
 
 @triton.jit
-def scatter_runs(
+def _gathered_scatter_kernel(
     hidden_ptr,
     keys_ptr,
     ends_ptr,
@@ -135,7 +135,7 @@ def scatter_runs(
     before = tl.load(keys_ptr + place - 1, mask=place > 0, other=-1).to(tl.int64)
     if (key != before) & (key >= 0) & (key < vocab_size):
         columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        live = columns < width
+        mask = columns < width
         sums = tl.zeros([WIDTH], tl.float32)
         total = 0.0
         for member in range(place, tl.load(ends_ptr + place).to(tl.int32)):
@@ -144,11 +144,11 @@ def scatter_runs(
             total += coefficient
             if WEIGHT:
                 h_row = hidden_ptr + (source // k) * width
-                h = tl.load(h_row + columns, mask=live, other=0.0)
+                h = tl.load(h_row + columns, mask=mask, other=0.0)
                 sums += coefficient * h.to(tl.float32)
         if WEIGHT:
             out = weight_ptr + key * weight_step + columns.to(tl.int64) * weight_column
-            tl.store(out, tl.load(out, mask=live, other=0.0) + sums, mask=live)
+            tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
         if BIAS:
             if tl.program_id(1) == 0:
                 slot = bias_ptr + key * bias_step
@@ -162,7 +162,7 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
     out = hidden.new_empty((rows, k), dtype=torch.float32)
     if rows == 0:
         return out
-    multiply[(rows * triton.cdiv(k, PLACES),)](
+    _gathered_matmul_kernel[(rows * triton.cdiv(k, PLACES),)](
         hidden.contiguous(),
         weight,
         weight if bias is None else bias.float().contiguous(),
@@ -183,20 +183,20 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
 def combine(slopes: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """Sum over i in S_r of slope_ri * W_i: ``slopes`` float32 ``[N, k]`` -> float32 ``[N, D]``.
 
-    S is cut into parts until the programs fill the chip; the parts are added afterwards, always in
-    the same order.
+    S is cut into splits until the programs fill the chip; they are added afterwards, always in the
+    same order.
     """
     rows, k = indices.shape
     width = weight.shape[1]
     blocks = triton.cdiv(width, TILE_WIDTH)
     tiles = triton.cdiv(k, TILE_ROWS)
-    # at least two tiles a part: a part costs a row of float32 sums
+    # at least two tiles each: a split costs a row of float32 sums
     wanted = max(1, min(tiles // 2, 4 * programs_wanted(weight.device) // max(rows * blocks, 1)))
-    part_tiles = triton.cdiv(tiles, wanted)
-    parts = triton.cdiv(tiles, part_tiles)
-    out = slopes.new_empty((parts, rows, width))
+    split_tiles = triton.cdiv(tiles, wanted)
+    n_splits = triton.cdiv(tiles, split_tiles)
+    out = slopes.new_empty((n_splits, rows, width))
     if rows > 0:
-        combine_tiles[(rows, blocks, parts)](
+        _gathered_combine_kernel[(rows, blocks, n_splits)](
             weight,
             slopes.contiguous(),
             indices.contiguous(),
@@ -205,12 +205,12 @@ def combine(slopes: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
             width,
             weight.shape[0],
             *weight.stride(),
-            part_tiles * TILE_ROWS,
+            split_tiles * TILE_ROWS,
             TILE_ROWS=TILE_ROWS,
             TILE_WIDTH=TILE_WIDTH,
             num_warps=1,
         )
-    return out[0] if parts == 1 else out.sum(0)
+    return out[0] if n_splits == 1 else out.sum(0)
 
 
 def scatter(
@@ -235,7 +235,7 @@ def scatter(
     keys, order = indices.reshape(-1).sort(stable=True)
     width = 1 if acc_weight is None else hidden.shape[1]
     columns = min(SCATTER_WIDTH, max(128, triton.next_power_of_2(width)))
-    scatter_runs[(places, triton.cdiv(width, columns))](
+    _gathered_scatter_kernel[(places, triton.cdiv(width, columns))](
         hidden.contiguous(),
         keys,
         torch.searchsorted(keys, keys, right=True),

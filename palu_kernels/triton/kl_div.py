@@ -11,16 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from palu_kernels.triton.row_io import (
-    Layout,
-    block_of,
-    load_lanes,
-    programs_wanted,
+    RowLaunch,
+    apply_softcap,
+    load_row_block,
     row_start,
-    store_lanes,
+    store_row_block,
 )
-from palu_kernels.triton.softcap import capped
 
-PARTIAL = 8
+# what a split of a row leaves, float32
+PARTIAL_SIZE = tl.constexpr(8)
+MAX_A, SUM_A, MAX_B, SUM_B = (tl.constexpr(i) for i in range(4))
+DOT, LACKING = tl.constexpr(4), tl.constexpr(5)
 
 
 @triton.jit
@@ -31,45 +32,45 @@ def rescaled(top, new_top):
 
 
 @triton.jit
-def statistics(
+def _kl_stats_kernel(
     a_ptr,
     b_ptr,
     partial_ptr,
-    columns,
-    per,
-    a_outer,
-    a_inner,
-    b_outer,
-    b_inner,
-    slice_lanes,
+    n_cols,
+    rows_per_batch,
+    a_stride_batch,
+    a_stride_row,
+    b_stride_batch,
+    b_stride_row,
+    split_size,
     a_cap,
     b_cap,
-    SHIFT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """KL(a || b) over a slice of a row, both softmaxes online: for each its maximum and sum, and
+    """KL(a || b) over a split of a row, both softmaxes online: for each its maximum and sum, and
     sum of exp(a - max a) * ((a - max a) - (b - max b)), and whether b lacks an entry of a."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    a_row, first = row_start(a_ptr, row, per, a_outer, a_inner, SHIFT)
-    b_row, _ = row_start(b_ptr, row, per, b_outer, b_inner, SHIFT)
-    end = first + columns
+    row, split = tl.program_id(0), tl.program_id(1)
+    a_row, first = row_start(a_ptr, row, rows_per_batch, a_stride_batch, a_stride_row, HAS_OFFSET)
+    b_row, _ = row_start(b_ptr, row, rows_per_batch, b_stride_batch, b_stride_row, HAS_OFFSET)
+    end = first + n_cols
     top_a = float("-inf")
     top_b = float("-inf")
     sum_a = 0.0
     sum_b = 0.0
     dot = 0.0
     lacking = 0
-    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes = begin + tl.arange(0, BLOCK)
-        live = (lanes >= first) & (lanes < end)
-        whole = (begin >= first) & (begin + BLOCK <= end)
-        a = load_lanes(a_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        b = load_lanes(b_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        a, _slope = capped(a, live, a_cap)
-        b, _slope = capped(b, live, b_cap)
+    for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = (offsets >= first) & (offsets < end)
+        full_block = (begin >= first) & (begin + BLOCK <= end)
+        a = load_row_block(a_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        b = load_row_block(b_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        a, _slope = apply_softcap(a, mask, a_cap)
+        b, _slope = apply_softcap(b, mask, b_cap)
         new_a = tl.maximum(top_a, tl.max(a, 0))
         new_b = tl.maximum(top_b, tl.max(b, 0))
-        # a slice may hold nothing but masked entries: 0 stands in for its maximum
+        # a split may hold nothing but masked entries: 0 stands in for its maximum
         a -= tl.where(new_a == float("-inf"), 0.0, new_a)
         b -= tl.where(new_b == float("-inf"), 0.0, new_b)
         in_a = a != float("-inf")
@@ -84,18 +85,18 @@ def statistics(
         lacking |= tl.max((in_a & (in_b == 0)).to(tl.int32), 0)
         top_a = new_a
         top_b = new_b
-    out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + part) * 8
-    tl.store(out, top_a)
-    tl.store(out + 1, sum_a)
-    tl.store(out + 2, top_b)
-    tl.store(out + 3, sum_b)
-    tl.store(out + 4, dot)
-    tl.store(out + 5, lacking.to(tl.float32))
+    out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * PARTIAL_SIZE
+    tl.store(out + MAX_A, top_a)
+    tl.store(out + SUM_A, sum_a)
+    tl.store(out + MAX_B, top_b)
+    tl.store(out + SUM_B, sum_b)
+    tl.store(out + DOT, dot)
+    tl.store(out + LACKING, lacking.to(tl.float32))
 
 
 @triton.jit
-def merge(partial_ptr, loss_ptr, state_ptr, parts, REVERSE: tl.constexpr):
-    """Slices of a row -> KL, and what its gradient needs: max and log sum of the current row, max
+def _kl_combine_kernel(partial_ptr, loss_ptr, state_ptr, n_splits, REVERSE: tl.constexpr):
+    """Splits of a row -> KL, and what its gradient needs: max and log sum of the current row, max
     of the reference row, and (reverse) the mean of the shifted logit differences under p or
     (forward) the reference's log sum. A KL that is not finite leaves NaN for the log sum."""
     row = tl.program_id(0).to(tl.int64)
@@ -105,76 +106,77 @@ def merge(partial_ptr, loss_ptr, state_ptr, parts, REVERSE: tl.constexpr):
     sum_b = 0.0
     dot = 0.0
     lacking = 0.0
-    for part in range(parts):
-        slot = partial_ptr + (row * parts + part) * 8
-        part_a, part_b, part_dot = tl.load(slot), tl.load(slot + 2), tl.load(slot + 4)
-        new_a = tl.maximum(top_a, part_a)
-        new_b = tl.maximum(top_b, part_b)
+    for split in range(n_splits):
+        slot = partial_ptr + (row * n_splits + split) * PARTIAL_SIZE
+        split_a, split_b = tl.load(slot + MAX_A), tl.load(slot + MAX_B)
+        split_dot = tl.load(slot + DOT)
+        new_a = tl.maximum(top_a, split_a)
+        new_b = tl.maximum(top_b, split_b)
         drop_a, scale_a = rescaled(top_a, new_a)
         drop_b, scale_b = rescaled(top_b, new_b)
-        part_drop_a, part_scale_a = rescaled(part_a, new_a)
-        part_drop_b, part_scale_b = rescaled(part_b, new_b)
-        part_sum_a = tl.load(slot + 1)
+        split_drop_a, split_scale_a = rescaled(split_a, new_a)
+        split_drop_b, split_scale_b = rescaled(split_b, new_b)
+        split_sum_a = tl.load(slot + SUM_A)
         dot = scale_a * (dot + sum_a * (drop_a - drop_b))
-        dot += part_scale_a * (part_dot + part_sum_a * (part_drop_a - part_drop_b))
-        sum_a = scale_a * sum_a + part_scale_a * part_sum_a
-        sum_b = scale_b * sum_b + part_scale_b * tl.load(slot + 3)
-        lacking = tl.maximum(lacking, tl.load(slot + 5))
+        dot += split_scale_a * (split_dot + split_sum_a * (split_drop_a - split_drop_b))
+        sum_a = scale_a * sum_a + split_scale_a * split_sum_a
+        sum_b = scale_b * sum_b + split_scale_b * tl.load(slot + SUM_B)
+        lacking = tl.maximum(lacking, tl.load(slot + LACKING))
         top_a = new_a
         top_b = new_b
-    spoiled = (sum_a + sum_b) * 0.0
+    nan_or_zero = (sum_a + sum_b) * 0.0
     mean = tl.where(sum_a == 0, 0.0, dot / sum_a)
     log_a = tl.where(sum_a == 0, 0.0, tl.log(sum_a))
     log_b = tl.where(sum_b == 0, 0.0, tl.log(sum_b))
     kl = tl.where(sum_a == 0, 0.0, mean - log_a + log_b)
-    kl = tl.where(lacking > 0, float("inf"), kl) + spoiled
+    kl = tl.where(lacking > 0, float("inf"), kl) + nan_or_zero
     tl.store(loss_ptr + row, kl)
-    spoiled = tl.where(lacking > 0, float("nan"), spoiled)
+    nan_or_zero = tl.where(lacking > 0, float("nan"), nan_or_zero)
     top_a = tl.where(top_a == float("-inf"), 0.0, top_a)
     top_b = tl.where(top_b == float("-inf"), 0.0, top_b)
     state = state_ptr + row * 4
     if REVERSE:
         tl.store(state, top_a)
-        tl.store(state + 1, log_a + spoiled)
+        tl.store(state + 1, log_a + nan_or_zero)
         tl.store(state + 2, top_b)
         tl.store(state + 3, mean)
     else:
         # without a reference distribution there is no gradient: exp(z - 1e30) is 0
         log_b = tl.where(sum_a == 0, 1e30, log_b)
         tl.store(state, top_b)
-        tl.store(state + 1, log_b + spoiled)
+        tl.store(state + 1, log_b + nan_or_zero)
         tl.store(state + 2, top_a)
         tl.store(state + 3, log_a)
 
 
 @triton.jit
-def gradient(
+def _kl_grad_kernel(
     z_ptr,
     r_ptr,
     out_ptr,
     state_ptr,
     weight_ptr,
-    columns,
-    per,
-    z_outer,
-    z_inner,
-    r_outer,
-    r_inner,
-    out_outer,
-    out_inner,
-    slice_lanes,
+    n_cols,
+    rows_per_batch,
+    z_stride_batch,
+    z_stride_row,
+    r_stride_batch,
+    r_stride_row,
+    o_stride_batch,
+    o_stride_row,
+    split_size,
     z_cap,
     r_cap,
     REVERSE: tl.constexpr,
-    SHIFT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Reverse p (log p - log q - KL), forward p - q. Entry by entry, so ``out`` may be z itself."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    z_row, first = row_start(z_ptr, row, per, z_outer, z_inner, SHIFT)
-    r_row, _ = row_start(r_ptr, row, per, r_outer, r_inner, SHIFT)
-    out_row, _ = row_start(out_ptr, row, per, out_outer, out_inner, SHIFT)
-    end = first + columns
+    row, split = tl.program_id(0), tl.program_id(1)
+    z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
+    r_row, _ = row_start(r_ptr, row, rows_per_batch, r_stride_batch, r_stride_row, HAS_OFFSET)
+    out_row, _ = row_start(out_ptr, row, rows_per_batch, o_stride_batch, o_stride_row, HAS_OFFSET)
+    end = first + n_cols
     state = state_ptr + row.to(tl.int64) * 4
     top_z, log_z, top_r, last = (
         tl.load(state),
@@ -182,22 +184,22 @@ def gradient(
         tl.load(state + 2),
         tl.load(state + 3),
     )
-    spoiled = log_z * 0.0
+    nan_or_zero = log_z * 0.0
     weight = tl.load(weight_ptr + row)
-    for begin in range(part * slice_lanes, min((part + 1) * slice_lanes, end), BLOCK):
-        lanes = begin + tl.arange(0, BLOCK)
-        live = (lanes >= first) & (lanes < end)
-        whole = (begin >= first) & (begin + BLOCK <= end)
-        z = load_lanes(z_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        r = load_lanes(r_row, lanes, live, whole, float("-inf")).to(tl.float32)
-        z, cap_slope = capped(z, live, z_cap)
-        r, _slope = capped(r, live, r_cap)
+    for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = (offsets >= first) & (offsets < end)
+        full_block = (begin >= first) & (begin + BLOCK <= end)
+        z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        r = load_row_block(r_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        z, cap_slope = apply_softcap(z, mask, z_cap)
+        r, _slope = apply_softcap(r, mask, r_cap)
         z -= top_z
         r -= top_r
         p = tl.exp(z - log_z)
         slope = p * (z - r - last) if REVERSE else p - tl.exp(r - last)
-        slope = tl.where(z == float("-inf"), spoiled, slope * cap_slope * weight)
-        store_lanes(out_row, lanes, live, whole, slope.to(out_ptr.dtype.element_ty))
+        slope = tl.where(z == float("-inf"), nan_or_zero, slope * cap_slope * weight)
+        store_row_block(out_row, offsets, mask, full_block, slope.to(out_ptr.dtype.element_ty))
 
 
 def forward(
@@ -209,27 +211,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> row divergences ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
     reverse = direction == "reverse"
-    layout = Layout.of(*((logits, ref_logits) if reverse else (ref_logits, logits)))
-    losses = logits.new_empty(layout.rows, dtype=torch.float32)
-    state = logits.new_empty((layout.rows, 4), dtype=torch.float32)
-    if layout.rows == 0:
+    launch = RowLaunch.of(*((logits, ref_logits) if reverse else (ref_logits, logits)))
+    losses = logits.new_empty(launch.rows, dtype=torch.float32)
+    state = logits.new_empty((launch.rows, 4), dtype=torch.float32)
+    if launch.rows == 0:
         return losses, state
-    block, warps = block_of(layout.columns, logits.element_size())
-    slices, slice_lanes = layout.slices(programs_wanted(logits.device), block)
-    partial = logits.new_empty((layout.rows, slices, PARTIAL), dtype=torch.float32)
-    statistics[(layout.rows, slices)](
-        *layout.tensors,
+    partial = logits.new_empty((*launch.grid, PARTIAL_SIZE.value), dtype=torch.float32)
+    _kl_stats_kernel[launch.grid](
+        *launch.tensors,
         partial,
-        layout.columns,
-        layout.per,
-        *layout.strides,
-        slice_lanes,
+        *launch.sizes,
         *((softcap, ref_softcap) if reverse else (ref_softcap, softcap)),
-        SHIFT=layout.shift,
-        BLOCK=block,
-        num_warps=warps,
+        **launch.constants,
     )
-    merge[(layout.rows,)](partial, losses, state, slices, REVERSE=reverse, num_warps=1)
+    _kl_combine_kernel[(launch.rows,)](
+        partial, losses, state, launch.splits, REVERSE=reverse, num_warps=1
+    )
     return losses, state
 
 
@@ -244,24 +241,16 @@ def backward(
     ref_softcap: float | None = None,
 ) -> Tensor:
     """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
-    layout = Layout.of(logits, ref_logits, out=out)
-    if layout.rows == 0:
-        return out
-    block, warps = block_of(layout.columns, logits.element_size())
-    slices, slice_lanes = layout.slices(4 * programs_wanted(logits.device), block)
-    gradient[(layout.rows, slices)](
-        *layout.tensors,
-        state,
-        weights,
-        layout.columns,
-        layout.per,
-        *layout.strides,
-        slice_lanes,
-        softcap,
-        ref_softcap,
-        REVERSE=direction == "reverse",
-        SHIFT=layout.shift,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    launch = RowLaunch.of(logits, ref_logits, out=out, programs=4)
+    if launch.rows > 0:
+        _kl_grad_kernel[launch.grid](
+            *launch.tensors,
+            state,
+            weights,
+            *launch.sizes,
+            softcap,
+            ref_softcap,
+            REVERSE=direction == "reverse",
+            **launch.constants,
+        )
     return out

@@ -1,7 +1,7 @@
 """Rows in memory: how a kernel walks one, and how a launcher describes it.
 
 A row is read in blocks of lanes. It is walked from the aligned address at or below its first entry:
-its column c is lane ``first + c`` with ``first < 8``, all full blocks are loaded whole, and only
+its column c is lane `first + c` with `first < 8`, blocks inside the row are loaded whole, and only
 the block at either end is masked. A loop whose loads are all masked would be compiled to one narrow
 load an entry.
 """
@@ -39,11 +39,11 @@ BLOCKS = {
 
 
 @triton.jit
-def row_start(ptr, row, per, outer, inner, SHIFT: tl.constexpr):
-    """-> (pointer to lane 0, lane of column 0) of a row in ``[rows // per, per, V]``."""
+def row_start(ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET: tl.constexpr):
+    """-> (pointer to lane 0, lane of column 0) of a row in `[B, rows_per_batch, V]`."""
     row = row.to(tl.int64)
-    offset = (row // per) * outer + (row % per) * inner
-    if SHIFT:
+    offset = (row // rows_per_batch) * stride_batch + (row % rows_per_batch) * stride_row
+    if HAS_OFFSET:
         aligned = (offset // 8) * 8
         start = ptr + aligned
         first = (offset - aligned).to(tl.int32)
@@ -61,42 +61,71 @@ def is_live(z):
 
 
 @triton.jit
-def load_lanes(ptr, lanes, live, whole, other):
-    """A block of a row: one wide load if it lies inside the row, else only the live lanes."""
-    if whole:
-        block = tl.load(ptr + lanes)
+def load_row_block(ptr, offsets, mask, full_block, other):
+    """A block of a row: one wide load if it lies inside the row, else what the mask leaves."""
+    if full_block:
+        block = tl.load(ptr + offsets)
     else:
-        block = tl.load(ptr + lanes, mask=live, other=other)
+        block = tl.load(ptr + offsets, mask=mask, other=other)
     return block
 
 
 @triton.jit
-def store_lanes(ptr, lanes, live, whole, block):
-    if whole:
-        tl.store(ptr + lanes, block)
+def store_row_block(ptr, offsets, mask, full_block, block):
+    if full_block:
+        tl.store(ptr + offsets, block)
     else:
-        tl.store(ptr + lanes, block, mask=live)
+        tl.store(ptr + offsets, block, mask=mask)
+
+
+@triton.jit
+def apply_softcap(x, mask, cap):
+    """-> (cap * tanh(x / cap), its derivative); -inf and 0 off the mask. ``cap`` None: (x,
+    1).
+
+    By exp(-2|x| / cap), so that neither overflows and the slope of a saturated entry keeps its
+    digits.
+    """
+    if cap is None:
+        z = x
+        slope = 1.0
+    else:
+        share = x / cap
+        shrunk = tl.exp(-2.0 * tl.abs(share))
+        size = (1.0 - shrunk) / (1.0 + shrunk)
+        z = tl.where(mask, cap * tl.where(share < 0, -size, size), float("-inf"))
+        slope = tl.where(mask, 4.0 * shrunk / ((1.0 + shrunk) * (1.0 + shrunk)), 0.0)
+    return z, slope
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Tensors of one shape ``[N, V]`` or ``[B, T, V]``, ready to be walked together."""
+class RowLaunch:
+    """Tensors of one shape `[N, V]` or `[B, T, V]`, walked together by a program for every row and
+    split of it."""
 
     tensors: tuple[Tensor, ...]
-    strides: tuple[int, ...]  # outer and inner of every tensor, in elements
+    strides: tuple[int, ...]  # of batch and of row, for every tensor, in elements
     rows: int
-    columns: int
-    per: int
-    shift: bool
+    n_cols: int
+    rows_per_batch: int
+    block: int
+    warps: int
+    splits: int
+    split_size: int
 
     @classmethod
-    def of(cls, first: Tensor, *others: Tensor, out: Tensor | None = None) -> Layout:
-        """Rows of ``first`` as they are (a copy if its columns are not adjacent); those of the
-        others are copied if they start otherwise.
+    def of(
+        cls, first: Tensor, *others: Tensor, out: Tensor | None = None, programs: int = 1
+    ) -> RowLaunch:
+        """Take the rows of `first` as they are (a copy if its columns are not adjacent); those of
+        the others are copied if they start otherwise.
+
+        A row is cut into splits of two blocks at least, until there are about `programs` times as
+        many programs as fill the chip.
 
         Raises:
-            ValueError: ``out``, which comes last, starts otherwise: what is written into a copy
-                would be lost (``empty_rows_like`` makes one that does not).
+            ValueError: `out`, which comes last, starts otherwise: what is written into a copy would
+                be lost (`empty_rows_like` makes one that does not).
         """
         first = first if adjacent(first) else first.contiguous()
         tensors = (first, *(_laid_out(t, first) for t in others))
@@ -108,22 +137,38 @@ class Layout:
                 )
             tensors = (*tensors, out)
         shape = first.shape
-        rows, columns = math.prod(shape[:-1]), shape[-1]
+        rows, n_cols = math.prod(shape[:-1]), shape[-1]
         steps = [row_steps(t) for t in tensors]
         # rows that are evenly spaced in every tensor are one dimension
-        even = rows == shape[-2] or all(outer == inner * shape[-2] for outer, inner in steps)
-        per = max(rows, 1) if even else shape[-2]
-        strides = tuple(s for outer, inner in steps for s in (0 if even else outer, inner))
-        shift = any(s % ALIGNED for s in strides)
-        return cls(tensors, strides, rows, columns, per, shift)
+        even = rows == shape[-2] or all(batch == row * shape[-2] for batch, row in steps)
+        rows_per_batch = max(rows, 1) if even else shape[-2]
+        strides = tuple(s for batch, row in steps for s in (0 if even else batch, row))
+        block, warps = block_of(n_cols, first.element_size())
+        blocks = triton.cdiv(n_cols + LANES - 1, block)
+        wanted = programs * programs_wanted(first.device) // max(rows, 1)
+        each = triton.cdiv(blocks, max(1, min(blocks // 2, wanted)))
+        splits = triton.cdiv(blocks, each)
+        return cls(
+            tensors, strides, rows, n_cols, rows_per_batch, block, warps, splits, each * block
+        )
 
-    def slices(self, programs: int, block: int) -> tuple[int, int]:
-        """-> (number of slices of a row, lanes in a slice) for about ``programs`` programs. A
-        slice has two blocks at least, so that its histograms stay small beside it."""
-        blocks = triton.cdiv(self.columns + LANES - 1, block)
-        wanted = max(1, min(blocks // 2, programs // max(self.rows, 1)))
-        each = triton.cdiv(blocks, wanted)
-        return triton.cdiv(blocks, each), each * block
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.rows, self.splits
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The arguments `n_cols, rows_per_batch`, strides and `split_size` of a kernel."""
+        return self.n_cols, self.rows_per_batch, *self.strides, self.split_size
+
+    @property
+    def has_offset(self) -> bool:
+        return any(s % ALIGNED for s in self.strides)
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """The constants of a kernel, and its warps."""
+        return {"HAS_OFFSET": self.has_offset, "BLOCK": self.block, "num_warps": self.warps}
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -135,10 +180,10 @@ def as_integers(t: Tensor) -> Tensor:
     return t.view(INTEGERS[t.element_size()])
 
 
-def block_of(columns: int, element_size: int) -> tuple[int, int]:
+def block_of(n_cols: int, element_size: int) -> tuple[int, int]:
     """-> (lanes in a block, warps) of a row of so many columns."""
-    lanes = columns + LANES - 1
-    return next((block, warps) for most, block, warps in BLOCKS[element_size] if lanes <= most)
+    offsets = n_cols + LANES - 1
+    return next((block, warps) for most, block, warps in BLOCKS[element_size] if offsets <= most)
 
 
 @triton.jit

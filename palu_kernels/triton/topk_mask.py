@@ -1,4 +1,4 @@
-"""Who is in S: the test that kernels make entry by entry while a row streams.
+"""Top-k membership mask, evaluated per element while a row is streamed.
 
 Where the reference's row chooses, S is the threshold and tie cut of ``select``; the pass that takes
 the statistics finds the cut, and leaves a bitmap of one bit a lane, so that the gradient reads a
@@ -13,63 +13,79 @@ import triton.language as tl
 from torch import Tensor
 
 from palu_kernels.triton.radix_keys import order_keys
-from palu_kernels.triton.row_io import Layout, load_lanes, row_start
-from palu_kernels.triton.softcap import capped
+from palu_kernels.triton.row_io import (
+    RowLaunch,
+    apply_softcap,
+    load_row_block,
+    row_start,
+)
 
-CURRENT, REFERENCE, BITMAP = 0, 1, 2  # who says what is in S
+# what says what is in S: the logits themselves, the reference's logits, or a bitmap
+CURRENT, REFERENCE, BITMAP = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
 def load_block(
     z_row,
-    chooser_row,
+    scores_row,
     begin,
     first,
     end,
     cap,
-    MEMBERS: tl.constexpr,
-    HALF: tl.constexpr,
+    SELECT_BY: tl.constexpr,
+    IS_16BIT: tl.constexpr,
     INFINITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """-> (lanes, whether the block lies inside the row, z in float32 under the cap, the cap's
-    slope there, chooser's keys (bitmap: bits), lanes with a NaN in either row, live lanes).
+    """-> (offsets, whether the block lies inside the row, z in float32 under the cap, the cap's
+    slope there, the score source's keys (bitmap: bits), lanes with a NaN in either row, mask).
 
     Keys are of the row before the cap, which keeps the order and would only make ties."""
-    lanes = begin + tl.arange(0, BLOCK)
-    live = (lanes >= first) & (lanes < end)
-    whole = (begin >= first) & (begin + BLOCK <= end)
-    entries = load_lanes(z_row, lanes, live, whole, float("-inf"))
-    z, cap_slope = capped(entries.to(tl.float32), live, cap)
+    offsets = begin + tl.arange(0, BLOCK)
+    mask = (offsets >= first) & (offsets < end)
+    full_block = (begin >= first) & (begin + BLOCK <= end)
+    entries = load_row_block(z_row, offsets, mask, full_block, float("-inf"))
+    z, cap_slope = apply_softcap(entries.to(tl.float32), mask, cap)
     nan = z != z
-    if MEMBERS == 0:
-        if HALF:
+    if SELECT_BY == CURRENT:
+        if IS_16BIT:
             bits = entries.to(tl.int16, bitcast=True)
         else:
             bits = entries.to(tl.int32, bitcast=True)
-        keys, _ = order_keys(bits, HALF, INFINITY)
-    elif MEMBERS == 1:
-        keys, spoiled = order_keys(load_lanes(chooser_row, lanes, live, whole, 0), HALF, INFINITY)
-        nan |= spoiled
+        keys, _ = order_keys(bits, IS_16BIT, INFINITY)
+    elif SELECT_BY == REFERENCE:
+        keys, has_nan = order_keys(
+            load_row_block(scores_row, offsets, mask, full_block, 0), IS_16BIT, INFINITY
+        )
+        nan |= has_nan
     else:
         first_lane = begin + 8 * tl.arange(0, BLOCK // 8)
-        byte = tl.load(chooser_row + (first_lane >> 3), mask=first_lane < end, other=0)
+        byte = tl.load(scores_row + (first_lane >> 3), mask=first_lane < end, other=0)
         bits = byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]
         keys = tl.reshape(bits & 1, [BLOCK]).to(tl.uint32)
-    return lanes, whole, z, cap_slope, keys, nan, live
+    return offsets, full_block, z, cap_slope, keys, nan, mask
 
 
 @triton.jit
-def chooser_start(
-    chooser_ptr, z_row, row, per, outer, inner, MEMBERS: tl.constexpr, SHIFT: tl.constexpr
+def scores_start(
+    scores_ptr,
+    z_row,
+    row,
+    rows_per_batch,
+    stride_batch,
+    stride_row,
+    SELECT_BY: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
 ):
-    if MEMBERS == 0:
-        chooser_row = z_row
-    elif MEMBERS == 1:
-        chooser_row, _ = row_start(chooser_ptr, row, per, outer, inner, SHIFT)
+    if SELECT_BY == CURRENT:
+        scores_row = z_row
+    elif SELECT_BY == REFERENCE:
+        scores_row, _ = row_start(
+            scores_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET
+        )
     else:
-        chooser_row = chooser_ptr + row.to(tl.int64) * inner  # bytes
-    return chooser_row
+        scores_row = scores_ptr + row.to(tl.int64) * stride_row  # bytes
+    return scores_row
 
 
 @triton.jit
@@ -81,21 +97,21 @@ def store_bits(bitmap_row, member, begin, words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def set_bits(
+def _set_bits_kernel(
     indices_ptr,
     bitmap_ptr,
     k,
     words,
-    per,
-    outer,
-    inner,
-    SHIFT: tl.constexpr,
+    rows_per_batch,
+    stride_batch,
+    stride_row,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Indices ``[N, k]`` -> a bit a lane of the walk over z, ``[N, words]``, zeros before."""
     row = tl.program_id(0)
     # only the lane of column 0 is wanted, not the pointer
-    _, first = row_start(bitmap_ptr, row, per, outer, inner, SHIFT)
+    _, first = row_start(bitmap_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < k
     row = row.to(tl.int64)
@@ -104,18 +120,18 @@ def set_bits(
     tl.atomic_or(bitmap_ptr + row * words + (lane >> 5), bit, mask=inside, sem="relaxed")
 
 
-def write_bitmap(indices: Tensor, layout: Layout, bitmap: Tensor) -> None:
+def write_bitmap(indices: Tensor, launch: RowLaunch, bitmap: Tensor) -> None:
     """S as indices -> ``bitmap``, int32 ``[N, words]``, zeros before."""
     indices = indices.reshape(-1, indices.shape[-1]).contiguous()
     rows, k = indices.shape
     block = min(1024, triton.next_power_of_2(k))
-    set_bits[(rows, triton.cdiv(k, block))](
+    _set_bits_kernel[(rows, triton.cdiv(k, block))](
         indices,
         bitmap,
         k,
         bitmap.shape[1],
-        layout.per,
-        *layout.strides[:2],
-        SHIFT=layout.shift,
+        launch.rows_per_batch,
+        *launch.strides[:2],
+        HAS_OFFSET=launch.has_offset,
         BLOCK=block,
     )

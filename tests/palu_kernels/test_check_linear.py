@@ -34,7 +34,7 @@ def by_triton():
         yield pytest.param(case, marks=pytest.mark.slow if again else (), id=str(case))
 
 
-@pytest.mark.parametrize("case", by_triton())
+@pytest.mark.parametrize("case", list(by_triton()))
 def test_by_triton(case):
     if case.implementation == "sparse":  # of which the interpreter takes an entry at a time
         case = replace(case, rows=36, k=3) if case.spoiled else replace(case, rows=2, k=21)

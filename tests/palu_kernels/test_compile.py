@@ -16,22 +16,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAKERS = (("sm_80", "sm_90", "sm_100"), ("gfx942",))
 REFERENCE = 1  # MEMBERS where another row says what is in S, so that two rows are read
-MEMBERS = {"local_entropy.statistics": {0, 1, 2}, "local_entropy.gradient": {0, 2}}
-ROWS_READ = {
-    "radix_select.digit_histogram": 1,
-    "radix_select.write_indices": 1,
-    "local_entropy.statistics": 1,
-    "local_entropy.gradient": 1,
-    "kl_div.statistics": 2,
-    "kl_div.gradient": 2,
-    "cross_entropy.statistics": 1,
-    "cross_entropy.gradient": 1,
-    # rows of the head (a tile of them counts as one), and of its gradient
-    "gathered_matmul.multiply": 2,  # of the head and of hidden states
-    "gathered_matmul.combine_tiles": 1,
-    "gathered_matmul.scatter_runs": 1,
+MEMBERS = {
+    "local_entropy._local_entropy_stats_kernel": {0, 1, 2},
+    "local_entropy._local_entropy_grad_kernel": {0, 2},
 }
-WRITERS = ("gradient", "scatter_runs")
+ROWS_READ = {
+    "radix_select._digit_histogram_kernel": 1,
+    "radix_select._write_indices_kernel": 1,
+    "local_entropy._local_entropy_stats_kernel": 1,
+    "local_entropy._local_entropy_grad_kernel": 1,
+    "kl_div._kl_stats_kernel": 2,
+    "kl_div._kl_grad_kernel": 2,
+    "cross_entropy._ce_stats_kernel": 1,
+    "cross_entropy._ce_grad_kernel": 1,
+    # rows of the head (a tile of them counts as one), and of its gradient
+    "gathered_matmul._gathered_matmul_kernel": 2,  # of the head and of hidden states
+    "gathered_matmul._gathered_combine_kernel": 1,
+    "gathered_matmul._gathered_scatter_kernel": 1,
+}
+WRITERS = ("_grad_kernel", "_scatter_kernel")
 DTYPES = {"bf16", "fp16", "fp32"}
 
 
@@ -110,7 +113,7 @@ def wide(row: dict, kind: str) -> int:
 def narrow_rows(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
-        read = ROWS_READ[row["kernel"]] + (row["constants"].get("MEMBERS") == REFERENCE)
+        read = ROWS_READ[row["kernel"]] + (row["constants"].get("SELECT_BY") == REFERENCE)
         short = wide(row, "loads") < read * bytes_a_thread(row)
         if row["kernel"].endswith(WRITERS):
             short |= wide(row, "stores") < bytes_a_thread(row)
@@ -140,7 +143,7 @@ def test_report_is_complete(report, streaming, archs):
                 own = [row for row in rows if row["arch"] == arch]
                 assert dtypes(own) == DTYPES, (kernel, arch)
                 assert {row["walk"] for row in own} >= {"aligned", anywhere}, (kernel, arch)
-                members = {row["constants"].get("MEMBERS") for row in own}
+                members = {row["constants"].get("SELECT_BY") for row in own}
                 assert members == MEMBERS.get(kernel, {None})
         for arch in own_archs:
             assert {row["kernel"] for row in report if row["arch"] == arch} == launched

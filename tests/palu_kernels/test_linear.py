@@ -19,7 +19,7 @@ from palu_kernels.check.__main__ import CAPS, EPS
 from palu_kernels.linear import chunked as loop
 from palu_kernels.linear.op import linear_loss
 from palu_kernels.roles import linear_role_losses
-from palu_kernels.row_loss import KL, CrossEntropy, LikeliestNLL, LocalEntropy
+from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, ReferenceArgmaxNLL
 
 ROWS, VOCAB, DIM, K = 70, 101, 24, 9
 HEADS = {
@@ -237,7 +237,7 @@ def test_losses_by_role_share_a_call():
         LocalEntropy(K, "flatten", "local_mean", 0.0, "reference"),
         CrossEntropy(),
         KL("reverse"),
-        LikeliestNLL(),
+        ReferenceArgmaxNLL(),
     ]
     weights = torch.tensor([5, 1, 0.1, 0], dtype=torch.float64)
     hidden, ref_hidden = (x.view(4, 50, -1) for x in (problem.hidden, problem.ref_hidden))
@@ -281,9 +281,11 @@ def test_each_gradient_only_if_asked_for(trained, reduction, monkeypatch):
     for name in ("hidden", "weight", "bias"):
         getattr(problem, name).requires_grad_(name == trained)
     adds = []
-    add = loop.Accumulator.add
+    add = loop.HeadGradAccumulator.add
     monkeypatch.setattr(
-        loop.Accumulator, "add", lambda self, *a: (adds.append(self.weight is None), add(self, *a))
+        loop.HeadGradAccumulator,
+        "add",
+        lambda self, *a: (adds.append(self.weight is None), add(self, *a)),
     )
     loss = problem.loss("reverse", reduction)
     loss = (loss * problem.row_weights).sum() if reduction == "none" else loss

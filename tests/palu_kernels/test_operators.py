@@ -320,17 +320,14 @@ def test_kernels_may_write_over_their_input():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_over_several_programs(name, monkeypatch):
     """Few rows are split over programs so that the chip is full; ties cross the slices."""
-    from palu_kernels.triton import cross_entropy, local_entropy
-    from palu_kernels.triton import kl_div as divergence
-    from palu_kernels.triton.row_io import Layout
+    from palu_kernels.triton import row_io
 
     z, ref, labels, indices = inputs(2, columns=20_001)
     z, ref = z.round(decimals=1), ref.round(decimals=1)
     results = []
     for programs, slices in ((1, 1), (1000, 5)):
-        for module in (cross_entropy, divergence, local_entropy):
-            monkeypatch.setattr(module, "programs_wanted", lambda _, n=programs: n)
-        assert Layout.of(z).slices(programs, 2048)[0] == slices
+        monkeypatch.setattr(row_io, "programs_wanted", lambda _, n=programs: n)
+        assert row_io.RowLaunch.of(z).splits == slices
         x = z.clone().requires_grad_()
         loss = losses(ref, labels, indices)[name](x, "triton")
         loss.sum().backward()

@@ -52,7 +52,7 @@ def truth(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None)
     return dict(zip(NAMES, (rows.detach(), grad_hidden, *grads), strict=False))
 
 
-def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, *, served_by):
+def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, *, backend):
     objective, center = loss
     kind, number = (center, 0.0) if isinstance(center, str) else ("number", center)
     global_mean = cost_model.needs_mean(objective, kind)
@@ -67,23 +67,23 @@ def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, 
         objective=objective,
         center_kind=kind,
         center_value=number,
-        served_by=served_by,
+        backend=backend,
         want_hidden=True,
     )
     work = accum_dtype(hidden.dtype)
     acc_weight = torch.zeros(weight.shape, dtype=work, device=DEVICE)
     acc_bias = None if bias is None else torch.zeros(bias.shape, dtype=work, device=DEVICE)
-    shares = rows.shares if global_mean else None
+    shares = rows.mean_coeff if global_mean else None
     sparse.add_weight_gradient(
         acc_weight,
         acc_bias,
         hidden,
         bias,
         indices,
-        rows.slopes,
+        rows.dloss_dx,
         shares,
         weights,
-        served_by=served_by,
+        backend=backend,
     )
     assert {t.dtype for t in rows} == {work}
     found = dict(zip(NAMES, (rows.losses, rows.grad_hidden, acc_weight, acc_bias), strict=True))
@@ -94,9 +94,9 @@ def relative(found, expected):
     return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-6))
 
 
-def agree(inputs, loss, *, served_by, tolerance=None, **head):
+def agree(inputs, loss, *, backend, tolerance=None, **head):
     expected = truth(*inputs, loss, **head)
-    found = ours(*inputs, loss, served_by=served_by, **head)
+    found = ours(*inputs, loss, backend=backend, **head)
     assert found.keys() == expected.keys()
     for name, t in found.items():
         error = relative(t, expected[name])
@@ -110,34 +110,34 @@ def backends_of(dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
 def test_numbers(loss, dtype):
-    for served_by in backends_of(dtype):
-        agree(problem(dtype=dtype), loss, served_by=served_by, scale=0.6)
-        agree(problem(dtype=dtype, bias=False), loss, served_by=served_by)
+    for backend in backends_of(dtype):
+        agree(problem(dtype=dtype), loss, backend=backend, scale=0.6)
+        agree(problem(dtype=dtype, bias=False), loss, backend=backend)
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:], ids=IDS[1:])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_softcap(loss, dtype):
     """Logits up to 10 before a cap of 4: some of them lie flat against it."""
-    for served_by in backends_of(dtype):
-        agree(problem(dtype=dtype), loss, served_by=served_by, scale=-1.5, softcap=4.0)
+    for backend in backends_of(dtype):
+        agree(problem(dtype=dtype), loss, backend=backend, scale=-1.5, softcap=4.0)
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n, v, d, k", SHAPES)
-def test_shapes(n, v, d, k, served_by):
+def test_shapes(n, v, d, k, backend):
     zero = (LOSSES[1], LOSSES[3]) if k == 1 else ()
-    large = served_by == "triton" and n * k >= 100  # of which the interpreter takes seconds each
+    large = backend == "triton" and n * k >= 100  # of which the interpreter takes seconds each
     for loss in LOSSES[:1] if large else LOSSES:
         if loss not in zero:
-            agree(problem(n, v, d, k), loss, served_by=served_by)
-    found = ours(*problem(n, v, d, 1), LOSSES[1], served_by=served_by)
+            agree(problem(n, v, d, k), loss, backend=backend)
+    found = ours(*problem(n, v, d, 1), LOSSES[1], backend=backend)
     assert not any(t.any() for t in found.values())
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_strides(index_dtype, served_by):
+def test_strides(index_dtype, backend):
     """Views of larger tensors, transposed ones, expanded bias: the same as a copy."""
     hidden, weight, bias, indices, weights = problem()
     for w in (
@@ -150,26 +150,26 @@ def test_strides(index_dtype, served_by):
         h = torch.cat([hidden, hidden], 1)[:, :48]
         b = bias.repeat_interleave(3)[::3]
         s = torch.cat([indices, indices], 1).to(index_dtype)[:, :9]
-        agree((h, w, b, s, weights), LOSSES[0], served_by=served_by)
+        agree((h, w, b, s, weights), LOSSES[0], backend=backend)
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_no_rows(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
     hidden, weight, bias, indices, weights = problem()
     inputs = (hidden[:0], weight, bias, indices[:0], weights[:0])
     for loss in LOSSES:
-        found = ours(*inputs, loss, served_by=served_by)
+        found = ours(*inputs, loss, backend=backend)
         assert found["losses"].shape == (0,) and found["grad_hidden"].shape == (0, 48)
         assert not found["grad_weight"].any() and not found["grad_bias"].any()
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
-def test_nan_spoils_its_row_only(loss, served_by):
+def test_nan_spoils_its_row_only(loss, backend):
     inputs = problem()
-    clean = ours(*inputs, loss, served_by=served_by)
+    clean = ours(*inputs, loss, backend=backend)
     inputs[0][2, 5] = torch.nan
-    found = ours(*inputs, loss, served_by=served_by)
+    found = ours(*inputs, loss, backend=backend)
     others = torch.tensor([0, 1, 3], device=DEVICE)
     for name in ("losses", "grad_hidden"):
         assert found[name][2].isnan().all()
@@ -177,9 +177,9 @@ def test_nan_spoils_its_row_only(loss, served_by):
     assert found["grad_weight"][inputs[3][2]].isnan().all()
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
-def test_masked_by_the_bias(loss, served_by):
+def test_masked_by_the_bias(loss, backend):
     """-inf takes no part: not in k, not in either mean, and it receives no gradient."""
     inputs = problem()
     hidden, weight, bias, indices, weights = inputs
@@ -196,7 +196,7 @@ def test_masked_by_the_bias(loss, served_by):
         "grad_weight": (slope * weights[:, None]).T @ hidden.double(),
         "grad_bias": (slope * weights[:, None]).sum(0),
     }
-    found = ours(*inputs, loss, served_by=served_by)
+    found = ours(*inputs, loss, backend=backend)
     for name, t in found.items():
         assert relative(t, expected[name]) <= 2e-6, name
     assert found["losses"][3] == 0
@@ -207,8 +207,8 @@ def test_capped_mask_is_not_a_mask():
     """Under a softcap a bias of -inf is a logit of -softcap, which takes part."""
     inputs = problem()
     inputs[2][inputs[3][0, :3]] = -torch.inf
-    for served_by in BACKENDS:
-        found = ours(*inputs, LOSSES[1], softcap=4.0, served_by=served_by)
+    for backend in BACKENDS:
+        found = ours(*inputs, LOSSES[1], softcap=4.0, backend=backend)
         z = reference.head_logits(*(t.double() for t in inputs[:3]), softcap=4.0)
         options = {"top_k": 9, "indices": inputs[3], "center": "local_mean"}
         assert relative(found["losses"], reference.local_entropy_loss(z, **options)) <= 2e-6
@@ -230,8 +230,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_nothing_large_is_held(monkeypatch, served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_large_is_held(monkeypatch, backend):
     """No [N, k, D] and no copy of the weight: nothing over a block or a few [N, k]."""
     hidden, weight, _, indices, weights = problem(n=8, v=3000, d=16, k=64, dtype=torch.bfloat16)
     monkeypatch.setattr(sparse, "BLOCK_BYTES", 4096)
@@ -240,26 +240,26 @@ def test_nothing_large_is_held(monkeypatch, served_by):
     with Largest(hidden, weight, indices, weights, acc) as largest:
         mean = sparse.mean_row(weight, None)
         args = (hidden, weight, None, 1.0, None, indices, mean)
-        rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=True)
-        rest = (hidden, None, indices, rows.slopes, rows.shares, weights)
-        sparse.add_weight_gradient(acc, None, *rest, served_by=served_by)
+        rows = sparse.forward(*args, **kind, backend=backend, want_hidden=True)
+        rest = (hidden, None, indices, rows.dloss_dx, rows.mean_coeff, weights)
+        sparse.add_weight_gradient(acc, None, *rest, backend=backend)
     assert 4096 <= largest.bytes <= 3000 * 8
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_offsets_of_64_bits(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_of_64_bits(backend):
     """The last row of the head lies 2^31 entries after the first (memory that is not touched)."""
     weight = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE)
     weight = weight.as_strided((3, 48), (2**30, 1))
     hidden, small, bias, indices, weights = problem(v=3, k=2, dtype=torch.bfloat16)
     weight.copy_(small)
-    agree((hidden, weight, bias, indices, weights), LOSSES[2], served_by=served_by)
+    agree((hidden, weight, bias, indices, weights), LOSSES[2], backend=backend)
     kind = {"objective": "entropy", "center_kind": "number", "center_value": 0.0}
     args = (hidden, weight, bias, 1.0, None, indices, None)
-    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    rows = sparse.forward(*args, **kind, backend=backend, want_hidden=False)
     acc = torch.empty(2**31 + 48, device=DEVICE).as_strided((3, 48), (2**30, 1)).zero_()
-    rest = (hidden, bias, indices, rows.slopes, None, weights)
-    sparse.add_weight_gradient(acc, None, *rest, served_by=served_by)
+    rest = (hidden, bias, indices, rows.dloss_dx, None, weights)
+    sparse.add_weight_gradient(acc, None, *rest, backend=backend)
     expected = truth(hidden, small, bias, indices, weights, LOSSES[3])["grad_weight"]
     assert relative(acc, expected) <= 2e-6
 
@@ -270,7 +270,7 @@ def test_blocks_of_any_size(monkeypatch):
     for block_rows in (1000, 61, 45, 20, 19, 7, 1):
         monkeypatch.setattr(sparse, "BLOCK_BYTES", block_rows * 48 * 4)
         for loss in LOSSES:
-            agree(inputs, loss, served_by="torch")
+            agree(inputs, loss, backend="torch")
 
 
 def test_parts_of_s(monkeypatch):
@@ -280,64 +280,64 @@ def test_parts_of_s(monkeypatch):
     inputs = problem(n=2, v=120, d=48, k=4 * 21 + 3)  # tiles of 4
     for programs in (1, 4, 1000):
         monkeypatch.setattr(gathered, "programs_wanted", lambda device, n=programs: n)
-        agree(inputs, LOSSES[0], served_by="triton")
+        agree(inputs, LOSSES[0], backend="triton")
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_only_what_is_asked_for(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend):
     hidden, weight, bias, indices, weights = problem()
-    both = ours(hidden, weight, bias, indices, weights, LOSSES[0], served_by=served_by)
+    both = ours(hidden, weight, bias, indices, weights, LOSSES[0], backend=backend)
     mean = sparse.mean_row(weight, bias)
     kind = {"objective": "flatten", "center_kind": "global_mean", "center_value": 0.0}
     args = (hidden, weight, bias, 1.0, None, indices, mean)
-    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    rows = sparse.forward(*args, **kind, backend=backend, want_hidden=False)
     assert rows.grad_hidden is None
     assert torch.equal(rows.losses, both["losses"])
     for wanted in ("grad_weight", "grad_bias"):
         acc = torch.ones_like(both[wanted])
         accumulators = (acc, None) if wanted == "grad_weight" else (None, acc)
-        rest = (hidden, bias, indices, rows.slopes, rows.shares, weights)
-        sparse.add_weight_gradient(*accumulators, *rest, served_by=served_by)
+        rest = (hidden, bias, indices, rows.dloss_dx, rows.mean_coeff, weights)
+        sparse.add_weight_gradient(*accumulators, *rest, backend=backend)
         torch.testing.assert_close(acc, both[wanted] + 1)
-    sparse.add_weight_gradient(None, None, *rest, served_by=served_by)
+    sparse.add_weight_gradient(None, None, *rest, backend=backend)
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_accumulators_of_any_stride(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulators_of_any_stride(backend):
     hidden, weight, bias, indices, weights = problem()
-    expected = ours(hidden, weight, bias, indices, weights, LOSSES[1], served_by=served_by)
+    expected = ours(hidden, weight, bias, indices, weights, LOSSES[1], backend=backend)
     kind = {"objective": "flatten", "center_kind": "local_mean", "center_value": 0.0}
     args = (hidden, weight, bias, 1.0, None, indices, None)
-    rows = sparse.forward(*args, **kind, served_by=served_by, want_hidden=False)
+    rows = sparse.forward(*args, **kind, backend=backend, want_hidden=False)
     acc_weight = torch.zeros(48, 101, device=DEVICE).T
     acc_bias = torch.zeros(101, 2, device=DEVICE)[:, 0]
-    rest = (hidden, bias, indices, rows.slopes, None, weights)
-    sparse.add_weight_gradient(acc_weight, acc_bias, *rest, served_by=served_by)
+    rest = (hidden, bias, indices, rows.dloss_dx, None, weights)
+    sparse.add_weight_gradient(acc_weight, acc_bias, *rest, backend=backend)
     torch.testing.assert_close(acc_weight, expected["grad_weight"])
     torch.testing.assert_close(acc_bias, expected["grad_bias"])
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_twice_the_same_bits(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twice_the_same_bits(backend):
     """The scatter adds in one order, whether or not deterministic algorithms are asked for."""
     inputs = problem(n=12, v=20, k=15)
-    first = ours(*inputs, LOSSES[0], served_by=served_by)
+    first = ours(*inputs, LOSSES[0], backend=backend)
     torch.use_deterministic_algorithms(True)
     try:
-        second = ours(*inputs, LOSSES[0], served_by=served_by)
+        second = ours(*inputs, LOSSES[0], backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
     for name, t in first.items():
         assert torch.equal(t, second[name]), name
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-def test_autocast_and_grad_mode_change_nothing(served_by):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_grad_mode_change_nothing(backend):
     inputs = problem()
-    expected = ours(*inputs, LOSSES[0], served_by=served_by)
+    expected = ours(*inputs, LOSSES[0], backend=backend)
     inputs[1].requires_grad_()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        found = ours(*inputs, LOSSES[0], served_by=served_by)
+        found = ours(*inputs, LOSSES[0], backend=backend)
     for name, t in found.items():
         assert torch.equal(t, expected[name]) and not t.requires_grad, name
 
@@ -345,9 +345,9 @@ def test_autocast_and_grad_mode_change_nothing(served_by):
 def test_an_index_out_of_range_spoils_its_row():
     """On an accelerator indices are not checked: the row is NaN, the others are right."""
     inputs = problem()
-    clean = ours(*inputs, LOSSES[1], served_by="triton")
+    clean = ours(*inputs, LOSSES[1], backend="triton")
     inputs[3][1, 4], inputs[3][2, 0] = 101, -1
-    found = ours(*inputs, LOSSES[1], served_by="triton")
+    found = ours(*inputs, LOSSES[1], backend="triton")
     for name in ("losses", "grad_hidden"):
         assert found[name][1:3].isnan().all()
         assert torch.equal(found[name][[0, 3]], clean[name][[0, 3]])

@@ -75,22 +75,24 @@ def test_hand_counts(columns, dtype):
 
     with Traffic() as counted:
         found = launches(operators.kl_loss(logits, reference, backend="triton"))
-    one = found["kl_div.statistics"]
+    one = found["kl_div._kl_stats_kernel"]
     check(one, 2 * row, 6 * number * one.programs)
-    one = found["kl_div.gradient"]
+    one = found["kl_div._kl_grad_kernel"]
     check(one, 2 * row + 5 * number * one.programs, row)
 
     with Traffic() as counted:
         labels = torch.tensor([1, -100, columns - 1])
         found = launches(operators.cross_entropy_loss(logits, labels, backend="triton"))
-    one = found["cross_entropy.statistics"]
+    one = found["cross_entropy._ce_stats_kernel"]
     check(one, row, 2 * number * one.programs)
-    one = found["cross_entropy.gradient"]  # label (int64), two numbers of the state, weight
+    one = found["cross_entropy._ce_grad_kernel"]  # label (int64), two numbers of the state, weight
     check(one, row + (8 + 3 * number) * one.programs, row)
 
     with Traffic() as counted:
         operators.topk_indices(reference, 5, backend="triton")
-    digits = [one for one in counted.launches if one.kernel == "radix_select.digit_histogram"]
+    digits = [
+        one for one in counted.launches if one.kernel == "radix_select._digit_histogram_kernel"
+    ]
     assert len(digits) == dtype.itemsize
     for one in digits:
         check(one, row + number * one.programs, 256 * number * one.programs)
@@ -100,11 +102,11 @@ def test_hand_counts(columns, dtype):
         indices = torch.arange(5).repeat(3, 1)
         loss = operators.local_entropy_loss(logits, top_k=5, indices=indices, backend="triton")
         found = launches(loss)
-    one = found["topk_mask.set_bits"]
+    one = found["topk_mask._set_bits_kernel"]
     assert (one.loaded, one.stored, one.atomic) == (3 * 5 * 8, 0, 3 * 5 * number)
     # a byte of the bitmap for eight lanes; row i starts i * columns % 8 lanes after an aligned one
     bitmap = sum((i * columns % 8 + columns + 7) // 8 for i in range(3))
-    one = found["local_entropy.gradient"]
+    one = found["local_entropy._local_entropy_grad_kernel"]
     check(one, row + bitmap + 5 * number * one.programs, row)
 
 
