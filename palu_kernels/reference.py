@@ -4,7 +4,7 @@ Row functions: logits ``[N, V]`` in, one loss a row ``[N]`` out, differentiable 
 precision is computed in float32; float32 and float64 stay what they are. Everything else in this
 package is compared with these functions and their autograd gradients in float64. The
 ``*_gradient`` functions are the method's own gradient formulas, tested against autograd like a
-kernel; ``eager.py`` takes them for rows that are not finite.
+kernel; ``torch_backend.py`` takes them for rows that are not finite.
 
 Sources: S, flatten, entropy and preserve are arXiv 2601.03190 and the code its authors released.
 A masked entry (-inf) takes no part in any mean, sum or count. A NaN in either row makes that
