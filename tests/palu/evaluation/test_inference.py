@@ -96,13 +96,16 @@ def test_stored_sampling_settings_have_no_effect(tok, model, adapter):
     assert stored.temperature == 5.0
 
 
-def test_nothing_is_changed(tok, model):
-    model.train()
-    model.model.eval()  # a part with a mode of its own
+def test_nothing_is_changed_and_nothing_drops_out(tok):
+    model = small.model(tok, attention_dropout=0.5)
     side, before = tok.padding_side, [p.clone() for p in model.parameters()]
+    options = {"batch_size": 2, "max_new_tokens": 3}
+    plain = evaluate_examples(model, tok, small.examples(), **options)
+    model.train()
+    model.lm_head.eval()  # a part with a mode of its own
     state = torch.random.get_rng_state()
-    evaluate_examples(model, tok, small.examples(), batch_size=2, max_new_tokens=3)
-    assert model.training and not model.model.training and tok.padding_side == side
+    assert evaluate_examples(model, tok, small.examples(), **options) == plain
+    assert model.training and not model.lm_head.training and tok.padding_side == side
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
