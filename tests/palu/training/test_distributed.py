@@ -14,7 +14,8 @@ import torch
 
 from palu import distributed as processes
 from palu.cli import app as cli
-from palu.training.batching import DENOMINATORS, Sharding
+from palu.methods.micro_batch import DENOMINATORS, RETAIN
+from palu.training.batching import Sharding
 from tests.support import ROOT, WORKERS
 from tests.support.workers import distributed
 
@@ -185,8 +186,9 @@ def test_micro_batch_means_are_each_ones_own(tmp_path):
         made.get_batch_samples = watched
         made.train()
         losses[normalization] = made.state.log_history[0]["loss"]
-        alone = [{k: v for k, v in b.items() if k != DENOMINATORS} for b in batches]
-        own = [made._terms(made.model, batch).loss.item() for batch in alone]
+        parts = [[batch, batch[RETAIN]] for batch in batches]
+        alone = [[{k: v for k, v in b.items() if k != DENOMINATORS} for b in p] for p in parts]
+        own = [sum(made._terms(made.model, b).loss.item() for b in batch) for batch in alone]
     assert len(own) == 6
     assert losses["micro_batch"] == pytest.approx(sum(own) / 6, rel=1e-5)
     assert losses["step"] != pytest.approx(losses["micro_batch"], rel=1e-3)
