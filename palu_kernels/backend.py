@@ -12,15 +12,15 @@ from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
-# Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch road.
+# Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch backend.
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
 def triton_runs_on(device: torch.device | str) -> bool:
-    """Whether Triton can serve tensors on ``device``; the one place that decides it.
+    """Whether Triton can serve tensors on `device`; the one place that decides it.
 
-    True for an accelerator with a driver, and for the CPU under ``TRITON_INTERPRET=1`` (the
-    interpreter) or ``PALU_TRITON_CPU=1`` (something stands in for the GPU and runs the compiled
+    True for an accelerator with a driver, and for the CPU under `TRITON_INTERPRET=1` (the
+    interpreter) or `PALU_TRITON_CPU=1` (something stands in for the GPU and runs the compiled
     kernels on CPU tensors).
     """
     if importlib.util.find_spec("triton") is None:
@@ -32,11 +32,11 @@ def triton_runs_on(device: torch.device | str) -> bool:
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``"triton"`` or ``"torch"`` for a call with tensors of ``dtype`` on ``device``.
+    """`"triton"` or `"torch"` for a call with tensors of `dtype` on `device`.
 
-    ``auto`` first takes the environment variable ``PALU_BACKEND``; without it, Triton for
-    accelerator tensors and PyTorch for CPU tensors and float64. A ``backend`` that was asked for
-    and cannot serve raises ``ValueError``.
+    `auto` first takes the environment variable `PALU_BACKEND`; without it, Triton for
+    accelerator tensors and PyTorch for CPU tensors and float64. A `backend` that was asked for
+    and cannot serve raises `ValueError`.
     """
     source = "backend"
     if backend == "auto":
@@ -68,7 +68,7 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_values(device: torch.device) -> bool:
     """Whether values inside tensors are checked: always on the CPU, elsewhere only under
-    ``PALU_CHECK=1`` (it synchronises). While `torch.compile` traces, and on
+    `PALU_CHECK=1` (it synchronises). While `torch.compile` traces, and on
     meta, there are no values."""
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
@@ -76,7 +76,7 @@ def check_values(device: torch.device) -> bool:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, whatever its tensors are on: make them one."""
+    """Make the tensor's device current: Triton launches on the current device, not the tensors'."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return getattr(torch, tensor.device.type).device(tensor.device)

@@ -1,5 +1,5 @@
 """The public operators on logits: they check their arguments, pick the backend and call one
-custom op each (``logits_op.py``)."""
+custom op each (`logits_op.py`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def topk_indices(scores: Tensor, k: int, *, backend: Backend = "auto") -> Tensor
     """Exact indices of the k largest entries of every row.
 
     Args:
-        scores: ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16 or float64, any row stride.
+        scores: `[N, V]` or `[B, T, V]`, float32, bfloat16, float16 or float64, any row stride.
         k: at least 1; more than V means V.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: `auto`, `triton` or `torch`.
 
     Returns:
-        int32 ``[..., min(k, V)]``, ascending along a row. Ties go to the lowest index; -0.0
+        int32 `[..., min(k, V)]`, ascending along a row. Ties go to the lowest index; -0.0
         equals +0.0; NaN ranks above +inf.
 
     Raises:
@@ -48,25 +48,25 @@ def local_entropy_loss(
     """PALU's forget loss: level the entries of S, the k entries that the chooser ranks highest
     (arXiv 2601.03190).
 
-    ``flatten``: ``(1/k) * sum_{i in S} (z_i - c)^2``; ``entropy``: ``log k - H(softmax(z_S))``.
+    `flatten`: `(1/k) * sum_{i in S} (z_i - c)^2`; `entropy`: `log k - H(softmax(z_S))`.
 
     Args:
-        logits: the current model's rows, ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16
+        logits: the current model's rows, `[N, V]` or `[B, T, V]`, float32, bfloat16, float16
             (or float64, PyTorch only), any row stride.
         ref_logits: the frozen reference's rows, same shape; its k largest entries are S (ties:
             lowest index first). Of another of these dtypes, the narrower rows are widened.
         top_k: k, at least 1; more than V means V.
-        indices: S itself, int32 or int64 ``[..., min(k, V)]``, unique and in range along a row,
-            any order. At most one of ``ref_logits`` and ``indices`` is given; with neither,
-            ``logits`` choose S (no gradient through the choice).
-        objective: ``flatten`` or ``entropy``.
-        center: for ``flatten``, c: ``global_mean`` (mean of the row, gradient through it),
-            ``local_mean`` (mean over S, likewise) or a number.
-        reduction: ``mean`` over rows (0 without rows), ``sum`` or ``none``.
-        backend: ``auto``, ``triton`` or ``torch``.
+        indices: S itself, int32 or int64 `[..., min(k, V)]`, unique and in range along a row,
+            any order. At most one of `ref_logits` and `indices` is given; with neither,
+            `logits` choose S (no gradient through the choice).
+        objective: `flatten` or `entropy`.
+        center: for `flatten`, c: `global_mean` (mean of the row, gradient through it),
+            `local_mean` (mean over S, likewise) or a number.
+        reduction: `mean` over rows (0 without rows), `sum` or `none`.
+        backend: `auto`, `triton` or `torch`.
 
     Returns:
-        float32 (float64 for float64 logits): 0-dim, or ``[N]`` / ``[B, T]`` with ``none``.
+        float32 (float64 for float64 logits): 0-dim, or `[N]` / `[B, T]` with `none`.
         Entries of -inf take no part (k is then the number that do); a NaN in a row spoils that
         row alone.
 
@@ -104,16 +104,16 @@ def kl_loss(
     whole vocabulary.
 
     Args:
-        logits: ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16 (or float64, PyTorch
+        logits: `[N, V]` or `[B, T, V]`, float32, bfloat16, float16 (or float64, PyTorch
             only), any row stride.
         ref_logits: same shape, any of these dtypes (the narrower rows are widened), no gradient.
-        direction: ``reverse`` is KL(p_current || p_reference), ``forward`` is KL(p_reference ||
+        direction: `reverse` is KL(p_current || p_reference), `forward` is KL(p_reference ||
             p_current).
-        reduction: ``mean`` over rows (0 without rows), ``sum`` or ``none``.
-        backend: ``auto``, ``triton`` or ``torch``.
+        reduction: `mean` over rows (0 without rows), `sum` or `none`.
+        backend: `auto`, `triton` or `torch`.
 
     Returns:
-        float32 (float64 for float64 logits): 0-dim, or ``[N]`` / ``[B, T]`` with ``none``. A row
+        float32 (float64 for float64 logits): 0-dim, or `[N]` / `[B, T]` with `none`. A row
         is +inf where the second distribution lacks an entry (-inf) that the first one has; its
         gradient is then not finite.
 
@@ -136,20 +136,20 @@ def cross_entropy_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross-entropy against class indices, as ``torch.nn.functional.cross_entropy``; rows are not
+    """Cross-entropy against class indices, as `torch.nn.functional.cross_entropy`; rows are not
     shifted.
 
     Args:
-        logits: ``[N, V]`` or ``[B, T, V]``, float32, bfloat16, float16 (or float64, PyTorch
+        logits: `[N, V]` or `[B, T, V]`, float32, bfloat16, float16 (or float64, PyTorch
             only), any row stride.
-        labels: int64 or int32 ``[N]`` or ``[B, T]``: 0..V-1 or ``ignore_index``.
+        labels: int64 or int32 `[N]` or `[B, T]`: 0..V-1 or `ignore_index`.
         ignore_index: rows with this label give 0 and no gradient.
-        reduction: ``mean`` over the rows that are not ignored (0 without any, where PyTorch gives
-            NaN), ``sum`` or ``none``.
-        backend: ``auto``, ``triton`` or ``torch``.
+        reduction: `mean` over the rows that are not ignored (0 without any, where PyTorch gives
+            NaN), `sum` or `none`.
+        backend: `auto`, `triton` or `torch`.
 
     Returns:
-        float32 (float64 for float64 logits): 0-dim, or the shape of ``labels`` with ``none``.
+        float32 (float64 for float64 logits): 0-dim, or the shape of `labels` with `none`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

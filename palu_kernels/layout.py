@@ -1,4 +1,4 @@
-"""Where rows start: one layout for all tensors that a kernel walks together.
+"""Row alignment: give all operands the same row offset modulo 16 bytes, for loads 16 bytes wide.
 
 A wide load needs a start on 16 bytes. A kernel walks a row from the aligned address at or below
 its first entry, and it can walk several tensors in one go if their rows start alike: at the same
@@ -23,7 +23,7 @@ def adjacent(t: Tensor) -> bool:
 
 
 def row_steps(t: Tensor) -> tuple[int, int]:
-    """Strides of the two leading dimensions of ``[B, T, V]``; ``[N, V]`` counts as one batch.
+    """Strides of the two leading dimensions of `[B, T, V]`; `[N, V]` counts as one batch.
 
     0 where a dimension has one entry: its stride is never stepped, and PyTorch leaves anything
     there (a contiguous tensor's included), so it must not decide whether rows start alike.
@@ -33,13 +33,13 @@ def row_steps(t: Tensor) -> tuple[int, int]:
 
 
 def starts_alike(t: Tensor, like: Tensor) -> bool:
-    """Whether every row of ``t`` starts as that of ``like`` does, and can be walked."""
+    """Whether every row of `t` starts as that of `like` does, and can be walked."""
     pairs = zip(row_steps(t), row_steps(like), strict=True)
     return adjacent(t) and all((a - b) % LANES == 0 for a, b in pairs)
 
 
 def strides_like(t: Tensor) -> tuple[int, ...]:
-    """Strides of a tensor of the shape of ``t`` that starts alike: contiguous ones, or with rows
+    """Strides of a tensor of the shape of `t` that starts alike: contiguous ones, or with rows
     spaced a little wider."""
     columns = t.shape[-1]
     if t.is_contiguous() or not adjacent(t):
@@ -53,13 +53,13 @@ def strides_like(t: Tensor) -> tuple[int, ...]:
 
 
 def empty_rows_like(t: Tensor) -> Tensor:
-    """Uninitialised, of the shape and dtype of ``t``, with rows that start as those of ``t`` do."""
+    """Uninitialised, of the shape and dtype of `t`, with rows that start as those of `t` do."""
     return t.new_empty_strided(t.shape, strides_like(t))
 
 
 def gradient_rows_like(t: Tensor) -> Tensor:
-    """``empty_rows_like`` with zeros between the rows: a product with the gradient may read them
-    (``READ``)."""
+    """`empty_rows_like` with zeros between the rows: a product with the gradient may read them
+    (`READ`)."""
     out = empty_rows_like(t)
     if not out.is_contiguous():
         outer, inner = (0, out.stride(0)) if t.dim() == 2 else out.stride()[:2]

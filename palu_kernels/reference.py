@@ -1,10 +1,10 @@
 """Every operator in plain PyTorch: the definition, checked by eye against the method's formulas.
 
-Row functions: logits ``[N, V]`` in, one loss a row ``[N]`` out, differentiable by autograd. Half
+Row functions: logits `[N, V]` in, one loss a row `[N]` out, differentiable by autograd. Half
 precision is computed in float32; float32 and float64 stay what they are. Everything else in this
 package is compared with these functions and their autograd gradients in float64. The
-``*_gradient`` functions are the method's own gradient formulas, tested against autograd like a
-kernel; ``torch_backend.py`` takes them for rows that are not finite.
+`*_gradient` functions are the method's own gradient formulas, tested against autograd like a
+kernel; `torch_backend.py` takes them for rows that are not finite.
 
 Sources: S, flatten, entropy and preserve are arXiv 2601.03190 and the code its authors released.
 A masked entry (-inf) takes no part in any mean, sum or count. A NaN in either row makes that
@@ -31,8 +31,8 @@ def head_logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """cap(scale * (h W^T + b)), cap(x) = softcap * tanh(x / softcap); ``[..., D]`` -> ``[..., V]``
-    in the dtype of ``hidden``."""
+    """cap(scale * (h W^T + b)), cap(x) = softcap * tanh(x / softcap); `[..., D]` -> `[..., V]`
+    in the dtype of `hidden`."""
     logits = F.linear(hidden, weight, bias) * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -41,7 +41,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of each row, ascending; ties go to the lowest index. NaN
     ranks above +inf.
 
-    ``scores [N, V]`` -> int32 ``[N, min(k, V)]``.
+    `scores [N, V]` -> int32 `[N, min(k, V)]`.
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=-1).values.to(torch.int32)
@@ -56,8 +56,8 @@ def local_entropy_loss(
     objective: str = "flatten",
     center: str | float = "global_mean",
 ) -> Tensor:
-    """The forget loss of each row; S is chosen by ``ref_logits``, by ``indices``, or else by
-    ``logits`` themselves."""
+    """The forget loss of each row; S is chosen by `ref_logits`, by `indices`, or else by
+    `logits` themselves."""
     z, s = choose(logits, ref_logits, top_k, indices)
     return flatten(z, s, center) if objective == "flatten" else entropy(z, s)
 
@@ -65,7 +65,7 @@ def local_entropy_loss(
 def choose(
     logits: Tensor, ref_logits: Tensor | None, top_k: int, indices: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The rows in the dtype they are worked in, and S as int64 ``[N, k]``. A row that holds a NaN
+    """The rows in the dtype they are worked in, and S as int64 `[N, k]`. A row that holds a NaN
     becomes NaN as a whole."""
     z = logits.to(accum_dtype(logits.dtype))
     has_nan = z.isnan().any(-1)
@@ -97,7 +97,7 @@ def deviations(z: Tensor, s: Tensor, center: str | float) -> tuple[Tensor, Tenso
 
 def mean_in_two(z: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of every row's entries that are not masked as a number near it, a constant, and what
-    is missing, ``[N, 1]`` each: entries far from 0 lie nearer to their mean than it can be told in
+    is missing, `[N, 1]` each: entries far from 0 lie nearer to their mean than it can be told in
     one number."""
     live = z != NEG_INF
     count = live.sum(-1, keepdim=True).clamp(min=1)
@@ -131,8 +131,8 @@ def local_entropy_gradient(
     objective: str,
     center: str | float,
 ) -> Tensor:
-    """d(sum of weights * rows)/d logits by METHOD's formulas, ``[N, V]`` in the dtype of the
-    logits; ``weights [N]``."""
+    """d(sum of weights * rows)/d logits by METHOD's formulas, `[N, V]` in the dtype of the
+    logits; `weights [N]`."""
     z, s = choose(logits, ref_logits, top_k, indices)
     live = z != NEG_INF
     off_s = torch.zeros_like(z[:, :1])
@@ -153,7 +153,7 @@ def local_entropy_gradient(
 
 
 def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -> Tensor:
-    """``reverse``: KL(p_current || p_reference); ``forward``: KL(p_reference || p_current).
+    """`reverse`: KL(p_current || p_reference); `forward`: KL(p_reference || p_current).
 
     +inf where the second distribution lacks an entry that the first one has (the gradient is then
     not finite either).
@@ -177,7 +177,7 @@ def log_softmax(x: Tensor) -> Tensor:
 
 
 def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, direction: str) -> Tensor:
-    """d(sum of weights * rows)/d logits, ``[N, V]`` in the dtype of the logits.
+    """d(sum of weights * rows)/d logits, `[N, V]` in the dtype of the logits.
 
     Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j (0 without a q).
     """
@@ -211,7 +211,7 @@ def cross_entropy_gradient(
 
 
 def reduce_rows(rows: Tensor, reduction: str, count: Tensor | int) -> Tensor:
-    """``mean`` divides by ``count`` (the rows that carry a loss) and is 0 without any."""
+    """`mean` divides by `count` (the rows that carry a loss) and is 0 without any."""
     if reduction == "none":
         return rows
     total = rows.sum()

@@ -38,16 +38,16 @@ def role_losses(
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """-> (``(weights * sums).sum()``, 0-dim and differentiable; the sum of each loss over its rows,
-    ``[n]``, detached), float32 (float64 for float64).
+    """-> (`(weights * sums).sum()`, 0-dim and differentiable; the sum of each loss over its rows,
+    `[n]`, detached), float32 (float64 for float64).
 
     Args:
-        logits: ``[..., V]``.
+        logits: `[..., V]`.
         ref_logits: the frozen reference's, of any float dtype, where a loss needs it.
-        roles: ``[...]`` integers: a row whose role is i has loss i - 1; other rows have none, and
+        roles: `[...]` integers: a row whose role is i has loss i - 1; other rows have none, and
             a gradient of 0.
         losses: without integers of their own (indices, labels).
-        weights: ``[n]``, of the losses in the total.
+        weights: `[n]`, of the losses in the total.
     """
     served_by = resolve(backend, logits.device, _wider(logits, ref_logits))
     encoded = "\n".join([row_losses.encode(loss) for loss in losses])

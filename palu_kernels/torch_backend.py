@@ -2,11 +2,11 @@
 where Triton does not.
 
 A tile of rows fits the cache, and its temporaries are all that is held beside the logits. The
-formulas are those of ``reference.py``; a tile whose losses are not finite (masked entries, NaN) is
-done again by ``reference.py`` itself.
+formulas are those of `reference.py`; a tile whose losses are not finite (masked entries, NaN) is
+done again by `reference.py` itself.
 
-``grad`` is where the gradient goes, which may be the logits themselves; None: none is made.
-``weights [N]`` of the rows go into it (None: 1 each), never into the losses that are returned.
+`grad` is where the gradient goes, which may be the logits themselves; None: none is made.
+`weights [N]` of the rows go into it (None: 1 each), never into the losses that are returned.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def capped(x: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
 
 
 def store(out: Tensor, grad: Tensor, slope: Tensor | None, weights: Tensor | None) -> None:
-    """Writes a tile's gradient; ``grad`` is no longer needed."""
+    """Writes a tile's gradient; `grad` is no longer needed."""
     if slope is not None:
         grad = grad.mul_(slope)
     if weights is None:
@@ -50,7 +50,7 @@ def store(out: Tensor, grad: Tensor, slope: Tensor | None, weights: Tensor | Non
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """``reference.topk_indices`` without a sort of the whole row."""
+    """`reference.topk_indices` without a sort of the whole row."""
     rows, columns = scores.shape
     if k >= columns:
         return torch.arange(columns, dtype=torch.int32, device=scores.device).repeat(rows, 1)

@@ -53,7 +53,7 @@ def floats(name: str, value: object) -> None:
 
 
 def scores(name: str, value: object) -> None:
-    """Floating-point ``[N, V]`` or ``[B, T, V]`` with at least one column."""
+    """Floating-point `[N, V]` or `[B, T, V]` with at least one column."""
     floats(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be [N, V] or [B, T, V]")
@@ -64,7 +64,7 @@ def scores(name: str, value: object) -> None:
 
 
 def matrix(name: str, value: object, shape: str) -> None:
-    """Floating-point, two dimensions, neither of them empty; ``shape`` is how the message calls
+    """Floating-point, two dimensions, neither of them empty; `shape` is how the message calls
     them."""
     floats(name, value)
     if value.dim() != 2 or 0 in value.shape:
@@ -74,7 +74,7 @@ def matrix(name: str, value: object, shape: str) -> None:
 
 
 def reference(name: str, value: object, logits: Tensor) -> None:
-    """A frozen second row for every row of ``logits``: same shape and device, no gradient."""
+    """A frozen second row for every row of `logits`: same shape and device, no gradient."""
     scores(name, value)
     if value.shape != logits.shape:
         raise ValueError(
@@ -118,7 +118,7 @@ def indices(
     rows_name: str = "logits",
     name: str = "indices",
 ) -> None:
-    """S as integers ``[..., min(top_k, columns)]`` beside rows ``[..., anything]``."""
+    """S as integers `[..., min(top_k, columns)]` beside rows `[..., anything]`."""
     dense(name, value)
     if value.dim() == rows.dim():
         given = value.shape[-1]
@@ -196,7 +196,7 @@ def label_values(labels: Tensor, ignore_index: int, columns: int) -> None:
 
 
 def index_values(values: Tensor, columns: int) -> None:
-    """Indices in range and unique along each row of ``[N, k]``."""
+    """Indices in range and unique along each row of `[N, k]`."""
     if values.numel() == 0:
         return
     bad = (values < 0) | (values >= columns)

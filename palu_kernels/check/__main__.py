@@ -1,13 +1,13 @@
-"""How right is right: every operator against its float64 definition, where this runs.
+"""Accuracy check: compare every operator with its float64 definition on this machine.
 
     python -m palu_kernels.check [--device cuda|cpu] [--backend triton|torch] [--quick]
                                  [--json FILE]
 
 For each operator, dtype and shape the loss of every row and the gradient are compared with
-``reference.py`` run in float64 on the same inputs (a half-precision input is exact in float64, so S
+`reference.py` run in float64 on the same inputs (a half-precision input is exact in float64, so S
 is the same). The rule:
 
-* norm: the error may be at most twice that of plain PyTorch (``reference.py`` in the input's own
+* norm: the error may be at most twice that of plain PyTorch (`reference.py` in the input's own
   dtype), plus a floor, and never more than 2^-6 (bfloat16), 2^-9 (float16) or 1e-4 (float32) of
   the truth's norm; losses are float32 whatever the inputs and are held to 1e-4.
 * elementwise: at most twice plain PyTorch's error there, two roundings of the output dtype, and
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An error beside what was allowed; ``error`` and ``allowed`` are relative norms."""
+    """An error beside what was allowed; `error` and `allowed` are relative norms."""
 
     case: Case | LinearCase
     what: str  # loss, gradient or indices
@@ -94,7 +94,7 @@ def variants() -> Iterator[Case]:
 
 def cases(*, quick: bool = False, full: bool = False) -> Iterator[Case]:
     """Pairwise over dtype, V, k and kind of rows: each operator meets each value of each (of the
-    long rows one), not every combination. ``quick`` leaves the long rows out; ``full`` is every
+    long rows one), not every combination. `quick` leaves the long rows out; `full` is every
     combination."""
     if full:
         for case in variants():
@@ -266,8 +266,8 @@ def judge(
     extra: float,
     smallest: float,
 ) -> Comparison:
-    """The rule at the head of this file. ``ulp``: a rounding of the output dtype, ``extra``: what
-    the interpreter adds, ``smallest``: the step below which the dtype holds nothing."""
+    """The rule at the head of this file. `ulp`: a rounding of the output dtype, `extra`: what
+    the interpreter adds, `smallest`: the step below which the dtype holds nothing."""
     ours, truth, plain, moved = values
     finite = truth.isfinite()
     agree = torch.equal(finite, ours.isfinite())

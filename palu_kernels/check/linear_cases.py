@@ -1,8 +1,8 @@
-"""The linear operators against their float64 definition, for ``check.py``.
+"""The linear operators against their float64 definition, for `check`.
 
 The reference's logits are small integers, so that every dtype chooses the same S, ties included.
 What is compared is the loss of every row and the gradients of hidden rows, weight and bias, by the
-rule of ``check.py`` for norms (an entry of a product may cancel to nothing, so that its own size
+rule of `check` for norms (an entry of a product may cancel to nothing, so that its own size
 says little). Spoiled cases have rows that are not finite among enough others to fill several tiles
 of a product: those must not be finite in the result either, and all others right.
 """
@@ -143,7 +143,7 @@ def ours(case: LinearCase, made: dict[str, Tensor | None], backend: str) -> Tens
 
 
 def definition(case: LinearCase, made: dict[str, Tensor | None], dtype: torch.dtype) -> Tensor:
-    """Row losses by ``reference.py`` on logits in ``dtype``."""
+    """Row losses by `reference.py` on logits in `dtype`."""
     _, scale, softcap = HEADS[case.head]
     frozen = [None if made[k] is None else made[k].to(dtype) for k in FROZEN]
     z = head_logits(made["hidden"], made["weight"], made["bias"], scale, softcap)
@@ -167,8 +167,8 @@ def definition(case: LinearCase, made: dict[str, Tensor | None], dtype: torch.dt
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """``reference.head_logits``, its products as a half-precision one rounds, but in float32:
-    PyTorch's own may be what is wrong here (``layout.READ``)."""
+    """`reference.head_logits`, its products as a half-precision one rounds, but in float32:
+    PyTorch's own may be what is wrong here (`layout.READ`)."""
     work = accum_dtype(hidden.dtype)
     wide = (None if t is None else t.to(work) for t in (hidden, weight, bias))
     logits = F.linear(*wide).to(hidden.dtype) * scale

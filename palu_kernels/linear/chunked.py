@@ -1,6 +1,6 @@
 """Hidden rows meet the output head chunk by chunk: the one loop behind every linear operator.
 
-A chunk of logits is made in a buffer, each part's row loss (``row_loss.py``) turns its share of
+A chunk of logits is made in a buffer, each part's row loss (`row_loss.py`) turns its share of
 it into losses and overwrites it with the gradient, and two products carry the gradient to the
 hidden rows and into the head's accumulator. Buffers are made once a call; no more logits than one
 chunk of the current model, and one of the reference, exist at a time.
@@ -32,7 +32,7 @@ HEAD_BLOCK_BYTES = 16 * 2**20  # of a float32 piece of the head or of its gradie
 
 @dataclass(frozen=True)
 class Head:
-    """An ``LMHead``'s tensors in the dtype of the products."""
+    """An `LMHead`'s tensors in the dtype of the products."""
 
     weight: Tensor
     bias: Tensor | None
@@ -40,7 +40,7 @@ class Head:
     softcap: float | None
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """scale * (h W^T + b) into ``out``; the cap is left to the row losses."""
+        """scale * (h W^T + b) into `out`; the cap is left to the row losses."""
         if self.in_float32:
             for block in blocks(self.weight.shape[0], hidden.shape[1]):
                 x = hidden.float() @ self.weight[block].float().t()
@@ -55,7 +55,7 @@ class Head:
         )
 
     def backward_hidden(self, grad: Tensor, out: Tensor) -> None:
-        """Gradient of the logits -> that of the hidden rows, into ``out``."""
+        """Gradient of the logits -> that of the hidden rows, into `out`."""
         if self.in_float32:
             total = torch.zeros_like(out, dtype=torch.float32)
             for block in blocks(self.weight.shape[0], out.shape[1]):
@@ -72,8 +72,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows with one loss; ``data`` are its integers (indices ``[rows, k]`` or labels
-    ``[rows]``), ``ref_start`` the first of its rows among those of the reference."""
+    """Consecutive rows with one loss; `data` are its integers (indices `[rows, k]` or labels
+    `[rows]`), `ref_start` the first of its rows among those of the reference."""
 
     loss: RowLoss
     start: int
@@ -95,7 +95,7 @@ def parts_of(losses: list[RowLoss], counts: list[int], data: list[Tensor | None]
 
 
 def chunk_rows(rows: int, columns: int, element_size: int, chunk_bytes: int) -> int:
-    """Rows in a chunk: whole tiles, as many as ``chunk_bytes`` holds but at least one, and no more
+    """Rows in a chunk: whole tiles, as many as `chunk_bytes` holds but at least one, and no more
     than even out over the chunks that are needed."""
     most = chunk_bytes // (padded(columns) * element_size) // TILE_ROWS * TILE_ROWS
     chunks = -(-rows // max(most, TILE_ROWS))
@@ -116,22 +116,22 @@ def padded(columns: int) -> int:
 
 
 def blocks(columns: int, width: int) -> Iterator[slice]:
-    """Stretches of the vocabulary of which ``width`` float32 entries each fit
-    ``HEAD_BLOCK_BYTES``."""
+    """Stretches of the vocabulary of which `width` float32 entries each fit
+    `HEAD_BLOCK_BYTES`."""
     step = max(1, HEAD_BLOCK_BYTES // (4 * width))
     for start in range(0, columns, step):
         yield slice(start, min(start + step, columns))
 
 
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """``[rows, columns]``, uninitialised, with zeros after every row as far as a product reads."""
+    """`[rows, columns]`, uninitialised, with zeros after every row as far as a product reads."""
     whole = like.new_empty((rows, padded(columns)))
     whole[:, columns:] = 0
     return whole[:, :columns]
 
 
 def apart(rows: Tensor) -> Tensor:
-    """``rows [R, D]``, or where a product reads on into the next row, whose NaN would then be the
+    """`rows [R, D]`, or where a product reads on into the next row, whose NaN would then be the
     row's too, a copy with zeros between."""
     if rows.device.type != "cpu" or rows.shape[1] % READ == 0:
         return rows
@@ -139,8 +139,8 @@ def apart(rows: Tensor) -> Tensor:
 
 
 class HeadGradAccumulator:
-    """The head's gradient, sums in float32 (float64 for float64), of rows weighted by ``weights
-    [R]``; ``scale * weight`` is the gradient."""
+    """The head's gradient, sums in float32 (float64 for float64), of rows weighted by `weights
+    [R]`; `scale * weight` is the gradient."""
 
     def __init__(
         self, head: Head, hidden: Tensor, weights: Tensor, want_weight: bool, want_bias: bool
@@ -155,7 +155,7 @@ class HeadGradAccumulator:
         self.bias = head.weight.new_zeros(shape[:1], dtype=work) if want_bias else None
 
     def add(self, rows: slice, grad: Tensor) -> None:
-        """``grad [n, V]`` of the logits before cap and after scale, of the rows ``rows``."""
+        """`grad [n, V]` of the logits before cap and after scale, of the rows `rows`."""
         row_scale = self.row_scale[rows] * self.head.scale
         if self.weight is not None:
             hidden = (self.hidden[rows] * row_scale[:, None]).to(grad.dtype)
@@ -196,8 +196,8 @@ class LoopInputs:
 def run(
     rows: LoopInputs, weights: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> losses ``[R]``; the gradient of every row's own loss to its hidden row ``[R, D]`` (dtype
-    of the products); the head's ``[V, D]`` and ``[V]`` of the sum of ``weights [R]`` times losses
+    """-> losses `[R]`; the gradient of every row's own loss to its hidden row `[R, D]` (dtype
+    of the products); the head's `[V, D]` and `[V]` of the sum of `weights [R]` times losses
     (float32). Those not wanted are empty."""
     hidden, head = rows.hidden, rows.head
     work = accum_dtype(hidden.dtype)

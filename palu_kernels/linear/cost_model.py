@@ -1,7 +1,7 @@
 """Dense or sparse: what a forget loss on all rows of the head costs beside one on chosen rows.
 
 Estimates of nanoseconds from a handful of constants a device: right to a factor of about two, which
-is all that a choice between roads many times apart needs.
+is all that a choice between paths many times apart needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from palu_kernels import validation
 from palu_kernels.backend import accum_dtype
 
-# The PyTorch road's block of gathered rows, in the dtype they are worked in: on a CPU with 32 MB of
+# The PyTorch backend's block of gathered rows, in the dtype they are worked in: on a CPU with 32 MB of
 # L3 larger ones leave the cache before they are used, smaller ones cost in calls.
 BLOCK_BYTES = 8 << 20
 
@@ -40,10 +40,10 @@ class _Costs(NamedTuple):
 
 # By device and bytes of an entry. CPU: measured on two cores of a 2.6 GHz AMD EPYC (Zen 5, AVX-512
 # with bfloat16), torch 2.13, V = 128,256, D = 2,048, 1 to 200 rows, k = 50 to 20,000, and bfloat16
-# again at D = 1,024, V = 32,000 and 128,256, up to 1,024 rows (``benchmarks/results/scaling.csv``);
+# again at D = 1,024, V = 32,000 and 128,256, up to 1,024 rows (`benchmarks/results/scaling.csv`);
 # a float16 product is many times slower there than the bfloat16 one whose constant serves for it.
 # CUDA: reasoned for an H100, not measured: 2.8 TB/s in order and 2 TB/s gathered, 600 (bfloat16)
-# and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a call of the sparse road.
+# and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a call of the sparse implementation.
 _COSTS = {
     ("cpu", 4): _Costs(0.18, 0.012, 1.6, 0.27, 0.5, 0.14, 5e4, 1e5),
     ("cpu", 2): _Costs(0.20, 0.0026, 1.3, 0.42, 0.5, 0.14, 5e4, 1e5),
@@ -67,7 +67,7 @@ def prefer_sparse(
 
     Dense: a product for the logits, one for the hidden gradient and
     one for the weight gradient, each at the speed of memory or of arithmetic, whichever is slower,
-    and the row loss on ``rows * V`` logits. Sparse: chosen rows read twice (on the CPU once, where
+    and the row loss on `rows * V` logits. Sparse: chosen rows read twice (on the CPU once, where
     those of one row of hidden states fit a block), and with a head that trains a scatter and, for
     the global mean, the mean row taken anew and a vector added to every row of the weight gradient.
     """
@@ -94,7 +94,7 @@ def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
 
 
 def needs_mean(objective: str, center_kind: str) -> bool:
-    """Whether ``forward`` wants a ``mean_row``."""
+    """Whether `forward` wants a `mean_row`."""
     return objective == "flatten" and center_kind == "global_mean"
 
 
@@ -116,7 +116,7 @@ def choose(
     the cost model prefers it. The automatic choice is logged once for every kind of call.
 
     Raises:
-        ValueError: ``implementation`` is unknown, or is ``sparse`` where only dense is right.
+        ValueError: `implementation` is unknown, or is `sparse` where only dense is right.
     """
     validation.choice("implementation", implementation, IMPLEMENTATIONS)
     possible = supports(objective, center_kind, softcap)

@@ -31,30 +31,30 @@ def linear_local_entropy_loss(
     chunk_bytes: int = CHUNK_BYTES,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``local_entropy_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)`` without the
+    """`local_entropy_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)` without the
     logits.
 
     Args:
-        hidden: ``[N, D]`` or ``[B, T, D]``, what enters the output head, of the head's dtype (under
+        hidden: `[N, D]` or `[B, T, D]`, what enters the output head, of the head's dtype (under
             autocast any).
         head: bias, logit scale and softcap are part of the loss; gradients reach its weight and
             bias if they require them.
         ref_hidden: the frozen reference's rows, same shape; its logits choose S. Of another dtype
-            than ``hidden``, all products are in the wider one (under autocast in its own).
-        ref_head: the reference's frozen head, of any dtype; None takes ``head``, which must not
+            than `hidden`, all products are in the wider one (under autocast in its own).
+        ref_head: the reference's frozen head, of any dtype; None takes `head`, which must not
             train then.
-        top_k, indices, objective, center: as in ``local_entropy_loss``.
-        reduction: ``mean`` over rows (0 without rows), ``sum`` or ``none``. With ``none`` and a
+        top_k, indices, objective, center: as in `local_entropy_loss`.
+        reduction: `mean` over rows (0 without rows), `sum` or `none`. With `none` and a
             head that trains, backward goes through the chunks once more.
-        implementation: ``sparse`` computes only the k logits of S and, for ``global_mean``, the
-            mean logit by the mean row of the weight; ``dense`` all of them; ``auto`` what is
-            cheaper by a cost model. Only ``dense`` can serve ``global_mean`` under a softcap, and S
+        implementation: `sparse` computes only the k logits of S and, for `global_mean`, the
+            mean logit by the mean row of the weight; `dense` all of them; `auto` what is
+            cheaper by a cost model. Only `dense` can serve `global_mean` under a softcap, and S
             chosen by the current logits.
         chunk_bytes: size of a buffer of logits; a chunk has whole tiles of 64 rows, at least one.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: `auto`, `triton` or `torch`.
 
     Returns:
-        float32 (float64 for float64): 0-dim, or ``[N]`` / ``[B, T]`` with ``none``.
+        float32 (float64 for float64): 0-dim, or `[N]` / `[B, T]` with `none`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -99,16 +99,16 @@ def linear_kl_loss(
     chunk_bytes: int = CHUNK_BYTES,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``kl_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)`` without the logits.
+    """`kl_loss(head.logits(hidden), ref_head.logits(ref_hidden), ...)` without the logits.
 
     Args:
         hidden, head, ref_hidden, ref_head, reduction, chunk_bytes, backend: as in
-            ``linear_local_entropy_loss``.
-        direction: ``reverse`` is KL(p_current || p_reference), ``forward`` is KL(p_reference ||
+            `linear_local_entropy_loss`.
+        direction: `reverse` is KL(p_current || p_reference), `forward` is KL(p_reference ||
             p_current).
 
     Returns:
-        float32 (float64 for float64): 0-dim, or ``[N]`` / ``[B, T]`` with ``none``.
+        float32 (float64 for float64): 0-dim, or `[N]` / `[B, T]` with `none`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -131,16 +131,16 @@ def linear_cross_entropy_loss(
     chunk_bytes: int = CHUNK_BYTES,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``cross_entropy_loss(head.logits(hidden), labels, ...)`` without the logits; rows are not
+    """`cross_entropy_loss(head.logits(hidden), labels, ...)` without the logits; rows are not
     shifted.
 
     Args:
-        hidden, head, reduction, chunk_bytes, backend: as in ``linear_local_entropy_loss``.
-        labels: int64 or int32 ``[N]`` or ``[B, T]``: 0..V-1 or ``ignore_index``.
+        hidden, head, reduction, chunk_bytes, backend: as in `linear_local_entropy_loss`.
+        labels: int64 or int32 `[N]` or `[B, T]`: 0..V-1 or `ignore_index`.
         ignore_index: rows with this label give 0 and no gradient, and do not count in a mean.
 
     Returns:
-        float32 (float64 for float64): 0-dim, or the shape of ``labels`` with ``none``.
+        float32 (float64 for float64): 0-dim, or the shape of `labels` with `none`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -169,7 +169,7 @@ def _single(
     *,
     count: Tensor | int | None = None,
 ) -> Tensor:
-    """One loss for all rows, reduced; ``count`` is what a mean divides by (the rows)."""
+    """One loss for all rows, reduced; `count` is what a mean divides by (the rows)."""
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     if ref_hidden is not None and ref_hidden.shape != hidden.shape[:-1] + ref_hidden.shape[-1:]:
         raise ValueError(

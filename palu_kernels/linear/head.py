@@ -15,17 +15,17 @@ from palu_kernels.linear import sparse
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LMHead:
-    """``logits = cap(logit_scale * (hidden @ weight.T + bias))``, ``cap(x) = softcap * tanh(x /
-    softcap)``.
+    """`logits = cap(logit_scale * (hidden @ weight.T + bias))`, `cap(x) = softcap * tanh(x /
+    softcap)`.
 
     The tensors are held, not copied: a head may be tied to an embedding, trained or frozen.
 
     Args:
-        weight: ``[V, D]``, float32, bfloat16, float16 or float64.
-        bias: ``[V]`` of the same dtype and device, or None.
-        logit_scale: finite, not 0. Cohere's ``logit_scale``, one over Granite's
-            ``logits_scaling``.
-        softcap: finite, above 0 (Gemma's ``final_logit_softcapping``), or None for no cap.
+        weight: `[V, D]`, float32, bfloat16, float16 or float64.
+        bias: `[V]` of the same dtype and device, or None.
+        logit_scale: finite, not 0. Cohere's `logit_scale`, one over Granite's
+            `logits_scaling`.
+        softcap: finite, above 0 (Gemma's `final_logit_softcapping`), or None for no cap.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -85,7 +85,7 @@ class LMHead:
         return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
 
     def mean_row(self) -> tuple[Tensor, Tensor]:
-        """Means of the weight's rows ``[D]`` and of the bias (``sparse.mean_row``), kept until one
+        """Means of the weight's rows `[D]` and of the bias (`sparse.mean_row`), kept until one
         of them is written to."""
         stamps = [
             (t.data_ptr(), None if t.is_inference() else t._version)
@@ -100,13 +100,13 @@ class LMHead:
         return self._mean["row"]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., D]`` -> ``[..., V]`` by the definition, differentiable: what the linear
+        """`[..., D]` -> `[..., V]` by the definition, differentiable: what the linear
         operators compute without holding it."""
         return reference.head_logits(hidden, self.weight, self.bias, self.logit_scale, self.softcap)
 
 
 def check_hidden(name: str, value: object, head: object) -> None:
-    """Floating-point ``[N, D]`` or ``[B, T, D]`` for a head ``[V, D]`` on the same device."""
+    """Floating-point `[N, D]` or `[B, T, D]` for a head `[V, D]` on the same device."""
     if not isinstance(head, LMHead):
         raise TypeError(
             f"the head beside {name} is a {type(head).__name__}; it must be a palu_kernels.LMHead"
@@ -188,7 +188,7 @@ def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
 def compute_dtype(
     hidden: Tensor, head: LMHead, ref_hidden: Tensor | None, ref_head: LMHead | None
 ) -> torch.dtype:
-    """The dtype of the products: autocast's, as for ``F.linear``, else the widest of all four."""
+    """The dtype of the products: autocast's, as for `F.linear`, else the widest of all four."""
     if _autocasts(hidden):
         return product_dtype(hidden)
     if head.weight.dtype != hidden.dtype:

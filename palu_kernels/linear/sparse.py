@@ -5,7 +5,7 @@ number more: without a softcap the mean of all logits is logit_scale * (h . mean
 Loss and hidden gradient of a row then cost k * D of the head instead of V * D.
 
 Plain tensors, no autograd: what is differentiated is x = h W^T + b, of which a row needs
-``dloss_dx`` (d loss / d x_i for i in S) and ``mean_coeff`` (d loss / d mean of x, for the global
+`dloss_dx` (d loss / d x_i for i in S) and `mean_coeff` (d loss / d mean of x, for the global
 mean). Then, with the row's weight w:
 
 * hidden gradient: dloss_dx @ W_S + mean_coeff * mean(W);
@@ -42,7 +42,7 @@ class SparseResult(NamedTuple):
 
 @torch.no_grad()
 def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean over the vocabulary of ``weight [V, D]`` and ``bias [V]``: ``[D]`` and 0-dim, in
+    """The mean over the vocabulary of `weight [V, D]` and `bias [V]`: `[D]` and 0-dim, in
     float64 where the device has it: what rows have in common may be thousands of times what they
     differ by, and cancels in the deviations.
 
@@ -69,7 +69,7 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:
-    """What each entry's share in the mean is: one over the number of live ones, or 0. ``[V]``."""
+    """What each entry's share in the mean is: one over the number of live ones, or 0. `[V]`."""
     dtype = accum_dtype(like.dtype)
     if bias is None:
         return torch.full((vocab_size,), 1 / vocab_size, dtype=dtype, device=like.device)
@@ -96,14 +96,14 @@ def forward(
     """Loss and derivatives of every row.
 
     Args:
-        hidden: ``[N, D]``.
-        weight, bias, logit_scale, softcap: the head, as in ``LMHead``; the weight may have any
+        hidden: `[N, D]`.
+        weight, bias, logit_scale, softcap: the head, as in `LMHead`; the weight may have any
             strides.
-        indices: S, int32 or int64 ``[N, k]``, unique and in range along a row.
-        mean: ``mean_row(weight, bias)`` where ``needs_mean`` says so, else None.
-        objective, center_kind, center_value: as ``arguments.center`` leaves them.
-        backend: ``triton`` or ``torch``.
-        want_hidden: whether to return ``grad_hidden`` too, from the rows of W that are at hand.
+        indices: S, int32 or int64 `[N, k]`, unique and in range along a row.
+        mean: `mean_row(weight, bias)` where `needs_mean` says so, else None.
+        objective, center_kind, center_value: as `arguments.center` leaves them.
+        backend: `triton` or `torch`.
+        want_hidden: whether to return `grad_hidden` too, from the rows of W that are at hand.
     """
     loss = _Loss(logit_scale, softcap, objective, center_kind, center_value)
     global_mean = None
@@ -226,7 +226,7 @@ class _Gather:
         self.block = self.raw if weight.dtype == dtype else torch.zeros_like(self.raw, dtype=dtype)
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """``[G, k]`` -> ``[G, k, D]``, valid until the next call."""
+        """`[G, k]` -> `[G, k, D]`, valid until the next call."""
         raw, block = (t[: indices.numel()] for t in (self.raw, self.block))
         torch.index_select(self.weight, 0, indices.reshape(-1), out=raw)
         if block.dtype != raw.dtype:
@@ -250,13 +250,13 @@ def add_weight_gradient(
     """Adds the gradient of the sum of row_weights * losses, in place; the same sums every time.
 
     Args:
-        acc_weight, acc_bias: ``[V, D]`` and ``[V]`` in the dtype that is worked in, or None where
+        acc_weight, acc_bias: `[V, D]` and `[V]` in the dtype that is worked in, or None where
             no gradient is wanted.
-        hidden, bias, indices: as ``forward`` had them.
-        dloss_dx, mean_coeff: as ``forward`` left them; None for the latter without a global mean,
+        hidden, bias, indices: as `forward` had them.
+        dloss_dx, mean_coeff: as `forward` left them; None for the latter without a global mean,
             which spares every row of the accumulator a visit.
-        row_weights: ``[N]``.
-        backend: ``triton`` or ``torch``.
+        row_weights: `[N]`.
+        backend: `triton` or `torch`.
     """
     accumulators = [t for t in (acc_weight, acc_bias) if t is not None]
     if not accumulators or indices.numel() == 0:

@@ -117,7 +117,7 @@ def _ce_grad_kernel(
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """softmax(z) - onehot(label), 0 for an ignored row. Entry by entry: ``out`` may be z itself."""
+    """softmax(z) - onehot(label), 0 for an ignored row. Entry by entry: `out` may be z itself."""
     row, split = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
     out_row, _ = row_start(out_ptr, row, rows_per_batch, o_stride_batch, o_stride_row, HAS_OFFSET)
@@ -142,7 +142,7 @@ def _ce_grad_kernel(
 def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> row losses ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
+    """-> row losses `[N]` and the state `[N, 4]` for `backward`, both float32."""
     launch = RowLaunch.of(logits)
     losses = logits.new_empty(launch.rows, dtype=torch.float32)
     state = logits.new_zeros((launch.rows, 4), dtype=torch.float32)
@@ -178,7 +178,7 @@ def backward(
     out: Tensor,
     softcap: float | None = None,
 ) -> Tensor:
-    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
+    """Writes d(sum of weights * rows)/d logits into `out`, which may be `logits` itself."""
     launch = RowLaunch.of(logits, out=out, programs=4)
     if launch.rows > 0:
         _ce_grad_kernel[launch.grid](

@@ -1,12 +1,12 @@
 """Products with chosen rows of the head, gathered as they are multiplied.
 
 Every row of hidden states has its own S, so these are matrix times vector with the matrix picked
-row by row out of the weight: each entry that is read is used once, and nothing ``[N, k, D]`` is
+row by row out of the weight: each entry that is read is used once, and nothing `[N, k, D]` is
 ever written. A tile of chosen rows is read 16 bytes wide along D where D and the weight's row step
 are multiples of 16 (they are in almost every model); any other width and step is right, but slower.
 
-Bytes a row of hidden states: ``products`` and ``combine`` read k * D entries of the weight each;
-``scatter`` reads and writes, in float32, D entries for every row of the weight that some S holds.
+Bytes a row of hidden states: `products` and `combine` read k * D entries of the weight each;
+`scatter` reads and writes, in float32, D entries for every row of the weight that some S holds.
 An index outside the vocabulary reads nothing out of bounds and makes its row NaN: on an accelerator
 indices are not checked.
 """
@@ -22,9 +22,9 @@ from palu_kernels.triton.row_io import programs_wanted
 
 # Programs of one warp, with two or more 16-byte loads of the weight a thread on their way: nothing
 # passes through shared memory, and a chip is full of them.
-ROW_BYTES = 1024  # of a chosen row that ``_gathered_matmul_kernel`` reads at once,
+ROW_BYTES = 1024  # of a chosen row that `_gathered_matmul_kernel` reads at once,
 PLACES = 4  # and how many such rows one program reads
-TILE_ROWS, TILE_WIDTH = 4, 256  # of ``_gathered_combine_kernel``
+TILE_ROWS, TILE_WIDTH = 4, 256  # of `_gathered_combine_kernel`
 SCATTER_WIDTH = 1024
 
 
@@ -156,8 +156,8 @@ def _gathered_scatter_kernel(
 
 
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
-    """h_r . W_i + b_i for i in S_r: ``hidden [N, D]``, ``weight [V, D]`` of any strides, ``bias
-    [V]``, ``indices [N, k]`` -> float32 ``[N, k]``."""
+    """h_r . W_i + b_i for i in S_r: `hidden [N, D]`, `weight [V, D]` of any strides, `bias
+    [V]`, `indices [N, k]` -> float32 `[N, k]`."""
     rows, k = indices.shape
     out = hidden.new_empty((rows, k), dtype=torch.float32)
     if rows == 0:
@@ -181,7 +181,7 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tenso
 
 
 def combine(slopes: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
-    """Sum over i in S_r of slope_ri * W_i: ``slopes`` float32 ``[N, k]`` -> float32 ``[N, D]``.
+    """Sum over i in S_r of slope_ri * W_i: `slopes` float32 `[N, k]` -> float32 `[N, D]`.
 
     S is cut into splits until the programs fill the chip; they are added afterwards, always in the
     same order.
@@ -221,8 +221,8 @@ def scatter(
     coefficients: Tensor,
     vocab_size: int,
 ) -> None:
-    """In place: ``acc_weight[i] += c_ri * h_r`` and ``acc_bias[i] += c_ri`` for i in S_r, both
-    accumulators float32; ``coefficients`` float32 ``[N, k]``.
+    """In place: `acc_weight[i] += c_ri * h_r` and `acc_bias[i] += c_ri` for i in S_r, both
+    accumulators float32; `coefficients` float32 `[N, k]`.
 
     Entries are sorted by the row of the weight they belong to, and each such row is added up by
     one program, in the order of the hidden rows: no atomics, the same sums every time.

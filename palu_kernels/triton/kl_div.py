@@ -171,7 +171,7 @@ def _kl_grad_kernel(
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Reverse p (log p - log q - KL), forward p - q. Entry by entry, so ``out`` may be z itself."""
+    """Reverse p (log p - log q - KL), forward p - q. Entry by entry, so `out` may be z itself."""
     row, split = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
     r_row, _ = row_start(r_ptr, row, rows_per_batch, r_stride_batch, r_stride_row, HAS_OFFSET)
@@ -209,7 +209,7 @@ def forward(
     softcap: float | None = None,
     ref_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-> row divergences ``[N]`` and the state ``[N, 4]`` for ``backward``, both float32."""
+    """-> row divergences `[N]` and the state `[N, 4]` for `backward`, both float32."""
     reverse = direction == "reverse"
     launch = RowLaunch.of(*((logits, ref_logits) if reverse else (ref_logits, logits)))
     losses = logits.new_empty(launch.rows, dtype=torch.float32)
@@ -240,7 +240,7 @@ def backward(
     softcap: float | None = None,
     ref_softcap: float | None = None,
 ) -> Tensor:
-    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself."""
+    """Writes d(sum of weights * rows)/d logits into `out`, which may be `logits` itself."""
     launch = RowLaunch.of(logits, ref_logits, out=out, programs=4)
     if launch.rows > 0:
         _kl_grad_kernel[launch.grid](

@@ -2,7 +2,7 @@
 
 Neither materialises S (`topk_mask.py`).
 
-Bytes, in transfers of a row, after ``select`` (2 for 16-bit types, 4 for float32): statistics read
+Bytes, in transfers of a row, after `select` (2 for 16-bit types, 4 for float32): statistics read
 z and the reference's row and leave a bit a lane (2.06; given indices 1.06; 1 when z chooses), the
 gradient reads z and the bits and writes one row (2.06). Forward plus backward with select: 6.1, and
 0.3 more for the histograms where two rows are cut into splits of 8,192 lanes.
@@ -92,10 +92,10 @@ def _local_entropy_stats_kernel(
     for flatten the mean of z over S and the squared deviations from it (merged block by block as
     Chan, Golub and LeVeque do, since sums of squares cancel), for entropy the online softmax of
     z over S: maximum, sum of exponentials, sum of exponentials times exponents. Sums of flatten are
-    of z less the mean of the split's first ``near_lanes`` entries: rows far from 0 lie nearer to
+    of z less the mean of the split's first `near_lanes` entries: rows far from 0 lie nearer to
     their mean than float32 can tell it.
 
-    ``chosen`` receives what the gradient needs of S: the tie cut where z chooses, bits where the
+    `chosen` receives what the gradient needs of S: the tie cut where z chooses, bits where the
     reference does, nothing where it is the bitmap itself."""
     row, split = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
@@ -282,7 +282,7 @@ def _local_entropy_grad_kernel(
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Entry by entry, so ``out`` may be z itself. S is a bitmap, or z's own choice."""
+    """Entry by entry, so `out` may be z itself. S is a bitmap, or z's own choice."""
     row, split = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, HAS_OFFSET)
     out_row, _ = row_start(out_ptr, row, rows_per_batch, o_stride_batch, o_stride_row, HAS_OFFSET)
@@ -326,8 +326,8 @@ def forward(
     center_value: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> row losses ``[N]``, state ``[N, 4]`` (both float32), and S for ``backward``, int32: a
-    bitmap ``[N, words]``, or (threshold key, tie cut) ``[2, N]`` where the logits chose."""
+    """-> row losses `[N]`, state `[N, 4]` (both float32), and S for `backward`, int32: a
+    bitmap `[N, words]`, or (threshold key, tie cut) `[2, N]` where the logits chose."""
     launch = RowLaunch.of(logits, *(() if ref_logits is None else (as_integers(ref_logits),)))
     rows, words = launch.rows, bitmap_words(launch.n_cols)
     losses = logits.new_empty(rows, dtype=torch.float32)
@@ -402,8 +402,8 @@ def backward(
     out: Tensor,
     softcap: float | None = None,
 ) -> Tensor:
-    """Writes d(sum of weights * rows)/d logits into ``out``, which may be ``logits`` itself or is
-    laid out like them (``empty_rows_like``)."""
+    """Writes d(sum of weights * rows)/d logits into `out`, which may be `logits` itself or is
+    laid out like them (`empty_rows_like`)."""
     launch = RowLaunch.of(logits, out=out, programs=4)
     if launch.rows > 0:
         _local_entropy_grad_kernel[launch.grid](

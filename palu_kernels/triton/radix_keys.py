@@ -32,7 +32,7 @@ def order_keys(bits, IS_16BIT: tl.constexpr, INFINITY: tl.constexpr):
 
 
 def key_format(t: Tensor) -> dict[str, int | bool]:
-    """The constants that ``order_keys`` wants for a dtype."""
+    """The constants that `order_keys` wants for a dtype."""
     return {"IS_16BIT": t.dtype != torch.float32, "INFINITY": _INFINITY[t.dtype]}
 
 

@@ -4,7 +4,7 @@ A digit of the key takes two steps. `_digit_histogram_kernel` counts the digit a
 whose higher digits are the threshold's; `_pick_digit_kernel` finds the bin that holds the k-th
 largest entry.
 After the last digit the threshold is the k-th largest key itself: greater keys are in S, and of
-the equal ones the first ``need``. Whoever streams the row next finds where they end (the tie cut),
+the equal ones the first `need`. Whoever streams the row next finds where they end (the tie cut),
 so no index is ever stored. The histogram is a step of its own because its counts are all that
 ranks have to exchange when the vocabulary is sharded.
 
@@ -103,7 +103,7 @@ def _pick_digit_kernel(
 
 @dataclass(frozen=True)
 class Selection:
-    """S of every row: keys above ``threshold``, and the first ``need`` keys equal to it."""
+    """S of every row: keys above `threshold`, and the first `need` keys equal to it."""
 
     threshold: Tensor  # int32 [N], the bits of a uint32 key
     need: Tensor  # int32 [N]
@@ -143,9 +143,9 @@ def select(scores: Tensor, k: int, threshold: Tensor) -> Selection:
 
 @triton.jit
 def take_ties(tie, seen, need, offsets, cut):
-    """-> (lane of the last tie in S, ties seen), after a block that began with ``seen`` ties.
+    """-> (lane of the last tie in S, ties seen), after a block that began with `seen` ties.
 
-    ``cut`` stays where it is unless the need-th tie lies in this block, which it does in one
+    `cut` stays where it is unless the need-th tie lies in this block, which it does in one
     block of the row: only there the ties are ranked.
     """
     if seen < need:
@@ -200,7 +200,7 @@ def _write_indices_kernel(
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """int32 ``[..., min(k, V)]``, ascending, ties to the lowest index."""
+    """int32 `[..., min(k, V)]`, ascending, ties to the lowest index."""
     k = min(k, scores.shape[-1])
     out = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int32)
     launch = RowLaunch.of(as_integers(scores))

@@ -30,7 +30,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 # By bytes of an entry: (rows of up to so many lanes, lanes in a block, warps). A thread makes two
 # 16-byte loads a row where the row is long enough: with four, bfloat16 takes up to 173 registers on
 # sm_90 where two take 110 and one 84, and a multiprocessor holds half as many warps; with one there
-# are fewer loads in flight (``benchmarks/results/block_sizes.txt``). Reasoned from the compiler's
+# are fewer loads in flight (`benchmarks/results/block_sizes.txt`). Reasoned from the compiler's
 # output: no card has been asked.
 BLOCKS = {
     2: ((256, 256, 1), (512, 512, 1), (1024, 1024, 2), (2048, 2048, 4), (math.inf, 4096, 8)),
@@ -80,7 +80,7 @@ def store_row_block(ptr, offsets, mask, full_block, block):
 
 @triton.jit
 def apply_softcap(x, mask, cap):
-    """-> (cap * tanh(x / cap), its derivative); -inf and 0 off the mask. ``cap`` None: (x,
+    """-> (cap * tanh(x / cap), its derivative); -inf and 0 off the mask. `cap` None: (x,
     1).
 
     By exp(-2|x| / cap), so that neither overflows and the slope of a saturated entry keeps its

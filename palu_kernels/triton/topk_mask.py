@@ -1,6 +1,6 @@
 """Top-k membership mask, evaluated per element while a row is streamed.
 
-Where the reference's row chooses, S is the threshold and tie cut of ``select``; the pass that takes
+Where the reference's row chooses, S is the threshold and tie cut of `select`; the pass that takes
 the statistics finds the cut, and leaves a bitmap of one bit a lane, so that the gradient reads a
 bit an entry and the reference's row is not needed any more. Given indices become such a bitmap
 first. Where the current row chooses, threshold and cut serve both passes.
@@ -108,7 +108,7 @@ def _set_bits_kernel(
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Indices ``[N, k]`` -> a bit a lane of the walk over z, ``[N, words]``, zeros before."""
+    """Indices `[N, k]` -> a bit a lane of the walk over z, `[N, words]`, zeros before."""
     row = tl.program_id(0)
     # only the lane of column 0 is wanted, not the pointer
     _, first = row_start(bitmap_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
@@ -121,7 +121,7 @@ def _set_bits_kernel(
 
 
 def write_bitmap(indices: Tensor, launch: RowLaunch, bitmap: Tensor) -> None:
-    """S as indices -> ``bitmap``, int32 ``[N, words]``, zeros before."""
+    """S as indices -> `bitmap`, int32 `[N, words]`, zeros before."""
     indices = indices.reshape(-1, indices.shape[-1]).contiguous()
     rows, k = indices.shape
     block = min(1024, triton.next_power_of_2(k))

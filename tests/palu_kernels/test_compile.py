@@ -1,7 +1,7 @@
 """Every kernel compiles for every chip, spills nothing, and reads and writes its rows wide.
 
 The interpreter runs what the compiler may refuse, so the kernels are also compiled, without a GPU,
-in a process of its own (``TRITON_INTERPRET`` is read when Triton is imported).
+in a process of its own (`TRITON_INTERPRET` is read when Triton is imported).
 """
 
 import json

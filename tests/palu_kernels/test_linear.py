@@ -83,7 +83,7 @@ class Problem:
         return {"center": {"global": "global_mean", "local": "local_mean", "number": 0.5}[name]}
 
     def plain(self, name, reduction, dtype):
-        """By the definition on logits in ``dtype``, with autograd: (loss, gradients)."""
+        """By the definition on logits in `dtype`, with autograd: (loss, gradients)."""
         inputs = [t.detach().to(dtype).requires_grad_() for t in self.inputs]
         z = reference.head_logits(*inputs[:2], *(inputs[2:] or [None]), *self.caps)
         ref = [None if t is None else t.to(dtype) for t in (self.ref_weight, self.ref_bias)]

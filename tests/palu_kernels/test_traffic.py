@@ -59,7 +59,7 @@ def test_over_budget_is_a_failure(capsys):
 @pytest.mark.parametrize("columns", [8192, 10007])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hand_counts(columns, dtype):
-    """A launch of ``programs`` programs on 3 rows: what each reads and writes beside its rows."""
+    """A launch of `programs` programs on 3 rows: what each reads and writes beside its rows."""
     torch.manual_seed(0)
     logits = torch.randn(3, columns).to(dtype).requires_grad_()
     reference = torch.randn(3, columns).to(dtype)
