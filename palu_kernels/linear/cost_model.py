@@ -14,8 +14,8 @@ import torch
 from palu_kernels import validation
 from palu_kernels.backend import accum_dtype
 
-# The PyTorch backend's block of gathered rows, in the dtype they are worked in: on a CPU with 32 MB of
-# L3 larger ones leave the cache before they are used, smaller ones cost in calls.
+# The PyTorch backend's block of gathered rows, in the dtype they are worked in: on a CPU with 32 MB
+# of L3 larger ones leave the cache before they are used, smaller ones cost in calls.
 BLOCK_BYTES = 8 << 20
 
 Implementation = Literal["auto", "dense", "sparse"]
@@ -43,7 +43,7 @@ class _Costs(NamedTuple):
 # again at D = 1,024, V = 32,000 and 128,256, up to 1,024 rows (`benchmarks/results/scaling.csv`);
 # a float16 product is many times slower there than the bfloat16 one whose constant serves for it.
 # CUDA: reasoned for an H100, not measured: 2.8 TB/s in order and 2 TB/s gathered, 600 (bfloat16)
-# and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a call of the sparse implementation.
+# and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a sparse call.
 _COSTS = {
     ("cpu", 4): _Costs(0.18, 0.012, 1.6, 0.27, 0.5, 0.14, 5e4, 1e5),
     ("cpu", 2): _Costs(0.20, 0.0026, 1.3, 0.42, 0.5, 0.14, 5e4, 1e5),
