@@ -1,7 +1,6 @@
 """Benchmarks without a new process for every measurement."""
 
 import contextlib
-import importlib
 import io
 import json
 
@@ -30,7 +29,3 @@ def in_process(monkeypatch):
         return status, tables.read(path)
 
     return run
-
-
-def script(name):
-    return importlib.import_module(f"benchmarks.{name}").BENCHMARK
