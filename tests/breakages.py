@@ -1,11 +1,13 @@
 """Break the code on purpose, one fault at a time, and see the default tests notice.
 
-    python tests/breakages.py [--repo DIR] [--only WORD] [--output FILE]
+    python tests/breakages.py [--repo DIR] [--only WORD] [--output FILE] [--control]
 
 Each fault replaces a piece of text that stands in one source file alone. The checkout is copied,
 the fault put in, and the test files named beside it run as `pytest -x` runs them by default. A
 fault that no test notices is a line `NOT CAUGHT`, and the exit status is 1. A fault has more than
 one pair of texts where the code was written otherwise before; the first one that is found counts.
+With `--control` nothing is broken, and every line is to say `NOT CAUGHT`: tests that fail anyway
+would look as if they noticed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import NamedTuple
 class Fault(NamedTuple):
     name: str
     texts: list[tuple[str, str]]  # (as it is, broken)
-    tests: str  # stems of test files, without `test_`
+    tests: str  # stems of test files, without `test_`, the likeliest first
 
 
 FAULTS = [
@@ -31,32 +33,32 @@ FAULTS = [
     Fault(
         "KL without its gradient (PyTorch)",
         [("difference.sub_(found[:, None]).mul_(p)", "difference.mul_(0)")],
-        "operators check eager torch_backend check_linear",
+        "eager torch_backend operators check_linear check",
     ),
     Fault(
         "cross-entropy's gradient misses the label",
         [("torch.full_like(out[:, :1], -1.0)", "torch.full_like(out[:, :1], 0.0)")],
-        "operators check eager torch_backend check_linear",
+        "eager torch_backend operators check_linear check",
     ),
     Fault(
         "a tie goes to the highest index (PyTorch)",
         [("tie_column[rank < need[tie_row]]", "tie_column[rank >= (ties - need)[tie_row]]")],
-        "operators eager torch_backend",
+        "eager torch_backend operators",
     ),
     Fault(
         "flatten's gradient without the term of the mean",
         [("off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]", "off_s = 0 * on_s[:, :1]")],
-        "operators check eager torch_backend",
+        "eager torch_backend operators check",
     ),
     Fault(
         "entropy without log k",
         [("math.log(z_s.shape[1]) + negative_entropy[:, 0]", "negative_entropy[:, 0]")],
-        "operators check eager torch_backend",
+        "eager torch_backend operators check",
     ),
     Fault(
         "a softcap whose slope is forgotten",
         [("1 - share.square()", "1 + 0 * share")],
-        "linear eager torch_backend check_linear check",
+        "eager torch_backend linear check_linear check",
     ),
     # the chunk loop
     Fault(
@@ -235,13 +237,88 @@ FAULTS = [
         [("100 * (ref - value) / (1 - ref + EPSILON)", "100 * (1 - value)")],
         "tofu_definitions tofu_summary metrics",
     ),
-    # command line and files
     Fault(
-        "a file that could not be written whole takes the place of the old one",
+        "an area under the curve whose ties count nothing",
+        [('np.searchsorted(low, high, "right")', 'np.searchsorted(low, high, "left")')],
+        "tofu_definitions evaluation metrics",
+    ),
+    Fault(
+        "min-k of the likeliest tokens",
         [
-            ("            os.replace(aside, path)", "            os.replace(aside, path)"),
-            ("        os.replace(aside, path)", "        pass"),
+            (
+                'np.sort(finite_numbers("log_probs", log_probs))',
+                'np.sort(finite_numbers("log_probs", log_probs))[::-1]',
+            )
         ],
+        "tofu_definitions evaluation metrics",
+    ),
+    # Triton's kernels
+    Fault(
+        "slices of a KL are added without their scales",
+        [
+            (
+                "sum_b = scale_b * sum_b + tl.sum(tl.exp(b), 0)",
+                "sum_b = sum_b + tl.sum(tl.exp(b), 0)",
+            )
+        ],
+        "operators check masked_rows",
+    ),
+    Fault(
+        "the radix select takes a digit too low",
+        [("(at_least >= need)", "(at_least > need)")],
+        "operators check",
+    ),
+    Fault(
+        "an ignored label has a loss",
+        [("tl.where(counted, loss, 0.0)", "loss")],
+        "operators linear check",
+    ),
+    Fault(
+        "given indices mark their neighbours",
+        [("<< (lane & 31)", "<< ((lane + 1) & 31)")],
+        "operators linear sparse check",
+    ),
+    # data
+    Fault(
+        "padding is attended to",
+        [("torch.arange(longest) < torch", "torch.arange(longest) <= torch")],
+        "data batches",
+    ),
+    # command line, callbacks and files
+    Fault(
+        "the command line does not hand on --top-k",
+        [
+            (
+                "(RunOptions, LossOptions, MethodOptions, TrainingOptions)",
+                "(RunOptions, MethodOptions, TrainingOptions)",
+            ),
+            ("            top_k=top_k,\n            prefix_length", "            prefix_length"),
+        ],
+        "cli",
+    ),
+    Fault(
+        "a run stops above the probability it is to reach",
+        [("if probability > args.stop_at_forget_prob:", "if probability < 0:")],
+        "events",
+    ),
+    Fault(
+        "a flipped byte of a cache is read",
+        [('if file_digest(path) != record["blake2b"]:', "if False:")],
+        "cache cache_faults",
+    ),
+    Fault(
+        "a checkpoint of another length is read",
+        [("path.stat().st_size != size:", "False:")],
+        "resume events",
+    ),
+    Fault(
+        "a folder that could not be replaced is gone",
+        [("            os.replace(old, path)\n        raise", "            pass\n        raise")],
+        "files folders",
+    ),
+    Fault(
+        "a finished file does not take its place",
+        [("        os.replace(aside, path)", "        pass")],
         "files output folders",
     ),
 ]
@@ -262,19 +339,22 @@ def main() -> int:
     parser.add_argument("--repo", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--only", default="")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--control", action="store_true", help="break nothing")
     given = parser.parse_args()
     lines = []
     for fault in FAULTS:
         if given.only not in fault.name:
             continue
-        lines.append(f"{run(given.repo.resolve(), fault):<12} {fault.name}")
+        found = run(given.repo.resolve(), fault, control=given.control)
+        lines.append(f"{found:<12} {fault.name}")
         print(lines[-1], flush=True)
         if given.output is not None:
             given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return int(any(not line.startswith("caught") for line in lines))
+    wanted = "NOT CAUGHT" if given.control else "caught"
+    return int(any(not line.startswith(wanted) for line in lines))
 
 
-def run(repo: Path, fault: Fault) -> str:
+def run(repo: Path, fault: Fault, *, control: bool = False) -> str:
     """Return `caught`, `NOT CAUGHT`, or `NOT FOUND` where the code has no such text."""
     found = place(repo, fault)
     if found is None:
@@ -284,9 +364,10 @@ def run(repo: Path, fault: Fault) -> str:
         copy = Path(folder, repo.name)
         shutil.copytree(repo, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "results"))
         target = copy / path.relative_to(repo)
-        target.write_text(target.read_text(encoding="utf-8").replace(text, broken), "utf-8")
-        stems = [f"test_{stem}.py" for stem in fault.tests.split()]
-        tests = [str(p) for p in sorted((copy / "tests").rglob("test_*.py")) if p.name in stems]
+        if not control:
+            target.write_text(target.read_text(encoding="utf-8").replace(text, broken), "utf-8")
+        names = [f"test_{stem}.py" for stem in fault.tests.split()]
+        tests = [str(path) for name in names for path in (copy / "tests").rglob(name)]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
             cwd=copy,
