@@ -16,6 +16,7 @@ from palu.storage.files import (
     new_file,
     new_of,
     remove_abandoned,
+    replace_folder,
     write_json,
 )
 from palu.storage.output import check_json, check_output, claim_output, output_folder
@@ -34,6 +35,23 @@ def test_a_new_file_is_whole_and_follows_no_planted_name(tmp_path):
         raise RuntimeError
     assert json.loads(place.read_text()) == {"a": 1}
     assert {p.name for p in tmp_path.iterdir()} == {"x.json", "x.json.partial"}
+
+
+def test_what_could_not_be_replaced_is_put_back(tmp_path, monkeypatch):
+    place = tmp_path / "x"
+    place.mkdir()
+    (place / "old").touch()
+    rename = os.replace
+
+    def refused(source, target):
+        if Path(target) == place and not (Path(source) / "old").exists():
+            raise OSError("no space")
+        rename(source, target)
+
+    monkeypatch.setattr("palu.storage.files.os.replace", refused)
+    with pytest.raises(OSError, match="no space"), replace_folder(place) as new:
+        (new / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
 
 
 @pytest.mark.parametrize("kind", ["text", "json", "fifo", "device", "folder", "input"])
