@@ -189,11 +189,19 @@ def trainer(folder: str) -> tuple[Any, list[Calls], list[Calls], list[Waits]]:
 
 
 def main() -> int:
-    warnings.simplefilter("ignore")
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        counting, steps, batches, waits = trainer(folder)
-        counting.train()
+    try:
+        with (
+            warnings.catch_warnings(),
+            tempfile.TemporaryDirectory() as folder,
+            redirect_stdout(StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            counting, steps, batches, waits = trainer(folder)
+            counting.train()
+    finally:
+        logging.disable(disabled)
     step, whole = Count.of(*steps), Count.of(*steps, *batches)
     numbers = [f"{a} {n} [{b}]" for n, a, b in zip(Count._fields, step, whole, strict=True)]
     numbers.append(f"{sum(w.gathers for w in waits)} boolean gathers")
