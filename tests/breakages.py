@@ -264,8 +264,8 @@ FAULTS = [
         "operators check masked_rows",
     ),
     Fault(
-        "the radix select takes a digit too low",
-        [("(at_least >= need)", "(at_least > need)")],
+        "the radix select forgets what larger digits took",
+        [("need -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)", "need -= 0")],
         "operators check",
     ),
     Fault(
@@ -292,7 +292,10 @@ FAULTS = [
                 "(RunOptions, LossOptions, MethodOptions, TrainingOptions)",
                 "(RunOptions, MethodOptions, TrainingOptions)",
             ),
-            ("            top_k=top_k,\n            prefix_length", "            prefix_length"),
+            (
+                "trainable_params_regex=trainable_params_regex,\n            top_k=top_k,",
+                "trainable_params_regex=trainable_params_regex,",
+            ),
         ],
         "cli",
     ),
