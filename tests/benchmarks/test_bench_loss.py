@@ -207,6 +207,7 @@ def test_scale_and_memory_alone(run):
     ]
 
 
+@pytest.mark.slow
 def test_in_processes_of_their_own(tmp_path):
     path = tmp_path / "rows.csv"
     given = [*OPTIONS, "--calls", "1", "--repeats", "1", "--threads", "1", "--device", "cpu"]

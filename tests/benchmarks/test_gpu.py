@@ -193,6 +193,7 @@ def test_shares_of_floor():
 # ---- the run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """From another folder, into one that is new, with settings that must not matter."""
     out = tmp_path / "new" / "out"

@@ -85,6 +85,7 @@ def test_a_saved_model_gives_the_numbers_of_the_table(demo):
         )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     settings = DemoSettings(people=3, forget_people=1, train_steps=2, unlearn_epochs=1)
     quiet, runs = Console(quiet=True), []
