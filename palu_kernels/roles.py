@@ -38,8 +38,8 @@ def role_losses(
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """-> (`(weights * sums).sum()`, 0-dim and differentiable; the sum of each loss over its rows,
-    `[n]`, detached), float32 (float64 for float64).
+    """Return `(weights * sums).sum()`, 0-dim and differentiable, and the sum of each loss over its
+    rows, `[n]`, detached; float32 (float64 for float64).
 
     Args:
         logits: `[..., V]`.
@@ -49,9 +49,9 @@ def role_losses(
         losses: without integers of their own (indices, labels).
         weights: `[n]`, of the losses in the total.
     """
-    served_by = resolve(backend, logits.device, _wider(logits, ref_logits))
+    resolved = resolve(backend, logits.device, _wider(logits, ref_logits))
     encoded = "\n".join([row_losses.encode(loss) for loss in losses])
-    return by_role(logits, ref_logits, roles, weights, encoded, served_by)
+    return by_role(logits, ref_logits, roles, weights, encoded, resolved)
 
 
 @torch.library.custom_op("palu_kernels::by_role", mutates_args=())
@@ -61,13 +61,13 @@ def by_role(
     roles: Tensor,
     weights: Tensor,
     losses: str,
-    served_by: str,
+    resolved: str,
 ) -> tuple[Tensor, Tensor]:
     sums = logits.new_zeros(len(weights), dtype=accum_dtype(logits.dtype))
     with on_device_of(logits):
-        for place, loss, rows in _pieces(logits, roles, losses):
-            operands = _operands(loss, logits, ref_logits, rows, served_by)
-            sums[place] += loss.fused(operands, gradient=False).sum()
+        for number, loss, rows in _pieces(logits, roles, losses):
+            operands = _operands(loss, logits, ref_logits, rows, resolved)
+            sums[number] += loss.fused(operands, gradient=False).sum()
     return (weights * sums).sum(), sums
 
 
@@ -87,13 +87,13 @@ def by_role_backward(
     roles: Tensor,
     weights: Tensor,
     losses: str,
-    served_by: str,
+    resolved: str,
 ) -> Tensor:
     out = gradient_rows_like(logits).zero_()
     with on_device_of(logits):
-        for place, loss, rows in _pieces(logits, roles, losses):
-            by_row = (grad * weights[place]).expand(len(rows[0])).contiguous()
-            operands = _operands(loss, logits, ref_logits, rows, served_by)
+        for number, loss, rows in _pieces(logits, roles, losses):
+            by_row = (grad * weights[number]).expand(len(rows[0])).contiguous()
+            operands = _operands(loss, logits, ref_logits, rows, resolved)
             loss.fused(operands, True, by_row)
             out[rows] = operands.logits.to(out.dtype)
     return out
@@ -107,12 +107,12 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 def _pieces(
     logits: Tensor, roles: Tensor, losses: str
 ) -> Iterator[tuple[int, RowLoss, tuple[Tensor, ...]]]:
-    """(which loss, the loss, indices of some of its rows) for all losses and rows."""
+    """Yield the number of a loss, the loss and the indices of some of its rows, until all are."""
     step = max(1, PIECE_BYTES // (logits.shape[-1] * logits.element_size()))
-    for place, line in enumerate(losses.split("\n")):
-        own = (roles == place + 1).nonzero(as_tuple=True)
-        for start in range(0, len(own[0]), step):
-            yield place, row_losses.decode(line), tuple(n[start : start + step] for n in own)
+    for number, line in enumerate(losses.split("\n")):
+        rows = (roles == number + 1).nonzero(as_tuple=True)
+        for start in range(0, len(rows[0]), step):
+            yield number, row_losses.decode(line), tuple(n[start : start + step] for n in rows)
 
 
 def _operands(
@@ -120,13 +120,13 @@ def _operands(
     logits: Tensor,
     ref_logits: Tensor | None,
     rows: tuple[Tensor, ...],
-    served_by: str,
+    resolved: str,
 ) -> Operands:
-    own, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
+    picked, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
     if ref is not None:
-        wide = _wider(own, ref)
-        own, ref = own.to(wide), ref.to(wide)
-    return Operands(own, ref, None, served_by)
+        wide = _wider(picked, ref)
+        picked, ref = picked.to(wide), ref.to(wide)
+    return Operands(picked, ref, None, resolved)
 
 
 def _wider(logits: Tensor, ref_logits: Tensor | None) -> torch.dtype:
@@ -143,10 +143,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-    found = None
+    result = None
     if grad is not None and ctx.needs_input_grad[0]:
-        found = by_role_backward(grad, *ctx.saved_tensors, *ctx.plain)
-    return (found, *(None,) * 5)
+        result = by_role_backward(grad, *ctx.saved_tensors, *ctx.plain)
+    return (result, *(None,) * 5)
 
 
 by_role.register_autograd(_backward, setup_context=_setup_context)

@@ -44,6 +44,7 @@ class RowLoss:
 
     needs_reference: ClassVar[bool] = False  # the reference's logits of its rows
     needs_mean: ClassVar[bool] = False  # the mean row of the head's weight
+    sparse: ClassVar[bool] = False  # without logits: the chunk loop calls `linear/sparse.py`
 
     def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
         """Return losses `[N]`; write the gradient, times `weights [N]`, into `grad`."""
@@ -140,17 +141,26 @@ def _blocks(
 
 @dataclass(frozen=True)
 class LocalEntropy(RowLoss):
-    """PALU's forget loss; `select_by` says what S comes from: reference, indices or current."""
+    """PALU's forget loss; `select_by` says what S comes from: reference, indices or current.
+
+    `sparse` is of hidden rows alone: no logits outside S are made.
+    """
 
     top_k: int
     objective: str
     center_kind: str
     center_value: float
     select_by: str
+    sparse: bool = False
 
     @property
     def needs_reference(self) -> bool:
         return self.select_by == "reference"
+
+    @property
+    def needs_mean(self) -> bool:
+        is_global = self.objective == "flatten" and self.center_kind == "global_mean"
+        return self.sparse and is_global
 
     def check_values(self, data: Tensor, vocab_size: int) -> None:
         validation.index_values(data.reshape(-1, data.shape[-1]), vocab_size)
@@ -264,26 +274,6 @@ class ReferenceArgmaxNLL(RowLoss):
         first = x.logits[:, 0]
         first.copy_(torch.where(largest.isnan(), torch.nan, first))
         return CrossEntropy().fused(replace(x, data=labels), gradient, weights)
-
-
-@dataclass(frozen=True)
-class SparseLocalEntropy(RowLoss):
-    """`LocalEntropy` without logits outside S, by indices or by the reference's logits: the chunk
-    loop hands its rows to `linear/sparse.py`."""
-
-    top_k: int
-    objective: str
-    center_kind: str
-    center_value: float
-    select_by: str
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.select_by == "reference"
-
-    @property
-    def needs_mean(self) -> bool:
-        return self.objective == "flatten" and self.center_kind == "global_mean"
 
 
 def topk_indices(scores: Tensor, k: int, backend: str) -> Tensor:

@@ -32,7 +32,8 @@ RETAINED = 3  # the role of a row that predicts a retained token, beside FORGET 
 @dataclass(frozen=True)
 class RowRoles:
     """The roles of a batch's rows of logits, on the host, where counting them and looking them up
-    waits for no device. (It is no tensor, so that nothing moves it.)
+    waits for no device. (It is no tensor, so that nothing moves it. What is made of it goes to the
+    device by copies that do not block: a blocking one waits for all that the device has to do.)
 
     Attributes:
         at: int8 `[B, T]` on the CPU: the role of the token after each row; 0 for none.
@@ -72,13 +73,10 @@ class RowRoles:
         """Return int64 `[n]`: the flat places of the rows of a role."""
         return (self.at == role).flatten().nonzero()[:, 0]
 
-    def first(self, count: int) -> RowRoles:
-        """Return the roles of the first examples."""
-        return RowRoles(self.at[:count], min(self.forget, count))
-
-    def one(self, example: int) -> RowRoles:
-        """Return the roles of one example."""
-        return RowRoles(self.at[example : example + 1], int(example < self.forget))
+    def examples(self, start: int, stop: int) -> RowRoles:
+        """Return the roles of the examples from `start` to before `stop`."""
+        at = self.at[start:stop]
+        return RowRoles(at, min(max(self.forget - start, 0), len(at)))
 
 
 def forget_roles(method: Method, batch: Mapping[str, Any]) -> dict[str, RowRoles]:
@@ -119,12 +117,20 @@ def together(forget: Mapping[str, Any], retain: Mapping[str, Any]) -> dict[str, 
     return batch
 
 
-def one_by_one(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return each example of a micro-batch as one of its own, without the step's denominators."""
-    columns = {n: batch[n] for n in COLUMNS if n in batch} | more_inputs(batch)
-    rows = len(columns["input_ids"])
-    return [
-        {name: c[i : i + 1] if len(c) == rows else c for name, c in columns.items()}
-        | {ROLES: batch[ROLES].one(i)}
-        for i in range(rows)
-    ]
+def examples(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return the examples of a micro-batch from `start` to before `stop` as one of its own, without
+    the step's counts and denominators."""
+    rows = len(batch["input_ids"])
+    columns = only_inputs(batch)
+    part = {name: c[start:stop] if len(c) == rows else c for name, c in columns.items()}
+    return part | {ROLES: batch[ROLES].examples(start, stop)}
+
+
+def part_for_reference(
+    batch: Mapping[str, Any], *, forget: bool, retain: bool
+) -> Mapping[str, Any]:
+    """Return the examples of a micro-batch that the original is asked about: those to forget, the
+    retained ones, or both."""
+    roles = batch[ROLES]
+    start, stop = 0 if forget else roles.forget, len(roles.at) if retain else roles.forget
+    return batch if (start, stop) == (0, len(roles.at)) else examples(batch, start, stop)

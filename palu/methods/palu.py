@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from palu.data.roles import FORGET, PRESERVE
 from palu.loss import PALULoss
 from palu.methods.base import Method
-from palu.methods.micro_batch import RETAINED, ROLES, model_inputs, next_tokens
+from palu.methods.micro_batch import (
+    RETAINED,
+    ROLES,
+    model_inputs,
+    next_tokens,
+    part_for_reference,
+)
 from palu.methods.step_loss import StepLoss
 from palu.models.forward import logits_at
 from palu.reference.cached import CachedReference
@@ -53,17 +59,17 @@ class PALUStepLoss(StepLoss):
         if isinstance(self.reference, CachedReference):
             indices, ref_hidden = self._cached(batch)
             data[0] = data[0] if indices is None else indices
-        elif any(loss.needs_reference for loss in losses):
-            with self.autocast():
-                ref_hidden = self.reference.of(model, lambda m: self.hidden_states(m, inputs))
+        elif asking := [term for n, term in enumerate(which) if losses[n].needs_reference]:
+            ref_hidden = self._reference_hidden(model, batch, asking)
         shares = torch.stack([denominators[term] for term in which])
+        weights = torch.tensor(weights, dtype=shares.dtype).to(shares.device, non_blocking=True)
         with self.autocast():
             total, sums = linear_role_losses(
                 hidden,
                 self.head,
                 _numbered(roles.at, which),
                 losses,
-                denominators.new_tensor(weights) * shares.reciprocal(),
+                weights * shares.reciprocal(),
                 ref_hidden=None if ref_hidden is None else ref_hidden.to(hidden.dtype),
                 ref_head=None if ref_hidden is None else self.reference.head,
                 data=data,
@@ -73,6 +79,19 @@ class PALUStepLoss(StepLoss):
         for term, mean in zip(which, sums / shares, strict=True):
             means[term] = mean
         return total, torch.stack(means).float()
+
+    def _reference_hidden(
+        self, model: nn.Module, batch: Mapping[str, Any], terms: list[int]
+    ) -> Tensor:
+        """Return the original's hidden states for some terms: `[B, T, D]`, or `[r, D]`, those of
+        their rows, where they do not need all examples."""
+        part = part_for_reference(batch, forget=terms[0] < 2, retain=terms[-1] == 2)
+        with self.autocast():
+            hidden = self.reference.of(model, lambda m: self.hidden_states(m, model_inputs(part)))
+        if part is batch:
+            return hidden
+        order = torch.cat([part[ROLES].order(TERM_ROLES[term]) for term in terms])
+        return hidden.flatten(0, 1).index_select(0, order.to(hidden.device, non_blocking=True))
 
     def _losses(self, batch: Mapping[str, Any]) -> tuple[list[RowLoss], list[float], list[int]]:
         """Return the losses of a micro-batch, their weights, and which term (0 to 2) each is."""
@@ -98,47 +117,59 @@ class PALUStepLoss(StepLoss):
 
     def _cached(self, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return S of the forget rows, and the hidden rows of the losses that need them."""
-        ids, roles = example_ids(batch), batch[ROLES]
+        roles, cache, method = batch[ROLES], self.reference.cache, self.method
+        for_retain = roles.retain and self.retain_kl
+        if not roles.forget and not for_retain:
+            return None, None
+        ids = example_ids(batch)
         forget, retain = ids[: roles.forget], ids[roles.forget :]
-        cache, method = self.reference.cache, self.method
         indices, hidden = None, []
         if roles.forget and method.select_from == "reference":
             indices = cache.forget_indices(forget)
         if roles.forget and method.preserve is not None:
             hidden.append(cache.preserve_hidden(forget))
-        if roles.retain and self.retain_kl:
+        if for_retain:
             hidden.append(cache.retain_hidden(retain))
         return indices, torch.cat(hidden) if hidden else None
 
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
     ) -> tuple[Tensor, Tensor]:
-        roles, inputs = batch[ROLES], model_inputs(batch)
-        at = roles.at if self.method.preserve is not None else roles.at * (roles.at != PRESERVE)
-        keep = (at != 0).to(inputs["input_ids"].device)
+        roles, at = batch[ROLES], self._roles_with_logits(batch)
         own = int((at[: roles.forget] != 0).sum())
-        logits, ref = logits_at(model, positions=keep, **inputs), None
+        logits, ref = self._logits(model, batch), None
         for_forget = self.method.needs_reference and roles.forget > 0
-        if for_forget or (self.retain_kl and roles.retain):
+        for_retain = self.retain_kl and roles.retain > 0
+        if for_forget or for_retain:
+            part = part_for_reference(batch, forget=for_forget, retain=for_retain)
             with self.autocast():
-                ref = self.reference.of(model, lambda m: logits_at(m, positions=keep, **inputs))
-            ref = ref.to(logits.dtype)
+                ref = self.reference.of(model, lambda m: self._logits(m, part)).to(logits.dtype)
         zero = logits.new_zeros((), dtype=denominators.dtype)
         total, means = zero, [zero] * 3
         if roles.forget:
             output = self.method.palu_loss.from_rows(
                 logits[:own],
-                at[at != 0][:own].to(logits.device),
+                at[at != 0][:own].to(logits.device, non_blocking=True),
                 ref[:own] if for_forget else None,
                 num_forget=denominators[0],
                 num_preserve=denominators[1],
             )
             total, means = output.loss, [output.forget, output.preserve, zero]
         if roles.retain:
-            ref_retain = ref[own:] if self.retain_kl else None
+            ref_retain = ref[own if for_forget else 0 :] if for_retain else None
             means[2] = self.retain_sum(batch, logits[own:], ref_retain) / denominators[2]
             total = total + self.retain_weight * means[2]
         return total, torch.stack(means).detach().float()
+
+    def _roles_with_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the roles of rows; those to preserve have none where nothing preserves them."""
+        at = batch[ROLES].at
+        return at if self.method.preserve is not None else at * (at != PRESERVE)
+
+    def _logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        keep = self._roles_with_logits(batch) != 0
+        keep = keep.to(batch["input_ids"].device, non_blocking=True)
+        return logits_at(model, positions=keep, **model_inputs(batch))
 
 
 def _numbered(roles: Tensor, which: list[int]) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from palu.data.roles import FORGET
 from palu.methods.base import Method, check_number
-from palu.methods.micro_batch import RETAINED, ROLES, RowRoles, model_inputs
+from palu.methods.micro_batch import (
+    RETAINED,
+    ROLES,
+    RowRoles,
+    model_inputs,
+    part_for_reference,
+)
 from palu.methods.step_loss import StepLoss
 from palu.models.layers import decoder_layers, layer_output
 from palu.models.wrappers import unwrap
@@ -39,12 +45,14 @@ class RMUStepLoss(StepLoss):
         forget = kept = rows.new_zeros((), dtype=denominators.dtype)
         # Without any rows too: DDP waits for a gradient.
         if roles.forget or not roles.retain:
-            target = self.method.target(rows.shape[1]).to(rows)
+            target = self.method.target(rows.shape[1]).to(rows.dtype)
+            target = target.to(rows.device, non_blocking=True)
             forget = _sum_of_means(rows[:own] - target, roles.lengths(FORGET))
         if roles.retain:
+            part = part_for_reference(batch, forget=False, retain=True)
             with self.autocast():
-                original = self.reference.of(model, lambda m: self._activations(m, batch))
-            difference = rows[own:] - original[own:].to(rows)
+                original = self.reference.of(model, lambda m: self._activations(m, part))
+            difference = rows[own:] - original.to(rows)
             kept = _sum_of_means(difference, roles.lengths(RETAINED))
         means = forget / denominators[0], kept / denominators[2]
         total = self.method.forget_weight * means[0] + self.retain_weight * means[1]
@@ -58,7 +66,7 @@ class RMUStepLoss(StepLoss):
         output = layer_output(model, self.method.layer_id, *positional, **inputs)
         # Roles are those of the rows before the tokens; here the tokens themselves count.
         order = torch.cat([roles.order(FORGET), roles.order(RETAINED)]) + 1
-        rows = output.flatten(0, 1).index_select(0, order.to(output.device))
+        rows = output.flatten(0, 1).index_select(0, order.to(output.device, non_blocking=True))
         return rows.to(accum_dtype(rows.dtype))
 
 
@@ -69,8 +77,8 @@ def _sum_of_means(difference: Tensor, lengths: Tensor) -> Tensor:
         difference: `[n, D]`, of the tokens one after the other.
         lengths: int64 `[E]` on the host: tokens of each answer.
     """
-    share = (1 / lengths.to(difference.dtype)).repeat_interleave(lengths).to(difference.device)
-    return (difference.square().mean(1) * share).sum()
+    share = (1 / lengths.to(difference.dtype)).repeat_interleave(lengths)
+    return (difference.square().mean(1) * share.to(difference.device, non_blocking=True)).sum()
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 import palu_kernels
 from palu.data.roles import FORGET
 from palu.methods.answers import Answers
-from palu.methods.micro_batch import RETAINED, ROLES, model_inputs, next_tokens
+from palu.methods.micro_batch import (
+    RETAINED,
+    ROLES,
+    model_inputs,
+    next_tokens,
+    part_for_reference,
+)
 from palu.models.forward import HiddenStates, logits_at
 from palu.models.lm_head import fusable_head
 from palu.models.router_loss import RouterLoss, wanted
@@ -34,8 +40,7 @@ class StepLoss:
     micro-batch (`palu.methods.micro_batch`): of examples to forget, of retained ones, or of both
     (`together`, where a second forward before backward would run a wrapper's hooks twice).
 
-    A call has four parts: the rows that carry a loss (`rows`), the original model's
-    (`reference_rows`), the terms (`terms`), and the router loss of a mixture. Whether losses are
+    A subclass computes the `terms`; the router loss of a mixture is added here. Whether losses are
     computed from hidden states is found out with the first batch
     (`palu.models.lm_head.fusable_head`).
 
@@ -95,8 +100,8 @@ class StepLoss:
         with self.router.watching(model) as outputs:
             total, means = self.terms(model, batch, denominators)
         extra = self.router.of(model, outputs, batch.get("attention_mask"), roles.forget)
-        count = denominators.new_tensor(roles.count(RETAINED))
-        extra = extra * (count / denominators[2])
+        count = torch.tensor(roles.count(RETAINED), dtype=denominators.dtype)
+        extra = extra * (count.to(extra.device, non_blocking=True) / denominators[2])
         total = total + self.retain_weight * extra
         return total, means + nn.functional.pad(extra.detach()[None], (2, 0))
 
@@ -119,7 +124,8 @@ class StepLoss:
             if self.head is None:
                 return kl_loss(rows, ref_rows, **options)
             return linear_kl_loss(rows, self.head, ref_rows, self.reference.head, **options)
-        targets = next_tokens(batch).flatten()[batch[ROLES].order(RETAINED).to(rows.device)]
+        order = batch[ROLES].order(RETAINED).to(rows.device, non_blocking=True)
+        targets = next_tokens(batch).flatten()[order]
         if self.head is None:
             return cross_entropy_loss(rows, targets, **options)
         return linear_cross_entropy_loss(rows, self.head, targets, **options)
@@ -164,10 +170,11 @@ class AnswerStepLoss(StepLoss):
         for_forget = self.method.needs_reference and roles.forget > 0
         for_retain = self.retain_kl and roles.retain > 0
         if for_forget or for_retain:
+            part = part_for_reference(batch, forget=for_forget, retain=for_retain)
             with self.autocast():
-                ref_rows = self.reference.of(model, lambda m: self.rows(m, batch)).to(rows.dtype)
+                ref_rows = self.reference.of(model, lambda m: self.rows(m, part)).to(rows.dtype)
             ref_own = ref_rows[:own] if for_forget else None
-            ref_retain = ref_rows[own:] if for_retain else None
+            ref_retain = ref_rows[own if for_forget else 0 :] if for_retain else None
         forget = kept = rows.new_zeros((), dtype=denominators.dtype)
         with self.autocast():
             # Without any rows too: DDP waits for a gradient of the head.
@@ -184,19 +191,19 @@ class AnswerStepLoss(StepLoss):
         those of answers to forget, then of retained ones."""
         roles, inputs = batch[ROLES], model_inputs(batch)
         if self.head is None:
-            keep = (roles.at != 0).to(inputs["input_ids"].device)
+            keep = (roles.at != 0).to(inputs["input_ids"].device, non_blocking=True)
             return logits_at(model, positions=keep, **inputs)
         hidden = self.hidden_states(model, inputs)
         order = torch.cat([roles.order(FORGET), roles.order(RETAINED)])
-        return hidden.flatten(0, 1).index_select(0, order.to(hidden.device))
+        return hidden.flatten(0, 1).index_select(0, order.to(hidden.device, non_blocking=True))
 
     def _answers(self, batch: Mapping[str, Any], rows: Tensor, ref_rows: Tensor | None) -> Answers:
         roles, device = batch[ROLES], rows.device
         return Answers(
             rows,
             self.head,
-            next_tokens(batch).flatten()[roles.order(FORGET).to(device)],
-            roles.lengths(FORGET).to(device),
+            next_tokens(batch).flatten()[roles.order(FORGET).to(device, non_blocking=True)],
+            roles.lengths(FORGET).to(device, non_blocking=True),
             ref_rows,
             None if ref_rows is None else self.reference.head,
             self.method.backend,

@@ -242,9 +242,9 @@ class BatchBuilder:
 
     def forget(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a collated batch of forget examples as a micro-batch."""
-        roles = batch.get(ROLES)
         if self.method.needs_alternates:
-            batch, roles = stacked(batch), None
+            batch = stacked(batch)
+        roles = batch.get(ROLES)
         if roles is None:
             roles = RowRoles.of_labels(self.method.roles(batch["labels"]))
         return self._micro_batch(batch, roles)
@@ -307,7 +307,7 @@ def _first_rows(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
         name: value[:count] if hasattr(value, "__len__") and len(value) == rows else value
         for name, value in batch.items()
     }
-    return first | ({ROLES: batch[ROLES].first(count)} if ROLES in batch else {})
+    return first | ({ROLES: batch[ROLES].examples(0, count)} if ROLES in batch else {})
 
 
 class EpochPosition:

@@ -63,8 +63,10 @@ class StepLog:
         for batch in batches:
             self._positions += batch["input_ids"].numel()
             real = real_tokens(batch)
-            count = batch["input_ids"].numel() if real is None else real.sum().to(self.device)
-            self._tokens += count
+            if real is None:
+                self._tokens += batch["input_ids"].numel()
+            else:
+                self._tokens += real.sum().to(self.device, non_blocking=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -25,8 +25,8 @@ from palu.methods.micro_batch import (
     DENOMINATORS,
     RETAIN,
     ROLES,
+    examples,
     forget_roles,
-    one_by_one,
     together,
 )
 from palu.methods.pdu import DualAscent, PDUStepLoss
@@ -187,9 +187,9 @@ class PALUTrainer(CheckpointTrainer):
         self._pairs = self.method.needs_alternates
         # Second answers are collated apart; of several processes' rows the last may be repeats.
         ordered = self._pairs or args.world_size > 1
-        rows = ExampleRows(
-            data_collator, model, ordered=ordered, more=partial(forget_roles, self.method)
-        )
+        # The roles of pairs are those of both answers, which are stacked later.
+        roles = None if self._pairs else partial(forget_roles, self.method)
+        rows = ExampleRows(data_collator, model, ordered=ordered, more=roles)
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
         self._reference_kind = args.reference if reference is None else reference
         kept = self.retain_dataset is not None and args.retain_loss != "nll"
@@ -463,6 +463,16 @@ class PALUTrainer(CheckpointTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         return loss + super().training_step(model, retain, num_items_in_batch)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Hugging Face's, which alone waits for the device at every tensor of a retain batch."""
+        device = self.args.device
+        return super()._prepare_inputs(
+            {
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in inputs.items()
+            }
+        )
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -487,10 +497,10 @@ class PALUTrainer(CheckpointTrainer):
         if ROLES not in batch:  # not from `get_batch_samples`: the caller's own
             batch = self.batches_of(None, 1).together(batch)
         counts = batch.get(COUNTS) or self.method.counts(batch[ROLES])
-        rows = torch.tensor(counts, dtype=torch.float32).to(self.args.device)
+        rows = torch.tensor(counts, dtype=torch.float32).to(self.args.device, non_blocking=True)
         divisors = denominators = rows.clamp(min=1)
         if DENOMINATORS in batch:
-            given = batch[DENOMINATORS].to(rows.device)
+            given = batch[DENOMINATORS].to(rows.device, non_blocking=True)
             rows, denominators = rows * (given > 0), given.clamp(min=1).float()
             divisors = torch.where(given > 0, denominators, math.inf)
         loss, means = self.step_loss(model, batch, divisors)
@@ -511,7 +521,7 @@ class PALUTrainer(CheckpointTrainer):
             f"at step {step + 1}" if training else "in evaluation",
             bad or {"total": total},
             not_finite.bad_examples(
-                one_by_one(batch),
+                [examples(batch, i, i + 1) for i in range(len(batch["input_ids"]))],
                 (lambda one: self._terms(self.model, one).loss) if alone else None,
                 {"forget": forget, "retain": self.retain_dataset},
                 self.data_collator,

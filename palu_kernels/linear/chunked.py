@@ -23,7 +23,7 @@ from palu_kernels import row_loss as row_losses
 from palu_kernels.backend import accum_dtype, on_device_of
 from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
-from palu_kernels.row_loss import Operands, RowLoss, SparseLocalEntropy
+from palu_kernels.row_loss import Operands, RowLoss
 
 CHUNK_BYTES = 256 * 2**20
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
@@ -172,9 +172,9 @@ class HeadGradAccumulator:
 
     def results(self) -> tuple[Tensor, Tensor]:
         """The weight's and the bias's sums, times the common scale; empty where not wanted."""
+        sums = self.weight, self.bias
         return tuple(
-            self.row_scale.new_empty(0) if t is None else t.mul_(self.scale)
-            for t in (self.weight, self.bias)
+            [self.row_scale.new_empty(0) if t is None else t.mul_(self.scale) for t in sums]
         )
 
 
@@ -209,7 +209,7 @@ def run(
     gradient = want_hidden or want_weight or want_bias
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
         for part in rows.parts:
-            if isinstance(part.loss, SparseLocalEntropy) and part.stop > part.start:
+            if part.loss.sparse and part.stop > part.start:
                 _sparse(rows, part, losses, grad_hidden, sums, want_hidden, gradient)
         for parts in _runs(rows.parts):
             _dense(rows, parts, losses, grad_hidden, sums, want_hidden, gradient)
@@ -220,7 +220,7 @@ def _runs(parts: list[Part]) -> Iterator[list[Part]]:
     """Neighbouring parts that share chunks."""
     run: list[Part] = []
     for part in parts:
-        if isinstance(part.loss, SparseLocalEntropy):
+        if part.loss.sparse:
             if run:
                 yield run
             run = []

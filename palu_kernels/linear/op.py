@@ -27,7 +27,7 @@ from palu_kernels.linear.chunked import CHUNK_BYTES, Head, LoopInputs, apart, bl
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare
 from palu_kernels.logits_op import refuse_higher_order
-from palu_kernels.row_loss import LocalEntropy, RowLoss, SparseLocalEntropy
+from palu_kernels.row_loss import LocalEntropy, RowLoss
 
 
 def linear_role_losses(
@@ -171,7 +171,10 @@ def pick(
         TypeError, ValueError: `ref_hidden` or `data` have other rows than the losses.
     """
     flat = roles.flatten()
-    rows_by_loss = [(flat == i + 1).nonzero()[:, 0].to(hidden.device) for i in range(len(losses))]
+    rows_by_loss = [
+        (flat == i + 1).nonzero()[:, 0].to(hidden.device, non_blocking=True)  # else it would wait
+        for i in range(len(losses))
+    ]
     counts = [len(rows_of_loss) for rows_of_loss in rows_by_loss]
     own_data, refs = [], []
     for loss, rows_of_loss, values in zip(losses, rows_by_loss, data, strict=True):
@@ -207,7 +210,7 @@ def settle(
     compute: torch.dtype,
     implementation: str = "auto",
 ) -> list[RowLoss]:
-    """Turn each `LocalEntropy` into `SparseLocalEntropy` where that is asked for or cheaper.
+    """Make each `LocalEntropy` sparse where that is asked for or cheaper.
 
     Raises:
         ValueError: sparse is asked for where only dense is right.
@@ -236,10 +239,7 @@ def settle(
             dtype=compute,
             train_head=train_head,
         )
-        if not is_sparse:
-            return loss
-        fields = loss.top_k, loss.objective, loss.center_kind, loss.center_value, loss.select_by
-        return SparseLocalEntropy(*fields)
+        return replace(loss, sparse=True) if is_sparse else loss
 
     return [settled(loss, rows) for loss, rows in zip(losses, counts, strict=True)]
 
@@ -335,7 +335,7 @@ def _rows(
         return None if t is None else t.detach().to(compute)
 
     head = own_head = Head(weight, bias, scale, softcap or None)
-    if any(not isinstance(loss, SparseLocalEntropy) or loss.needs_reference for loss in decoded):
+    if any(not loss.sparse or loss.needs_reference for loss in decoded):
         head = replace(head, weight=cast(weight), bias=cast(bias))
     ref_head = head
     if ref_weight is not None and ref_hidden is not None:
@@ -421,13 +421,10 @@ def linear_loss_backward(
         grad_hidden = (grad_hidden * scale[:, None]).to(hidden.dtype)  # in float32: scale is
         if rows is not None and counts:
             grad_hidden = _spread(grad_hidden, rows, len(hidden))
+    grads = grad_hidden, grad_weight, grad_bias
     dtypes = hidden.dtype, weight.dtype, weight.dtype
-    return tuple(
-        t.to(dtype) if wanted else t.new_empty(0, dtype=dtype)
-        for t, dtype, wanted in zip(
-            (grad_hidden, grad_weight, grad_bias), dtypes, want, strict=True
-        )
-    )
+    wanted = zip(grads, dtypes, want, strict=True)
+    return tuple([t.to(dtype) if w else t.new_empty(0, dtype=dtype) for t, dtype, w in wanted])
 
 
 def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

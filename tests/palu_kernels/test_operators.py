@@ -11,7 +11,7 @@ from palu_kernels import (
     topk_indices,
 )
 from palu_kernels.backend import resolve, triton_runs_on
-from palu_kernels.row_loss import ReferenceArgmaxNLL, RowLoss, SparseLocalEntropy, decode
+from palu_kernels.row_loss import ReferenceArgmaxNLL, RowLoss, decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["triton", "torch"]
@@ -196,7 +196,7 @@ def calls_of_the_op(z, ref, labels, indices, backend):
 
 def test_every_row_loss_is_tested_here():
     """All tests of this file take what `losses` lists; a new row loss must stand there."""
-    in_the_chunk_loop_only = {ReferenceArgmaxNLL, SparseLocalEntropy}
+    in_the_chunk_loop_only = {ReferenceArgmaxNLL}
     tested = {type(decode(call[3])) for call in calls_of_the_op(*inputs(3), "torch")}
     assert tested == set(RowLoss.__subclasses__()) - in_the_chunk_loop_only
 

@@ -43,7 +43,10 @@ def loss_and_gradient(loss, z, *args):
     return found.detach(), torch.autograd.grad(found.sum(), z)[0]
 
 
-KERNELS = [(name, "triton") for name in ("kl", "flatten")]  # what is widened is the same for all
+QUICK = ("kl", "flatten")  # what is widened is the same for all
+KERNELS = [
+    pytest.param(name, "triton", marks=[] if name in QUICK else pytest.mark.slow) for name in LOSSES
+]
 
 
 @pytest.mark.parametrize(("name", "backend"), [*((name, "torch") for name in LOSSES), *KERNELS])

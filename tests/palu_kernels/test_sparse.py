@@ -123,12 +123,24 @@ def test_softcap(loss, dtype):
         agree(problem(dtype=dtype), loss, backend=backend, scale=-1.5, softcap=4.0)
 
 
+def is_large(n, k, backend):
+    """The interpreter takes seconds for each."""
+    return backend == "triton" and n * k >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES[1:], ids=IDS[1:])
+@pytest.mark.parametrize("n, v, d, k", [s for s in SHAPES if is_large(s[0], s[3], "triton")])
+def test_more_losses_of_large_shapes(n, v, d, k, loss):
+    if k > 1 or loss not in (LOSSES[1], LOSSES[3]):
+        agree(problem(n, v, d, k), loss, backend="triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n, v, d, k", SHAPES)
 def test_shapes(n, v, d, k, backend):
     zero = (LOSSES[1], LOSSES[3]) if k == 1 else ()
-    large = backend == "triton" and n * k >= 100  # of which the interpreter takes seconds each
-    for loss in LOSSES[:1] if large else LOSSES:
+    for loss in LOSSES[:1] if is_large(n, k, backend) else LOSSES:
         if loss not in zero:
             agree(problem(n, v, d, k), loss, backend=backend)
     found = ours(*problem(n, v, d, 1), LOSSES[1], backend=backend)

@@ -15,6 +15,7 @@ from palu.methods.micro_batch import together as joined
 from palu.models.forward import model_hidden_states
 from palu.reference.cached import CachedReference
 from palu.reference.model import AdapterOffReference, LiveReference
+from palu.storage.fingerprint import example_ids
 from tests.support import small
 from tests.support.training import config, micro_batches, trainer, weights
 
@@ -273,6 +274,22 @@ def test_turns_leave_the_gradient_of_both_together(tok, tmp_path, options):
     torch.testing.assert_close(sum(found for _, found in parts), means)
     for one, both in zip(made.model.parameters(), together, strict=True):
         assert (one.grad - both).norm() <= 1e-5 * both.norm()
+
+
+def test_a_cache_is_not_asked_about_examples_that_need_no_original(tok, tmp_path, monkeypatch):
+    """Their ids are hashes of tokens, which would have to come from the device."""
+    hashed = []
+    made = trainer(tok, config(tmp_path, reference="cached"))
+    made.open_cache()
+    real = example_ids
+    monkeypatch.setattr(
+        "palu.methods.palu.example_ids", lambda b: hashed.append(len(b["labels"])) or real(b)
+    )
+    rows = small.rows(tok)
+    batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
+    for part in micro_batches(made, batch):
+        made._terms(made.model, part)
+    assert hashed == [3]
 
 
 def test_a_training_step_takes_turns(tok, tmp_path):

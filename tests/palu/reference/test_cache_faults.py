@@ -4,9 +4,15 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from contextlib import suppress
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import palu.reference.manifest
 from palu.data.template import Template
@@ -19,7 +25,7 @@ from palu.reference.cache import (
 )
 from palu.reference.verify import verify_cache
 from palu.storage.fingerprint import model_fingerprint
-from tests.support import small
+from tests.support import ROOT, small
 from tests.support.caches import files, loss_of
 
 
@@ -47,6 +53,16 @@ def test_every_flipped_bit_is_seen(build, tok, rows):
             ReferenceCache.open(cache.path)
         path.write_bytes(good)
     assert ReferenceCache.open(cache.path).manifest == cache.manifest
+
+
+def test_two_shards_that_changed_places(build, tok):
+    cache = build(small.model(tok), batch_size=1, data=None)
+    first, second = (cache.path / f"shard-0000{n}.safetensors" for n in (0, 1))
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    with pytest.raises(CacheDamaged, match=r"shard-00000\.safetensors"):
+        ReferenceCache.open(cache.path)
 
 
 def test_a_newer_version(build, tok):
@@ -197,6 +213,69 @@ def test_two_builders_of_one_cache(build, tok):
             build(model)
 
     assert build(model, report=second).forget_indices([]).shape == (0, 7)
+
+
+FAULTS = """
+    import os, resource, signal, sys
+    from palu.reference.cache import CacheWriteError, ReferenceCache
+    from palu.loss import PALULoss
+    from tests.support import small
+
+    tok = small.tokenizer()
+    model, rows = small.model(tok), small.rows(tok)
+    loss = PALULoss(top_k=7, prefix_length=2, eos_token_id=tok.eos_token_id)
+
+    def build(path, report=None):
+        options = dict(loss=loss, batch_size=1, shard_bytes=1, report=report)
+        ReferenceCache.build(model, rows, path, **options)
+
+    def kill(done, total):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        build(sys.argv[1], kill)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # Bytes that a file may have: enough for every shard, too few for the head.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))
+    try:
+        build(sys.argv[2])
+    except CacheWriteError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow  # faults in this process are above; a kill skips `finally` too
+@pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+def test_a_kill_and_a_limit_in_a_process_of_their_own(build, tok, rows, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FAULTS), tmp_path / "killed", tmp_path / "limited"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    killed, said = ended.stdout.splitlines()
+    assert int(killed) == -signal.SIGKILL
+    assert said.startswith(f"[Errno {errno.EFBIG}] File too large; ") and "head.safet" in said
+    assert not (tmp_path / "killed").exists() and not (tmp_path / "limited").exists()
+    left = {".killed.partial", ".limited.partial"}
+    lock = "..killed.partial.palu-lock"  # of the process that is dead: nobody holds it
+    assert {p.name for p in tmp_path.iterdir()} == left | {lock}
+
+    options = {"data": rows, "batch_size": 1, "tokenizer": None, "template": None}
+    whole = build(small.model(tok), "whole", **options)
+    for name, expected in (("killed", [4, 5]), ("limited", [1, 2, 3, 4, 5])):
+        seen = []
+        again = build(small.model(tok), name, **options, report=lambda d, t, s=seen: s.append(d))
+        assert seen == expected
+        # what the other process stored may be rounded otherwise: it had one thread
+        for shard in sorted(whole.path.glob("*.safetensors")):
+            torch.testing.assert_close(load_file(again.path / shard.name), load_file(shard))
+        assert {p.name for p in again.path.iterdir()} == {p.name for p in whole.path.iterdir()}
+    assert {p.name for p in tmp_path.iterdir()} == {"killed", "limited", "whole"}
 
 
 # ---- checking ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from palu.loss import PALULoss
 from palu.models import forward as modeling
 from palu.training.batching import retain_rows
 from tests.support import small
-from tests.support.training import config, trainer, weights
+from tests.support.training import config, micro_batches, trainer, weights
 
 
 def expected_terms(model, ref, tok, forget, retain, args):
@@ -119,6 +119,28 @@ def test_backends_of_one_backward_get_both_together(tok, tmp_path, monkeypatch, 
     assert joined < separate
     assert (one - weights(small.model(tok))).norm() > 1e-3
     torch.testing.assert_close(both, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
+@pytest.mark.parametrize("method", ["palu", "npo"])
+@pytest.mark.parametrize("retain_loss", ["nll", "kl"])
+def test_the_original_is_asked_about_what_needs_it(tok, tmp_path, hidden, method, retain_loss):
+    """Of both together, not about retained examples that are trained on their tokens."""
+    options = {"objective": "flatten", "top_k": 50} if method != "palu" else {}
+    made = trainer(tok, config(tmp_path, method=method, retain_loss=retain_loss, **options))
+    if not hidden:
+        made.model.lm_head.register_forward_hook(lambda *_: None)
+    rows = small.rows(tok)
+    batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
+    whole = made._terms(made.model, batch)  # the first call tries heads out
+    asked = []
+    made.reference.model.model.register_forward_hook(
+        lambda m, args, kwargs, out: asked.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert made._terms(made.model, batch).loss == whole.loss
+    assert asked == [3 if retain_loss == "nll" else len(rows)]
+    apart = [made._terms(made.model, part).loss for part in micro_batches(made, batch)]
+    torch.testing.assert_close(sum(apart), whole.loss, rtol=1e-5, atol=0)
 
 
 def test_logs_are_the_terms_and_counts(tok, tmp_path):
