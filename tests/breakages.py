@@ -32,7 +32,10 @@ FAULTS = [
     # kernels and operators
     Fault(
         "KL without its gradient (PyTorch)",
-        [("difference.sub_(found[:, None]).mul_(p)", "difference.mul_(0)")],
+        [
+            ("difference.sub_(rows[:, None]).mul_(p)", "difference.mul_(0)"),
+            ("difference.sub_(found[:, None]).mul_(p)", "difference.mul_(0)"),
+        ],
         "eager torch_backend operators check_linear check",
     ),
     Fault(
@@ -73,7 +76,10 @@ FAULTS = [
     ),
     Fault(
         "the head's gradient misses the logit scale",
-        [("self.shares[rows] * self.head.scale", "self.shares[rows]")],
+        [
+            ("self.row_scale[rows] * self.head.scale", "self.row_scale[rows]"),
+            ("self.shares[rows] * self.head.scale", "self.shares[rows]"),
+        ],
         "linear check_linear check",
     ),
     Fault(
