@@ -18,3 +18,14 @@ if not torch.cuda.is_available():  # Triton's interpreter runs the kernels
 def pytest_xdist_auto_num_workers() -> int | None:
     """Let `-n auto` be one process where there is a GPU: some tests fill its memory."""
     return 0 if torch.cuda.is_available() else None
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium; without one the test is skipped, and says so."""
+    from tests.support.browser import CHROMIUM, MISSING, chromium
+
+    if CHROMIUM is None:
+        pytest.skip(MISSING)
+    with chromium() as started:
+        yield started
