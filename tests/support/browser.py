@@ -16,18 +16,26 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
 MISSING = "no Chromium here (apt-get install chromium; .ci/run does so where it can)"
 SECONDS = 60  # that an answer may take on a busy machine
-_FLAGS = (
-    "--headless=new --remote-debugging-pipe --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --disable-gpu "
-    "--disable-dev-shm-usage --hide-scrollbars --force-color-profile=srgb"
-).split()
+_FLAGS = [
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+]
 
 
 class Browser:
@@ -117,10 +125,8 @@ class Browser:
 
     def close(self) -> None:
         """End the process and those it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         os.close(self._in)
         os.close(self._out)
