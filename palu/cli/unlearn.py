@@ -57,6 +57,11 @@ class PlaceOptions:
         "Go on from the last checkpoint of an interrupted run with the same settings, data and "
         "model; from the beginning where there is none.",
     )
+    keep_cache: bool = _output(
+        False,
+        "Keep the reference cache that the run builds in OUTPUT-reference-cache: it holds data "
+        "derived from what is erased, and is removed at the end without this.",
+    )
 
 
 @with_options(
@@ -126,6 +131,8 @@ class Run:
         cache = None if options.reference_cache is None else Path(options.reference_cache)
         asked = options.reference if "reference" in options.given else None
         self.reference = reference_kind(asked, self.lora, cache)
+        if options.keep_cache and self.reference != "cached":
+            raise ValueError("--keep-cache: this run has no cache (it needs --reference cached)")
         self.cache = cache_place(self.reference, cache, options.output)
 
     def check_settings(self) -> None:
@@ -338,11 +345,22 @@ class Run:
         written = f"Written to {self.options.output} after {len(curve)} steps. Last terms: {last}"
         out.print(written, soft_wrap=True)
         if self.cache is not None:
-            verb = "was read from" if self.had_cache else "is kept in"
-            text = f"The reference cache {verb} {self.cache}"
-            if self.config.reference_cache is None:
-                text = "No reference cache: these settings ask the original model nothing"
-            out.print(text, soft_wrap=True)
+            out.print(self._settle_cache(), soft_wrap=True)
+
+    def _settle_cache(self) -> str:
+        """Remove a cache that this run built for itself, which holds data derived from what was
+        erased, and return what became of it."""
+        from palu.storage.output import remove_cache
+
+        if self.config.reference_cache is None:
+            return "No reference cache: these settings ask the original model nothing"
+        derived = "it holds data derived from what was erased"
+        if self.had_cache and not (self.options.resume and self.options.reference_cache is None):
+            return f"The reference cache was read from {self.cache}, and is kept: {derived}"
+        if self.options.keep_cache or self.options.reference_cache is not None:
+            return f"The reference cache is kept in {self.cache}: {derived}"
+        remove_cache(self.cache)
+        return f"The reference cache was removed: {derived} (--keep-cache keeps it)"
 
 
 def _check_reports(config: Any, output: Path) -> None:

@@ -131,6 +131,20 @@ def is_cache_file(name: str) -> bool:
     return re.fullmatch(_CACHE_FILES, name) is not None
 
 
+def remove_cache(folder: Path) -> None:
+    """Remove the files of a reference cache, and its folder where nothing else lies in it.
+
+    Raises:
+        InUse: another process builds a cache there.
+    """
+    with locked(folder):
+        for path in folder.iterdir():
+            if is_cache_file(path.name) and not path.is_dir():
+                path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _foreign(folder: Path) -> str | None:
     """Return the name of something in an output folder that palu did not write, else None."""
     names = sorted(path.name for path in folder.iterdir())

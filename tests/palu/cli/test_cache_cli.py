@@ -12,6 +12,7 @@ import typer
 from palu.cli.app import app
 from palu.data.template import Template
 from palu.reference.cache import ReferenceCache
+from palu.storage.output import remove_cache
 from palu.unlearn import make_config, unlearn
 from tests.support import small
 from tests.support.caches import files
@@ -118,7 +119,7 @@ def test_options_are_those_of_unlearn():
 def test_unlearn_from_a_cache_cold_and_warm(palu, work):
     assert palu(CACHED + "--reference live --output live")[0] == 0
     options = "--output new --max-length 100 --repair snap "
-    status, said, _ = palu(CACHED + options)
+    status, said, _ = palu(CACHED + options + "--keep-cache")
     assert status == 0 and "The reference cache is kept in new-reference-cache" in said
     place = work / "new-reference-cache"
     cold, built = record(work / "new"), files(place)
@@ -143,6 +144,21 @@ def test_unlearn_from_a_cache_cold_and_warm(palu, work):
     assert status == 0 and "built from this model and this forget data" in said
     manifest = ReferenceCache.open(place).manifest
     assert manifest["template"] == repr(Template()) and manifest["notes"]["repair"] == "snap"
+
+
+def test_a_cache_of_this_run_alone_is_removed(palu, work):
+    """It holds data derived from what was erased; one that the user named is kept."""
+    status, said, _ = palu(CACHED + "--output gone")
+    assert status == 0 and "The reference cache was removed: it holds data derived" in said
+    assert not (work / "gone-reference-cache").exists()
+    assert "--keep-cache: this run has no cache" in refusal(
+        palu, UNLEARN + "--keep-cache --output x"
+    )
+    status, said, _ = palu(CACHED + "--output named --reference-cache mine")
+    assert status == 0 and "is kept in mine: it holds data derived from what was erased" in said
+    (work / "mine" / "note.txt").write_text("of the user")
+    remove_cache(work / "mine")
+    assert [path.name for path in (work / "mine").iterdir()] == ["note.txt"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -212,7 +228,7 @@ def test_a_full_disk_in_unlearn_then_room(palu, work, monkeypatch):
     assert status == 2 and "No space left on device" in error and "Traceback" not in error
     assert not (work / "room").exists() and not (work / "room-reference-cache").exists()
     assert palu(CACHED + "--output room")[0] == 0
-    assert {p.name for p in work.glob("*room*")} == {"room", "room-reference-cache"}
+    assert {p.name for p in work.glob("*room*")} == {"room"}
     assert not list(work.glob(".room*"))
 
 
