@@ -88,7 +88,7 @@ def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
 
 
 # Scripts written without spaces between words: there, the characters do not tell where a word ends.
-_UNSPACED = (
+UNSPACED = (
     "CJK ",
     "HIRAGANA ",
     "KATAKANA",
@@ -105,7 +105,7 @@ _UNSPACED = (
 def _is_letter(character: str) -> bool:
     if not (character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"):
         return False
-    return not unicodedata.name(character, "").startswith(_UNSPACED)
+    return not unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def _inside_word(text: str, index: int) -> bool:
