@@ -1,0 +1,12 @@
+"""Find the spans to forget in records: by the values to erase, by kinds of personal data, by what
+only the model that was tuned knows, or whole answers.
+
+An annotator finds spans in the texts of examples; `annotate` runs several over records, merges what
+they found and writes it into the records.
+"""
+
+from palu.annotation.base import Annotator, Found, Text, texts_of
+from palu.annotation.combine import FORMAT, Annotated, annotate
+from palu.annotation.whole import Whole
+
+__all__ = ["FORMAT", "Annotated", "Annotator", "Found", "Text", "Whole", "annotate", "texts_of"]

@@ -1,0 +1,196 @@
+"""Run annotators over records, and write what they found into them."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from palu.annotation.base import Annotator, Found, Text, texts_of
+from palu.data.records import Example, parse_record
+from palu.data.spans import shown
+
+FORMAT = "palu-annotation/1"
+GIVEN = "given"  # who found a span that was in the record before and does not say it
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotated:
+    """Records with the spans that were found.
+
+    Attributes:
+        records: the records as they were, with `spans`.
+        summary: what `annotation.json` keeps: counts and settings, none of the texts.
+        not_found: where the terms stand that are in no record: "people.csv, row 3, phone".
+        notes: what a person should know of the search, a line each, without values.
+    """
+
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    not_found: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def annotate(
+    records: Iterable[Mapping[str, Any] | tuple[Mapping[str, Any], str]],
+    *,
+    annotators: Sequence[Annotator],
+    replace: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> Annotated:
+    """Return the records with the spans that the annotators find in them.
+
+    Spans that overlap become one, of all the annotators that found a part of it, with the highest
+    score. Spans that the records have already stay.
+
+    Args:
+        records: objects as `palu.load_examples` reads them, alone or with where each stands (for
+            messages), as `palu.data.files.load_records` returns them.
+        annotators: one or more, each of another name.
+        replace: drop the spans that the records have.
+        report: called with how many records are done, and of how many.
+
+    Raises:
+        TypeError, ValueError: a record that cannot be read, with where it stands and the field; no
+            annotator, or two of one name; an annotator that gives a span outside its text.
+    """
+    names = [annotator.name for annotator in annotators]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"annotators must be one or more, each of another name, got {names}")
+    rows, examples, given = [], [], []
+    for number, item in enumerate(records):
+        record, where = item if isinstance(item, tuple) else (item, f"record {number}")
+        try:
+            example, marks = _read(record, number)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        rows.append(dict(record))
+        examples.append(example)
+        given.append([] if replace else marks)
+    found = [_found(annotator, examples, report) for annotator in annotators]
+    marked = [
+        merge([*old, *(mark for marks in new for mark in marks)])
+        for old, *new in zip(given, *found, strict=True)
+    ]
+    done = [
+        _written(record, texts_of(example), marks)
+        for record, example, marks in zip(rows, examples, marked, strict=True)
+    ]
+    counts = _counts(examples, marked)
+    settings = {name: annotator.settings for name, annotator in zip(names, annotators, strict=True)}
+    return Annotated(
+        done, {"format": FORMAT, **counts, "settings": settings | {"replace": replace}}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A span in one text of a record, found by one annotator or several.
+
+    Attributes:
+        text: which of the record's texts.
+        by: the names of those who found it; empty for a span that was there before and does not
+            say it.
+        extra: what a span that was there before says beside its place.
+    """
+
+    text: int
+    start: int
+    end: int
+    by: tuple[str, ...] = ()
+    score: float | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def merge(marks: Iterable[Mark]) -> list[Mark]:
+    """Return the marks of a record in order, those that overlap as one."""
+    merged: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: (mark.text, mark.start, mark.end)):
+        last = merged[-1] if merged else None
+        if last is None or mark.text != last.text or mark.start >= last.end:
+            merged.append(mark)
+            continue
+        scores = [m.score for m in (last, mark) if m.score is not None]
+        merged[-1] = Mark(
+            mark.text,
+            last.start,
+            max(last.end, mark.end),
+            tuple(dict.fromkeys([*(last.by or [GIVEN]), *(mark.by or [GIVEN])])),
+            max(scores, default=None),
+            {**mark.extra, **last.extra},
+        )
+    return merged
+
+
+def _read(record: Any, row: int) -> tuple[Example, list[Mark]]:
+    """Return a record's example, and the spans that it has."""
+    example, spans, _ = parse_record(record, row, require_spans=False)
+    answer = len(texts_of(example)) - 1
+    raw = record.get("spans")
+    said = raw if isinstance(raw, list) and len(raw) == len(spans) else [None] * len(spans)
+    return example, [_given(answer, *ends, span) for ends, span in zip(spans, said, strict=True)]
+
+
+def _given(text: int, start: int, end: int, span: Any) -> Mark:
+    """Return the mark of a span that a record has, and says more of than its place."""
+    said = dict(span) if isinstance(span, Mapping) else {}
+    by, score = said.pop("annotator", None), said.pop("score", None)
+    names = tuple(by.split("+")) if isinstance(by, str) and by else ()
+    score = float(score) if isinstance(score, int | float) else None
+    extra = {key: said[key] for key in said if key not in _PLACE}
+    return Mark(text, start, end, names, score, extra)
+
+
+_PLACE = ("start", "end", "text", "word", "turn", "field")
+
+
+def _found(
+    annotator: Annotator, examples: list[Example], report: Callable[[int, int], None] | None
+) -> list[list[Mark]]:
+    marks: list[list[Mark]] = []
+    for example, spans in zip(examples, annotator.find(examples), strict=True):
+        texts = texts_of(example)
+        marks.append([_mark(annotator.name, texts, Found(*span)) for span in spans])
+        if report is not None:
+            report(len(marks), len(examples))
+    return marks
+
+
+def _mark(name: str, texts: list[Text], span: Found) -> Mark:
+    if not (
+        0 <= span.text < len(texts)
+        and 0 <= span.start < span.end <= len(texts[span.text].content)
+        and texts[span.text].content[span.start : span.end].strip()
+    ):
+        raise ValueError(f"annotator {name!r} gave {shown(tuple(span))}, which is no span")
+    return Mark(span.text, span.start, span.end, (name,), round(float(span.score), 4))
+
+
+def _written(record: dict[str, Any], texts: list[Text], marks: list[Mark]) -> dict[str, Any]:
+    """Return a record with these spans, and none of those that it had."""
+    spans = []
+    for mark in marks:
+        span = {"start": mark.start, "end": mark.end}
+        span["text"] = texts[mark.text].content[mark.start : mark.end]
+        span |= {key: value for key, value in mark.extra.items() if key not in span}
+        if mark.by:
+            span["annotator"] = "+".join(mark.by)
+        if mark.score is not None:
+            span["score"] = mark.score
+        spans.append(span)
+    record = {key: value for key, value in record.items() if key != "target_words"}
+    return record | {"spans": spans}
+
+
+def _counts(examples: list[Example], marked: list[list[Mark]]) -> dict[str, Any]:
+    flat = [
+        (texts_of(example)[mark.text], mark)
+        for example, marks in zip(examples, marked, strict=True)
+        for mark in marks
+    ]
+    return {
+        "records": len(examples),
+        "records_with_spans": sum(map(bool, marked)),
+        "spans": len(flat),
+        "spans_in_answers": sum(text.answer for text, _ in flat),
+        "by_annotator": dict(Counter(name for _, mark in flat for name in mark.by or [GIVEN])),
+    }
