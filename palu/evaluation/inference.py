@@ -1,10 +1,11 @@
-"""Batched inference for evaluation: scores of given answers, and greedy answers."""
+"""Batched inference for evaluation: scores of given answers, and greedy or sampled answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -155,8 +156,28 @@ def _standardised(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: without special tokens and outer white space.
+        tokens: the new tokens, without the one that ended it.
+        ended: whether it ended by itself, and not at `max_new_tokens`.
+    """
+
+    text: str
+    tokens: list[int]
+    ended: bool
+
+
+def greedy_answers(model: nn.Module, tokenizer: Any, prompts: Any, **options: Any) -> list[str]:
+    """Continue each prompt with the likeliest token until an end token or `max_new_tokens`; return
+    the texts. `options` are those of `continuations`, but `temperature` and `seed`."""
+    return [one.text for one in continuations(model, tokenizer, prompts, **options)]
+
+
 @torch.no_grad()
-def greedy_answers(
+def continuations(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -164,28 +185,33 @@ def greedy_answers(
     eos_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     **sharing: Any,
-) -> list[str]:
-    """Continue each prompt with the likeliest token until an end token or `max_new_tokens`.
+) -> list[Continuation]:
+    """Continue each prompt until an end token or `max_new_tokens`. The model must be in eval mode.
 
     Prompts of a batch are padded on the left under a mask that comes from their lengths, so a
     padding token that is also an end token harms nothing, and positions are counted from the first
     real token. Sampling settings stored with the model have no effect.
 
     Args:
-        prompts: token ids, each at least one token long.
+        prompts: token ids, each at least one token long. Give a prompt several times for several
+            samples.
         eos_token_ids: ids that end an answer.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from the whole vocabulary.
+        seed: of the draws, which depend on it, the prompts and `batch_size` alone: not on the
+            number of processes, nor on what was drawn before. They leave the global state of the
+            random numbers as it was.
         **sharing: `processes` and `report` of `in_batches`.
-
-    Returns:
-        the new text of each prompt, special tokens and outer white space removed.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos_token_ids[0] if eos_token_ids else 0
+    ends = set(eos_token_ids)
 
-    def work(chosen: list[int]) -> list[str]:
+    def work(chosen: list[int]) -> list[Continuation]:
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.full((len(chosen), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -193,23 +219,42 @@ def greedy_answers(
             start = width - len(prompts[i])
             ids[row, start:] = torch.tensor(prompts[i], dtype=torch.long)
             mask[row, start:] = 1
-        new = _generate(model, ids.to(device), mask.to(device), set(eos_token_ids), max_new_tokens)
-        answers = []
-        for tokens in new.tolist():
-            ends = [n for n, token in enumerate(tokens) if token in eos_token_ids]
-            tokens = tokens[: ends[0]] if ends else tokens
-            answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
-        return answers
+        with _seeded(device, (seed << 32) + chosen[0]):
+            new = _generate(
+                model, ids.to(device), mask.to(device), ends, max_new_tokens, temperature
+            )
+        return [_continuation(tokenizer, tokens, ends) for tokens in new.tolist()]
 
     return in_batches([len(prompt) for prompt in prompts], batch_size, work, **sharing)
 
 
-def _generate(model: nn.Module, ids: Tensor, mask: Tensor, eos: set[int], limit: int) -> Tensor:
-    """Return the greedy continuation, int64 `[B, new]`, whatever sampling settings are stored."""
+def _continuation(tokenizer: Any, tokens: list[int], ends: set[int]) -> Continuation:
+    at = next((n for n, token in enumerate(tokens) if token in ends), None)
+    tokens = tokens[:at]
+    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return Continuation(text, tokens, at is not None)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed` on; afterwards go on where they were."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
+        torch.manual_seed(seed % 2**64)
+        yield
+
+
+def _generate(
+    model: nn.Module, ids: Tensor, mask: Tensor, eos: set[int], limit: int, temperature: float
+) -> Tensor:
+    """Return the continuation, int64 `[B, new]`, whatever sampling settings are stored."""
     from transformers import GenerationConfig
 
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        do_sample=False,
+        **how,
         num_beams=1,
         max_new_tokens=limit,
         eos_token_id=sorted(eos) or None,

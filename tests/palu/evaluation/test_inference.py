@@ -9,8 +9,9 @@ from rich.console import Console
 
 from palu.data.labels import label_example
 from palu.data.records import Example
+from palu.distributed import Processes
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
-from palu.evaluation.inference import greedy_answers
+from palu.evaluation.inference import continuations, greedy_answers
 from palu.evaluation.metrics import extraction_strength, rouge
 from tests.support import small
 from tests.support.tofu_small import learn
@@ -149,3 +150,55 @@ def test_table_fits_80_columns():
         console.print(metrics_table("t", [("unlearned", "forget", result)]))
     text = said.get()
     assert "…" not in text and "0.123" in text and " - " in text and "memorization" in text
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_samples_are_drawn_from_the_tempered_softmax(tok, model, temperature):
+    prompt = tok("Ada is")["input_ids"]
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=1, top_p=0.1)
+    options = {"eos_token_ids": [], "max_new_tokens": 1, "batch_size": 500}
+    drawn = continuations(model, tok, [prompt] * 4000, temperature=temperature, **options)
+    tokens = torch.tensor([one.tokens[0] for one in drawn])
+    logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach()
+
+    def mean(t):
+        return ((logits / t).softmax(-1) * logits).sum()
+
+    assert logits[tokens].mean() == pytest.approx(mean(temperature), abs=0.1)
+    assert abs(mean(temperature) - mean(1.0)) > 0.3  # the temperature shows
+
+
+def test_samples_depend_on_the_seed_alone(tok, model):
+    prompts = [tok(text)["input_ids"] for text in ("Ada", "Ada", "Bob is in Lisbon. It", "Who")]
+    options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 6, "batch_size": 2}
+    state = torch.random.get_rng_state()
+    first = continuations(model, tok, prompts, temperature=1.0, seed=3, **options)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert continuations(model, tok, prompts, temperature=1.0, seed=3, **options) == first
+    assert continuations(model, tok, prompts, temperature=1.0, seed=4, **options) != first
+    assert first[0] != first[1]  # the same prompt twice is two draws
+    # The second of two processes does the second batch, and draws the same there.
+    half = Half(1, 2)
+    continuations(model, tok, prompts, temperature=1.0, seed=3, processes=half, **options)
+    assert half.done and all(first[i] == one for i, one in half.done.items())
+
+
+class Half(Processes):
+    """One of several processes, whose own work is kept."""
+
+    def gather(self, value):
+        self.done = dict(value)
+        return [dict.fromkeys(range(99)), value]
+
+
+def test_a_continuation_says_whether_it_ended(tok):
+    model = small.model(tok)
+    learn(model, tok, [("Who came?", "Nobody came.")], 60)
+    prompt = tok("Question: Who came?\nAnswer:")["input_ids"]
+    options = {"eos_token_ids": [tok.eos_token_id], "batch_size": 1}
+    whole, cut = (
+        continuations(model, tok, [prompt], max_new_tokens=n, **options)[0] for n in (20, 2)
+    )
+    assert whole.ended and whole.text == "Nobody came." and tok.eos_token_id not in whole.tokens
+    assert not cut.ended and cut.tokens == whole.tokens[:2]
