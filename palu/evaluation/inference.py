@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def continuations(
             start = width - len(prompts[i])
             ids[row, start:] = torch.tensor(prompts[i], dtype=torch.long)
             mask[row, start:] = 1
-        with _seeded(device, (seed << 32) + chosen[0]):
+        with _seeded(device, f"{seed} {chosen[0]}"):
             new = _generate(
                 model, ids.to(device), mask.to(device), ends, max_new_tokens, temperature
             )
@@ -236,11 +237,12 @@ def _continuation(tokenizer: Any, tokens: list[int], ends: set[int]) -> Continua
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def _seeded(device: torch.device, seed: str) -> Iterator[None]:
     """Draw random numbers from `seed` on; afterwards go on where they were."""
+    mixed = random.Random(seed).getrandbits(32)  # torch reads 32 bits on the CPU
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type):
-        torch.manual_seed(seed % 2**64)
+        torch.manual_seed(mixed)
         yield
 
 

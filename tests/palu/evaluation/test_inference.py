@@ -162,9 +162,9 @@ def test_samples_are_drawn_from_the_tempered_softmax(tok, model, temperature):
     logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach()
 
     def mean(t):
-        return ((logits / t).softmax(-1) * logits).sum()
+        return ((logits / t).softmax(-1) * logits).sum().item()
 
-    assert logits[tokens].mean() == pytest.approx(mean(temperature), abs=0.1)
+    assert logits[tokens].mean().item() == pytest.approx(mean(temperature), abs=0.1)
     assert abs(mean(temperature) - mean(1.0)) > 0.3  # the temperature shows
 
 
