@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from palu.data.records import Example, Marked
 from palu.data.spans import UTF8, UTF16, Span
 
 
@@ -26,8 +27,30 @@ class Audit:
     merged: int = 0
     units: Counter[str] = dataclasses.field(default_factory=Counter)  # spans by what offsets count
 
+    def add_row(self, example: Example, marked: Sequence[Marked]) -> None:
+        """Count the spans of a record, as `parse_record` gives it. Words are looked for in its
+        answers, and in its other texts that have spans."""
+        answers = [turn.answer for turn in example.turns] or [False] * (len(marked) - 1) + [True]
+        texts = [m for m, answer in zip(marked, answers, strict=True) if answer or m.spans]
+        spans: list[Span] = []
+        shift = 0
+        for text in texts:
+            self.units[text.unit] += len(text.spans)
+            spans += [(start + shift, end + shift) for start, end in text.spans]
+            shift += len(text.text) + 1
+        self.add("\n".join(text.text for text in texts), spans)
+
+    def snap(self, example: Example) -> Example:
+        """Return an example with its spans moved out to whole words; count what was moved."""
+        snapped = []
+        for text, spans in example.texts:
+            some, moved, merged = snap(text, spans)
+            self.snapped, self.merged = self.snapped + moved, self.merged + merged
+            snapped.append(some)
+        return example.with_spans(snapped)
+
     def add(self, text: str, spans: Sequence[Span]) -> None:
-        """Count the spans of one row, in the order they were given."""
+        """Count the spans of one text, in the order they were given."""
         ordered = sorted(spans)
         self.rows += 1
         self.spans += len(spans)

@@ -37,6 +37,8 @@ def tokenize_examples(
     lost_spans = rows_with_loss = cut = lost_tokens = 0
     at_least = ""
     for example in examples:
+        if example.turns:
+            raise ValueError(f"example {example.id!r}: conversations cannot be labelled yet")
         try:
             labeled = label_without_warning(
                 tokenizer,

@@ -1,13 +1,12 @@
 """Read examples from JSON files and folders of `datasets`."""
 
-import dataclasses
 import os
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from palu.data.annotations import Audit, snap
+from palu.data.annotations import Audit
 from palu.data.records import Example, parse_record
 from palu.data.spans import integer, shown
 from palu.errors import one_line
@@ -23,11 +22,14 @@ def load_examples(
 ) -> list[Example]:
     """Read examples from a file or folder. Every row is read or is an error: none is dropped.
 
-    Records have `question` and `answer`, or `text` alone for a plain document, and `spans`:
-    `[{"start": s, "end": e}]` (or `[[s, e]]`), character offsets into the answer. The released
-    annotation format is read too: `target_words`, a JSON string of `[{"word": w, "start": s, "end":
-    e}]`. Where a span says what it covers (`text` or `word`) it must be so; a row whose offsets
-    count UTF-16 code units or UTF-8 bytes is known by that, and its spans are placed by them.
+    Records have `question` and `answer`, `messages` (a conversation, of which every message of the
+    assistant is an answer), or `text` alone for a plain document, and `spans`: `[{"start": s,
+    "end": e}]` (or `[[s, e]]`), character offsets into the answer; with `"field": "question"` into
+    the question, with `"turn": i` into message i (from 0). A message may have `spans` itself. The
+    released annotation format is read too: `target_words`, a JSON string of `[{"word": w, "start":
+    s, "end": e}]`. Where a span says what it covers (`text` or `word`) it must be so; a text whose
+    offsets count UTF-16 code units or UTF-8 bytes is known by that, and its spans are placed by
+    them.
     `palu evaluate` also reads `paraphrased_answer` (a text) and `perturbed_answer` (a list of
     wrong texts), as TOFU has them. Fields that are not used stay in `Example.extra`.
 
@@ -64,7 +66,7 @@ def load_examples(
     for row in chosen:
         record, where = read(row)
         try:
-            example, spans, unit = parse_record(record, row, require_spans=require_spans)
+            example, marked = parse_record(record, row, require_spans=require_spans)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
         if example.id in row_of_id:
@@ -74,13 +76,10 @@ def load_examples(
                 "remove the field to use row numbers)"
             )
         row_of_id[example.id] = row
-        if spans or require_spans:
-            audit.add(example.answer, spans)
-            audit.units[unit] += len(spans)
+        if require_spans or any(text.spans for text in marked):
+            audit.add_row(example, marked)
         if repair == "snap":
-            snapped, moved, merged = snap(example.answer, spans)
-            audit.snapped, audit.merged = audit.snapped + moved, audit.merged + merged
-            example = dataclasses.replace(example, spans=tuple(snapped))
+            example = audit.snap(example)
         examples.append(example)
     if summary := audit.summary():
         warnings.warn(

@@ -53,23 +53,38 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def check_spans(text: str, spans: Sequence[Mapping[str, int] | Sequence[int]]) -> list[Span]:
+def check_list(spans: Any) -> Sequence[Any]:
+    """Return `spans`, which must be a list of spans. Raises TypeError otherwise."""
+    if isinstance(spans, str | bytes | Mapping) or not isinstance(spans, Sequence):
+        raise TypeError(f"spans must be a list of spans, got {type(spans).__name__}")
+    return spans
+
+
+def check_spans(
+    text: str,
+    spans: Sequence[Mapping[str, int] | Sequence[int]],
+    *,
+    of: str = "the answer",
+    numbers: Sequence[int] | None = None,
+) -> list[Span]:
     """Return the spans as tuples, in the order given.
+
+    Args:
+        of: what messages call the text.
+        numbers: what messages number the spans by; 0, 1, ... when None.
 
     Raises:
         TypeError: `spans` is not a sequence of `{"start": s, "end": e}` or `(s, e)` with integers.
         ValueError: a span that is empty, outside `text`, or covers nothing but white space.
     """
-    if isinstance(spans, str | bytes | Mapping) or not isinstance(spans, Sequence):
-        raise TypeError(f"spans must be a list of spans, got {type(spans).__name__}")
     checked = []
-    for number, span in enumerate(spans):
+    for number, span in zip(numbers or itertools.count(), check_list(spans), strict=False):
         name = f"spans[{number}]"
         start, end = _ends(name, span)
         if not 0 <= start < end <= len(text):
             raise ValueError(
                 f"{name} is [{shown(start)}, {shown(end)}), it must satisfy "
-                f"0 <= start < end <= {len(text)}, the length of the answer"
+                f"0 <= start < end <= {len(text)}, the length of {of}"
             )
         if not _NOT_SPACE.search(text, start, end):
             raise ValueError(
