@@ -152,10 +152,14 @@ def inspect_file(
     if eos_token_id is None:
         eos_token_id = tokenizer.eos_token_id
     console.print(legend())
-    for example, row in zip(examples, rows, strict=True):
-        spans = f"{len(example.spans)} span" + "s" * (len(example.spans) != 1)
-        console.print(Text(f"\n--- {example.id} ({spans}) ---", style="bold"))
-        console.print(render(row, tokenizer, prefix_length, eos_token_id))
+    counts = {example.id: sum(len(some) for _, some in example.texts) for example in examples}
+    for name, of_example in groupby(rows, key=lambda row: row["example_id"]):
+        parts = list(of_example)  # of a conversation that is longer than max_length, several
+        spans = f"{counts[name]} span" + "s" * (counts[name] != 1)
+        for number, row in enumerate(parts, 1):
+            which = f", row {number} of {len(parts)}" if len(parts) > 1 else ""
+            console.print(Text(f"\n--- {name} ({spans}{which}) ---", style="bold"))
+            console.print(render(row, tokenizer, prefix_length, eos_token_id))
 
 
 def _kinds(labels: list[int], prefix_length: int, eos_token_id: Any) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from palu.data.roles import IGNORE, KEEP, eos_ids
 from palu.data.spans import Span, check_spans, check_text, integer
-from palu.data.template import Rendered, Template
+from palu.data.template import Place, Rendered, Template
 from palu.errors import one_line
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class LabeledExample(dict):
             tokenised.
         answer_start: index of the first answer token; the tokens before it are the exact prompt to
             generate from. The number of tokens when no answer token is left.
+        left_out: turns of context in front that are left out since they do not fit.
         closed: whether the last token is the token that ends the answer (EOS or the template's end
             of turn).
     """
@@ -44,6 +45,7 @@ class LabeledExample(dict):
         too_long: bool = False,
         answer_start: int | None = None,
         closed: bool = False,
+        left_out: int = 0,
     ):
         super().__init__(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
         self.lost_spans = lost_spans
@@ -51,6 +53,7 @@ class LabeledExample(dict):
         self.too_long = too_long
         self.answer_start = len(input_ids) if answer_start is None else answer_start
         self.closed = closed
+        self.left_out = left_out
 
     def __iter__(self):
         return iter(self.values())
@@ -128,9 +131,9 @@ def label_without_warning(
     # No kept token reaches beyond this character.
     seen = int(ends[:max_length].max()) if too_long else None
     placed = shift_spans(rendered, checked)
-    if ids.size and any(_overlap(starts[:1], ends[:1], *span)[0] for span in placed):
-        ids, starts, ends = _led_by_special(tokenizer, ids, starts, ends)
-    answer_tokens = np.flatnonzero(_overlap(starts, ends, rendered.start, rendered.end))
+    if ids.size and any(overlapping(starts[:1], ends[:1], *span)[0] for span in placed):
+        ids, starts, ends = led_by_special(tokenizer, ids, starts, ends)
+    answer_tokens = np.flatnonzero(overlapping(starts, ends, rendered.start, rendered.end))
     if answer_tokens.size:
         first, after = int(answer_tokens[0]), int(answer_tokens[-1]) + 1
     elif too_long:
@@ -141,7 +144,7 @@ def label_without_warning(
     # tokenizer adds by itself.
     rest = ids[after:]
     if rendered.chat and too_long:
-        rest = _encoded(tokenizer, added, rendered.text[rendered.end :], False)[0]
+        rest = encoded(tokenizer, added, rendered.text[rendered.end :], False)[0]
     closing = _closing_tokens(tokenizer, added, rest if rendered.chat else ids[:0])
     end_token = closing[-1:]
     if end_token and ids[after - 1] == end_token[0]:
@@ -172,25 +175,35 @@ def _check_arguments(
     tokenizer: Any, question: Any, answer: Any, spans: Any, max_length: Any, template: Any
 ) -> list[Span]:
     """Return the checked spans; see `label_example` for what is raised."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer must be a fast tokenizer, {type(tokenizer).__name__} is not one: placing "
-            "spans takes the character offsets of its tokens, which slow tokenizers do not give"
-        )
+    check_fast(tokenizer)
     if question is not None:
         check_text("question", question)
     check_text("answer", answer)
     if not answer.strip():
         raise ValueError(f"answer must not be empty, got {answer!r}")
+    check_limits(max_length, template)
+    return check_spans(answer, spans)
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raise TypeError for a slow tokenizer."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer must be a fast tokenizer, {type(tokenizer).__name__} is not one: placing "
+            "spans takes the character offsets of its tokens, which slow tokenizers do not give"
+        )
+
+
+def check_limits(max_length: Any, template: Any) -> None:
+    """Raise TypeError or ValueError for a wrong `max_length` or `template`."""
     if not isinstance(template, Template):
         raise TypeError(f"template must be a palu.Template, got {type(template).__name__}")
     if integer("max_length", max_length) < 2:
         raise ValueError(f"max_length must be 2 or more, got {max_length}")
-    return check_spans(answer, spans)
 
 
-def shift_spans(rendered: Rendered, spans: Sequence[Span]) -> list[Span]:
-    """Shift spans of an answer to where the answer is in a rendered text."""
+def shift_spans(rendered: Rendered | Place, spans: Sequence[Span]) -> list[Span]:
+    """Shift spans of a content to where it is in a rendered text."""
     shift = rendered.start - rendered.dropped
     return [
         (max(start + shift, rendered.start), min(end + shift, rendered.end)) for start, end in spans
@@ -225,7 +238,7 @@ def place_spans(
         if seen is not None and start >= seen:
             lost += 1
             continue
-        covered = _overlap(starts, ends, start, end)
+        covered = overlapping(starts, ends, start, end)
         if not covered.any():
             raise ValueError(
                 f"spans[{number}], {text[start:end]!r}, cannot be forgotten: "
@@ -236,7 +249,7 @@ def place_spans(
     return sensitive, lost
 
 
-def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.ndarray:
+def overlapping(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.ndarray:
     """Return which tokens share a character with `[start, end)`.
 
     A token without width (white space, where a tokenizer's offsets leave it out) counts when it
@@ -245,7 +258,7 @@ def _overlap(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> np.n
     return (starts < end) & (ends > start)
 
 
-_Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, first characters, last-plus-one
+Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, first characters, last-plus-one
 
 
 def _first_tokens(
@@ -253,7 +266,7 @@ def _first_tokens(
     added: Mapping[int, Any],
     rendered: Rendered,
     max_length: int,
-) -> tuple[_Tokens, bool]:
+) -> tuple[Tokens, bool]:
     """Tokenise a text; of a long one the beginning, and True. The first `max_length` tokens are
     those of the whole text.
 
@@ -265,7 +278,7 @@ def _first_tokens(
     # Cut only before the end of the answer, so that what closes it is cut off too.
     while 4 * size < len(rendered.text) and 2 * size + 1 < rendered.end:
         cuts = [
-            _encoded(tokenizer, added, rendered.text[:length], rendered.add_special_tokens)
+            encoded(tokenizer, added, rendered.text[:length], rendered.add_special_tokens)
             for length in (2 * size, size, size + 1)
         ]
         kept = [[part[:max_length] for part in tokens] for tokens in cuts]
@@ -273,15 +286,15 @@ def _first_tokens(
         if enough and all(np.array_equal(kept[0], other) for other in kept[1:]):
             return cuts[0], True
         size *= 4
-    return _encoded(tokenizer, added, rendered.text, rendered.add_special_tokens), False
+    return encoded(tokenizer, added, rendered.text, rendered.add_special_tokens), False
 
 
-def _encoded(
+def encoded(
     tokenizer: "PreTrainedTokenizerBase",
     added: Mapping[int, Any],
     text: str,
     add_special_tokens: bool,
-) -> _Tokens:
+) -> Tokens:
     encoding = tokenizer(
         text,
         add_special_tokens=add_special_tokens,
@@ -314,7 +327,7 @@ def token_places(
     return starts, ends
 
 
-def _led_by_special(
+def led_by_special(
     tokenizer: "PreTrainedTokenizerBase", ids: np.ndarray, starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put BOS, or EOS where there is none, in front of the tokens, so that the first of them is
@@ -335,18 +348,27 @@ def _led_by_special(
 def _closing_tokens(
     tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
 ) -> list[int]:
-    """Return the tokens that end an answer, out of those that the template writes after it: up
-    to the first special token, and on to EOS when that follows at once (some templates end a
-    message and a turn). EOS when there is no special one."""
+    """Return the tokens that end an answer, out of those that the template writes after it, see
+    `closing_count`. EOS when there is no special one."""
+    count = closing_count(tokenizer, added, rest)
+    return rest[:count].tolist() if count else list(eos_ids(tokenizer.eos_token_id))
+
+
+def closing_count(
+    tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
+) -> int:
+    """Return how many of the tokens that a template writes after an answer end it: up to the
+    first special token, and on to EOS when that follows at once (some templates end a message and
+    a turn). 0 when there is no special one."""
     eos = eos_ids(tokenizer.eos_token_id)
     special = {*tokenizer.all_special_ids, *eos}
     special |= {number for number, token in added.items() if token.special}
     is_special = np.isin(rest, list(special))
     if not is_special.any():
-        return list(eos)
+        return 0
     first = int(is_special.argmax())
     stretch = 1
     while first + stretch < len(rest) and is_special[first + stretch]:
         stretch += 1
     to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], list(eos)))
-    return rest[: first + (int(to_eos[0]) if to_eos.size else 0) + 1].tolist()
+    return first + (int(to_eos[0]) if to_eos.size else 0) + 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from palu.data.files import split_slice
-from palu.data.records import Example
+from palu.data.records import ASSISTANT, SYSTEM, USER, Example
 from palu.data.spans import shown
 
 
@@ -20,8 +20,9 @@ def without_overlap(
 ) -> list[Example]:
     """Return the retain examples, with `drop` without those that the forget set has too.
 
-    Questions and answers are compared without regard to case, white space and Unicode form. One
-    warning tells how many are in both; `files` is what messages call retain and forget set.
+    Questions and answers, or all turns of conversations, are compared without regard to case, white
+    space and Unicode form. One warning tells how many are in both; `files` is what messages call
+    retain and forget set.
 
     Raises:
         ValueError: all of them are.
@@ -63,9 +64,13 @@ def warn_of_overlap(retain: Any, forget: Any) -> None:
         )
 
 
-def _key(example: Example) -> tuple[str | None, str]:
-    question = example.question
-    return (None if question is None else _normal(question)), _normal(example.answer)
+def _key(example: Example) -> tuple[tuple[str, str], ...]:
+    """Return what is said and by whom, but for the system's turns, which are the operator's."""
+    turns = [(turn.role, turn.content) for turn in example.turns if turn.role not in SYSTEM]
+    if not turns:
+        question = [] if example.question is None else [(USER, example.question)]
+        turns = [*question, (ASSISTANT, example.answer)]
+    return tuple((role, _normal(text)) for role, text in turns)
 
 
 def _normal(text: str) -> str:

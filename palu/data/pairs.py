@@ -7,6 +7,7 @@ of `input_ids` and `labels`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,8 +42,14 @@ REFUSALS = (
 
 def own_alternates(examples: Sequence[Example]) -> list[str]:
     """Return the `alternate_answer` of each record. Raises ValueError where one has none, or no
-    text."""
+    text, or has several answers."""
     for example in examples:
+        answers = sum(bool(turn.answer) for turn in example.turns)
+        if answers > 1:
+            raise ValueError(
+                f"example {example.id!r}: field {FIELD!r} is one text, and the conversation has "
+                f"{answers} answers: write one record an answer (method idk_dpo takes refusals)"
+            )
         text = example.extra.get(FIELD)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
@@ -65,17 +72,37 @@ def add_alternates(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Add second answers, `texts`, to the rows that `tokenize_examples` made of `examples` with the
-    same tokenizer and options."""
-    others = [
-        dataclasses.replace(example, answer=text, spans=())
-        for example, text in zip(examples, texts, strict=True)
-    ]
+    same tokenizer and options. In a conversation every answer becomes that text.
+
+    Raises:
+        ValueError: a conversation is too long for one row, so that its rows are no pairs.
+    """
+    pairs = zip(examples, texts, strict=True)
+    others = [answered(example, text) for example, text in pairs]
     tokenised = tokenize_examples(others, tokenizer, **options)
+    for made in (rows, tokenised):
+        ids = [row["example_id"] for row in made]
+        if twice := [one for one, other in itertools.pairwise(ids) if one == other]:
+            raise ValueError(
+                f"example {twice[0]!r}: the conversation is longer than max_length="
+                f"{options['max_length']}, and second answers need it in one row: raise max_length"
+            )
     names = ("input_ids", "labels")
     return [
         {**row, **{PREFIX + name: other[name] for name in names}}
         for row, other in zip(rows, tokenised, strict=True)
     ]
+
+
+def answered(example: Example, text: str) -> Example:
+    """Return an example without spans, with another answer."""
+    if not example.turns:
+        return dataclasses.replace(example, answer=text, spans=())
+    turns = [
+        dataclasses.replace(turn, content=text if turn.answer else turn.content, spans=())
+        for turn in example.turns
+    ]
+    return Example.of_turns(example.id, turns, example.extra)
 
 
 class PairCollator:

@@ -18,6 +18,7 @@ from palu.data.spans import (
 from palu.storage.json_files import NotJSON, parse
 
 USER, ASSISTANT = "user", "assistant"
+SYSTEM = ("system", "developer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from palu.data.bounded import OutOfBounds, bounded
+from palu.data.records import ASSISTANT, SYSTEM, USER, Turn
 from palu.errors import one_line
 
 if TYPE_CHECKING:
@@ -39,9 +40,28 @@ class Rendered(NamedTuple):
     add_special_tokens: bool
 
 
+class Place(NamedTuple):
+    """Where a turn's content is in a rendered text: `text[start:end]` is the content from its
+    character `dropped` on (templates trim)."""
+
+    start: int
+    end: int
+    dropped: int
+
+
+class RenderedTurns(NamedTuple):
+    """A rendered conversation. `places` has one for each turn; None where the template writes no
+    content or, of context without spans, another one."""
+
+    text: str
+    places: tuple[Place | None, ...]
+    chat: bool
+    add_special_tokens: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a question and its answer become text.
+    """How a question and its answer, or a conversation, become text.
 
     With a chat template the question is the user's turn and the answer the assistant's; `question`
     is not used. Without one, the text is `question` with the question filled in, a space (unless
@@ -50,7 +70,7 @@ class Template:
 
     Attributes:
         system_prompt: the system turn of the chat template; an error where there is no chat
-            template or it refuses one.
+            template or it refuses one. A conversation's own system turn stands instead.
         date_string: handed to the chat template (Llama 3 writes it into the system turn and would
             otherwise write today's date), None to leave it out. It is also the day, at midnight,
             that `strftime_now` tells the template: 10 Apr 2025 where it is None.
@@ -131,23 +151,134 @@ class Template:
             return Rendered(text, len(before), len(text), 0, False, _needs_bos(tokenizer, text))
 
         before, after = self._around(tokenizer, question)
-        text = self._chat(tokenizer, question, answer)
-        kept = text[len(before) : max(len(before), len(text) - len(after))]
-        # Templates trim: what is kept begins at this character of the answer.
-        dropped = _leading_space(answer) - _leading_space(kept)
-        same = dropped >= 0 and kept.strip() == answer.strip() and answer[dropped:].startswith(kept)
-        if not same or text != before + kept + after:
-            start = self._own_thoughts(text, before, answer.strip(), after)
-            if start is not None:
-                end = start + len(answer.strip())
-                return Rendered(text, start, end, _leading_space(answer), True, False)
-            if same and text != self._chat(tokenizer, question, answer):
+        messages = self._messages(question, answer)
+        text = self._chat(tokenizer, messages)
+        place = _placed(text, before, answer, after)
+        if place is None:
+            if text != self._chat(tokenizer, messages):
                 raise ValueError("the chat template writes another text each time")
+            kept = text[len(before) : max(len(before), len(text) - len(after))]
             raise ValueError(
                 "the chat template changes the answer, so its spans cannot be placed: "
                 f"{_shown(answer)} became {_shown(kept)}"
             )
-        return Rendered(text, len(before), len(before) + len(kept), dropped, True, False)
+        return Rendered(text, *place, True, False)
+
+    def render_turns(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        turns: Sequence[Turn],
+        *,
+        names: Sequence[str] | None = None,
+    ) -> RenderedTurns:
+        """Render a conversation as `apply_chat_template` does, and find its turns in the text.
+
+        Args:
+            names: what messages call the turns; `messages[0] (user)`, ... when None.
+
+        Raises:
+            ValueError: there is no chat template, and the turns are no question with its answer;
+                it refuses a turn, leaves out one, or changes one that is an answer, has spans or is
+                the user's by more than trimming it. Names the turn.
+        """
+        names = names or [f"messages[{n}] ({turn.role})" for n, turn in enumerate(turns)]
+        if not self._uses_chat(tokenizer):
+            return self._plain_turns(tokenizer, turns)
+        messages = [turn.message() for turn in turns]
+        added = self.system_prompt is not None and not any(t.role in SYSTEM for t in turns)
+        if added:
+            turns = [Turn(SYSTEM[0], self.system_prompt or ""), *turns]
+            messages.insert(0, turns[0].message())
+            names = ["system_prompt", *names]
+        text = self._conversation(tokenizer, messages, names)
+        stand_in = "palu-turn"
+        while stand_in in text:
+            stand_in += "-x"
+        places = [
+            self._place_of(tokenizer, messages, number, turn, names[number], text, stand_in)
+            for number, turn in enumerate(turns)
+        ]
+        return RenderedTurns(text, tuple(places[added:]), True, False)
+
+    def _plain_turns(
+        self, tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]
+    ) -> RenderedTurns:
+        roles = [turn.role for turn in turns]
+        if roles != [USER, ASSISTANT]:
+            raise ValueError(
+                f"a conversation ({', '.join(roles)}) needs a chat template, which this tokenizer "
+                "lacks or chat=False leaves aside; without one there can be one question and its "
+                "answer"
+            )
+        question, answer = (turn.content for turn in turns)
+        text, start, end, *_, special = self.render(tokenizer, question, answer)
+        asked = self.question.index(_PLACE)
+        places = (Place(asked, asked + len(question), 0), Place(start, end, 0))
+        return RenderedTurns(text, places, False, special)
+
+    def _conversation(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: list[dict[str, Any]],
+        names: Sequence[str],
+    ) -> str:
+        """Return the text of a conversation; name the turn that the chat template refuses."""
+        try:
+            return self._chat(tokenizer, messages, "a conversation")
+        except ValueError as error:
+            first = len(messages) - 1  # the last one of those without which it is not refused
+            while first:
+                try:
+                    self._chat(tokenizer, messages[:first], "")
+                    break
+                except ValueError:
+                    first -= 1
+            why = error if error.__cause__ is None else one_line(error.__cause__)
+            raise ValueError(f"the chat template refuses {names[first]}: {why}") from error
+
+    def _place_of(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: list[dict[str, Any]],
+        number: int,
+        turn: Turn,
+        name: str,
+        text: str,
+        stand_in: str,
+    ) -> Place | None:
+        """Return where a turn is in the text of a conversation: a stand-in is rendered in its
+        place and looked for, for the reason that `_around` gives."""
+        if not turn.content.strip():
+            return None
+        others = [*messages]
+        others[number] = {**messages[number], "content": stand_in}
+        other = self._chat(tokenizer, others, "a conversation")
+        place = None
+        if other.count(stand_in) == 1:
+            before, after = other.split(stand_in)
+            place = _placed(text, before, turn.content, after)
+        needed = turn.answer or turn.spans
+        if place is not None or (not needed and self._is_there(turn, text, other, stand_in)):
+            return place
+        context_of_system = not needed and turn.role in SYSTEM
+        if context_of_system and self._is_a_switch(tokenizer, messages, number, text):
+            return None
+        if text != self._chat(tokenizer, messages, "a conversation"):
+            raise ValueError("the chat template writes another text each time")
+        hint = ""
+        if turn.role == ASSISTANT and "</think>" in turn.content:
+            hint = " (it keeps no thoughts there: leave them out of the record)"
+        raise ValueError(
+            f"the chat template leaves out or changes {name}, so it cannot be labelled: "
+            f"{_shown(turn.content)}{hint}"
+        )
+
+    @staticmethod
+    def _is_there(turn: Turn, text: str, other: str, stand_in: str) -> bool:
+        """Return whether the template writes a turn of context. What others than user and system
+        say it may change (a tool's result becomes JSON, earlier thoughts go)."""
+        changeable = turn.role not in (USER, *SYSTEM)
+        return stand_in in other and (changeable or turn.content.strip() in text)
 
     def _day(self) -> datetime | None:
         """Return the day that `strftime_now` tells; None where `date_string` names none."""
@@ -185,7 +316,8 @@ class Template:
         stand_in = "palu-answer"
         while stand_in in question or stand_in in (self.system_prompt or ""):
             stand_in += "-x"
-        text = self._chat(tokenizer, question, stand_in)
+        messages = self._messages(question, stand_in)
+        text = self._chat(tokenizer, messages)
         if text.count(stand_in) != 1:
             raise ValueError(
                 f"the chat template writes the answer {text.count(stand_in)} times, not once: "
@@ -195,7 +327,7 @@ class Template:
         for name, content in (("system_prompt", self.system_prompt), ("question", question)):
             if content is None or content.strip() in before:
                 continue
-            if name == "system_prompt" and self._is_a_switch(tokenizer, question, stand_in, text):
+            if name == "system_prompt" and self._is_a_switch(tokenizer, messages, 0, text):
                 continue
             raise ValueError(
                 f"the chat template leaves out or changes the {name} {_shown(content)}: it wrote "
@@ -203,41 +335,48 @@ class Template:
             )
         return before, after
 
-    @staticmethod
-    def _own_thoughts(text: str, before: str, answer: str, after: str) -> int | None:
-        """Return where the answer begins in a text of which the chat template has left out the
-        end of what it writes before other answers: it brings its own (`<think>...</think>`,
-        Qwen3). Else None."""
-        start = len(text) - len(after) - len(answer)
-        there = start >= 0 and text[start:] == answer + after
-        return start if there and before.startswith(text[:start]) else None
-
     def _is_a_switch(
-        self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str, text: str
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: list[dict[str, Any]],
+        number: int,
+        text: str,
     ) -> bool:
-        """Return whether the chat template obeys the system prompt instead of writing it
+        """Return whether the chat template obeys a system turn instead of writing it
         (`/no_think`): it writes other text than without one, and than with another one that it
         leaves out too."""
-        for other in (None, "palu-system"):
-            changed = dataclasses.replace(self, system_prompt=other)
+        other = {"role": messages[number]["role"], "content": "palu-system"}
+        for turn in ([], [other]):
             try:
-                if changed._chat(tokenizer, question, answer) == text:
+                changed = [*messages[:number], *turn, *messages[number + 1 :]]
+                if self._chat(tokenizer, changed) == text:
                     return False
             except ValueError:
-                if other is not None:
+                if turn:
                     return False
         return True
 
-    def _chat(self, tokenizer: "PreTrainedTokenizerBase", question: str, answer: str) -> str:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def _messages(self, question: str, answer: str) -> list[dict[str, Any]]:
+        turns = [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
         if self.system_prompt is not None:
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
+            turns.insert(0, {"role": SYSTEM[0], "content": self.system_prompt})
+        return turns
+
+    def _chat(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: list[dict[str, Any]],
+        what: str | None = None,
+    ) -> str:
+        if what is None:
+            has = "with" if messages[0]["role"] in SYSTEM else "without"
+            what = f"a question and answer {has} a system prompt"
         variables = dict(self.chat_template_kwargs or {})
         if self.date_string is not None:
             variables["date_string"] = self.date_string
         day = self._day()
-        text = _rendered(tokenizer, turns, day or _DAY, variables)
-        if day is None and text != _rendered(tokenizer, turns, _OTHER_DAY, variables):
+        text = _rendered(tokenizer, messages, day or _DAY, variables, what)
+        if day is None and text != _rendered(tokenizer, messages, _OTHER_DAY, variables, what):
             raise ValueError(
                 f"the chat template writes a date, and date_string {self.date_string!r} is none "
                 f"that can be read; write it like {_DATE!r}"
@@ -247,9 +386,10 @@ class Template:
 
 def _rendered(
     tokenizer: "PreTrainedTokenizerBase",
-    turns: list[dict[str, str]],
+    turns: list[dict[str, Any]],
     day: datetime,
     variables: dict[str, Any],
+    what: str,
 ) -> str:
     try:
         source = tokenizer.get_chat_template(tools=variables.get("tools"))
@@ -265,11 +405,7 @@ def _rendered(
                     turns, chat_template=clock + source, tokenize=False, **variables
                 )
     except (Exception, OutOfBounds) as error:  # a template is a program and may raise anything
-        what = "with" if turns[0]["role"] == "system" else "without"
-        raise ValueError(
-            f"the chat template refuses a question and answer {what} a system prompt: "
-            f"{one_line(error)}"
-        ) from error
+        raise ValueError(f"the chat template refuses {what}: {one_line(error)}") from error
     raise ValueError(
         f"chat_template_kwargs has {unknown[0]!r}, and this tokenizer's chat template no such "
         "variable"
@@ -321,6 +457,24 @@ def _clock(day: datetime) -> str:
 
 
 _FLAGS = ("", "-", "_", "0", "^", "#")
+
+
+def _placed(text: str, before: str, content: str, after: str) -> Place | None:
+    """Return where a content is in a text, which has `before` and `after` around a stand-in for it;
+    None where it is not there or changed by more than trimming it."""
+    kept = text[len(before) : max(len(before), len(text) - len(after))]
+    # Templates trim: what is kept begins at this character of the content.
+    dropped = _leading_space(content) - _leading_space(kept)
+    same = dropped >= 0 and kept.strip() == content.strip() and content[dropped:].startswith(kept)
+    if same and text == before + kept + after:
+        return Place(len(before), len(before) + len(kept), dropped)
+    # The template leaves out the end of what it writes before others: the content brings its own
+    # (`<think>...</think>`, Qwen3).
+    bare = content.strip()
+    start = len(text) - len(after) - len(bare)
+    if start >= 0 and text[start:] == bare + after and before.startswith(text[:start]):
+        return Place(start, start + len(bare), _leading_space(content))
+    return None
 
 
 def _shown(text: str) -> str:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palu.data.conversations import label_record
 from palu.data.files import load_examples
-from palu.data.labels import LabeledExample, label_without_warning
-from palu.data.records import Example
+from palu.data.labels import LabeledExample
+from palu.data.pairs import answered
+from palu.data.records import Example, split_answers
 from palu.data.spans import check_text
 from palu.data.template import Template
 
@@ -36,7 +38,7 @@ class EvalSet:
 
     Attributes:
         source: what messages call it: the file.
-        examples: at least one.
+        examples: at least one; each has one answer.
         rows: field (`answer`, `paraphrased_answer`, `perturbed_answer`) -> one list an example, of
             one row or, for perturbed answers, of several. Only fields that the records have.
     """
@@ -59,6 +61,10 @@ class EvalSet:
     ) -> EvalSet:
         """Tokenize the answers; warn once a field of answers cut at `max_length`.
 
+        A conversation becomes one example for each of its answers, see
+        `palu.data.records.split_answers`: what is said before is its prompt, without the earliest
+        turns where it is longer than `max_length`.
+
         Args:
             required: fields beside `answer` that every record must have.
             optional: fields that all records have, or none.
@@ -71,12 +77,19 @@ class EvalSet:
         if not examples:
             raise ValueError(f"{source}: must hold at least one example")
         fields = [ANSWER]
+        several = [e for e in examples if sum(bool(turn.answer) for turn in e.turns) > 1]
         for field in (*required, *optional):
+            if one := next((e for e in several if e.extra.get(field) is not None), None):
+                raise ValueError(
+                    _describe(source, one, field) + " is of one answer, and the conversation has "
+                    "several: write one record an answer"
+                )
             lacking = [e for e in examples if e.extra.get(field) is None]
             if lacking and (field in required or len(lacking) < len(examples)):
                 raise ValueError(_describe(source, lacking[0], field) + " is missing")
             if not lacking:
                 fields.append(field)
+        examples = [part for example in examples for part in split_answers(example)]
         rows = {}
         for field in fields:
             rows[field] = [
@@ -90,6 +103,12 @@ class EvalSet:
                     f"max_length={max_length}",
                     stacklevel=2,
                 )
+            if short := sum(row.left_out > 0 for some in rows[field] for row in some):
+                warnings.warn(
+                    f"{source}, field {field!r}: {short} of {len(ends)} answers stand without the "
+                    f"earliest turns before them, which max_length={max_length} leaves out",
+                    stacklevel=2,
+                )
         return cls(source, examples, rows)
 
     def every_row(self) -> list[LabeledExample]:
@@ -101,7 +120,8 @@ class EvalSet:
         digest = hashlib.blake2b(digest_size=16, person=b"palu.evaluate")
         for example in self.examples:
             answers = [example.answer, *(example.extra.get(field) for field in sorted(self.rows))]
-            digest.update(json.dumps([example.question, answers]).encode())
+            said = [[turn.role, turn.content] for turn in example.turns] or example.question
+            digest.update(json.dumps([said, answers]).encode())
         return digest.hexdigest()
 
     def describe(self, number: int, field: str) -> str:
@@ -128,14 +148,12 @@ def _texts(source: str, example: Example, field: str) -> list[str]:
 def _rows(
     source: str, example: Example, field: str, tokenizer: Any, template: Template, max_length: int
 ) -> list[LabeledExample]:
-    spans = example.spans if field == ANSWER else ()
     description = _describe(source, example, field)
     rows = []
     for text in _texts(source, example, field):
         try:
-            row = label_without_warning(
-                tokenizer, example.question, text, spans, max_length, template
-            )
+            other = example if field == ANSWER else answered(example, text)
+            (row,) = label_record(tokenizer, other, max_length, template)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{description}: {error}") from error

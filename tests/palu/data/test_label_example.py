@@ -280,7 +280,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
     answer = "It is " + (piece * (20_000 // len(piece))).rstrip() + "<|eot_id|>"
     spans = [(0, 40), (300, 360), (5_000, 12_000), (17_000, 17_100)]
     sizes = []
-    encode = labels._encoded
+    encode = labels.encoded
 
     def encoded(tokenizer, added, text, special):
         sizes.append(len(text))
@@ -289,7 +289,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(any_tokenizer, monkeypat
     def whole_text(tokenizer, added, rendered, max_length):
         return encode(tokenizer, added, rendered.text, rendered.add_special_tokens), False
 
-    monkeypatch.setattr(labels, "_encoded", encoded)
+    monkeypatch.setattr(labels, "encoded", encoded)
     for question, length in ((None, 64), (answer, 64)):
         example = label_without_warning(any_tokenizer, question, answer, spans, length, Template())
         beginning = max(sizes)
