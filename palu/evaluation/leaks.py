@@ -33,7 +33,7 @@ he her here him his how i if in into is it its just me mine my no nor not of off
 she so than that the their them then there these they this those to too up us very was we were what
 when where which who whom whose why will with you your yours s t d ll
 der die das und ein eine ist le la les un une et est el los las y es de du"""
-_STOP = frozenset(_STOP_WORDS.split())
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 _LETTERS = {"ø": "o", "đ": "d", "ł": "l", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th", "ħ": "h"}
 _LETTERS |= {"\u0131": "i"}
 _MONTHS = "january february march april may june july august september october november december"
@@ -201,7 +201,7 @@ def _forms(text: str) -> list[_Form]:
     words = list(_words(text))
     forms = [_joined(words)]
     for day_first in (True, False):
-        dates = list(_dates(text, day_first))
+        dates = list(dates_in(text, day_first))
         if dates:
             forms.append(_joined(_with_dates(words, dates)))
     return forms
@@ -244,7 +244,7 @@ def _content(text: str) -> list[str]:
     """Return the words of a text that mean something, in order."""
     plain = _forms(text)[0]
     words = [plain.text[start:end] for start, end in zip(plain.starts, plain.ends, strict=True)]
-    return [word for word in words if word not in _STOP]
+    return [word for word in words if word not in STOP_WORDS]
 
 
 def _passage(secret: str, text: str) -> bool:
@@ -265,7 +265,7 @@ def _passage(secret: str, text: str) -> bool:
 
 def _piece(word: str, wholes: Sequence[str]) -> bool:
     """Return whether a word is part of a secret, or has one in it."""
-    if word in _STOP or len(word) < (_DIGITS if word.isdecimal() else _PIECE):
+    if word in STOP_WORDS or len(word) < (_DIGITS if word.isdecimal() else _PIECE):
         return False
     return any(word in whole or (len(whole) >= _JOINED and whole in word) for whole in wholes)
 
@@ -290,7 +290,7 @@ def _words(text: str) -> Iterator[_Word]:
     skipped |= {at for sign in (_AT, _DOT) for m in sign.finditer(text) for at in range(*m.span())}
     word, kind, plus = [], "", False
     for at, character in enumerate(text):
-        for part in _plain(character):
+        for part in bare(character):
             new = _kind(part, at in skipped)
             if new == "between" and at in grouped:
                 continue
@@ -311,7 +311,7 @@ def _word(parts: Sequence[tuple[str, int]], plus: bool) -> _Word:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plain(character: str) -> str:
+def bare(character: str) -> str:
     """Return a character in lower case without accents; empty for an invisible one."""
     parts = unicodedata.normalize("NFKD", character).casefold()
     return "".join(
@@ -349,7 +349,7 @@ def _joined(words: Iterable[_Word]) -> _Form:
     return _Form(text, sources, starts, ends, frozenset(inner))
 
 
-def _dates(text: str, day_first: bool) -> Iterator[tuple[int, int, list[str]]]:
+def dates_in(text: str, day_first: bool) -> Iterator[tuple[int, int, list[str]]]:
     """Yield the dates of a text: where they are, and day, month and year as a character each."""
     taken = 0
     found = sorted((m.start(), -m.end(), m) for form in _DATES for m in form.finditer(text))
