@@ -7,6 +7,20 @@ they found and writes it into the records.
 
 from palu.annotation.base import Annotator, Found, Text, texts_of
 from palu.annotation.combine import FORMAT, Annotated, annotate
+from palu.annotation.term_files import Term, read_terms
+from palu.annotation.terms import Terms
 from palu.annotation.whole import Whole
 
-__all__ = ["FORMAT", "Annotated", "Annotator", "Found", "Text", "Whole", "annotate", "texts_of"]
+__all__ = [
+    "FORMAT",
+    "Annotated",
+    "Annotator",
+    "Found",
+    "Term",
+    "Terms",
+    "Text",
+    "Whole",
+    "annotate",
+    "read_terms",
+    "texts_of",
+]

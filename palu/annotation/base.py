@@ -55,8 +55,8 @@ class Annotator(Protocol):
 def texts_of(example: Example) -> list[Text]:
     """Return the texts of an example in their order: of a conversation its turns, else question and
     answer, or the document alone."""
-    if turns := getattr(example, "turns", ()):
-        return [Text(turn.role, turn.content, turn.answer) for turn in turns]
+    if example.turns:
+        return [Text(turn.role, turn.content, bool(turn.answer)) for turn in example.turns]
     if example.question is None:
         return [Text("document", example.answer, True)]
     return [Text("user", example.question, False), Text("assistant", example.answer, True)]

@@ -1,11 +1,13 @@
 """Run annotators over records, and write what they found into them."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from palu.annotation.base import Annotator, Found, Text, texts_of
+from palu.annotation.terms import Terms
 from palu.data.records import Example, parse_record
 from palu.data.spans import shown
 
@@ -20,14 +22,10 @@ class Annotated:
     Attributes:
         records: the records as they were, with `spans`.
         summary: what `annotation.json` keeps: counts and settings, none of the texts.
-        not_found: where the terms stand that are in no record: "people.csv, row 3, phone".
-        notes: what a person should know of the search, a line each, without values.
     """
 
     records: list[dict[str, Any]]
     summary: dict[str, Any]
-    not_found: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def annotate(
@@ -72,13 +70,16 @@ def annotate(
         for old, *new in zip(given, *found, strict=True)
     ]
     done = [
-        _written(record, texts_of(example), marks)
+        _written(record, example, marks)
         for record, example, marks in zip(rows, examples, marked, strict=True)
     ]
     counts = _counts(examples, marked)
+    terms = [annotator for annotator in annotators if isinstance(annotator, Terms)]
+    counts["terms"] = sum(len(one.terms) for one in terms)
+    counts["terms_not_found"] = sum(len(one.not_found) for one in terms)
     settings = {name: annotator.settings for name, annotator in zip(names, annotators, strict=True)}
     return Annotated(
-        done, {"format": FORMAT, **counts, "settings": settings | {"replace": replace}}
+        done, {"format": FORMAT, **counts, "settings": {**settings, "replace": replace}}
     )
 
 
@@ -122,12 +123,33 @@ def merge(marks: Iterable[Mark]) -> list[Mark]:
 
 
 def _read(record: Any, row: int) -> tuple[Example, list[Mark]]:
-    """Return a record's example, and the spans that it has."""
-    example, spans, _ = parse_record(record, row, require_spans=False)
-    answer = len(texts_of(example)) - 1
-    raw = record.get("spans")
-    said = raw if isinstance(raw, list) and len(raw) == len(spans) else [None] * len(spans)
-    return example, [_given(answer, *ends, span) for ends, span in zip(spans, said, strict=True)]
+    """Return a record's example, without spans, and the spans that it has."""
+    example, marked = parse_record(record, row, require_spans=False)
+    bare = {key: value for key, value in record.items() if key not in ("spans", "target_words")}
+    plain, _ = parse_record(bare, row, require_spans=False)
+    said = _said(record, len(marked))
+    marks = [
+        _given(number, *ends, span)
+        for number, (text, spans) in enumerate(zip(marked, said, strict=True))
+        for ends, span in itertools.zip_longest(text.spans, spans[: len(text.spans)])
+    ]
+    return plain.with_spans([() for _ in example.texts]), marks
+
+
+def _said(record: Mapping[str, Any], count: int) -> list[list[Any]]:
+    """Return the spans of each of a record's texts as they stand in it; empty where they are in
+    another form."""
+    said: list[list[Any]] = [[] for _ in range(count)]
+    for number, message in enumerate(record.get("messages") or ()):
+        if isinstance(message.get("spans"), list):
+            said[number] += message["spans"]
+    spans = record.get("spans")
+    for span in spans if isinstance(spans, list) else ():
+        text = count - 1
+        if isinstance(span, Mapping):
+            text = 0 if span.get("field") == "question" else span.get("turn", text)
+        said[count - 1 if text is None else text].append(span)
+    return said
 
 
 def _given(text: int, start: int, end: int, span: Any) -> Mark:
@@ -165,12 +187,16 @@ def _mark(name: str, texts: list[Text], span: Found) -> Mark:
     return Mark(span.text, span.start, span.end, (name,), round(float(span.score), 4))
 
 
-def _written(record: dict[str, Any], texts: list[Text], marks: list[Mark]) -> dict[str, Any]:
+def _written(record: dict[str, Any], example: Example, marks: list[Mark]) -> dict[str, Any]:
     """Return a record with these spans, and none of those that it had."""
-    spans = []
+    texts, spans = texts_of(example), []
     for mark in marks:
         span = {"start": mark.start, "end": mark.end}
         span["text"] = texts[mark.text].content[mark.start : mark.end]
+        if example.turns:
+            span["turn"] = mark.text
+        elif mark.text < len(texts) - 1:
+            span["field"] = "question"
         span |= {key: value for key, value in mark.extra.items() if key not in span}
         if mark.by:
             span["annotator"] = "+".join(mark.by)
@@ -178,6 +204,11 @@ def _written(record: dict[str, Any], texts: list[Text], marks: list[Mark]) -> di
             span["score"] = mark.score
         spans.append(span)
     record = {key: value for key, value in record.items() if key != "target_words"}
+    if example.turns:
+        record["messages"] = [
+            {key: value for key, value in message.items() if key != "spans"}
+            for message in record["messages"]
+        ]
     return record | {"spans": spans}
 
 

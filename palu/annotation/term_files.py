@@ -123,7 +123,7 @@ def _leaves(value: Any, field: str) -> Iterator[tuple[str, str]]:
     elif (
         isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip()
     ):
-        yield str(value), field
+        yield field, str(value)
 
 
 def _table(text: str, name: str, source: str) -> Iterator[Term]:

@@ -1,6 +1,9 @@
 """What annotators find comes into the records, and nothing else changes."""
 
-from palu.annotation import Found, Whole, annotate, texts_of
+import pytest
+
+from palu.annotation import Found, Terms, Whole, annotate, texts_of
+from palu.data.records import parse_record
 
 
 class Fixed:
@@ -35,6 +38,8 @@ def test_whole_answers():
         "spans": 2,
         "spans_in_answers": 2,
         "by_annotator": {"all": 2},
+        "terms": 0,
+        "terms_not_found": 0,
         "settings": {"all": {}, "replace": False},
     }
 
@@ -59,3 +64,66 @@ def test_overlaps_become_one_span():
     assert again.records == done.records
     replaced = annotate(records, annotators=[Fixed("b", "nowhere")], replace=True)
     assert replaced.records == [DOCUMENT | {"spans": []}]
+
+
+CHAT = {
+    "ticket": "T1",
+    "messages": [
+        {"role": "system", "content": "You are Nora."},
+        {"role": "user", "content": "I am Mira Okonjo.", "name": "x"},
+        {"role": "assistant", "content": "Hello Mira Okonjo of Cork, Mira Okonjo."},
+    ],
+}
+
+
+def placed(record):
+    """Where a reader of the record finds spans: the text and what is in each of its spans."""
+    example, _ = parse_record(record, 0, require_spans=True)
+    return [[text[start:end] for start, end in spans] for text, spans in example.texts]
+
+
+def test_spans_of_conversations_and_questions():
+    asked = {"question": "Is Mira Okonjo there?", "answer": "No, Mira Okonjo left."}
+    chat, pair = annotate([CHAT, asked], annotators=[Terms(["Mira Okonjo"])]).records
+    assert {k: v for k, v in chat.items() if k != "spans"} == CHAT
+    assert placed(chat) == [[], ["Mira Okonjo"], ["Mira Okonjo"] * 2]
+    assert placed(pair) == [["Mira Okonjo"], ["Mira Okonjo"]]
+    assert [span.get("field") for span in pair["spans"]] == ["question", None]
+
+
+def test_spans_that_messages_have_stay():
+    inside = CHAT["messages"][2] | {"spans": [{"start": 21, "end": 25, "annotator": "me"}]}
+    record = CHAT | {"messages": [*CHAT["messages"][:2], inside]}
+    (done,) = annotate([record], annotators=[Terms(["Mira Okonjo of"])]).records
+    assert placed(done) == [[], [], ["Mira Okonjo of", "Cork"]]
+    assert done["messages"] == CHAT["messages"]
+    assert [span["annotator"] for span in done["spans"]] == ["terms", "me"]
+    asked = {
+        "question": "Mira?",
+        "answer": "\U0001f600 Mira in Cork",
+        "spans": [
+            {"field": "question", "start": 0, "end": 4, "annotator": "a"},
+            {"start": 3, "end": 7, "text": "Mira", "annotator": "b"},  # in UTF-16
+        ],
+    }
+    (done,) = annotate([asked], annotators=[Terms(["Cork"])]).records
+    assert placed(done) == [["Mira"], ["Mira", "Cork"]]
+    assert [span["annotator"] for span in done["spans"]] == ["a", "b", "terms"]
+
+
+def test_released_annotations_stay():
+    record = {"question": "Q", "answer": "In Lund.", "target_words": [{"word": "Lund"}]}
+    record["target_words"][0] |= {"start": 3, "end": 7}
+    (done,) = annotate([record], annotators=[Terms(["nowhere"])]).records
+    assert placed(done) == [[], ["Lund"]] and "target_words" not in done
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="one or more"):
+        annotate([DOCUMENT], annotators=[])
+    with pytest.raises(ValueError, match="of another name"):
+        annotate([DOCUMENT], annotators=[Whole(), Whole()])
+    with pytest.raises(ValueError, match="f:2: field 'answer' is missing"):
+        annotate([({"question": "Q"}, "f:2")], annotators=[Whole()])
+    with pytest.raises(ValueError, match="annotator 'a' gave"):
+        annotate([{"text": "ab  c"}], annotators=[Fixed("a", "  ")])
