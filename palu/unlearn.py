@@ -25,7 +25,7 @@ from palu.data.pairs import own_alternates, refusals
 from palu.data.records import Example
 from palu.data.template import Template
 from palu.models.layers import layer_count
-from palu.models.lora import name_base
+from palu.models.writing import write_model
 from palu.reference.cached import CachedReference
 from palu.run_record import write_record
 from palu.training.callbacks import FORGET_PROB
@@ -258,10 +258,12 @@ def save_model(
     template: Template,
     *,
     saved: Mapping[str, torch.dtype] | None = None,
+    source: str | Path | None = None,
     **record: Any,
 ) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
-    `palu.json`."""
+    `palu.json`; `source` is the folder that the model was loaded from (see
+    `palu.models.writing.write_model`)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(model.device).manual_seed(0)
     for name, parameter in model.named_parameters() if saved else ():
@@ -269,8 +271,5 @@ def save_model(
             rounded = torch.empty_like(parameter, dtype=saved[name])
             round_into(rounded, parameter.data, generator)
             parameter.data = rounded
-    model.save_pretrained(folder)
-    if hasattr(model, "peft_config"):
-        name_base(folder)
-    tokenizer.save_pretrained(folder)
+    write_model(folder, model, tokenizer, source)
     write_record(folder, template=template, **record)

@@ -42,6 +42,7 @@ def merge(context: typer.Context, options: SimpleNamespace) -> None:
         from palu.models.folders import named_from, reading
         from palu.models.loading import folder_with, load_model, load_tokenizer
         from palu.models.lora import ADAPTER_CONFIG, base_folder, fold_in_measured, is_adapter
+        from palu.models.writing import write_model
         from palu.run_record import RECORD, read_record
         from palu.storage.files import write_json
         from palu.storage.output import claim_output, output_folder, versions
@@ -82,8 +83,7 @@ def merge(context: typer.Context, options: SimpleNamespace) -> None:
             "adapter does; --dtype float32 keeps it, and so does the adapter beside its base model"
         )
     with output_folder(claim) as folder, bars.status("Writing the model"):
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_model(folder, merged, tokenizer, base)
         record |= {"base_model": named_from(folder, base), "adapter": named_from(folder, adapter)}
         record |= {"dtype": kind, "rounding": rounding, "versions": versions()}
         write_json(folder / RECORD, record)

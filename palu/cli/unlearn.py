@@ -316,6 +316,7 @@ class Run:
             self.tokenizer,
             self.template,
             saved=saved,
+            source=options.model,
             made_by="palu unlearn",
             seed=options.seed,
             base_model=named_from(folder, options.model),
