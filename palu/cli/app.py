@@ -18,6 +18,7 @@ from palu.cli.evaluate import evaluate
 from palu.cli.inspect import inspect
 from palu.cli.merge import merge
 from palu.cli.plan import plan
+from palu.cli.report import report
 from palu.cli.unlearn import unlearn
 from palu.errors import exit_status
 from palu.terminal import WarningLines, bars, out, say, warn
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, unlearn, inspect, evaluate, merge, plan):
+for command in (demo, unlearn, inspect, evaluate, merge, plan, report):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

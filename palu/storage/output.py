@@ -20,6 +20,9 @@ from palu.storage.json_files import read_object
 
 RECORD = "palu.json"
 EVALUATION_FILES = ("TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json")
+# What the stages after `palu unlearn` leave in a model's folder.
+REPORT_FILES = ("annotation.json", "evaluation.json", "attack.json", "report.html", "report.json")
+REPORT_FILES += ("README.md",)
 CACHE_FORMAT = "palu reference cache"
 # The last two are files that were being written when the build was killed.
 _CACHE_FILES = (
@@ -168,7 +171,7 @@ def _foreign(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        if name not in known and path.name not in EVALUATION_FILES:
+        if name not in known and path.name not in (*EVALUATION_FILES, *REPORT_FILES):
             return name
     return None
 

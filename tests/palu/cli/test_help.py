@@ -12,7 +12,7 @@ from palu.cli.options import PANELS
 from palu.training.options import LossOptions, choices
 from tests.support.command import palu_in
 
-COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "merge", "plan", "cache"]
+COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "merge", "plan", "report", "cache"]
 COMMANDS += ["cache build", "cache info", "cache verify"]
 
 # The options that `palu unlearn` has had so far.

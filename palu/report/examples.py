@@ -1,0 +1,237 @@
+"""Example answers of a report, with the sensitive words masked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palu.report.inputs import ATTACK, Inputs
+from palu.report.measures import evaluated, ordered
+from palu.storage.output import RECORD
+
+if TYPE_CHECKING:
+    from palu.data.records import Example
+
+SHOWN = 6  # examples of each kind
+# What looks like somebody's address or number, be it of those who are to be kept or nobody's.
+_PRIVATE = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
+
+
+@dataclass
+class Secrets:
+    """The examples that were to be forgotten, and what is secret in them.
+
+    Attributes:
+        path: the file they were read from.
+        records: in the file's order.
+        examples: an example for each answer of theirs (`split_answers`), which is what is measured.
+        texts: the distinct texts of their spans.
+        shown: whether secrets are shown.
+    """
+
+    path: str
+    records: list[Example]
+    examples: list[Example]
+    texts: list[str]
+    shown: bool = False
+
+    def mask(self, text: str) -> str:
+        """Return a text with black boxes in the place of secrets, and of what looks like anybody's
+        e-mail address or number, unless they are shown."""
+        from palu.evaluation.leaks import BOX, mask
+
+        return text if self.shown else _PRIVATE.sub(BOX, mask(text, self.texts))
+
+
+def read_secrets(path: str, *, shown: bool) -> Secrets:
+    """Read the file that was to be forgotten. Raises ValueError as `load_examples` does."""
+    from palu.data.files import load_examples
+    from palu.data.records import split_answers
+    from palu.evaluation.leaks import secrets_of
+
+    records = load_examples(path, require_spans=False)
+    examples = [part for record in records for part in split_answers(record)]
+    texts = dict.fromkeys(text for record in records for text in secrets_of(record))
+    return Secrets(str(path), records, examples, list(texts), shown)
+
+
+def find_secrets(
+    inputs: Inputs, forget: str | Path | None, *, shown: bool = False
+) -> tuple[Secrets | None, str | None]:
+    """Return the secrets of the file that was forgotten, or None and why there are none.
+
+    Args:
+        forget: the file; when None the one that `palu.json` names, if it is still there.
+
+    Raises:
+        ValueError: `forget` cannot be read, or has other records than those that were measured.
+    """
+    path = forget_file(inputs) if forget is None else forget
+    if path is None:
+        return None, "the file that was forgotten is not here; name it with --forget"
+    try:
+        secrets = read_secrets(str(path), shown=shown)
+        example_answers(inputs, secrets)
+    except ValueError:
+        if forget is not None:
+            raise
+        # The name may lead to another file by now. What is wrong with it is not told: it may be
+        # somebody's data.
+        return None, f"{path} is not what was measured; name the right file (--forget)"
+    return secrets, None
+
+
+def forget_file(inputs: Inputs) -> str | None:
+    """Return the file that `palu.json` says was forgotten, where it is still there: from the
+    working directory, in the folder, or beside it."""
+    named = inputs[RECORD]["data"]["forget"].value
+    if not isinstance(named, str) or not named:
+        return None
+    name, bracket, end = named.partition("[")
+    for path in (
+        Path(name),
+        inputs.folder / Path(name).name,
+        inputs.folder.parent / Path(name).name,
+    ):
+        if path.exists():
+            return f"{path}{bracket}{end}"
+    return None
+
+
+def example_answers(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
+    """Return questions with the answers that each model gives, those that still say a secret
+    first.
+
+    Without the file that was to be forgotten there are none: nobody could tell what to mask.
+
+    Returns:
+        `[{"number", "question", "true", "answers": {model: {"text", "says": int, "of": int}}}]`;
+        `true`, the true answer, is None unless secrets are shown.
+
+    Raises:
+        ValueError: the file has other records than those that were measured.
+    """
+    models = evaluated(inputs)
+    if secrets is None or not any(node["forget"]["examples"] for node in models.values()):
+        return []
+    known = {example.id: (number, example) for number, example in enumerate(secrets.examples, 1)}
+    found: dict[str, dict[str, Any]] = {}
+    for model in ordered(models):
+        for row in models[model]["forget"]["examples"].each():
+            name = row["id"].value
+            if str(name) not in known:
+                raise row["id"].fail(f"the id of a record of {secrets.path}, which has no such one")
+            if not row["generated"]:
+                continue
+            number, example = known[str(name)]
+            entry = found.setdefault(str(name), _entry(number, example, secrets))
+            entry["answers"][model] = _answer(row["generated"].text(), example, secrets)
+    order = sorted(found.values(), key=lambda entry: (-_said(entry), entry["number"]))
+    return order[:SHOWN]
+
+
+def leaked_answers(inputs: Inputs, secrets: Secrets | None) -> dict[str, dict[str, int]]:
+    """Return model -> how many secrets its plain answers say, and of how many, where the answers to
+    every record are there."""
+    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+
+    counts: dict[str, dict[str, int]] = {}
+    if secrets is None:
+        return counts
+    known = {example.id: example for example in secrets.examples}
+    for model, node in evaluated(inputs).items():
+        answers = {
+            str(row["id"].value): row["generated"] for row in node["forget"]["examples"].each()
+        }
+        if not answers or {*answers} != {*known} or not all(answers.values()):
+            continue
+        judged = [
+            (secret, answers[name].text())
+            for name, example in known.items()
+            for secret in sort_secrets(secrets_of(example), prompt_of(example)).judged
+        ]
+        counts[model] = {"leaked": sum(leaks(*pair) for pair in judged), "of": len(judged)}
+    return counts
+
+
+def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
+    """Return examples of attacks: `[{"attack", "prompt", "answers": {model: {"text"}}}]`.
+
+    Where `palu attack` left the secrets in them, the file that was to be forgotten must be there to
+    mask them.
+    """
+    if secrets is None:
+        if inputs[ATTACK]["settings"]["show_secrets"].value is not False:
+            return []
+        secrets = Secrets("", [], [], [])
+    titles = {
+        one["name"].value: one["title"].text(one["name"].text())
+        for one in inputs[ATTACK]["attacks"].each()
+    }
+    shown = []
+    for one in list(inputs[ATTACK]["examples"].each())[:SHOWN]:
+        answers = dict(one["answers"].named())
+        shown.append(
+            {
+                "attack": titles.get(one["attack"].value, one["attack"].text()),
+                "prompt": secrets.mask(one["prompt"].text("")),
+                "answers": {
+                    model: {"text": secrets.mask(answers[model].text())}
+                    for model in ordered(answers)
+                },
+            }
+        )
+    return shown
+
+
+def masked(value: Any, secrets: Secrets | None) -> Any:
+    """Return JSON values in which the texts that say a whole secret are masked. (A number in a
+    model's name may be a part of one by chance.)"""
+    from palu.evaluation.leaks import leaks
+
+    if secrets is None or secrets.shown:
+        return value
+    if isinstance(value, str):
+        said = any(leaks(secret, value) for secret in secrets.texts)
+        return secrets.mask(value) if said else value
+    if isinstance(value, Mapping):
+        return {key: masked(one, secrets) for key, one in value.items()}
+    if isinstance(value, list):
+        return [masked(one, secrets) for one in value]
+    return value
+
+
+def _entry(number: int, example: Example, secrets: Secrets) -> dict[str, Any]:
+    return {
+        "number": number,
+        "question": secrets.mask(_asked(example)),
+        "true": example.answer if secrets.shown else None,
+        "answers": {},
+    }
+
+
+def _asked(example: Example) -> str:
+    return example.question or "(a plain document)"
+
+
+def _answer(text: str, example: Example, secrets: Secrets) -> dict[str, Any]:
+    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+
+    judged = sort_secrets(secrets_of(example), prompt_of(example)).judged
+    says = sum(leaks(secret, text) for secret in judged)
+    return {"text": secrets.mask(text), "says": says, "of": len(judged)}
+
+
+def _said(entry: Mapping[str, Any]) -> int:
+    return entry["answers"].get("unlearned", {}).get("says", 0)
+
+
+def spans_of(examples: Iterable[Example]) -> int:
+    """Return how many spans examples have, in all their turns."""
+    return sum(
+        sum(len(turn.spans) for turn in example.turns) if example.turns else len(example.spans)
+        for example in examples
+    )

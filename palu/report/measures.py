@@ -1,0 +1,132 @@
+"""What each model knows of the records to forget, and of those to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from palu.report.inputs import EVALUATION, EVALUATION_FORMAT, MODELS, Inputs, Node
+from palu.storage.output import RECORD
+
+LEAKED = "leaked"
+# Field of a result -> what it is, in words.
+TITLES = {
+    LEAKED: "Secrets said in plain answers",
+    "sensitive_probability": "Probability of the sensitive words",
+    "past_prefix_probability": "Probability of the rest of the sensitive passages, after the first "
+    "tokens (those that were unlearned)",
+    "retain_probability": "Probability of the answers",
+    "answer_probability": "Probability of the whole answers",
+    "rougeL_recall": "Words of the true answer that are said (ROUGE-L recall)",
+    "exact_memorization": "Tokens of the answer that are its first choice (exact memorization)",
+    "extraction_strength": "Part of an answer that it finishes by itself (extraction strength)",
+}
+_OF_RUN = {"forget": ("sensitive_probability", "past_prefix_probability")}
+_OF_RUN["retain"] = ("retain_probability",)
+_OF_EVALUATION = ("sensitive_probability", "answer_probability", "rougeL_recall")
+_OF_EVALUATION += ("exact_memorization", "extraction_strength")
+
+Row = dict[str, Any]  # set, name, title, source, values: model -> number or {"leaked", "of"}
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return names of models in the order of a report's columns."""
+    names = list(dict.fromkeys(names))
+    return [name for name in MODELS if name in names] + [n for n in names if n not in MODELS]
+
+
+def evaluated(inputs: Inputs) -> dict[str, Node]:
+    """Return the models of `evaluation.json`. What `palu evaluate --json` writes is of one model,
+    the unlearned one."""
+    content = inputs[EVALUATION]
+    if not content:
+        return {}
+    if content["models"]:
+        content.format(EVALUATION_FORMAT)
+        return dict(content["models"].named())
+    if not (content["model"] and content["forget"]):
+        raise ValueError(
+            f"{content.file}: has neither 'models' nor 'model' and 'forget'; it must be what palu "
+            "erase or palu evaluate --json wrote"
+        )
+    return {"unlearned": content}
+
+
+def measure_rows(inputs: Inputs, leaked: Mapping[str, Any]) -> list[Row]:
+    """Return what was measured without an attack, a row for each number: those of the run itself,
+    unless `evaluation.json` has the same of the same models, then those.
+
+    Args:
+        leaked: model -> how many secrets its answers in `evaluation.json` say, and of how many.
+    """
+    later = _rows_of_evaluation(evaluated(inputs))
+    if leaked:
+        later.append(_row("forget", LEAKED, "evaluation", leaked))
+    of_run = _rows_of_run(inputs[RECORD]["outcome"])
+    rows = [*(row for row in of_run if not _has(later, row)), *later]
+    return sorted(rows, key=lambda row: [*TITLES].index(row["name"]))
+
+
+def _has(rows: Iterable[Row], wanted: Row) -> bool:
+    """Return whether a row with the wanted one's number is there, of all its models."""
+    return any(
+        (row["set"], row["name"]) == (wanted["set"], wanted["name"])
+        and {*row["values"]} >= {*wanted["values"]}
+        for row in rows
+    )
+
+
+def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return what is left of the first retain number that original and unlearned model have."""
+    for row in rows:
+        before, after = (row["values"].get(name) for name in MODELS[:2])
+        if row["set"] == "retain" and before and after is not None:
+            return after / before
+    return None
+
+
+def _rows_of_run(outcome: Node) -> list[Row]:
+    sides = {"original": outcome["before"], "unlearned": outcome["after"]}
+    rows = []
+    leaked = {
+        name: _leaked(side["leaked"], side["spans"])
+        for name, side in sides.items()
+        if side["leaked"]
+    }
+    if leaked:
+        rows.append(_row("forget", LEAKED, "run", leaked))
+    for data, names in _OF_RUN.items():
+        for name in names:
+            values = {model: side[name].share() for model, side in sides.items() if side[name]}
+            if values:
+                rows.append(_row(data, name, "run", values))
+    return rows
+
+
+def _rows_of_evaluation(models: Mapping[str, Node]) -> list[Row]:
+    sets = dict.fromkeys(
+        data for node in models.values() for data, part in node.named() if _is_result(part)
+    )
+    rows = []
+    for data in sets:
+        for name in _OF_EVALUATION:
+            means = {model: node[data]["mean"][name] for model, node in models.items()}
+            values = {model: mean.share() for model, mean in means.items() if mean}
+            if values:
+                rows.append(_row(data, name, "evaluation", values))
+    return rows
+
+
+def _is_result(part: Node) -> bool:
+    return isinstance(part.value, Mapping) and "mean" in part.value
+
+
+def _leaked(leaked: Node, of: Node) -> dict[str, int]:
+    if leaked.count() > of.count():
+        raise leaked.fail(f"at most {of.path}, {of.count()}")
+    return {"leaked": leaked.count(), "of": of.count()}
+
+
+def _row(data: str, name: str, source: str, values: Mapping[str, Any]) -> Row:
+    ranked = {model: values[model] for model in ordered(values)}
+    return {"set": data, "name": name, "title": TITLES[name], "source": source, "values": ranked}
