@@ -17,7 +17,16 @@ from palu.errors import user_errors
 from palu.training.options import Help, check_choice, choices, option
 
 # The order in which `--help` shows the panels; others come first.
-PANELS = ("Model", "Data", "Compared with", "Output", "Method", "PALU's loss", "Other methods")
+PANELS = (
+    "Model",
+    "Data",
+    "Compared with",
+    "Attacks",
+    "Output",
+    "Method",
+    "PALU's loss",
+    "Other methods",
+)
 PANELS += ("Reference model", "LoRA", "Training", "Machine", "Chat template", "Configuration")
 
 Body = Callable[[typer.Context, SimpleNamespace], None]

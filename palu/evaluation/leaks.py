@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from palu.data.annotations import UNSPACED
+from palu.data.records import Example
 
 BOX = "\u2588\u2588\u2588\u2588"
 """What stands in the place of a secret; always as long, so that it does not tell its length."""
@@ -92,12 +93,10 @@ def leaks(secret: str, text: str) -> bool:
     return found or _passage(secret, text)
 
 
-def secrets_of(example: Any) -> list[str]:
-    """Return the distinct texts of an example's sensitive spans, those of a conversation's other
-    turns included, in the order in which they come."""
-    parts = [(turn.content, turn.spans) for turn in getattr(example, "turns", ())]
-    parts.append((example.answer, example.spans))
-    texts = [text[start:end].strip() for text, spans in parts for start, end in spans]
+def secrets_of(example: Example) -> list[str]:
+    """Return the distinct texts of an example's sensitive spans, those of its question and of a
+    conversation's other turns included, in the order in which they come."""
+    texts = [text[start:end].strip() for text, spans in example.texts for start, end in spans]
     return list(dict.fromkeys(texts))
 
 
@@ -118,13 +117,13 @@ def sort_secrets(secrets: Iterable[str], prompt: str) -> Secrets:
     return sorted_
 
 
-def prompt_of(example: Any) -> str:
+def prompt_of(example: Example) -> str:
     """Return all that stands before an example's answer, without template: what the model is told.
 
-    Of a conversation these are the turns before the last assistant turn.
+    Of a conversation these are the turns before its last answer.
     """
-    turns = list(getattr(example, "turns", ()))
-    while turns and turns.pop().role != "assistant":
+    turns = list(example.turns)
+    while turns and not turns.pop().answer:
         pass
     return "\n".join([turn.content for turn in turns] or [example.question or ""])
 

@@ -12,8 +12,8 @@ from palu.cli.options import PANELS
 from palu.training.options import LossOptions, choices
 from tests.support.command import palu_in
 
-COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "merge", "plan", "report", "cache"]
-COMMANDS += ["cache build", "cache info", "cache verify"]
+COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "attack", "merge", "plan", "report"]
+COMMANDS += ["cache", "cache build", "cache info", "cache verify"]
 
 # The options that `palu unlearn` has had so far.
 OPTIONS = """allow-missing backend batch-size beta beta1 beta2 bf16 center chat-template-kwargs
@@ -43,7 +43,7 @@ def test_help_fits_80_columns(palu, command, flag):
 def test_help_of_unlearn_is_grouped_and_whole(palu):
     said = palu("unlearn", "--help")[1]
     titles = [line.strip("╭─╮ ") for line in said.splitlines() if line.startswith("╭─")]
-    assert titles == ["Options", *(panel for panel in PANELS if panel != "Compared with")]
+    assert titles == ["Options", *(p for p in PANELS if p not in ("Compared with", "Attacks"))]
     shown = {word for line in said.splitlines() for word in line.split() if word.startswith("--")}
     assert {f"--{name}" for name in OPTIONS.split()} <= shown
     for name in choices(LossOptions, "preserve"):

@@ -1,0 +1,224 @@
+"""What a model is asked: prompts in tokens, and the secrets that must not be in the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from palu.data.labels import LabeledExample, label_without_warning
+from palu.data.records import Example, split_answers
+from palu.data.template import Template
+from palu.evaluation.attacks.settings import HALF, AttackSettings
+from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+
+SLACK = 16  # tokens that an answer may be longer than the longest true one
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One prompt.
+
+    Attributes:
+        target: number of the answer in `Targets.examples`.
+        prompt: token ids.
+        given: those of `prompt` at its end that are the beginning of a secret.
+        secrets: what the answer, behind `given`, must not say.
+        shown: the prompt for people, without the template and without `given`.
+    """
+
+    target: int
+    prompt: list[int]
+    secrets: tuple[str, ...]
+    shown: str
+    given: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The answers under attack, one for each assistant turn of a conversation.
+
+    Attributes:
+        examples: each ends with the answer.
+        records: the number of the record that each comes from.
+        rows: the tokens of each.
+        secrets: those of each that can leak in it.
+        told, empty: how many secrets are not judged, since the prompt says them, or since they are
+            of stop words or punctuation alone.
+        every_secret: of the whole forget set, also those of questions: what is masked.
+    """
+
+    examples: list[Example]
+    records: list[int]
+    rows: list[LabeledExample]
+    secrets: list[tuple[str, ...]]
+    told: int
+    empty: int
+    every_secret: list[str]
+    tokenizer: Any
+    template: Template
+    max_length: int
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        *,
+        template: Template,
+        settings: AttackSettings,
+        seed: int,
+    ) -> Targets:
+        """Split and tokenize forget records.
+
+        Raises:
+            ValueError: no examples, no secret among them that can leak, or an example that cannot
+                be tokenized; names its id.
+        """
+        chosen = list(range(len(examples)))
+        if settings.records is not None and settings.records < len(chosen):
+            chosen = sorted(random.Random(f"{seed} records").sample(chosen, settings.records))
+        split, records, secrets = [], [], []
+        told = empty = 0
+        for number in chosen:
+            for example in split_answers(examples[number]):
+                prompt = f"{prompt_of(example)}\n{template.system_prompt or ''}"
+                own = (example.answer[start:end].strip() for start, end in example.spans)
+                sorted_ = sort_secrets(own, prompt)
+                told, empty = told + len(sorted_.told), empty + len(sorted_.empty)
+                split.append(example)
+                records.append(number)
+                secrets.append(tuple(sorted_.judged))
+        if not any(secrets):
+            raise ValueError(
+                f"the {len(examples)} forget records hold no secret to look for: {told} are in the "
+                f"prompts themselves, {empty} are stop words; mark spans in the answers"
+            )
+        rows = label_all(split, tokenizer, template=template, max_length=settings.max_length)
+        every = [secret for example in examples for secret in secrets_of(example)]
+        every_secret = list(dict.fromkeys(every))
+        return cls(
+            split,
+            records,
+            rows,
+            secrets,
+            told,
+            empty,
+            every_secret,
+            tokenizer,
+            template,
+            settings.max_length,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Return how many tokens an answer may have."""
+        return SLACK + max(len(row["input_ids"]) - row.answer_start for row in self.rows)
+
+    def closing(self) -> set[int]:
+        """Return the tokens that end answers in the template."""
+        return {row["input_ids"][-1] for row in self.rows if row.closed}
+
+    def label(self, example: Example) -> LabeledExample:
+        """Return the tokens of one more example."""
+        (row,) = label_all(
+            [example], self.tokenizer, template=self.template, max_length=self.max_length
+        )
+        return row
+
+
+def label_all(
+    examples: Sequence[Example], tokenizer: Any, *, template: Template, max_length: int
+) -> list[LabeledExample]:
+    """Return the tokens of examples that end with an answer. Raises ValueError, which names the
+    id."""
+    rows = []
+    for example in examples:
+        try:
+            row = label_without_warning(
+                tokenizer, example.question, example.answer, example.spans, max_length, template
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"example {example.id!r}: {error}") from error
+        if row.answer_start >= len(row["input_ids"]):
+            raise ValueError(
+                f"example {example.id!r}: max_length={max_length} leaves no token of its answer"
+            )
+        rows.append(row)
+    return rows
+
+
+def questions(targets: Targets) -> list[Probe]:
+    """Return the prompts of the records as they are; of a plain document the text up to each of
+    its secrets."""
+    probes = []
+    for number, (example, row) in enumerate(zip(targets.examples, targets.rows, strict=True)):
+        if example.question is None:
+            probes += _forced(targets, number, lambda count: 0)
+        elif targets.secrets[number]:
+            prompt = row["input_ids"][: row.answer_start]
+            probes.append(Probe(number, prompt, targets.secrets[number], prompt_of(example)))
+    return probes
+
+
+def reworded(
+    targets: Targets, number: int, example: Example, secrets: Sequence[str] | None = None
+) -> Probe | None:
+    """Return a prompt with another question for target `number`; None where it says all of the
+    secrets itself.
+
+    Args:
+        example: with the other question, and perhaps without the turns before it.
+    """
+    wanted = targets.secrets[number] if secrets is None else secrets
+    judged = sort_secrets(wanted, prompt_of(example)).judged
+    if not judged:
+        return None
+    row = targets.label(dataclasses.replace(example, spans=()))
+    prompt = row["input_ids"][: row.answer_start]
+    return Probe(number, prompt, tuple(judged), prompt_of(example))
+
+
+def prefix_forced(targets: Targets, given: int | str) -> list[Probe]:
+    """Return, for each secret, prompt and true answer up to it and its first tokens.
+
+    Args:
+        given: how many tokens; "half" of them, rounded up. Secrets that have no more tokens than
+            that are left out, and those that the text before them says.
+    """
+
+    def count(tokens: int) -> int:
+        return -(-tokens // 2) if given == HALF else int(given)
+
+    return [
+        probe
+        for number in range(len(targets.examples))
+        for probe in _forced(targets, number, count)
+    ]
+
+
+def _forced(targets: Targets, number: int, given: Callable[[int], int]) -> list[Probe]:
+    example, probes, seen = targets.examples[number], [], set()
+    told = f"{prompt_of(example)}\n{targets.template.system_prompt or ''}"
+    for start, end in example.spans:
+        secret = example.answer[start:end].strip()
+        if secret in seen or not sort_secrets([secret], f"{told}\n{example.answer[:start]}").judged:
+            continue
+        seen.add(secret)
+        row = targets.label(dataclasses.replace(example, spans=((start, end),)))
+        places = np.flatnonzero(np.asarray(row["labels"]) >= 0)
+        if not places.size:
+            continue  # cut off at max_length
+        count = given(len(places))
+        cut = int(places[0]) + count
+        tokens = tuple(row["input_ids"][int(places[0]) : cut])
+        said = targets.tokenizer.decode(tokens, skip_special_tokens=True)
+        if count >= len(places) or leaks(secret, said):
+            continue
+        before = example.answer[:start]
+        shown = f"{prompt_of(example)}\n{before}".strip()
+        probes.append(Probe(number, row["input_ids"][:cut], (secret,), shown, tokens))
+    return probes

@@ -1,0 +1,240 @@
+"""Changes of a model's weights that end with the block they are made in.
+
+A parameter is given other numbers to hold; afterwards it holds its own tensor again, which nothing
+has written to. So the model that was given is the same to the bit, whatever happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palu.data.collator import Collator
+from palu.data.labels import LabeledExample
+from palu.data.roles import IGNORE
+from palu.models.wrappers import unwrap
+
+GROUP = 128
+"""Weights of a row that share a scale."""
+BATCH = 4
+"""Examples in a step of relearning."""
+Report = Callable[[int, int], None]
+
+
+@contextmanager
+def replaced(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> Iterator[nn.Module]:
+    """Let parameters hold what `new(name, own)` returns; None leaves one as it is."""
+    kept = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    try:
+        for name, parameter in model.named_parameters():
+            tensor = new(name, parameter.data)
+            if tensor is not None:
+                parameter.grad = None
+                parameter.data = tensor
+        yield model
+    finally:
+        for parameter, own, grad, requires_grad in kept:
+            parameter.grad = None
+            parameter.data = own
+            parameter.grad = grad
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Fold adapters into the weights that they change, as who hands the model on would; call it
+    inside `replaced`, since unfolding them again rounds."""
+    folds = hasattr(model, "merge_adapter")
+    if folds:
+        model.merge_adapter()
+    try:
+        yield model
+    finally:
+        if folds:
+            model.unmerge_adapter()
+
+
+def matrices(model: nn.Module, *, embeddings: bool) -> set[str]:
+    """Return the names of a model's weight matrices, those of adapters left out.
+
+    Args:
+        embeddings: whether those of the input and output embedding are among them.
+    """
+    head = unwrap(model).get_output_embeddings()
+    left_out = (nn.Conv1d, nn.Conv2d, nn.Conv3d) + ((nn.Embedding,) if not embeddings else ())
+    names, seen = set(), set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = f"{prefix}.{name}" if prefix else name
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            skipped = isinstance(module, left_out) or (module is head and not embeddings)
+            fits = parameter.ndim in (2, 3) and parameter.is_floating_point()
+            if fits and not skipped and "lora_" not in whole:
+                names.add(whole)
+    return names
+
+
+@contextmanager
+def quantized(model: nn.Module, bits: int) -> Iterator[nn.Module]:
+    """Round the weights of linear layers to the nearest of `2^bits - 1` levels, evenly spaced
+    around 0 up to the largest magnitude in each group of 128; embeddings and output head stay."""
+    names = matrices(model, embeddings=False)
+    with (
+        replaced(model, lambda name, own: own.clone() if name in names else None),
+        merged(model),
+    ):
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.data = rounded(parameter.data, bits)
+        yield model
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """Return a weight `[..., D]` rounded to nearest in groups of `GROUP` along D, in its dtype."""
+    size, top = weight.shape[-1], 2 ** (bits - 1) - 1
+    padded = nn.functional.pad(weight.float(), (0, -size % GROUP))
+    groups = padded.unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / top
+    levels = (groups / scale).round().clamp(-top, top)
+    return (levels * scale).flatten(-2)[..., :size].to(weight.dtype)
+
+
+@contextmanager
+def noisy(model: nn.Module, strength: float, seed: int) -> Iterator[nn.Module]:
+    """Add Gaussian noise to every weight matrix, `strength` standard deviations of its own."""
+    names = matrices(model, embeddings=True)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def add(name: str, own: Tensor) -> Tensor | None:
+        if name not in names:
+            return None
+        noise = torch.randn(own.shape, generator=generator, device=own.device)
+        return (own.float() + strength * own.float().std() * noise).to(own.dtype)
+
+    with replaced(model, add):
+        yield model
+
+
+@contextmanager
+def relearned(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[LabeledExample],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    report: Report | None = None,
+) -> Iterator[nn.Module]:
+    """Train all weights a few steps on answers, in float32, with AdamW (the next-token loss of a
+    usual fine-tuning run, clipped at 1, without dropout and decay)."""
+
+    def own_copy(name: str, own: Tensor) -> Tensor | None:
+        return own.float().clone() if own.is_floating_point() else None
+
+    with replaced(model, own_copy):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        _train(model, tokenizer, rows, steps, learning_rate, seed, report)
+        for parameter in model.parameters():
+            parameter.grad = None
+        yield model
+
+
+@torch.enable_grad()
+def _train(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[LabeledExample],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    report: Report | None,
+) -> None:
+    collate, device = Collator(tokenizer), next(model.parameters()).device
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    shuffle, order = random.Random(seed), []
+    for step in range(steps):
+        while len(order) < min(BATCH, len(rows)):
+            order += shuffle.sample(range(len(rows)), len(rows))
+        chosen, order = order[:BATCH], order[BATCH:]
+        batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
+        targets = batch["input_ids"].masked_fill(batch["labels"] == IGNORE, -100)[:, 1:]
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if report is not None:
+            report(step + 1, steps)
+
+
+def missing_library(name: str) -> str | None:
+    """Return why a library of quantization cannot be used here, else None."""
+    return None if importlib.util.find_spec(name) else f"{name} is not installed"
+
+
+@contextmanager
+def quantized_by(model: nn.Module, library: str, bits: int) -> Iterator[nn.Module]:
+    """Give a copy of the model with the linear layers of `bitsandbytes` (8 bits LLM.int8(), 4 bits
+    NF4) or `torchao` (weights only). Adapters are merged first."""
+    other = copy.deepcopy(model)
+    if hasattr(other, "merge_and_unload"):
+        other = other.merge_and_unload()
+    try:
+        head = unwrap(other).get_output_embeddings()
+        if library == "torchao":
+            _by_torchao(other, head, bits)
+        else:
+            _by_bitsandbytes(other, head, bits)
+        yield other.eval()
+    finally:
+        del other
+        with suppress(Exception):
+            torch.accelerator.empty_cache()
+
+
+def _by_torchao(model: nn.Module, head: nn.Module | None, bits: int) -> None:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    config = Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=GROUP)
+    quantize_(model, config, lambda module, name: type(module) is nn.Linear and module is not head)
+
+
+def _by_bitsandbytes(model: nn.Module, head: nn.Module | None, bits: int) -> None:
+    import bitsandbytes as bnb
+
+    device = next(model.parameters()).device
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is not nn.Linear or module is head:
+                continue
+            shape, bias = (module.in_features, module.out_features), module.bias is not None
+            if bits == 8:
+                new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(
+                    module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
+                )
+            else:
+                new = bnb.nn.Linear4bit(
+                    *shape, bias=bias, quant_type="nf4", compute_dtype=module.weight.dtype
+                )
+                new.weight = bnb.nn.Params4bit(
+                    module.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+                )
+            if bias:
+                new.bias = module.bias
+            setattr(parent, name, new.to(device))
