@@ -32,6 +32,7 @@ from palu.training.callbacks import FORGET_PROB
 from palu.training.config import PALUConfig
 from palu.training.master_weights import round_into, warn_rounded_back
 from palu.training.nonfinite import check_weights
+from palu.training.outcome import RunOutcome
 from palu.training.trainer import TERMS, PALUTrainer
 
 # What the Trainer logs for each step and `palu.json` keeps.
@@ -67,6 +68,7 @@ class Outcome(NamedTuple):
     curve: list[dict[str, float]]  # one dict a step with the names in `CURVE`
     master_weights: bool  # whether float32 masters were trained (`palu.training.master_weights`)
     rounded_back: float  # share of the change that rounding takes back
+    known: RunOutcome | None = None  # where `PALUConfig.checks` asks for it
 
 
 def make_config(
@@ -113,12 +115,22 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
     method, retain = config.make_loss(), retain and config.retain_weight > 0
     needed = method.needs_reference or (retain and config.retain_loss != "nll")
     method.check_run(retain=retain, reference=config.reference, reference_needed=needed)
-    count = None
-    with suppress(Exception):  # `load_model` will say what is wrong with the folder
-        options = {"local_files_only": True, "trust_remote_code": False}
-        count = layer_count(AutoConfig.from_pretrained(model, **options))
+    count = layer_count(_model_config(model))
     if count is not None:
         method.check_layers(count)
+
+
+def hidden_size(model: Path) -> int | None:
+    """Return the width of the model in a folder; None where its configuration does not tell."""
+    config = _model_config(model)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    return getattr(text, "hidden_size", None)
+
+
+def _model_config(model: Path) -> Any:
+    with suppress(Exception):  # `load_model` will say what is wrong with the folder
+        options = {"local_files_only": True, "trust_remote_code": False}
+        return AutoConfig.from_pretrained(model, **options)
 
 
 def prepare_model(config: PALUConfig, model: nn.Module) -> None:
@@ -204,7 +216,8 @@ def unlearn(
     for config_, value in use_cache:
         config_.use_cache = value
     model.eval()
-    return Outcome(_curve(trainer.state.log_history), trainer.has_masters, share)
+    curve = _curve(trainer.state.log_history)
+    return Outcome(curve, trainer.has_masters, share, trainer.outcome)
 
 
 def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -217,7 +230,7 @@ def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 class TrainingBar(TrainerCallback):
     """Show a Trainer's steps and the last logged terms through `report`."""
 
-    SHOWN = ("forget", "preserve", "retain", FORGET_PROB)
+    SHOWN = ("forget", "preserve", "retain", FORGET_PROB, "sensitive_probability", "retain_kept")
 
     def __init__(self, report: Callable[..., None]) -> None:
         self.report = report

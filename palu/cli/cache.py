@@ -120,6 +120,7 @@ def _check_build(options: SimpleNamespace) -> tuple[Any, Any]:
     quiet()
     check_precision(options.dtype, options.bf16)
     model_folder(options.model)
+    options.prefix_length = options.prefix_length or 0  # as `palu unlearn` chooses
     names = (*STORED, "retain_loss", "backend")
     config = make_config(
         resolve_device(options.device), **{name: getattr(options, name) for name in names}

@@ -60,7 +60,7 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             options.file,
             tokenizer,
             limit=options.limit or None,
-            prefix_length=options.prefix_length,
+            prefix_length=options.prefix_length or 0,
             max_length=options.max_length,
             template=template,
             repair=options.repair,

@@ -169,7 +169,9 @@ def _parameter(kind: type, one: Field) -> inspect.Parameter:
 
 def _check_bounds(name: str, value: Any, known: Help) -> None:
     option = f"--{name.replace('_', '-')}"
+    if value is None:
+        return
     if known.above is not None and not known.above < value < math.inf:
         raise ValueError(f"{option} is {value}; it must be a finite number above {known.above}")
-    if known.least is not None and value is not None and value < known.least:
+    if known.least is not None and value < known.least:
         raise ValueError(f"{option} is {value}; it must be at least {known.least}")

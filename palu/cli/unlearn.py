@@ -32,7 +32,7 @@ from palu.cli.data import (
 )
 from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
 from palu.errors import failed_to_write, user_errors
-from palu.terminal import bars, out, warn
+from palu.terminal import bars, out, say, warn
 from palu.training.options import (
     LoRAOptions,
     LossOptions,
@@ -103,6 +103,7 @@ class Run:
     def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
         self.context, self.options = context, options
         self.is_main = distributed.rank() == 0  # the others write nothing
+        self.chosen: dict[str, dict[str, Any]] = {}  # settings that the user left open
 
     def check_places(self) -> None:
         """Refuse an output that may not be written, and keep it from other runs."""
@@ -142,7 +143,7 @@ class Run:
         from palu import unlearn as run
         from palu.models.loading import check_precision, model_folder, resolve_device
         from palu.reference.cache import cache_info
-        from palu.training import checkpoints
+        from palu.training import auto, checkpoints
         from palu_kernels.backend import resolve as resolve_backend
 
         quiet()
@@ -159,6 +160,14 @@ class Run:
         )
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed is {options.seed}; it must be 0 to 2**32 - 1")
+        self._choose(
+            auto.simple_choices(
+                options,
+                hidden_size=run.hidden_size(options.model),
+                lora=self.lora is not None,
+                retain=options.retain is not None,
+            )
+        )
         settings = self._settings()
         with blamed_on(options.set, ImportError):  # deepspeed
             self.config = run.make_config(self.device, **settings)
@@ -173,13 +182,42 @@ class Run:
         if self.had_cache:
             cache_info(self.cache)  # what is no cache is found out before the model is loaded
 
+    def _choose(self, choices: dict[str, Any]) -> None:
+        """Take the settings that were chosen, where the user has given none."""
+        for name, choice in choices.items():
+            if getattr(self.options, name) is None:
+                setattr(self.options, name, choice.value)
+                self.chosen[name] = choice._asdict()
+
+    def _choose_by_data(self, model: Any) -> None:
+        """Choose what depends on the data: how long to train, and the weight of the forget term."""
+        from palu.training import auto
+
+        options, config = self.options, self.config
+        step = options.batch_size * options.gradient_accumulation * distributed.count()
+        choices = {"epochs": auto.epochs(len(self.rows), step)}
+        if options.forget_weight is None:
+            loss = config.make_loss().palu_loss
+            choices["forget_weight"] = auto.forget_weight(
+                model, self.tokenizer, self.rows, loss, options.batch_size
+            )
+        self._choose(choices)
+        config.num_train_epochs, config.forget_weight = options.epochs, options.forget_weight
+
     def _settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `make_config`."""
+        from palu.training import auto
+
         settings = {
             one.metadata["help"].trainer or one.name: getattr(self.options, one.name)
             for kind in (RunOptions, LossOptions, MethodOptions, TrainingOptions)
             for one in fields(kind)
         }
+        if settings["num_train_epochs"] is None:  # by the data, which is not read yet
+            del settings["num_train_epochs"]
+            # The rate may not fall to 0 before it is known where the run ends.
+            for name, value in auto.SCHEDULE.items():
+                self.options.set.setdefault(name, value)
         settings["reference"] = self.reference
         settings["reference_cache"] = None if self.cache is None else str(self.cache)
         settings["report_to"] = [name.strip() for name in settings["report_to"].split(",")]
@@ -215,6 +253,7 @@ class Run:
         self.compute_dtype = torch.bfloat16 if options.bf16 else model.dtype
         if self.lora is not None:
             model, self.saved = add_lora(model, self.lora, options.seed), None  # stays float32
+        self._choose_by_data(model)
         freeze_other_towers(model)
         run.prepare_model(config, model)
         self.model = model
@@ -242,6 +281,9 @@ class Run:
             hold = "only the other words of the forget answers hold"
             hold = hold if self.by_span else "nothing holds"
             warn(f"no --retain file: {hold} the model in place")
+        for name, choice in self.chosen.items():
+            line = f"--{name.replace('_', '-')} {choice['value']}: {choice['why']}"
+            out.print(line, style="dim", soft_wrap=True, highlight=False)
         if self.options.resume:
             text = f"Resuming from {self.resume_from}"
             if self.resume_from is None:
@@ -329,9 +371,33 @@ class Run:
             processes=distributed.count(),
             settings=run.settings_of(self.config),
             options=as_config(options, of_one_run=False),
+            chosen=self.chosen,
+            outcome=self._outcome(),
             lora=None if self.lora is None else vars(self.lora),
             loss_curve=self.outcome.curve,
         )
+
+    def _say_outcome(self) -> None:
+        """Say what is known and kept, and what to change. Exit with 3 where it is not good."""
+        known = self.outcome.known
+        if known is None:
+            return
+        good = known.status == "forgotten"
+        for line in known.reasons():
+            out.print(f"  {line}", soft_wrap=True, highlight=False)
+        if good:
+            out.print("Forgotten, and kept.", style="green")
+            return
+        names = {"known": "the secrets are still known", "harmed": "the retain set is harmed"}
+        text = " and ".join(names[name] for name in known.status.split(" and "))
+        say("not good", "bold red", text)
+        for line in known.advice(self.config):
+            say("try", "red", line)
+        raise typer.Exit(3)
+
+    def _outcome(self) -> dict[str, Any] | None:
+        known = self.outcome.known
+        return None if known is None else known.to_dict(self.config)
 
     def report(self) -> None:
         """Remove the checkpoints, which are of no more use, and say what was done."""
@@ -347,6 +413,7 @@ class Run:
         out.print(written, soft_wrap=True)
         if self.cache is not None:
             out.print(self._settle_cache(), soft_wrap=True)
+        self._say_outcome()
 
     def _settle_cache(self) -> str:
         """Remove a cache that this run built for itself, which holds data derived from what was

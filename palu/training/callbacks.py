@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from palu.data.roles import FORGET
-from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
-from palu.models.inputs import more_inputs
 from palu.models.wrappers import eval_mode
-from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
+from palu.training.knowledge import token_scores
 
 if TYPE_CHECKING:
     from palu.training.trainer import PALUTrainer
@@ -127,24 +125,9 @@ class StopAtForgetProb(TrainerCallback):
 
     def _probabilities(self, rows: Any) -> list[float]:
         """Of each example that has a token to forget."""
-        trainer = self.trainer
         batch, forget = self._is_forget(rows)
-        device = trainer.args.device
-        ids, forget = batch["input_ids"].to(device), forget.to(device)
-        mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.to(device)
-        more = more_inputs(batch, device)
-        keep, targets = shift_to_logits(forget), ids[:, 1:][forget[:, 1:]]
-        options = {"reduction": "none", "backend": trainer.args.backend}
-        # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
-        with trainer.compute_loss_context_manager():
-            if trainer.step_loss.head is None:
-                logits = logits_at(trainer.model, ids, mask, keep, **more)
-                nll = cross_entropy_loss(logits, targets, **options)
-            else:
-                hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]
-                nll = linear_cross_entropy_loss(hidden, trainer.step_loss.head, targets, **options)
-        parts = nll.double().cpu().split(forget.sum(1).tolist())
+        nll, _ = token_scores(self.trainer, batch, forget, likeliest=False)
+        parts = nll.split(forget.sum(1).tolist())
         return [math.exp(-part.mean().item()) for part in parts if len(part)]
 
     def _is_forget(self, rows: Any) -> tuple[dict[str, Tensor], Tensor]:

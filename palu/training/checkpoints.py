@@ -44,6 +44,7 @@ FORMAT = 1
 # Settings that leave the numbers of a training run as they are.
 _FREE = {
     "backend",
+    "checks",
     "debug",
     "disable_tqdm",
     "do_eval",

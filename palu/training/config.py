@@ -16,7 +16,6 @@ from palu.training.options import (
     LossOptions,
     MethodOptions,
     RunOptions,
-    TrainingOptions,
     check_choice,
     check_read,
 )
@@ -37,9 +36,16 @@ def parse_center(center: str | float) -> str | float:
     raise ValueError(f"center must be global_mean, local_mean or a number, not {center!r}")
 
 
+# Where the command chooses: the numbers of the paper and its code.
+PAPER = {"objective": "flatten", "prefix_length": 3, "forget_weight": 1.0, "checks": "none"}
+
+
 @dataclass
 class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
     """Settings of `PALUTrainer`. Every field works with `HfArgumentParser`.
+
+    Where they are None, `objective`, `prefix_length`, `forget_weight` and `checks` are `flatten`,
+    3, 1 and `none`.
 
     `center` and `preserve` are kept as text (`"0.5"`, `"none"`) so that they survive a command
     line; `loss_options()` gives the values `PALULoss` takes.
@@ -59,8 +65,8 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
 
     # Defaults of the Trainer that fit unlearning.
     output_dir: str | None = field(default="palu-checkpoints")
-    learning_rate: float = field(default=TrainingOptions.learning_rate)
-    num_train_epochs: float = field(default=TrainingOptions.epochs)
+    learning_rate: float = field(default=1e-5)
+    num_train_epochs: float = field(default=10.0)
     logging_steps: float = field(default=5)
     save_strategy: str = field(default="no")
     # The order is the Trainer's own: HfArgumentParser cannot read the union the other way round.
@@ -71,6 +77,10 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)
 
     def __post_init__(self) -> None:
+        # What `palu unlearn` chooses by model and data is the paper's here.
+        for name, value in PAPER.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if isinstance(self.preserve, str) and self.preserve.lower() == "none":
             self.preserve = None
         parse_center(self.center)
@@ -84,7 +94,7 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
                 f"retain_loss must be one of {', '.join(losses)}, not {self.retain_loss!r} "
                 f"(method {self.method!r})"
             )
-        check_choice(self, RunOptions, "normalization", "reference")
+        check_choice(self, RunOptions, "normalization", "reference", "checks")
         if not isinstance(self.base_is_original, bool):
             raise TypeError(
                 f"base_is_original must be True or False, not {self.base_is_original!r}"

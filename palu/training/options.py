@@ -85,10 +85,11 @@ _machine = partial(option, panel="Machine")
 class LossOptions:
     """The options of `palu.PALULoss`: the method that forgets marked spans."""
 
-    objective: Literal["flatten", "entropy"] = _loss(
-        "flatten",
+    objective: Literal["flatten", "entropy"] | None = _loss(
+        None,
         "How the largest logits of a token to forget are levelled: flatten (pulled to --center) or "
         "entropy (their softmax made uniform).",
+        shown="entropy; with --center flatten",
     )
     top_k: int = _loss(50, "How many of its largest logits are levelled.")
     center: str = _loss(
@@ -96,7 +97,12 @@ class LossOptions:
         "Of flatten: the value that logits are pulled to: global_mean, local_mean or a number.",
         objective="flatten",
     )
-    prefix_length: int = _loss(3, "Tokens forgotten at the start of each span; 0 or less: all.")
+    prefix_length: int | None = _loss(
+        None,
+        "Tokens forgotten at the start of each span; 0 or less: all. What stands past a prefix "
+        "stays known to whoever has the prefix.",
+        shown="0",
+    )
     preserve: Literal["reverse_kl", "forward_kl", "nll", "none"] | None = _loss(
         "reverse_kl",
         "The loss that holds the other answer tokens: reverse_kl or forward_kl to the original "
@@ -168,7 +174,11 @@ class RunOptions:
         "palu forgets the marked spans, the others whole answers (dpo prefers alternate_answer, "
         "idk_dpo refusals, pdu bounds the retain loss, rmu steers activations).",
     )
-    forget_weight: float = _method(1.0, "Weight of the forget term.")
+    forget_weight: float | None = _method(
+        None,
+        "Weight of the forget term.",
+        shown="of palu balanced by the gradient of the first batches, else 1",
+    )
     retain_weight: float = _method(1.0, "Weight of the retain term.")
     retain_loss: Literal["nll", "kl", "embed_diff"] | None = _method(
         None,
@@ -177,7 +187,7 @@ class RunOptions:
         shown="nll",
     )
     retain_batch_size: int | None = _method(
-        None, "Retain examples beside each forget batch.", shown="as many as forget examples"
+        None, "Retain examples beside each forget batch.", shown="twice as many as forget examples"
     )
     normalization: Literal["step", "micro_batch"] = _method(
         "step",
@@ -199,6 +209,13 @@ class RunOptions:
         "Stop after the first epoch (or eval_steps) that leaves the tokens to forget with at most "
         "this probability, such as 0.05.",
     )
+    checks: Literal["none", "ends", "epochs"] | None = _training(
+        None,
+        "When to measure what the model still knows: never (none), before and after (ends), or "
+        "after each epoch too (epochs), and then stop where it is forgotten and keep the best "
+        "weights. What is still known or harmed at the end is said, with exit status 3.",
+        shown="epochs; with --epochs ends",
+    )
     backend: Literal["auto", "triton", "torch"] = _machine("auto", "What computes the losses.")
 
 
@@ -206,11 +223,18 @@ class RunOptions:
 class TrainingOptions:
     """The options of `transformers.TrainingArguments` that `palu unlearn` has, by its names."""
 
-    learning_rate: float = _training(
-        1e-5, "Peak, then linear to 0. LoRA usually wants about ten times as much: 1e-4.", above=0
+    learning_rate: float | None = _training(
+        None,
+        "Peak of the learning rate.",
+        above=0,
+        shown="by the width of the model; ten times as much with LoRA",
     )
-    epochs: float = _training(
-        10.0, "Passes over the forget set.", above=0, trainer="num_train_epochs"
+    epochs: float | None = _training(
+        None,
+        "Passes over the forget set, at most.",
+        above=0,
+        trainer="num_train_epochs",
+        shown="until forgotten, at most 20 or 150 steps",
     )
     batch_size: int = _training(
         8, "Forget examples in a micro-batch.", least=1, trainer="per_device_train_batch_size"

@@ -76,8 +76,10 @@ from palu.training.master_weights import (
     trains_in_half,
     warn_rounded_back,
 )
+from palu.training.outcome import RunOutcome
 from palu.training.step_log import TERMS, StepLog, row_means
 from palu.training.trainer_checks import check_arguments, marks_something
+from palu.training.until_forgotten import KnowledgeChecks
 from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
 
@@ -219,6 +221,10 @@ class PALUTrainer(CheckpointTrainer):
             self.add_callback(DualAscent(self))
         if args.stop_at_forget_prob is not None:
             self.add_callback(StopAtForgetProb(self))
+        self._checks = None
+        if args.checks != "none":
+            self._checks = KnowledgeChecks(self, stop=args.checks == "epochs")
+            self.add_callback(self._checks)
 
     def _set_up_losses(self, ref_model: nn.Module | None) -> None:
         args = self.args
@@ -373,6 +379,16 @@ class PALUTrainer(CheckpointTrainer):
             return 0.0
         masters = None if self._masters is None else self._masters.of
         return self._started.rounded_back(self.model, dtype, masters)
+
+    @property
+    def outcome(self) -> RunOutcome | None:
+        """Return what a finished run knew and knows, where `args.checks` asks for it."""
+        return None if self._checks is None else self._checks.outcome
+
+    @property
+    def masters(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Return the float32 master of each parameter that has one."""
+        return {} if self._masters is None else self._masters.of
 
     @property
     def has_masters(self) -> bool:

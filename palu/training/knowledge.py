@@ -1,0 +1,256 @@
+"""How much of the forget set, and of the retain set, a model knows in the course of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palu.data.roles import FORGET, IGNORE, token_roles
+from palu.distributed import Processes
+from palu.evaluation.inference import continuations
+from palu.evaluation.leaks import leaks, sort_secrets
+from palu.models.checks import is_whole
+from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
+from palu.models.inputs import more_inputs
+from palu.models.wrappers import eos_token_ids, eval_mode
+from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
+
+if TYPE_CHECKING:
+    from palu.training.trainer import PALUTrainer
+
+# Of a larger retain set so many examples are measured, spread evenly over it.
+RETAIN_ROWS = 256
+# So many answers are generated, spread evenly over the forget set.
+ANSWERS = 200
+
+
+class Knowledge(NamedTuple):
+    """What a model knows, each token given the true ones before it.
+
+    Attributes:
+        sensitive_probability: `exp(-mean NLL)` over the sensitive tokens of an example, averaged
+            over the examples.
+        past_prefix_probability: mean probability of the sensitive tokens past the first
+            `prefix_length` of their span; None where there are none.
+        recited: spans whose every token is the likeliest.
+        spans: how many there are, without those that the text before them says already and those
+            of stop words alone.
+        retain_probability: `exp(-mean NLL)` over the answer tokens of a retained example, averaged
+            over the examples; None without a retain set.
+    """
+
+    sensitive_probability: float
+    past_prefix_probability: float | None
+    recited: int
+    spans: int
+    retain_probability: float | None
+
+
+def token_scores(
+    trainer: PALUTrainer, batch: dict[str, Any], positions: Tensor, *, likeliest: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the negative log-likelihood (float64 `[n]`, on the CPU) of the tokens at `positions`,
+    and whether each is the likeliest (None unless asked for).
+
+    Args:
+        positions: bool `[B, T]`, the tokens; none in the first column.
+    """
+    device = trainer.args.device
+    ids, positions = batch["input_ids"].to(device), positions.to(device)
+    mask = batch.get("attention_mask")
+    mask = None if mask is None else mask.to(device)
+    more = more_inputs(batch, device)
+    keep, targets = shift_to_logits(positions), ids[:, 1:][positions[:, 1:]]
+    options = {"reduction": "none", "backend": trainer.args.backend}
+    first = None
+    # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
+    with trainer.compute_loss_context_manager():
+        if trainer.step_loss.head is None or likeliest:
+            logits = logits_at(trainer.model, ids, mask, keep, **more)
+            nll = cross_entropy_loss(logits, targets, **options)
+            first = (logits.argmax(-1) == targets).cpu() if likeliest else None
+        else:
+            hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]
+            nll = linear_cross_entropy_loss(hidden, trainer.step_loss.head, targets, **options)
+    return nll.double().cpu(), first
+
+
+class KnowledgeMeter:
+    """Measure a trainer's model on its forget and retain rows; processes share the rows and all get
+    the same numbers.
+
+    Args:
+        trainer: its data sets must have a length.
+    """
+
+    def __init__(self, trainer: PALUTrainer) -> None:
+        self.trainer = trainer
+        self.eos = eos_token_ids(trainer.model, trainer.processing_class)
+        self.prefix = getattr(trainer.method, "prefix_length", 0)
+        # A method of whole answers may be given rows without spans: then the answer is the secret.
+        self.by_span = trainer.method.by_span or any(
+            bool((self._sensitive([i])[1]).any()) for i in range(len(trainer.train_dataset))
+        )
+
+    @torch.no_grad()
+    def measure(self) -> Knowledge:
+        """Return what the model knows now."""
+        trainer = self.trainer
+        kept = trainer.retain_dataset
+        retained = _spread(len(kept), RETAIN_ROWS) if kept is not None else ()
+        totals = [0.0] * 8
+        with eval_mode(trainer.model, keep_rng=False):
+            # Without rows of its own a process still calls the model: a sharded one waits.
+            for rows in self._shares(range(len(trainer.train_dataset))):
+                sums = self._forget(rows or [0])
+                if rows:
+                    totals[:6] = [a + b for a, b in zip(totals[:6], sums, strict=True)]
+            for rows in self._shares(retained):
+                scores = self._retain(rows or [0])
+                totals[6] += math.fsum(scores) if rows else 0.0
+                totals[7] += len(scores) if rows else 0
+        own = torch.tensor([totals], dtype=torch.float64).to(trainer.args.device)
+        found = trainer.accelerator.gather(own).tolist()
+        # The same sums in the same order on every process: all of them stop, or none.
+        score, examples, past, past_tokens, recited, spans, retain, retained = (
+            math.fsum(column) for column in zip(*found, strict=True)
+        )
+        return Knowledge(
+            score / max(examples, 1),
+            past / past_tokens if past_tokens else None,
+            int(recited),
+            int(spans),
+            retain / retained if retained else None,
+        )
+
+    def leaked(self) -> tuple[int, int] | None:
+        """Return how many secrets the model says in greedy answers, and how many were asked for;
+        None where a process has only a part of the model.
+
+        Every answer, and every sensitive place of another turn, is generated from the true text
+        before it.
+        """
+        trainer, tokenizer = self.trainer, self.trainer.processing_class
+        if tokenizer is None or not is_whole(trainer.model):
+            return None
+        asked = [one for i in range(len(trainer.train_dataset)) for one in self._asked(i)]
+        asked = [asked[i] for i in _spread(len(asked), ANSWERS)]
+        if not asked:
+            return 0, 0
+        args = trainer.args
+        with eval_mode(trainer.model), trainer.compute_loss_context_manager():
+            answers = continuations(
+                trainer.model,
+                tokenizer,
+                [prompt for prompt, _, _ in asked],
+                eos_token_ids=self.eos,
+                max_new_tokens=max(length for _, length, _ in asked) + 8,
+                batch_size=4 * args.per_device_train_batch_size,
+                processes=Processes(args.process_index, args.world_size),
+            )
+        said = [
+            leaks(secret, answer.text)
+            for (_, _, secrets), answer in zip(asked, answers, strict=True)
+            for secret in secrets
+        ]
+        return sum(said), len(said)
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def _shares(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Yield this process's batches of row numbers, as many (or empty) in every process."""
+        args = self.trainer.args
+        size, rank = args.per_device_train_batch_size, args.process_index
+        for start in range(0, len(numbers), size * args.world_size):
+            yield list(numbers[start + rank * size : start + (rank + 1) * size])
+
+    def _sensitive(self, rows: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
+        """Return forget rows as a batch, and bool `[B, T]`: their sensitive tokens."""
+        trainer = self.trainer
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+        if getattr(self, "by_span", True):
+            return batch, token_roles(batch["labels"], 0, self.eos) == FORGET
+        return batch, trainer.method.roles(batch["labels"]) == FORGET
+
+    def _forget(self, rows: Sequence[int]) -> tuple[float, ...]:
+        """Return sums over rows: score, examples, probability past the prefix, tokens there, spans
+        recited, spans."""
+        batch, sensitive = self._sensitive(rows)
+        nll, first = token_scores(self.trainer, batch, sensitive, likeliest=True)
+        sums, at = [0.0] * 6, 0
+        for ids, marked in zip(batch["input_ids"].tolist(), sensitive.tolist(), strict=True):
+            scores: list[float] = []
+            for start, end in _runs(marked):
+                own = slice(at, at + end - start)
+                at += end - start
+                if not self._secret(ids, start, end):
+                    continue
+                scores += nll[own].tolist()
+                deep = [] if self.prefix <= 0 else nll[own][self.prefix :].tolist()
+                sums[2] += math.fsum(math.exp(-value) for value in deep)
+                sums[3] += len(deep)
+                sums[4] += bool(first[own].all())
+                sums[5] += 1
+            if scores:
+                sums[0] += math.exp(-math.fsum(scores) / len(scores))
+                sums[1] += 1
+        return tuple(sums)
+
+    def _secret(self, ids: list[int], start: int, end: int) -> str | None:
+        """Return the text of a span; None where the text before it says it, or it says nothing."""
+        tokenizer = self.trainer.processing_class
+        if tokenizer is None:
+            return " "
+        before = tokenizer.decode(ids[:start], skip_special_tokens=True)
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+        return text if sort_secrets([text], before).judged else None
+
+    def _retain(self, rows: Sequence[int]) -> list[float]:
+        trainer = self.trainer
+        batch = trainer.data_collator([trainer.retain_dataset[i] for i in rows])
+        answer = batch["labels"] != IGNORE
+        answer[:, 0] = False
+        nll, _ = token_scores(trainer, batch, answer, likeliest=False)
+        parts = nll.split(answer.sum(1).tolist())
+        return [math.exp(-part.mean().item()) for part in parts if len(part)]
+
+    def _asked(self, row: int) -> list[tuple[list[int], int, list[str]]]:
+        """Return of each answer of a row that has secrets: the prompt, its length, the secrets."""
+        batch, sensitive = self._sensitive([row])
+        if "attention_mask" in batch:  # without padding, on whichever side it is
+            real = batch["attention_mask"][0].bool()
+            ids, marked = batch["input_ids"][0][real].tolist(), sensitive[0][real].tolist()
+            labels = batch["labels"][0][real].tolist()
+        else:
+            ids, marked = batch["input_ids"][0].tolist(), sensitive[0].tolist()
+            labels = batch["labels"][0].tolist()
+        asked = []
+        for start, end in _runs([label != IGNORE for label in labels]):
+            spans = [(a, b) for a, b in _runs(marked) if start <= a < end]
+            texts = [self._secret(ids[:a] + ids[a:b], a, b) for a, b in spans]
+            prompt = self.trainer.processing_class.decode(ids[:start], skip_special_tokens=True)
+            secrets = [text for text in dict.fromkeys(texts) if text and not leaks(text, prompt)]
+            if secrets and start > 0:
+                asked.append((ids[:start], end - start, secrets))
+        return asked
+
+
+def _runs(marked: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return start and end of every stretch of true values."""
+    runs, at = [], 0
+    for value, group in groupby(marked):
+        length = len(list(group))
+        if value:
+            runs.append((at, at + length))
+        at += length
+    return runs
+
+
+def _spread(count: int, most: int) -> range | list[int]:
+    """Return at most `most` of `count` places, spread evenly."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]

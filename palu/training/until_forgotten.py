@@ -1,0 +1,197 @@
+"""Check what the model knows after each epoch, stop when it is forgotten, keep the best weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from palu.models.checks import is_whole
+from palu.training.knowledge import Knowledge, KnowledgeMeter
+from palu.training.outcome import Limits, RunOutcome, kept
+
+if TYPE_CHECKING:
+    from palu.training.trainer import PALUTrainer
+
+logger = logging.getLogger(__name__)
+
+KNOWN = "sensitive_probability"  # in a log: the entry is a check
+BEST = "palu-best.safetensors"
+# A run stops where probability and harm are well within their limits, not at them: samples say what
+# a greedy answer does not, and the retain examples are those that were trained on.
+LIKELY, HARM = 0.2, 0.6
+# Weights are kept from here on: what is far from good is no better than the last.
+WORTH_KEEPING = 3.0
+# Of a data set of few steps an epoch, several epochs lie between two checks.
+STEPS_BETWEEN = 5
+
+
+class KnowledgeChecks(TrainerCallback):
+    """Measure before the first and after the last step; with `stop`, also after each epoch, and end
+    the training where all is forgotten. The weights of the best check are those that stay.
+
+    Args:
+        trainer: it takes this callback.
+        stop: check on the way.
+
+    Attributes:
+        outcome: what came of the run, after it.
+    """
+
+    def __init__(self, trainer: PALUTrainer, *, stop: bool) -> None:
+        self.trainer, self.stop = trainer, stop
+        self.limits = Limits()
+        self.meter = KnowledgeMeter(trainer)
+        self.before: Knowledge | None = None
+        self.best: tuple[float, int] | None = None  # badness and step
+        self.outcome: RunOutcome | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Measure the original, or read what a resumed run had measured."""
+        self.checks = [e for e in state.log_history if KNOWN in e]
+        if not self.checks or self.checks[0]["step"] != 0:
+            if state.global_step:
+                raise ValueError(
+                    "the checkpoint was made without checks, and checks need what the original "
+                    f"knew; checks is {args.checks!r}, it must be 'none'"
+                )
+            self._measure(greedy=True)
+        self.before = _knowledge(self.checks[0])
+        self.best = self._kept_before(state.global_step)
+        if self.checks[-1].get("stopped"):
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.stop:
+            return
+        steps = state.global_step - self.checks[-1]["step"]
+        last = state.global_step >= state.max_steps
+        if not last and (state.epoch != int(state.epoch) or steps < STEPS_BETWEEN):
+            return
+        now = self._measure()
+        likely, recited, harm = self.limits.badness(now, self.before)
+        bad = max(likely, recited, harm)
+        if bad <= WORTH_KEEPING and (self.best is None or bad <= self.best[0]):
+            self._keep(bad)
+        if likely <= LIKELY and harm <= HARM and recited <= 1 and self._says_nothing():
+            self.best = 0.0, state.global_step
+            self.checks[-1]["stopped"] = control.should_training_stop = True
+            control.should_log = True
+            control.should_save |= args.save_strategy == "steps"
+            if state.is_world_process_zero:
+                logger.info("forgotten after step %d of at most %d", *_steps(state))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Put the best weights back and measure what they know."""
+        step, epoch = state.global_step, state.epoch
+        if self.best is not None and self.best[1] != step:
+            step = self.best[1]
+            epoch = next(e["epoch"] for e in self.checks if e["step"] == step)
+            self._put_back()
+        with self.trainer.step_log.paused():
+            after, leaked = self.meter.measure(), self.meter.leaked()
+        first = self.checks[0]
+        self.outcome = RunOutcome(
+            self.before,
+            after,
+            None if first.get("leaked") is None else (first["leaked"], first["asked"]),
+            leaked,
+            [{k: v for k, v in e.items() if k not in ("stopped",)} for e in self.checks],
+            epoch,
+            self.limits,
+        )
+        (Path(args.output_dir) / BEST).unlink(missing_ok=True)
+
+    # ---- measuring -------------------------------------------------------------------------------
+
+    def _measure(self, *, greedy: bool = False) -> Knowledge:
+        trainer = self.trainer
+        with trainer.step_log.paused():
+            now = self.meter.measure()
+            leaked = self.meter.leaked() if greedy else None
+        entry: dict[str, Any] = now._asdict()
+        if self.before is not None and now.retain_probability is not None:
+            entry["retain_kept"] = kept(now, self.before)
+        if leaked is not None:
+            entry["leaked"], entry["asked"] = leaked
+        should_log = trainer.control.should_log  # a log puts it out, also the one that follows
+        trainer.log({name: value for name, value in entry.items() if value is not None})
+        trainer.control.should_log = should_log
+        self.checks.append(trainer.state.log_history[-1])
+        return now
+
+    def _says_nothing(self) -> bool:
+        """Return whether greedy answers say few enough secrets: an answer that goes another way
+        than the true one may come to them again."""
+        with self.trainer.step_log.paused():
+            leaked = self.meter.leaked()
+        if leaked is None:
+            return True
+        self.checks[-1]["leaked"], self.checks[-1]["asked"] = leaked
+        return leaked[0] <= self.limits.leak_rate * leaked[1]
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def _file(self) -> Path:
+        return Path(self.trainer.args.output_dir) / BEST
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what trains, by name; the float32 masters of 16-bit weights beside them."""
+        trainer = self.trainer
+        masters = trainer.masters
+        tensors = {}
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[name] = parameter.data
+                if parameter in masters:
+                    tensors[f"master:{name}"] = masters[parameter].data
+        return tensors
+
+    def _keep(self, bad: float) -> None:
+        trainer = self.trainer
+        if not is_whole(trainer.model):
+            return  # a process has a part of the weights: the last ones stay
+        step = trainer.state.global_step
+        if trainer.is_world_process_zero():
+            file = self._file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(".partial")
+            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self._tensors().items()}
+            save_file(tensors, aside, metadata={"step": str(step), "badness": repr(bad)})
+            aside.replace(file)
+        self.best = bad, step
+
+    def _kept_before(self, step: int) -> tuple[float, int] | None:
+        """Return badness and step of the weights that a resumed run has kept."""
+        if not step or not self._file().is_file():
+            return None
+        with safe_open(self._file(), "pt") as file:
+            known = file.metadata() or {}
+        found = float(known.get("badness", "inf")), int(known.get("step", step + 1))
+        return found if found[1] <= step else None
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        trainer = self.trainer
+        targets = self._tensors()
+        if trainer.is_world_process_zero():
+            with safe_open(self._file(), "pt") as file:
+                for name, tensor in targets.items():
+                    tensor.copy_(file.get_tensor(name))
+        if trainer.args.world_size > 1:
+            for tensor in targets.values():
+                torch.distributed.broadcast(tensor, 0)
+
+
+def _knowledge(entry: dict[str, Any]) -> Knowledge:
+    return Knowledge(*(entry.get(name) for name in Knowledge._fields))
+
+
+def _steps(state: Any) -> tuple[int, int]:
+    return state.global_step, state.max_steps
