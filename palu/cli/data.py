@@ -29,10 +29,11 @@ def template_of(options: SimpleNamespace, folder: Any = None) -> Any:
 
 
 def without_slices(*files: str | None) -> list[str]:
-    """Return the paths of data as a user names them, without their slices."""
-    from palu.data.files import split_slice
+    """Return the paths of data as a user names them, without their slices; what is on the hub has
+    none."""
+    from palu.data.files import local_path
 
-    return [split_slice(file)[0] for file in files if file is not None]
+    return [path for path in map(local_path, files) if path is not None]
 
 
 def read_rows(
