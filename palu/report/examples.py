@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = 6  # examples of each kind
 # What looks like somebody's address or number, be it of those who are to be kept or nobody's.
-_PRIVATE = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
+_PRIVATE = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from palu.report.page import _environment
 from tests.support import erasure
 
 SCRIPT = "<script>document.title = 'owned'; fetch('http://example.invalid')</script>"
-LONG = "x" * 3000
+LONG = "x" * 700
 RIGHT_TO_LEFT = "\u05e9\u05dc\u05d5\u05dd \u202egnp.exe"
 TERMINAL = "\x1b[31mred\x1b]0;title\x07"
 HOSTILE = [
