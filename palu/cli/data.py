@@ -29,10 +29,11 @@ def template_of(options: SimpleNamespace, folder: Any = None) -> Any:
 
 
 def without_slices(*files: str | None) -> list[str]:
-    """Return the paths of data as a user names them, without their slices."""
-    from palu.data.files import split_slice
+    """Return the paths of data as a user names them, without their slices; what is on the hub has
+    none."""
+    from palu.data.files import local_path
 
-    return [split_slice(file)[0] for file in files if file is not None]
+    return [path for path in map(local_path, files) if path is not None]
 
 
 def read_rows(
@@ -116,6 +117,16 @@ def data_notes(options: SimpleNamespace) -> dict[str, Any]:
     """Return what a record says of the data of a run."""
     names = ("forget", "retain", "drop_overlap", "repair", "max_length")
     return {name: getattr(options, name) for name in names}
+
+
+def digests_of(options: SimpleNamespace) -> dict[str, Any]:
+    """Return SHA-256 of the files of a run's model and data, for `palu.json`."""
+    from palu.storage.fingerprint import data_digests, model_digests
+
+    named = {"forget": options.forget, "retain": options.retain}
+    data = {name: without_slices(path) for name, path in named.items()}
+    found = {name: data_digests(path[0]) for name, path in data.items() if path}
+    return {"algorithm": "sha256", "model": model_digests(options.model), "data": found}
 
 
 @contextmanager

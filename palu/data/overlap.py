@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from palu.data.files import split_slice
+from palu.data.files import local_path
 from palu.data.records import ASSISTANT, SYSTEM, USER, Example
 from palu.data.spans import shown
 
@@ -31,7 +31,8 @@ def without_overlap(
     forgotten = {_key(example) for example in forget}
     both = [_key(example) in forgotten for example in retain]
     if all(both):
-        same = os.path.samefile(split_slice(name)[0], split_slice(other)[0])
+        paths = local_path(name), local_path(other)
+        same = None not in paths and os.path.samefile(*paths)
         why = "it is the same file; " if same else ""
         raise ValueError(
             f"--retain {name}: every row is among the rows to forget of {other} ({why}questions "

@@ -66,7 +66,7 @@ def build_report(
     }
     page = render_page(
         report,
-        answers=example_answers(inputs, secrets),
+        answers=example_answers(secrets),
         attack_answers=attack_examples(inputs, secrets),
         no_answers=why,
         show_secrets=show_secrets,

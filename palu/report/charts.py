@@ -63,7 +63,7 @@ def checks_chart(checks: Sequence[dict[str, Any]]) -> Markup | None:
         said.append(f"{title}: from {points[0][1]:.3f} to {points[-1][1]:.3f}")
     return Markup(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        'aria-labelledby="chart-title chart-desc">'
+        'aria-labelledby="chart-title" aria-describedby="chart-desc">'
         '<title id="chart-title">Probability after each epoch of the run</title>'
         f'<desc id="chart-desc">{"; ".join(said)}. The table below has every number.</desc>'
         f"{''.join(parts)}</svg>"

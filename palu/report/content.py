@@ -39,7 +39,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     Raises:
         ValueError: a file that is damaged or something else; names file and field.
     """
-    rows = measure_rows(inputs, leaked_answers(inputs, secrets))
+    rows = measure_rows(inputs, leaked_answers(secrets))
     attacks = attacks_of(inputs)
     models = _models(inputs)
     content = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,25 @@ if TYPE_CHECKING:
 
 SHOWN = 6  # examples of each kind
 # What looks like somebody's address or number, be it of those who are to be kept or nobody's.
-_PRIVATE = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
+_PRIVATE = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
+
+
+@dataclass
+class Judged:
+    """A record, and what models answer to it.
+
+    Attributes:
+        number: which of the file, from 1 on.
+        secrets: those that an answer can give away.
+        texts: model -> answer.
+        says: model -> how many secrets the answer says.
+    """
+
+    number: int
+    example: Example
+    secrets: list[str]
+    texts: dict[str, str] = field(default_factory=dict)
+    says: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -30,6 +48,7 @@ class Secrets:
         examples: an example for each answer of theirs (`split_answers`), which is what is measured.
         texts: the distinct texts of their spans.
         shown: whether secrets are shown.
+        answers: what was answered, in the order of `evaluation.json`.
     """
 
     path: str
@@ -37,6 +56,7 @@ class Secrets:
     examples: list[Example]
     texts: list[str]
     shown: bool = False
+    answers: list[Judged] = field(default_factory=list)
 
     def mask(self, text: str) -> str:
         """Return a text with black boxes in the place of secrets, and of what looks like anybody's
@@ -74,7 +94,7 @@ def find_secrets(
         return None, "the file that was forgotten is not here; name it with --forget"
     try:
         secrets = read_secrets(str(path), shown=shown)
-        example_answers(inputs, secrets)
+        secrets.answers = judge_answers(inputs, secrets)
     except ValueError:
         if forget is not None:
             raise
@@ -101,7 +121,35 @@ def forget_file(inputs: Inputs) -> str | None:
     return None
 
 
-def example_answers(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
+def judge_answers(inputs: Inputs, secrets: Secrets) -> list[Judged]:
+    """Return every record whose answers `evaluation.json` has, and which secrets they say.
+
+    Raises:
+        ValueError: the file has other records than those that were measured.
+    """
+    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+
+    known = {example.id: (number, example) for number, example in enumerate(secrets.examples, 1)}
+    found: dict[str, Judged] = {}
+    models = evaluated(inputs)
+    for model in ordered(models):
+        for row in models[model]["forget"]["examples"].each():
+            name = str(row["id"].value)
+            if name not in known:
+                raise row["id"].fail(f"the id of a record of {secrets.path}, which has no such one")
+            if not row["generated"]:
+                continue
+            number, example = known[name]
+            if name not in found:
+                judged = sort_secrets(secrets_of(example), prompt_of(example)).judged
+                found[name] = Judged(number, example, judged)
+            text = row["generated"].text()
+            found[name].texts[model] = text
+            found[name].says[model] = sum(leaks(secret, text) for secret in found[name].secrets)
+    return list(found.values())
+
+
+def example_answers(secrets: Secrets | None) -> list[dict[str, Any]]:
     """Return questions with the answers that each model gives, those that still say a secret
     first.
 
@@ -110,51 +158,37 @@ def example_answers(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, A
     Returns:
         `[{"number", "question", "true", "answers": {model: {"text", "says": int, "of": int}}}]`;
         `true`, the true answer, is None unless secrets are shown.
-
-    Raises:
-        ValueError: the file has other records than those that were measured.
     """
-    models = evaluated(inputs)
-    if secrets is None or not any(node["forget"]["examples"] for node in models.values()):
-        return []
-    known = {example.id: (number, example) for number, example in enumerate(secrets.examples, 1)}
-    found: dict[str, dict[str, Any]] = {}
-    for model in ordered(models):
-        for row in models[model]["forget"]["examples"].each():
-            name = row["id"].value
-            if str(name) not in known:
-                raise row["id"].fail(f"the id of a record of {secrets.path}, which has no such one")
-            if not row["generated"]:
-                continue
-            number, example = known[str(name)]
-            entry = found.setdefault(str(name), _entry(number, example, secrets))
-            entry["answers"][model] = _answer(row["generated"].text(), example, secrets)
-    order = sorted(found.values(), key=lambda entry: (-_said(entry), entry["number"]))
-    return order[:SHOWN]
-
-
-def leaked_answers(inputs: Inputs, secrets: Secrets | None) -> dict[str, dict[str, int]]:
-    """Return model -> how many secrets its plain answers say, and of how many, where the answers to
-    every record are there."""
-    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
-
-    counts: dict[str, dict[str, int]] = {}
     if secrets is None:
-        return counts
-    known = {example.id: example for example in secrets.examples}
-    for model, node in evaluated(inputs).items():
-        answers = {
-            str(row["id"].value): row["generated"] for row in node["forget"]["examples"].each()
+        return []
+    order = sorted(secrets.answers, key=lambda one: (-one.says.get("unlearned", 0), one.number))
+    return [
+        {
+            "number": one.number,
+            "question": secrets.mask(one.example.question or "(a plain document)"),
+            "true": one.example.answer if secrets.shown else None,
+            "answers": {
+                model: {
+                    "text": secrets.mask(text),
+                    "says": one.says[model],
+                    "of": len(one.secrets),
+                }
+                for model, text in one.texts.items()
+            },
         }
-        if not answers or {*answers} != {*known} or not all(answers.values()):
-            continue
-        judged = [
-            (secret, answers[name].text())
-            for name, example in known.items()
-            for secret in sort_secrets(secrets_of(example), prompt_of(example)).judged
-        ]
-        counts[model] = {"leaked": sum(leaks(*pair) for pair in judged), "of": len(judged)}
-    return counts
+        for one in order[:SHOWN]
+    ]
+
+
+def leaked_answers(secrets: Secrets | None) -> dict[str, dict[str, int]]:
+    """Return model -> how many secrets its plain answers say, and of how many, where its answers to
+    every record are there."""
+    answers = [] if secrets is None else secrets.answers
+    if secrets is None or len(answers) < len(secrets.examples):
+        return {}
+    whole = (m for m in answers[0].texts if all(m in one.texts for one in answers))
+    of = sum(len(one.secrets) for one in answers)
+    return {m: {"leaked": sum(one.says[m] for one in answers), "of": of} for m in whole}
 
 
 def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
@@ -202,31 +236,6 @@ def masked(value: Any, secrets: Secrets | None) -> Any:
     if isinstance(value, list):
         return [masked(one, secrets) for one in value]
     return value
-
-
-def _entry(number: int, example: Example, secrets: Secrets) -> dict[str, Any]:
-    return {
-        "number": number,
-        "question": secrets.mask(_asked(example)),
-        "true": example.answer if secrets.shown else None,
-        "answers": {},
-    }
-
-
-def _asked(example: Example) -> str:
-    return example.question or "(a plain document)"
-
-
-def _answer(text: str, example: Example, secrets: Secrets) -> dict[str, Any]:
-    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
-
-    judged = sort_secrets(secrets_of(example), prompt_of(example)).judged
-    says = sum(leaks(secret, text) for secret in judged)
-    return {"text": secrets.mask(text), "says": says, "of": len(judged)}
-
-
-def _said(entry: Mapping[str, Any]) -> int:
-    return entry["answers"].get("unlearned", {}).get("says", 0)
 
 
 def spans_of(examples: Iterable[Example]) -> int:

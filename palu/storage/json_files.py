@@ -69,11 +69,20 @@ def look(path: str | os.PathLike[str], *, folder: bool = False) -> None:
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a regular file of UTF-8 text, without a byte order mark. Raises ValueError, which names
     the file and what it looks like."""
+    return as_text(path, read_bytes(path))
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read a regular file. Raises ValueError, which names it."""
     look(path)
     try:
-        raw = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
+
+
+def as_text(path: str | os.PathLike[str], raw: bytes) -> str:
+    """Return what `read_text` returns of a file that was read (and perhaps unpacked)."""
     check_kind(path, raw)
     if b"\0" in raw:  # JSON would escape it
         kind = "a binary file"

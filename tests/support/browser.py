@@ -39,7 +39,13 @@ _FLAGS = [
 
 
 class Browser:
-    """One Chromium process. `requests` are the addresses that the open page has asked for."""
+    """One Chromium process.
+
+    Attributes:
+        requests: the addresses that the open page has asked for.
+        blocked: those of them that its Content-Security-Policy did not let out.
+        said: lines of its console.
+    """
 
     def __init__(self, profile: str) -> None:
         ours_in, theirs_out = os.pipe()
@@ -62,6 +68,8 @@ class Browser:
         self._in, self._out = ours_in, ours_out
         self._rest, self._number, self._session = b"", 0, None
         self.requests: list[str] = []
+        self.blocked: list[str] = []
+        self._asked: dict[str, str] = {}
         self.said: list[str] = []
         self._loaded = False
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
@@ -75,7 +83,7 @@ class Browser:
         """Load a file at a size, in light or dark, and wait until it is there."""
         self.resize(width, height)
         self.emulate(dark=dark)
-        self.requests, self.said, self._loaded = [], [], False
+        self.requests, self.blocked, self.said, self._loaded = [], [], [], False
         self._ask("Page.navigate", url=path.resolve().as_uri())
         self._until(lambda: self._loaded)
 
@@ -97,8 +105,9 @@ class Browser:
 
     def press(self, key: str, code: int = 0) -> None:
         """Press and release a key: `Tab` (9), `Enter` (13), ..."""
-        for kind in ("rawKeyDown", "keyUp"):
+        for kind in ("keyDown", "keyUp"):
             keys = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            keys |= {"text": "\r"} if key == "Enter" else {}
             self._ask("Input.dispatchKeyEvent", type=kind, **keys)
 
     def overflow(self) -> int:
@@ -159,7 +168,10 @@ class Browser:
 
     def _note(self, event: str | None, params: dict) -> None:
         if event == "Network.requestWillBeSent":
+            self._asked[params["requestId"]] = params["request"]["url"]
             self.requests.append(params["request"]["url"])
+        elif event == "Network.loadingFailed" and params.get("blockedReason") == "csp":
+            self.blocked.append(self._asked[params["requestId"]])
         elif event == "Page.loadEventFired":
             self._loaded = True
         elif event == "Log.entryAdded":

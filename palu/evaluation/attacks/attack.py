@@ -111,7 +111,7 @@ class LeakAttack:
             hits = [[leaks(secret, text) for secret in probe.secrets] for text in said]
             leaking += sum(map(any, hits))
             for number, secret in enumerate(probe.secrets):
-                key = probe.target, secret
+                key = probe.record, secret
                 found[key] = found.get(key, False) or any(hit[number] for hit in hits)
             first = next((n for n, hit in enumerate(hits) if any(hit)), None)
             given = tokenizer.decode(probe.given, skip_special_tokens=True)

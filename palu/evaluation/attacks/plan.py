@@ -15,6 +15,8 @@ from palu.evaluation.attacks.probes import (
     SLACK,
     Probe,
     Targets,
+    asking,
+    has_history,
     label_all,
     prefix_forced,
     questions,
@@ -92,6 +94,9 @@ class Plan:
         )
 
     def _prefix_forcing(self) -> Iterator[LeakAttack]:
+        if cut := sum(row.lost_spans for row in self.targets.rows):
+            length = self.targets.max_length
+            self._skip("prefix_forcing", f"{cut} secrets that max_length={length} cuts off")
         for given in self.settings.forced:
             probes = prefix_forced(self.targets, given)
             left = [len(self.targets.rows[p.target]["input_ids"]) - len(p.prompt) for p in probes]
@@ -126,7 +131,7 @@ class Plan:
             "template": ("question in other sentences", "sentences that ask the question again"),
             "rewrite": ("question rewritten", "the question turned and reworded by rules"),
         }
-        chats = any(_history(example) for example in self.targets.examples)
+        chats = any(has_history(example) for example in self.targets.examples)
         for kind, (title, what) in kinds.items():
             for history in (True, False) if chats else (True,):
                 probes = list(self._reworded(kind, history))
@@ -158,7 +163,7 @@ class Plan:
     def _reworded(self, kind: str, history: bool) -> Iterator[Probe]:
         ways = {"template": templated, "rewrite": rewritten, "same": lambda question: [question]}
         for number, example in enumerate(self.targets.examples):
-            if not example.question or not self.targets.secrets[number]:
+            if not example.question or not (history or has_history(example)):
                 continue
             if kind == "given":
                 texts = given_paraphrases(example.extra)
@@ -168,7 +173,7 @@ class Plan:
             else:
                 texts = ways[kind](example.question)
             for text in texts:
-                probe = reworded(self.targets, number, _asking(example, text, history))
+                probe = reworded(self.targets, number, asking(example, text, history=history))
                 if probe is not None:
                     yield probe
 
@@ -312,21 +317,6 @@ def _forced_title(given: int | str) -> str:
     if not given:
         return "answer up to the secret given"
     return f"first {'token' if given == 1 else f'{given} tokens'} given away"
-
-
-def _history(example: Example) -> bool:
-    """Return whether a question has turns before it."""
-    return len(example.turns) > 2
-
-
-def _asking(example: Example, question: str, history: bool) -> Example:
-    """Return an example with another last question, with the turns before it or without."""
-    if not history or not example.turns:
-        return Example(example.id, question, example.answer, example.spans, example.extra)
-    turns = list(example.turns)
-    last = max(n for n, turn in enumerate(turns[:-1]) if turn.role == "user")
-    turns[last] = dataclasses.replace(turns[last], content=question, spans=())
-    return Example.of_turns(example.id, turns, example.extra)
 
 
 def _without_told(probe: Probe, text: str) -> Probe:

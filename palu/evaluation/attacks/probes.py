@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from palu.data.labels import LabeledExample, label_without_warning
-from palu.data.records import Example, split_answers
+from palu.data.conversations import label_record
+from palu.data.labels import LabeledExample
+from palu.data.records import SYSTEM, USER, Example, split_answers
+from palu.data.spans import Span
 from palu.data.template import Template
 from palu.evaluation.attacks.settings import HALF, AttackSettings
 from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
@@ -24,6 +26,7 @@ class Probe:
 
     Attributes:
         target: number of the answer in `Targets.examples`.
+        record: number of the record that it is of.
         prompt: token ids.
         given: those of `prompt` at its end that are the beginning of a secret.
         secrets: what the answer, behind `given`, must not say.
@@ -31,6 +34,7 @@ class Probe:
     """
 
     target: int
+    record: int
     prompt: list[int]
     secrets: tuple[str, ...]
     shown: str
@@ -46,8 +50,8 @@ class Targets:
         records: the number of the record that each comes from.
         rows: the tokens of each.
         secrets: those of each that can leak in it.
-        told, empty: how many secrets are not judged, since the prompt says them, or since they are
-            of stop words or punctuation alone.
+        told_before: those of each that its prompt says.
+        empty: how many are not looked for, since they are of stop words or punctuation alone.
         every_secret: of the whole forget set, also those of questions: what is masked.
     """
 
@@ -55,7 +59,7 @@ class Targets:
     records: list[int]
     rows: list[LabeledExample]
     secrets: list[tuple[str, ...]]
-    told: int
+    told_before: list[tuple[str, ...]]
     empty: int
     every_secret: list[str]
     tokenizer: Any
@@ -81,21 +85,22 @@ class Targets:
         chosen = list(range(len(examples)))
         if settings.records is not None and settings.records < len(chosen):
             chosen = sorted(random.Random(f"{seed} records").sample(chosen, settings.records))
-        split, records, secrets = [], [], []
-        told = empty = 0
+        split, records, secrets, told, empty = [], [], [], [], set()
         for number in chosen:
             for example in split_answers(examples[number]):
                 prompt = f"{prompt_of(example)}\n{template.system_prompt or ''}"
                 own = (example.answer[start:end].strip() for start, end in example.spans)
                 sorted_ = sort_secrets(own, prompt)
-                told, empty = told + len(sorted_.told), empty + len(sorted_.empty)
+                empty |= {(number, secret) for secret in sorted_.empty}
                 split.append(example)
                 records.append(number)
                 secrets.append(tuple(sorted_.judged))
+                told.append(tuple(sorted_.told))
         if not any(secrets):
             raise ValueError(
-                f"the {len(examples)} forget records hold no secret to look for: {told} are in the "
-                f"prompts themselves, {empty} are stop words; mark spans in the answers"
+                f"the {len(examples)} forget records hold no secret to look for "
+                f"({sum(map(len, told))} are in the prompts themselves, {len(empty)} are stop "
+                "words): mark spans in the answers"
             )
         rows = label_all(split, tokenizer, template=template, max_length=settings.max_length)
         every = [secret for example in examples for secret in secrets_of(example)]
@@ -106,12 +111,29 @@ class Targets:
             rows,
             secrets,
             told,
-            empty,
+            len(empty),
             every_secret,
             tokenizer,
             template,
             settings.max_length,
         )
+
+    @property
+    def system(self) -> str:
+        """Return the template's system prompt, which is part of every prompt."""
+        return self.template.system_prompt or ""
+
+    @property
+    def pairs(self) -> set[tuple[int, str]]:
+        """Return the secrets that can leak, each with the number of its record."""
+        sets = zip(self.records, self.secrets, strict=True)
+        return {(record, secret) for record, some in sets for secret in some}
+
+    @property
+    def told(self) -> int:
+        """Return how many secrets are in the prompts of all answers that have them."""
+        sets = zip(self.records, self.told_before, strict=True)
+        return len({(record, secret) for record, some in sets for secret in some} - self.pairs)
 
     @property
     def longest(self) -> int:
@@ -138,9 +160,8 @@ def label_all(
     rows = []
     for example in examples:
         try:
-            row = label_without_warning(
-                tokenizer, example.question, example.answer, example.spans, max_length, template
-            )
+            # Of a conversation that is too long the last row has the last answer.
+            row = label_record(tokenizer, example, max_length, template)[-1]
         except (TypeError, ValueError) as error:
             raise ValueError(f"example {example.id!r}: {error}") from error
         if row.answer_start >= len(row["input_ids"]):
@@ -149,6 +170,12 @@ def label_all(
             )
         rows.append(row)
     return rows
+
+
+def _marked(example: Example, *spans: Span) -> Example:
+    """Return the example with these spans of its answer, and no others."""
+    before = [()] * (len(example.texts) - 1)
+    return example.with_spans([*before, spans])
 
 
 def questions(targets: Targets) -> list[Probe]:
@@ -160,26 +187,43 @@ def questions(targets: Targets) -> list[Probe]:
             probes += _forced(targets, number, lambda count: 0)
         elif targets.secrets[number]:
             prompt = row["input_ids"][: row.answer_start]
-            probes.append(Probe(number, prompt, targets.secrets[number], prompt_of(example)))
+            record, secrets = targets.records[number], targets.secrets[number]
+            probes.append(Probe(number, record, prompt, secrets, prompt_of(example)))
     return probes
 
 
-def reworded(
-    targets: Targets, number: int, example: Example, secrets: Sequence[str] | None = None
-) -> Probe | None:
+def asking(example: Example, question: str, *, history: bool) -> Example:
+    """Return an example with another last question, with the turns before it or with none but
+    system turns."""
+    if not example.turns:
+        return dataclasses.replace(example, question=question)
+    turns = list(example.turns)
+    last = max(n for n, turn in enumerate(turns[:-1]) if turn.role == USER)
+    asked = dataclasses.replace(turns[last], content=question)
+    before = [turn for turn in turns[:last] if history or turn.role in SYSTEM]
+    after = turns[last + 1 :] if history else turns[-1:]
+    return Example.of_turns(example.id, [*before, asked, *after], example.extra)
+
+
+def has_history(example: Example) -> bool:
+    """Return whether a question has turns before it, system turns aside."""
+    return sum(turn.role not in SYSTEM for turn in example.turns) > 2
+
+
+def reworded(targets: Targets, number: int, example: Example) -> Probe | None:
     """Return a prompt with another question for target `number`; None where it says all of the
     secrets itself.
 
     Args:
         example: with the other question, and perhaps without the turns before it.
     """
-    wanted = targets.secrets[number] if secrets is None else secrets
-    judged = sort_secrets(wanted, prompt_of(example)).judged
+    wanted = [*targets.secrets[number], *targets.told_before[number]]
+    judged = sort_secrets(wanted, f"{targets.system}\n{prompt_of(example)}").judged
     if not judged:
         return None
-    row = targets.label(dataclasses.replace(example, spans=()))
+    row = targets.label(_marked(example))
     prompt = row["input_ids"][: row.answer_start]
-    return Probe(number, prompt, tuple(judged), prompt_of(example))
+    return Probe(number, targets.records[number], prompt, tuple(judged), prompt_of(example))
 
 
 def prefix_forced(targets: Targets, given: int | str) -> list[Probe]:
@@ -187,7 +231,8 @@ def prefix_forced(targets: Targets, given: int | str) -> list[Probe]:
 
     Args:
         given: how many tokens; "half" of them, rounded up. Secrets that have no more tokens than
-            that are left out, and those that the text before them says.
+            that are left out, and those that the text before them says. Where only the turns before
+            the question say it, the question is asked without them.
     """
 
     def count(tokens: int) -> int:
@@ -201,14 +246,22 @@ def prefix_forced(targets: Targets, given: int | str) -> list[Probe]:
 
 
 def _forced(targets: Targets, number: int, given: Callable[[int], int]) -> list[Probe]:
-    example, probes, seen = targets.examples[number], [], set()
-    told = f"{prompt_of(example)}\n{targets.template.system_prompt or ''}"
-    for start, end in example.spans:
-        secret = example.answer[start:end].strip()
-        if secret in seen or not sort_secrets([secret], f"{told}\n{example.answer[:start]}").judged:
+    whole, probes, seen = targets.examples[number], [], set()
+    ways = [whole]
+    if has_history(whole) and whole.question:
+        ways.append(asking(whole, whole.question, history=False))
+    for start, end in whole.spans:
+        secret, before = whole.answer[start:end].strip(), whole.answer[:start]
+        untold = [
+            way
+            for way in ways
+            if sort_secrets([secret], f"{targets.system}\n{prompt_of(way)}\n{before}").judged
+        ]
+        if secret in seen or not untold:
             continue
+        example = untold[0]
         seen.add(secret)
-        row = targets.label(dataclasses.replace(example, spans=((start, end),)))
+        row = targets.label(_marked(example, (start, end)))
         places = np.flatnonzero(np.asarray(row["labels"]) >= 0)
         if not places.size:
             continue  # cut off at max_length
@@ -218,7 +271,7 @@ def _forced(targets: Targets, number: int, given: Callable[[int], int]) -> list[
         said = targets.tokenizer.decode(tokens, skip_special_tokens=True)
         if count >= len(places) or leaks(secret, said):
             continue
-        before = example.answer[:start]
         shown = f"{prompt_of(example)}\n{before}".strip()
-        probes.append(Probe(number, row["input_ids"][:cut], (secret,), shown, tokens))
+        record, prompt = targets.records[number], row["input_ids"][:cut]
+        probes.append(Probe(number, record, prompt, (secret,), shown, tokens))
     return probes

@@ -112,7 +112,7 @@ def run_attacks(
         },
         "models": {name: _describe(model) for name, model in ordered.items()},
         "records": len(set(targets.records)),
-        "secrets": sum(map(len, targets.secrets)),
+        "secrets": len(targets.pairs),
         "not_judged": {"in_the_prompt": targets.told, "stop_words_only": targets.empty},
     }
     results = Results(head, chosen, plan.skipped, None if resume is None else Path(resume))

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from palu.data.labels import label_example
-from palu.data.records import Example
+from palu.data.records import Example, Turn
 from palu.data.template import Template
 from palu.evaluation.attacks import NAMES, AttackSettings, attack, run, run_attacks, weights
 from palu.evaluation.attacks.paraphrase import given_paraphrases, rewritten
-from palu.evaluation.attacks.probes import Targets, prefix_forced
+from palu.evaluation.attacks.plan import Plan
+from palu.evaluation.attacks.probes import Targets, prefix_forced, questions
 from palu.evaluation.inference import Continuation
 from palu.evaluation.leaks import leaks
 from tests.support import planted
@@ -110,6 +111,83 @@ def test_a_secret_that_the_text_before_it_says_is_not_forced():
     )
     assert targets.secrets == [("Lund",)] and (targets.told, targets.empty) == (1, 1)
     assert [probe.secrets for probe in prefix_forced(targets, 0)] == [("Lund",)]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat():
+    """A conversation of three answers: town; phone, which the user says; and both again."""
+    texts = [
+        ("system", "Be kind."),
+        ("user", "Where is Ada?"),
+        ("assistant", "Ada lives in Lund."),
+        ("user", "Call 07700 900 181."),
+        ("assistant", "We call 07700 900 181."),
+        ("user", "Repeat it?"),
+        ("assistant", "Ada: Lund, 07700 900 181."),
+    ]
+    turns = []
+    for role, text in texts:
+        found = [(text.find(s), s) for s in ("Lund", "07700 900 181") if role == "assistant"]
+        spans = tuple((at, at + len(s)) for at, s in found if at >= 0)
+        turns.append(Turn(role, text, spans))
+    return Example.of_turns("c", turns, {})
+
+
+def chat_targets():
+    tok = copy.deepcopy(planted.tokenizer())
+    tok.chat_template = CHAT
+    settings = AttackSettings()
+    return tok, Targets.of([chat()], tok, template=Template(), settings=settings, seed=0)
+
+
+def test_answers_of_a_conversation():
+    """Each is asked for in its context; what the context says is no leak."""
+    tok, targets = chat_targets()
+    assert [e.id for e in targets.examples] == ["c#1", "c#2", "c#3"]
+    assert targets.secrets == [("Lund",), (), ()] and targets.told == 1
+    assert targets.pairs == {(0, "Lund")}
+    (probe,) = questions(targets)
+    text = "<system>Be kind.<|end|><user>Where is Ada?<|end|><assistant>"
+    assert tok.decode(probe.prompt) == text and "Be kind" in probe.shown
+
+
+def test_prefix_forcing_goes_without_the_history_that_says_the_secret():
+    tok, targets = chat_targets()
+    said = [(probe.secrets[0], tok.decode(probe.prompt)) for probe in prefix_forced(targets, 0)]
+    alone = "<system>Be kind.<|end|><user>Repeat it?<|end|><assistant>"
+    assert said == [
+        ("Lund", "<system>Be kind.<|end|><user>Where is Ada?<|end|><assistant>Ada lives in"),
+        ("Lund", alone + "Ada:"),
+        ("07700 900 181", alone + "Ada: Lund,"),
+    ]
+    given = prefix_forced(targets, 2)[-1]
+    assert tok.decode(given.given) in " 07700 900" and given.record == 0 and given.target == 2
+
+
+def test_questions_of_a_conversation_with_and_without_its_history():
+    tok, targets = chat_targets()
+    plan = Plan(targets, AttackSettings(), 0)
+    found = {
+        (a.setting["kind"], a.setting["history"]): [tok.decode(p.prompt) for p in a.probes]
+        for a in plan.attacks(["paraphrase"])
+    }
+    start, end = "<system>Be kind.<|end|>", "<|end|><assistant>"
+    assert f"{start}<user>Ada is where?{end}" in found["rewrite", True]
+    assert len(found["rewrite", True]) == 3  # only "Where is Ada?" asks what is not said before
+    # The second question says the phone number itself; the third is an answer to look for now.
+    assert found["same", False] == [f"{start}<user>Repeat it?{end}"]
+    assert found["template", False][-1].startswith(f"{start}<user>Someone asked")
+    assert {
+        probe.secrets
+        for a in plan.attacks(["paraphrase"])
+        for probe in a.probes
+        if not a.setting["history"]
+    } == {("Lund", "07700 900 181")}
 
 
 def said(monkeypatch, answer_of):
@@ -378,7 +456,7 @@ def test_what_cannot_be_is_refused(error, names, models):
 
 
 def test_records_without_a_secret_to_look_for():
-    with pytest.raises(ValueError, match="hold no secret to look for: 1 are in the prompts"):
+    with pytest.raises(ValueError, match=r"no secret to look for .1 are in the prompts"):
         run_attacks(
             {"unlearned": planted.never_saw()},
             planted.tokenizer(),
