@@ -104,6 +104,7 @@ class Run:
     def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
         self.context, self.options = context, options
         self.is_main = distributed.rank() == 0  # the others write nothing
+        self.schedule: dict[str, Any] = {}  # of the learning rate, where the user left it open
         self.chosen: dict[str, dict[str, Any]] = {}  # settings that the user left open
 
     def check_places(self) -> None:
@@ -217,12 +218,11 @@ class Run:
         if settings["num_train_epochs"] is None:  # by the data, which is not read yet
             del settings["num_train_epochs"]
             # The rate may not fall to 0 before it is known where the run ends.
-            for name, value in auto.SCHEDULE.items():
-                self.options.set.setdefault(name, value)
+            self.schedule = auto.SCHEDULE
         settings["reference"] = self.reference
         settings["reference_cache"] = None if self.cache is None else str(self.cache)
         settings["report_to"] = [name.strip() for name in settings["report_to"].split(",")]
-        return settings | trainer_options(self.options.set)
+        return settings | self.schedule | trainer_options(self.options.set)
 
     def load(self) -> None:
         """Read the data, load the model and put what trains on it."""
@@ -285,7 +285,7 @@ class Run:
             warn(f"no --retain file: {hold} the model in place")
         for name, choice in self.chosen.items():
             line = f"--{name.replace('_', '-')} {choice['value']}: {choice['why']}"
-            out.print(line, style="dim", soft_wrap=True, highlight=False)
+            bars.print(line, style="dim", soft_wrap=True, highlight=False)
         if self.options.resume:
             text = f"Resuming from {self.resume_from}"
             if self.resume_from is None:
@@ -373,7 +373,10 @@ class Run:
             device=str(self.device),
             processes=distributed.count(),
             settings=run.settings_of(self.config),
-            options=as_config(options, of_one_run=False),
+            options=as_config(
+                SimpleNamespace(**vars(options) | {"set": self.schedule | options.set}),
+                of_one_run=False,
+            ),
             chosen=self.chosen,
             outcome=self._outcome(),
             lora=None if self.lora is None else vars(self.lora),

@@ -13,6 +13,7 @@ from palu.loss import PALULoss
 from palu.methods import METHODS, PALU, Method, check_options, make_method
 from palu.methods.base import check_number
 from palu.training.options import (
+    PAPER,
     LossOptions,
     MethodOptions,
     RunOptions,
@@ -34,10 +35,6 @@ def parse_center(center: str | float) -> str | float:
         if not isinstance(center, bool):
             return float(center)
     raise ValueError(f"center must be global_mean, local_mean or a number, not {center!r}")
-
-
-# Where the command chooses: the numbers of the paper and its code.
-PAPER = {"objective": "flatten", "prefix_length": 3, "forget_weight": 1.0, "checks": "none"}
 
 
 @dataclass

@@ -81,6 +81,11 @@ _output = partial(option, panel="Output")
 _machine = partial(option, panel="Machine")
 
 
+# Where `palu unlearn` chooses by model and data: the numbers of the paper and its code, which
+# `PALUConfig` has.
+PAPER = {"objective": "flatten", "prefix_length": 3, "forget_weight": 1.0, "checks": "none"}
+
+
 @dataclass
 class LossOptions:
     """The options of `palu.PALULoss`: the method that forgets marked spans."""
@@ -305,7 +310,8 @@ def check_read(options: Any, given: Collection[str] | None = None) -> None:
     """
     for one in fields(LossOptions):
         value = getattr(options, one.name)
-        if one.name in given if given is not None else value != one.default:
+        changed = value not in (one.default, PAPER.get(one.name, one.default))
+        if one.name in given if given is not None else changed:
             who = unread(one.name, method=options.method, objective=options.objective)
             if who is not None:
                 raise ValueError(

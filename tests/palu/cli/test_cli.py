@@ -16,6 +16,7 @@ from palu.data.template import Template
 from palu.run_record import choose_template
 from palu.storage.output import check_output, output_folder
 from palu.training.config import PALUConfig
+from palu.training.options import PAPER
 from tests.support.command import DATA, UNLEARN, record, refusal
 
 
@@ -149,9 +150,10 @@ def test_every_setting_of_palu_has_an_option_with_its_default(tmp_path):
     command = typer.main.get_command(app).commands["unlearn"]
     options = {p.name: p.default for p in command.params}
     assert {name: options[name] for name in own} == own
+    # what the command chooses by model and data is the paper's in Python
     defaults = PALUConfig(output_dir=str(tmp_path))
-    assert options["learning_rate"] == defaults.learning_rate
-    assert options["epochs"] == defaults.num_train_epochs
+    assert {name: getattr(defaults, name) for name in PAPER} == PAPER
+    assert {*PAPER, "learning_rate", "epochs"} <= {n for n, v in options.items() if v is None}
     assert options["batch_size"] == defaults.per_device_train_batch_size
 
 

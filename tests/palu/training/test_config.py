@@ -35,11 +35,11 @@ NO_CHOICE = ("l1", 1, 0.5, True, math.nan)
 WRONG = {
     "method": (*NO_CHOICE, None),
     "top_k": (*COUNTS, None),
-    "prefix_length": ("1", True, math.nan, 2.5, None),
-    "objective": (*NO_CHOICE, None),
+    "prefix_length": ("1", True, math.nan, 2.5),
+    "objective": NO_CHOICE,
     "center": ("middle", True, math.nan, math.inf, None),
     "preserve": NO_CHOICE,
-    "forget_weight": (*NUMBERS, None),
+    "forget_weight": NUMBERS,
     "preserve_weight": (*NUMBERS, None),
     "select_from": (*NO_CHOICE, None),
     "backend": (*NO_CHOICE, None),
@@ -49,6 +49,7 @@ WRONG = {
     "retain_batch_size": COUNTS,
     "normalization": (*NO_CHOICE, None),
     "reference": (*NO_CHOICE, None),
+    "checks": NO_CHOICE,
     "reference_cache": (1, 0.5, True, math.nan),
     "stop_at_forget_prob": ("0.5", True, math.nan, math.inf, -0.1, 0, 1),
 }
