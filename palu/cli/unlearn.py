@@ -167,7 +167,6 @@ class Run:
                 options,
                 hidden_size=run.hidden_size(options.model),
                 lora=self.lora is not None,
-                retain=options.retain is not None,
             )
         )
         settings = self._settings()

@@ -108,9 +108,7 @@ def forget_weight(
     )
 
 
-def simple_choices(
-    options: Any, *, hidden_size: int | None, lora: bool, retain: bool
-) -> dict[str, Choice]:
+def simple_choices(options: Any, *, hidden_size: int | None, lora: bool) -> dict[str, Choice]:
     """Return what can be chosen before the data is read, of those options that are None.
 
     Args:
@@ -128,10 +126,6 @@ def simple_choices(
         "prefix_length": Choice(0, "what stands past a prefix stays known to whoever has it"),
         "checks": Choice("epochs" if by_epoch else "ends", why),
     }
-    if retain:
-        choices["retain_batch_size"] = Choice(
-            2 * options.batch_size, "two retain examples beside each forget example"
-        )
     choices["objective"] = Choice(
         "entropy", "greedy answers stay fluent; flattened logits led them back to the secret"
     )

@@ -192,7 +192,7 @@ class RunOptions:
         shown="nll",
     )
     retain_batch_size: int | None = _method(
-        None, "Retain examples beside each forget batch.", shown="twice as many as forget examples"
+        None, "Retain examples beside each forget batch.", shown="as many as forget examples"
     )
     normalization: Literal["step", "micro_batch"] = _method(
         "step",

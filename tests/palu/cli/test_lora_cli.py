@@ -38,7 +38,7 @@ EVALUATE = "evaluate --forget forget.jsonl --device cpu --max-new-tokens 3 "
 def adapter(palu, name="adapter", options=""):
     """Make an adapter folder of this name where it is not there yet."""
     if not (palu.folder / name).exists():
-        line = f"--model model --output {name} --lora-rank 4 {options}"
+        line = f"--model model --output {name} --lora-rank 4 --learning-rate 1e-3 {options}"
         status, _, error = palu(LORA_RUN + line)
         assert status == 0, error
 
