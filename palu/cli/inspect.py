@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,8 @@ _KINDS = {
     "preserve": ("green", "", ""),
     "never predicted": ("magenta", "<<", ">>"),
 }
+# `--model` is its own here: a review takes none.
+_TEXT_OPTIONS = (TextOptions, *(f.name for f in fields(TextOptions) if f.name != "model"))
 
 
 @dataclass(kw_only=True)
@@ -44,12 +47,46 @@ class InspectOptions:
         MISSING, "JSON lines or a datasets folder; PATH[-40:] takes a slice.", argument=True
     )
     limit: int = option(5, "How many examples; 0: all.", least=0)
+    model: Path | None = option(
+        None, "Hugging Face model folder, whose tokens are shown.", panel="Model"
+    )
+    html: Path | None = option(
+        None,
+        "Write a page that shows all records, switches spans on and off, and downloads the "
+        "corrected file. Takes no --model.",
+        panel="Review",
+    )
+    review: bool = option(
+        False,
+        "Ask in the terminal about each span: keep or drop. Takes no --model.",
+        panel="Review",
+    )
+    output: Path | None = option(
+        None,
+        "Of --review: file for the corrected records; goes on where it stopped.",
+        panel="Review",
+    )
+    columns: str | None = option(
+        None,
+        "Columns of other names: question=..,answer=.. (or text=.., messages=..).",
+        panel="Data",
+    )
+    overwrite: bool = option(False, "Replace --html or --output.", panel="Review")
 
 
-@with_options(InspectOptions, TextOptions, (LossOptions, "prefix_length"))
+@with_options(InspectOptions, _TEXT_OPTIONS, (LossOptions, "prefix_length"))
 def inspect(context: typer.Context, options: SimpleNamespace) -> None:
-    """Print examples with their tokens coloured by what a run would do to them."""
+    """Print examples with their tokens coloured by what a run would do to them.
+
+    Or look at the spans themselves: --html writes a page for a browser, --review asks in the
+    terminal.
+    """
     with user_errors(), plain_warnings():
+        if options.html is not None or options.review:
+            _review(options)
+            return
+        if options.model is None:
+            raise ValueError("nothing says what to show: give --model DIR, or --html or --review")
         with bars.status("Loading the tokenizer"):
             from palu.models.loading import folder_with, load_tokenizer
             from palu.run_record import RECORD
@@ -66,6 +103,17 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             repair=options.repair,
             console=out,
         )
+
+
+def _review(options: SimpleNamespace) -> None:
+    from palu.cli.review import review, write_page
+
+    if options.html is not None and options.review:
+        raise ValueError("--html and --review are two ways to look: give one of them")
+    if options.html is not None:
+        write_page(options)
+    else:
+        review(options)
 
 
 def legend() -> Text:

@@ -12,7 +12,18 @@ from palu.cli.options import PANELS
 from palu.training.options import LossOptions, choices
 from tests.support.command import palu_in
 
-COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "attack", "merge", "plan", "report"]
+COMMANDS = [
+    "",
+    "demo",
+    "annotate",
+    "unlearn",
+    "inspect",
+    "evaluate",
+    "attack",
+    "merge",
+    "plan",
+    "report",
+]
 COMMANDS += ["cache", "cache build", "cache info", "cache verify"]
 
 # The options that `palu unlearn` has had so far.
