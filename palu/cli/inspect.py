@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from palu.cli.data import plain_warnings, template_of
-from palu.cli.options import TextOptions, with_options
+from palu.cli.options import FILES, TextOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, visible
 from palu.training.options import LossOptions, option
@@ -44,7 +43,10 @@ class InspectOptions:
     """What is shown."""
 
     file: str = option(
-        MISSING, "JSON lines or a datasets folder; PATH[-40:] takes a slice.", argument=True
+        MISSING,
+        f"A file ({FILES}), a datasets folder, or a data set on the hub (org/name:split). "
+        "PATH[-40:] takes a slice.",
+        argument=True,
     )
     limit: int = option(5, "How many examples; 0: all.", least=0)
     model: Path | None = option(
@@ -101,6 +103,7 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             max_length=options.max_length,
             template=template,
             repair=options.repair,
+            columns=options.columns,
             console=out,
         )
 
@@ -173,7 +176,7 @@ def render(
 
 
 def inspect_file(
-    path: str | os.PathLike[str],
+    path: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = 5,
@@ -181,22 +184,25 @@ def inspect_file(
     max_length: int = 512,
     template: Template | None = None,
     repair: Literal["none", "snap"] = "none",
+    columns: Mapping[str, str] | str | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the first `limit` examples of a data file (all when None) as `render` shows them, with
-    a legend.
+    """Print the first `limit` examples of a file, or what else `load_examples` takes, (all when
+    None) as `render` shows them, with a legend.
 
     `eos_token_id` is the tokenizer's when None. Rows need no spans: without any, everything is
     preserved. Raises what `load_examples` and `tokenize_examples` raise.
     """
     from palu.data.examples import tokenize_examples
-    from palu.data.files import load_examples
+    from palu.data.files import load_examples, name_of
 
     console = console or Console()
-    examples = load_examples(path, require_spans=False, repair=repair, limit=limit)
+    how = {"repair": repair, "limit": limit, "columns": columns}
+    how |= {"tokenizer": tokenizer, "max_length": max_length}
+    examples = load_examples(path, require_spans=False, **how)
     options = {"max_length": max_length, "template": template}
-    rows = tokenize_examples(examples, tokenizer, source=os.fspath(path), **options)
+    rows = tokenize_examples(examples, tokenizer, source=name_of(path), **options)
     if eos_token_id is None:
         eos_token_id = tokenizer.eos_token_id
     console.print(legend())

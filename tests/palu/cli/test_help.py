@@ -34,7 +34,7 @@ learning-rate lora-alpha lora-dropout lora-rank lora-target max-length method mo
 objective output overwrite prefix-length preserve preserve-weight reference reference-cache repair
 rescue resume retain retain-batch-size retain-loss retain-loss-eps retain-weight save-steps seed
 select-from steering-coeff stop-at-forget-prob system-prompt top-k trainable-params-regex"""
-OPTIONS += " config keep-cache print-config set report-to help"
+OPTIONS += " columns retain-columns config keep-cache print-config set report-to help"
 
 
 @pytest.fixture
