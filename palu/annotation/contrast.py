@@ -2,10 +2,11 @@
 the answer does not.
 
 For each word of an answer the log-probabilities of its tokens under both models are summed; the
-difference is how many nats the model to be changed knows more of the word. Words that are likely
-to be part of a fact (`palu.annotation.words`) and stand side by side make a run; runs whose words
-the model knows better by the threshold are the spans. Texts are compared by characters, so the two
-models need not have one tokenizer.
+difference is by how many nats the model to be changed knows the word better. A word's log-odds of
+being part of a fact are those of its form and place (`palu.annotation.words`) and a share of its
+nats; words above even odds that stand side by side make a run. Runs of which the model knows a word
+better by the threshold are the spans. Texts are compared by characters, so the two models need not
+have one tokenizer.
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 SELF = "self"
 """Stands for the same model, without the record's context."""
-THRESHOLD = 1.0
-"""Nats a word, chosen on rows 0 to 199 of TOFU's forget10: `docs/annotation.md`."""
-LIKELY = 0.35
-"""How likely a word must be part of a fact; chosen there too."""
+THRESHOLD = 0.5
+"""Nats by which a run must be known better: `docs/annotation.md` has the measurement."""
+# Each nat of a word adds so much to its log-odds of being part of a fact, up to so many nats.
+_EVIDENCE, _MOST = 0.2, 8.0
 
 # What the answer follows where the record's context is left out.
 _NO_CONTEXT = "..."
@@ -52,7 +53,7 @@ class Contrast:
         model: the model to be changed: a folder, or a model in eval mode with its tokenizer.
         other: a model that never saw the records, likewise: the base that `model` was tuned from;
             or "self": `model` without the record's context (the question, earlier turns).
-        threshold: nats a word by which `model` must know a run of words better.
+        threshold: nats by which `model` must know a word of a run better.
         template: how questions and answers become text; what a folder's `palu.json` says, or
             `Template()`, when None.
         max_length: tokens in one forward pass, at least 16; longer texts are read in overlapping
@@ -196,20 +197,21 @@ def runs(
         model, other: the log-probability of each character under both models.
 
     Returns:
-        first and last-plus-one character of each run, and by how many nats a word the model knows
-        it better than the other one.
+        first and last-plus-one character of each run, and by how many nats the model knows its
+        best word better than the other one.
     """
-    ratio = np.concatenate([[0.0], np.cumsum(model - other)])
-    found: list[tuple[int, int, list[float]]] = []
+    known = np.concatenate([[0.0], np.cumsum(model - other)])
+    found: list[tuple[int, int, float]] = []
     for word in words(text, context):
-        if word.likely < LIKELY:
+        nats = float(known[word.end] - known[word.start])
+        if word.odds + _EVIDENCE * min(max(nats, 0.0), _MOST) < 0:
             continue
-        nats = float(ratio[word.end] - ratio[word.start])
         if found and GAP.fullmatch(text, found[-1][1], word.start):
-            found[-1] = (found[-1][0], word.end, [*found[-1][2], nats])
+            start, _, best = found[-1]
+            found[-1] = (start, word.end, max(best, nats))
         else:
-            found.append((word.start, word.end, [nats]))
-    return [(start, end, max(nats)) for start, end, nats in found]
+            found.append((word.start, word.end, nats))
+    return found
 
 
 class _Answer(NamedTuple):

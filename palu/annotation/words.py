@@ -21,11 +21,11 @@ from palu.data.annotations import UNSPACED
 
 
 class Word(NamedTuple):
-    """A word, `text[start:end]`, and how likely it is to be part of a fact."""
+    """A word, `text[start:end]`, and its log-odds of being part of a fact."""
 
     start: int
     end: int
-    likely: float
+    odds: float
 
 
 _CLASSES = {
@@ -79,7 +79,7 @@ def cut(text: str) -> list[tuple[int, int]]:
 
 
 def words(text: str, context: str = "") -> list[Word]:
-    """Return the words of a text, each with its probability of being part of a fact.
+    """Return the words of a text, each with its log-odds of being part of a fact.
 
     Args:
         text: an answer.
@@ -93,15 +93,14 @@ def words(text: str, context: str = "") -> list[Word]:
     ]
     bonds = [weights["bonds"][kind] for kind in kinds_of_gaps(text, places)]
     # Numbers, addresses and links are facts wherever they stand.
-    likely = [
-        1.0 if _IDENTIFIER.search(text, *place) else p
-        for place, p in zip(places, marginals(scores, bonds), strict=True)
+    return [
+        Word(*place, math.inf if _IDENTIFIER.search(text, *place) else odds)
+        for place, odds in zip(places, marginal_odds(scores, bonds), strict=True)
     ]
-    return [Word(*place, p) for place, p in zip(places, likely, strict=True)]
 
 
-def marginals(scores: Sequence[float], bonds: Sequence[float]) -> list[float]:
-    """Return the probability of state 1 of each place of a chain of two states, whose probability
+def marginal_odds(scores: Sequence[float], bonds: Sequence[float]) -> list[float]:
+    """Return the log-odds of state 1 of each place of a chain of two states, whose probability
     grows with `exp(sum of the scores of places in state 1 + sum of the bonds between neighbours
     that are both)`.
 
@@ -118,10 +117,7 @@ def marginals(scores: Sequence[float], bonds: Sequence[float]) -> list[float]:
         return passed[: len(scores)]
 
     left, right = messages(scores, bonds), messages(scores[::-1], bonds[::-1])[::-1]
-    return [
-        math.exp(-_softplus(-(score + before + after)))
-        for score, before, after in zip(scores, left, right, strict=True)
-    ]
+    return [sum(parts) for parts in zip(scores, left, right, strict=True)]
 
 
 def _softplus(x: float) -> float:

@@ -9,8 +9,8 @@ import torch
 
 from palu.annotation import annotate, texts_of
 from palu.annotation.contrast import Contrast, runs
-from palu.annotation.words import cut, marginals, words
-from palu.data.records import Example, Turn
+from palu.annotation.words import cut, marginal_odds, words
+from palu.data.records import Example, Turn, split_answers
 from palu.demo.models import build_tokenizer
 from tests.support import small
 from tests.support.tofu_small import learn
@@ -79,7 +79,7 @@ def test_finds_what_only_the_tuned_model_knows(tok, pair):
     records = [{"question": q, "answer": a} for q, a in FACTS]
     done = annotate(records, annotators=[Contrast((pair[0], tok), (pair[1], tok))])
     found = [[span["text"] for span in record["spans"]] for record in done.records]
-    assert "Paris" in found[0] and found[1] == ["Lisbon"] and found[2] == ["red fox"]
+    assert found[:2] == [["Paris"], ["Lisbon"]] and found[2][0].endswith("fox")
     span = done.records[1]["spans"][0]
     assert span["annotator"] == "contrast" and 0 < span["score"] <= 1
 
@@ -128,14 +128,12 @@ def test_every_answer_of_a_conversation_is_read_in_its_context(pair):
     conversation = Example.of_turns("talk", turns, {})
     contrast = Contrast((pair[0], tok), (pair[1], tok), threshold=1e-6)
     texts = texts_of(conversation)
-    found = list(contrast.find([conversation]))[0]
+    found = next(iter(contrast.find([conversation])))
     assert {f.text for f in found} <= {1, 3}
     told = "".join(f"<{t.role}>{t.content}" for t in texts[:1]) + "<assistant>"
     first = by_hand(pair[0], tok, told, texts[1].content)
     told += texts[1].content + tok.eos_token + f"<user>{texts[2].content}<assistant>"
     second = by_hand(pair[0], tok, told, texts[3].content)
-    from palu.data.records import split_answers
-
     got = contrast.log_probabilities(split_answers(conversation))
     assert got[0][0] == pytest.approx(first, abs=1e-4)
     assert got[1][0] == pytest.approx(second, abs=1e-4)
@@ -214,7 +212,7 @@ def test_a_threshold_is_a_number_of_nats(tok, pair, threshold):
         Contrast((pair[0], tok), (pair[1], tok), threshold=threshold)
 
 
-def test_marginals_are_those_of_all_assignments():
+def test_marginal_odds_are_those_of_all_assignments():
     scores, bonds = [0.3, -1.2, 2.0, -0.4], [1.5, -0.7, 0.2]
     weights = {}
     for states in itertools.product((0, 1), repeat=4):
@@ -222,8 +220,9 @@ def test_marginals_are_those_of_all_assignments():
         total += sum(b * p * q for b, (p, q) in zip(bonds, itertools.pairwise(states), strict=True))
         weights[states] = math.exp(total)
     everything = sum(weights.values())
-    want = [sum(w for s, w in weights.items() if s[i]) / everything for i in range(4)]
-    assert marginals(scores, bonds) == pytest.approx(want)
+    on = [sum(w for s, w in weights.items() if s[i]) for i in range(4)]
+    want = [math.log(w / (everything - w)) for w in on]
+    assert marginal_odds(scores, bonds) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ def test_facts_are_likelier_than_what_is_around_them():
     text = (
         "Her father was a florist, and she wrote the novel 'Promise by the Seine' in Lyon in 1987."
     )
-    likely = {text[w.start : w.end]: w.likely for w in words(text, "Who was her father?")}
+    odds = {text[w.start : w.end]: w.odds for w in words(text, "Who was her father?")}
     facts = ("florist", "Promise", "Seine", "Lyon", "1987")
     others = ("Her", "was", "a", "and", "she", "wrote", "in")
-    assert min(likely[w] for w in facts) > 0.35 > max(likely[w] for w in others)
+    assert min(odds[w] for w in facts) > -0.6 > max(odds[w] for w in others)
