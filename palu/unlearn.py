@@ -28,6 +28,7 @@ from palu.models.layers import layer_count
 from palu.models.writing import write_model
 from palu.reference.cached import CachedReference
 from palu.run_record import write_record
+from palu.storage.fingerprint import model_digests
 from palu.training.callbacks import FORGET_PROB
 from palu.training.config import PALUConfig
 from palu.training.master_weights import round_into, warn_rounded_back
@@ -262,8 +263,8 @@ def save_model(
     **record: Any,
 ) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer), of a PEFT model its adapter alone, and
-    `palu.json`; `source` is the folder that the model was loaded from (see
-    `palu.models.writing.write_model`)."""
+    `palu.json`, with digests of what was written. `source` is the folder that the model was loaded
+    from (see `palu.models.writing.write_model`)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(model.device).manual_seed(0)
     for name, parameter in model.named_parameters() if saved else ():
@@ -272,4 +273,5 @@ def save_model(
             round_into(rounded, parameter.data, generator)
             parameter.data = rounded
     write_model(folder, model, tokenizer, source)
+    record["digests"] = {**record.get("digests", {}), "output": model_digests(folder)}
     write_record(folder, template=template, **record)

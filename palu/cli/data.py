@@ -131,6 +131,16 @@ def data_notes(options: SimpleNamespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def digests_of(options: SimpleNamespace) -> dict[str, Any]:
+    """Return SHA-256 of the files of a run's model and data, for `palu.json`."""
+    from palu.storage.fingerprint import data_digests, model_digests
+
+    named = {"forget": options.forget, "retain": options.retain}
+    data = {name: without_slices(path) for name, path in named.items()}
+    found = {name: data_digests(path[0]) for name, path in data.items() if path}
+    return {"algorithm": "sha256", "model": model_digests(options.model), "data": found}
+
+
 @contextmanager
 def plain_warnings(often: str = "always") -> Iterator[None]:
     """Print warnings about the user's data as one line each, without the place in our source.

@@ -45,6 +45,7 @@ def merge(context: typer.Context, options: SimpleNamespace) -> None:
         from palu.models.writing import write_model
         from palu.run_record import RECORD, read_record
         from palu.storage.files import write_json
+        from palu.storage.fingerprint import model_digests
         from palu.storage.output import claim_output, output_folder, versions
 
         quiet()
@@ -85,6 +86,9 @@ def merge(context: typer.Context, options: SimpleNamespace) -> None:
     with output_folder(claim) as folder, bars.status("Writing the model"):
         write_model(folder, merged, tokenizer, base)
         record |= {"base_model": named_from(folder, base), "adapter": named_from(folder, adapter)}
+        parts = {"model": base, "adapter": adapter, "output": folder}
+        digests = {name: model_digests(place) for name, place in parts.items()}
+        record["digests"] = {"algorithm": "sha256", **digests}
         record |= {"dtype": kind, "rounding": rounding, "versions": versions()}
         write_json(folder / RECORD, record)
     out.print(f"Written to {output}: {base} with {adapter}", soft_wrap=True)

@@ -23,6 +23,7 @@ from palu.cli.config_file import (
 )
 from palu.cli.data import (
     data_notes,
+    digests_of,
     load_for_training,
     plain_warnings,
     quiet,
@@ -209,6 +210,7 @@ class Run:
             raise ValueError(
                 f"{options.forget} marks nothing to forget: no span is left in any example"
             )
+        self.digests = digests_of(options) if self.is_main else {}  # of what was read, not later
         model, self.saved = load_for_training(
             options, str(config.device), self.tokenizer, self.rows, self.retain_rows or []
         )
@@ -321,6 +323,7 @@ class Run:
             seed=options.seed,
             base_model=named_from(folder, options.model),
             data=data_notes(options),
+            digests=self.digests,
             dtype=dtype_name(next(iter(saved.values())) if saved else self.model.dtype),
             compute_dtype=dtype_name(self.compute_dtype),
             master_weights=self.outcome.master_weights,

@@ -1,7 +1,8 @@
 """Names for things by their content: an example, a data set, a model, a tokenizer.
 
 All of them are BLAKE2b over bytes that do not depend on device, padding, order or process, so that
-two runs can tell whether they speak of the same thing.
+two runs can tell whether they speak of the same thing. What `palu.json` tells an auditor of files
+is SHA-256, which `sha256sum` prints too.
 """
 
 from __future__ import annotations
@@ -124,11 +125,40 @@ def tensor_fingerprint(*tensors: Tensor | None) -> str:
 
 def file_digest(path: Path) -> str:
     """Return BLAKE2b of a file's bytes, hex, 256 bits."""
-    digest = hashlib.blake2b(digest_size=32)
+    return _digest(path, hashlib.blake2b(digest_size=32))
+
+
+def sha256_of(path: Path) -> str:
+    """Return SHA-256 of a file's bytes, hex."""
+    return _digest(path, hashlib.sha256())
+
+
+def _digest(path: Path, digest: Any) -> str:
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def data_digests(path: str | Path) -> dict[str, str]:
+    """Return SHA-256 of a file, or of the files below a folder, by name; empty for what is no
+    place here."""
+    path = Path(path)
+    if path.is_file():
+        return {path.name: sha256_of(path)}
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else ()
+    return {one.relative_to(path).as_posix(): sha256_of(one) for one in files}
+
+
+def model_digests(folder: str | Path) -> dict[str, str]:
+    """Return SHA-256 of the files that make a model what it is, by name: weights, config, and
+    tokens; of an adapter's folder those of the adapter."""
+    names = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model")
+    return {
+        path.name: sha256_of(path)
+        for path in sorted(Path(folder).iterdir())
+        if path.is_file() and (path.suffix == ".safetensors" or path.name in names)
+    }
 
 
 def folder_digest(folder: Path) -> str:

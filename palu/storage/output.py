@@ -29,7 +29,7 @@ _CACHE_FILES = (
     r"(manifest|progress)\.json|(head|shard-\d{5,})\.safetensors|"
     r"[^.].*\.(json|safetensors)\.partial|\..*\.(json|safetensors)\.[0-9a-f]{16}\.partial"
 )
-_PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "accelerate")
+_PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "accelerate", "peft")
 
 
 def versions() -> dict[str, str]:

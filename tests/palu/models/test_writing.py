@@ -3,6 +3,7 @@
 The real old versions read them where PALU_OLD_PYTHONS names their interpreters (`pytest -m slow`).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -102,6 +103,15 @@ def test_a_folder_of_transformers_4_keeps_its_words(work, monkeypatch, capsys):
     other.load_state_dict(start)
     ids = torch.arange(60)[None]
     assert torch.equal(one(ids).logits, other(ids).logits)
+    # what is told of it is what sha256sum says of the files
+    digests = read(work / "out/palu.json")["digests"]
+    assert digests["model"].keys() == {"model.safetensors", "config.json", "tokenizer.json"}
+    for place, found in (("v4", digests["model"]), ("out", digests["output"])):
+        for name, value in found.items():
+            data = (work / place / name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == value, name
+    lines = (work / "retain.jsonl").read_bytes()
+    assert digests["data"]["retain"] == {"retain.jsonl": hashlib.sha256(lines).hexdigest()}
     # once more, from what was written
     status, _, error = palu(LINE.replace("v4", "out") + "--output again")
     assert status == 0, error
