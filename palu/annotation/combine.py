@@ -58,7 +58,7 @@ def annotate(
     for number, item in enumerate(records):
         record, where = item if isinstance(item, tuple) else (item, f"record {number}")
         try:
-            example, marks = _read(record, number)
+            example, marks = read_marks(record, number)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
         rows.append(dict(record))
@@ -70,7 +70,7 @@ def annotate(
         for old, *new in zip(given, *found, strict=True)
     ]
     done = [
-        _written(record, example, marks)
+        with_marks(record, example, marks)
         for record, example, marks in zip(rows, examples, marked, strict=True)
     ]
     counts = _counts(examples, marked)
@@ -105,7 +105,7 @@ class Mark:
 def merge(marks: Iterable[Mark]) -> list[Mark]:
     """Return the marks of a record in order, those that overlap as one."""
     merged: list[Mark] = []
-    for mark in sorted(marks, key=lambda mark: (mark.text, mark.start, mark.end)):
+    for mark in sorted(marks, key=_place):
         last = merged[-1] if merged else None
         if last is None or mark.text != last.text or mark.start >= last.end:
             merged.append(mark)
@@ -122,8 +122,12 @@ def merge(marks: Iterable[Mark]) -> list[Mark]:
     return merged
 
 
-def _read(record: Any, row: int) -> tuple[Example, list[Mark]]:
-    """Return a record's example, without spans, and the spans that it has."""
+def read_marks(record: Any, row: int) -> tuple[Example, list[Mark]]:
+    """Return a record's example, without spans, and the spans that it has, in order.
+
+    Raises:
+        TypeError, ValueError: what is wrong, with the field.
+    """
     example, marked = parse_record(record, row, require_spans=False)
     bare = {key: value for key, value in record.items() if key not in ("spans", "target_words")}
     plain, _ = parse_record(bare, row, require_spans=False)
@@ -133,7 +137,11 @@ def _read(record: Any, row: int) -> tuple[Example, list[Mark]]:
         for number, (text, spans) in enumerate(zip(marked, said, strict=True))
         for ends, span in itertools.zip_longest(text.spans, spans[: len(text.spans)])
     ]
-    return plain.with_spans([() for _ in example.texts]), marks
+    return plain.with_spans([() for _ in example.texts]), sorted(marks, key=_place)
+
+
+def _place(mark: Mark) -> tuple[int, int, int]:
+    return mark.text, mark.start, mark.end
 
 
 def _said(record: Mapping[str, Any], count: int) -> list[list[Any]]:
@@ -187,29 +195,38 @@ def _mark(name: str, texts: list[Text], span: Found) -> Mark:
     return Mark(span.text, span.start, span.end, (name,), round(float(span.score), 4))
 
 
-def _written(record: dict[str, Any], example: Example, marks: list[Mark]) -> dict[str, Any]:
-    """Return a record with these spans, and none of those that it had."""
-    texts, spans = texts_of(example), []
-    for mark in marks:
-        span = {"start": mark.start, "end": mark.end}
-        span["text"] = texts[mark.text].content[mark.start : mark.end]
-        if example.turns:
-            span["turn"] = mark.text
-        elif mark.text < len(texts) - 1:
-            span["field"] = "question"
-        span |= {key: value for key, value in mark.extra.items() if key not in span}
-        if mark.by:
-            span["annotator"] = "+".join(mark.by)
-        if mark.score is not None:
-            span["score"] = mark.score
-        spans.append(span)
+def with_marks(
+    record: Mapping[str, Any], example: Example, marks: Iterable[Mark]
+) -> dict[str, Any]:
+    """Return a record with these spans, and none of those that it had.
+
+    Args:
+        example: of `read_marks`.
+    """
     record = {key: value for key, value in record.items() if key != "target_words"}
     if example.turns:
         record["messages"] = [
             {key: value for key, value in message.items() if key != "spans"}
             for message in record["messages"]
         ]
-    return record | {"spans": spans}
+    return record | {"spans": [span_of(example, mark) for mark in marks]}
+
+
+def span_of(example: Example, mark: Mark) -> dict[str, Any]:
+    """Return a mark as a record has it."""
+    texts = texts_of(example)
+    span: dict[str, Any] = {"start": mark.start, "end": mark.end}
+    span["text"] = texts[mark.text].content[mark.start : mark.end]
+    if example.turns:
+        span["turn"] = mark.text
+    elif mark.text < len(texts) - 1:
+        span["field"] = "question"
+    span |= {key: value for key, value in mark.extra.items() if key not in span}
+    if mark.by:
+        span["annotator"] = "+".join(mark.by)
+    if mark.score is not None:
+        span["score"] = mark.score
+    return span
 
 
 def _counts(examples: list[Example], marked: list[list[Mark]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from palu import __version__, distributed
+from palu.cli.annotate import annotate
 from palu.cli.attack import attack
 from palu.cli.cache import cache
 from palu.cli.demo import demo
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, unlearn, inspect, evaluate, attack, merge, plan, report):
+for command in (demo, annotate, unlearn, inspect, evaluate, attack, merge, plan, report):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -64,7 +64,7 @@ class AttackOptions:
 
 @with_options(
     AttackOptions,
-    (DataOptions, "forget", "retain"),
+    (DataOptions, "forget", "retain", "retain_columns"),
     TextOptions,
     WeightOptions,
 )
@@ -165,7 +165,14 @@ def _read(options: SimpleNamespace, models: dict[str, Path]) -> dict[str, Any]:
         data[name] = (
             []
             if file is None
-            else load_examples(file, require_spans=name == "forget", repair=options.repair)
+            else load_examples(
+                file,
+                require_spans=name == "forget",
+                repair=options.repair,
+                columns=(name == "retain" and options.retain_columns) or options.columns,
+                tokenizer=tokenizer,
+                max_length=options.max_length,
+            )
         )
     return data
 

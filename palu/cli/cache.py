@@ -184,7 +184,8 @@ def info(context: typer.Context, options: SimpleNamespace) -> None:
 def verify(context: typer.Context, options: SimpleNamespace) -> None:
     """Check every byte of a cache and, if they are given, the model, the data and the numbers.
 
-    Data are read with the template, the length and the repair that the cache remembers.
+    Data are read with the template, the length, the columns and the repair that the cache
+    remembers.
     """
     forget, retain = options.forget, options.retain
     if options.model is None and (forget is not None or retain is not None):
@@ -229,15 +230,18 @@ def _load_for_verify(options: SimpleNamespace, about: dict[str, Any]) -> dict[st
         template = Template.from_dict(notes["template"])
     how: dict[str, Any] = {"repair": notes.get("repair", "none")}
     how["max_length"] = notes.get("max_length", 512)
-    dropped = notes.get("drop_overlap", False)
+    dropped, columns = notes.get("drop_overlap", False), notes.get("columns")
     given: dict[str, Any] = {"tokenizer": tokenizer}
     if options.forget is not None:
-        data = read_rows(options.forget, tokenizer, template, require_spans=True, **how)
+        data = read_rows(
+            options.forget, tokenizer, template, require_spans=True, columns=columns, **how
+        )
         given["dataset"] = data
     if options.retain is not None:
         if dropped and options.forget is None:
             raise ValueError("the cache was built with --drop-overlap: add --forget FILE")
         how |= {"forget": options.forget if dropped else None, "drop_overlap": dropped}
+        how |= {"columns": notes.get("retain_columns") or columns, "forget_columns": columns}
         data = read_rows(options.retain, tokenizer, template, require_spans=False, **how)
         given["retain_dataset"] = data
     dtype = getattr(torch, about["dtype"])

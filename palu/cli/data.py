@@ -44,15 +44,19 @@ def read_rows(
     require_spans: bool,
     repair: str,
     max_length: int,
+    columns: str | None = None,
     second_answers: Callable[[list], list[str]] | None = None,
     forget: str | None = None,
+    forget_columns: str | None = None,
     drop_overlap: bool = False,
 ) -> list[dict]:
     """Return the tokenised examples of a file; with the second answers that `second_answers` gives
     to its examples, if any.
 
     Args:
+        columns: see `palu.load_examples`.
         forget: of a retain file the forget file, in whose examples its own must not all be.
+        forget_columns: its columns.
         drop_overlap: leave those out that are.
     """
     from palu.data.examples import tokenize_examples
@@ -60,11 +64,16 @@ def read_rows(
     from palu.data.overlap import without_overlap
     from palu.data.pairs import add_alternates
 
-    examples = load_examples(path, require_spans=require_spans, repair=repair)
+    windows = {"tokenizer": tokenizer, "max_length": max_length}
+    examples = load_examples(
+        path, require_spans=require_spans, repair=repair, columns=columns, **windows
+    )
     if forget is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was read before, and its warnings were said
-            forgotten = load_examples(forget, require_spans=False)
+            forgotten = load_examples(
+                forget, require_spans=False, columns=forget_columns, **windows
+            )
         examples = without_overlap(examples, forgotten, files=(path, forget), drop=drop_overlap)
     how = {"max_length": max_length, "template": template}
     rows = tokenize_examples(examples, tokenizer, source=path, **how)
@@ -87,10 +96,12 @@ def read_both(
         **of_forget: arguments of `read_rows` for the forget file.
     """
     how = {"repair": options.repair, "max_length": options.max_length}
-    rows = read_rows(options.forget, tokenizer, template, **of_forget, **how)
+    columns = options.columns
+    rows = read_rows(options.forget, tokenizer, template, columns=columns, **of_forget, **how)
     if options.retain is None:
         return rows, None
     both = {"forget": options.forget, "drop_overlap": options.drop_overlap}
+    both |= {"columns": options.retain_columns or columns, "forget_columns": columns}
     retain = read_rows(options.retain, tokenizer, template, require_spans=False, **both, **how)
     return rows, retain
 
@@ -115,7 +126,8 @@ def load_for_training(
 
 def data_notes(options: SimpleNamespace) -> dict[str, Any]:
     """Return what a record says of the data of a run."""
-    names = ("forget", "retain", "drop_overlap", "repair", "max_length")
+    names = ("forget", "retain", "columns", "retain_columns", "drop_overlap", "repair")
+    names += ("max_length",)
     return {name: getattr(options, name) for name in names}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from palu.cli.data import plain_warnings, quiet, template_of, without_slices
-from palu.cli.options import DataOptions, TextOptions, WeightOptions, with_options
+from palu.cli.options import FILES, DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out
 from palu.training.options import option
@@ -26,7 +26,9 @@ class EvaluateOptions:
     """What is measured, with what, and where the numbers go."""
 
     forget: str | None = _data(
-        None, "What was forgotten: JSON lines or a datasets folder; takes a slice."
+        None,
+        f"What was forgotten: a file ({FILES}), a datasets folder, or a data set on the hub "
+        "(org/name:split). Takes a slice.",
     )
     tofu: Path | None = _data(None, "Folder with TOFU's files, instead of --forget.")
     split: str | None = _data(None, "Of TOFU: forget01, forget10, ...")
@@ -55,7 +57,7 @@ class EvaluateOptions:
 
 @with_options(
     EvaluateOptions,
-    (DataOptions, "retain"),
+    (DataOptions, "retain", "retain_columns"),
     TextOptions,
     WeightOptions,
 )
@@ -103,6 +105,10 @@ class EvaluateRun:
             inputs = without_slices(options.forget, options.retain, options.holdout)
             check_json(json, inputs=(*inputs, options.retain_log))
         self.files = _own_files(options.forget, options.retain, options.tofu, options.split)
+        self.columns = dict.fromkeys(("forget", "holdout"), options.columns)
+        self.columns["retain"] = options.retain_columns or options.columns
+        if options.tofu is not None and any(self.columns.values()):
+            raise ValueError("--tofu's files have columns of known names: leave --columns")
         if options.tofu is not None:
             self.files = tofu_files(options.tofu, options.split)
             if options.output is None:
@@ -149,6 +155,7 @@ class EvaluateRun:
             template=self.template,
             max_length=options.max_length,
             repair=options.repair,
+            columns=self.columns,
         )
         log = options.retain_log
         self.retrained = None if log is None else Log.read(log, "--retain-log")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from palu.cli.data import plain_warnings, template_of
-from palu.cli.options import TextOptions, with_options
+from palu.cli.options import FILES, TextOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, visible
 from palu.training.options import LossOptions, option
@@ -34,6 +34,8 @@ _KINDS = {
     "preserve": ("green", "", ""),
     "never predicted": ("magenta", "<<", ">>"),
 }
+# `--model` is its own here: a review takes none.
+_TEXT_OPTIONS = (TextOptions, *(f.name for f in fields(TextOptions) if f.name != "model"))
 
 
 @dataclass(kw_only=True)
@@ -41,15 +43,52 @@ class InspectOptions:
     """What is shown."""
 
     file: str = option(
-        MISSING, "JSON lines or a datasets folder; PATH[-40:] takes a slice.", argument=True
+        MISSING,
+        f"A file ({FILES}), a datasets folder, or a data set on the hub (org/name:split). "
+        "PATH[-40:] takes a slice.",
+        argument=True,
     )
     limit: int = option(5, "How many examples; 0: all.", least=0)
+    model: Path | None = option(
+        None, "Hugging Face model folder, whose tokens are shown.", panel="Model"
+    )
+    html: Path | None = option(
+        None,
+        "Write a page that shows all records, switches spans on and off, and downloads the "
+        "corrected file. Takes no --model.",
+        panel="Review",
+    )
+    review: bool = option(
+        False,
+        "Ask in the terminal about each span: keep or drop. Takes no --model.",
+        panel="Review",
+    )
+    output: Path | None = option(
+        None,
+        "Of --review: file for the corrected records; goes on where it stopped.",
+        panel="Review",
+    )
+    columns: str | None = option(
+        None,
+        "Columns of other names: question=..,answer=.. (or text=.., messages=..).",
+        panel="Data",
+    )
+    overwrite: bool = option(False, "Replace --html or --output.", panel="Review")
 
 
-@with_options(InspectOptions, TextOptions, (LossOptions, "prefix_length"))
+@with_options(InspectOptions, _TEXT_OPTIONS, (LossOptions, "prefix_length"))
 def inspect(context: typer.Context, options: SimpleNamespace) -> None:
-    """Print examples with their tokens coloured by what a run would do to them."""
+    """Print examples with their tokens coloured by what a run would do to them.
+
+    Or look at the spans themselves: --html writes a page for a browser, --review asks in the
+    terminal.
+    """
     with user_errors(), plain_warnings():
+        if options.html is not None or options.review:
+            _review(options)
+            return
+        if options.model is None:
+            raise ValueError("nothing says what to show: give --model DIR, or --html or --review")
         with bars.status("Loading the tokenizer"):
             from palu.models.loading import folder_with, load_tokenizer
             from palu.run_record import RECORD
@@ -64,8 +103,20 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             max_length=options.max_length,
             template=template,
             repair=options.repair,
+            columns=options.columns,
             console=out,
         )
+
+
+def _review(options: SimpleNamespace) -> None:
+    from palu.cli.review import review, write_page
+
+    if options.html is not None and options.review:
+        raise ValueError("--html and --review are two ways to look: give one of them")
+    if options.html is not None:
+        write_page(options)
+    else:
+        review(options)
 
 
 def legend() -> Text:
@@ -125,7 +176,7 @@ def render(
 
 
 def inspect_file(
-    path: str | os.PathLike[str],
+    path: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = 5,
@@ -133,22 +184,25 @@ def inspect_file(
     max_length: int = 512,
     template: Template | None = None,
     repair: Literal["none", "snap"] = "none",
+    columns: Mapping[str, str] | str | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the first `limit` examples of a data file (all when None) as `render` shows them, with
-    a legend.
+    """Print the first `limit` examples of a file, or what else `load_examples` takes, (all when
+    None) as `render` shows them, with a legend.
 
     `eos_token_id` is the tokenizer's when None. Rows need no spans: without any, everything is
     preserved. Raises what `load_examples` and `tokenize_examples` raise.
     """
     from palu.data.examples import tokenize_examples
-    from palu.data.files import load_examples
+    from palu.data.files import load_examples, name_of
 
     console = console or Console()
-    examples = load_examples(path, require_spans=False, repair=repair, limit=limit)
+    how = {"repair": repair, "limit": limit, "columns": columns}
+    how |= {"tokenizer": tokenizer, "max_length": max_length}
+    examples = load_examples(path, require_spans=False, **how)
     options = {"max_length": max_length, "template": template}
-    rows = tokenize_examples(examples, tokenizer, source=os.fspath(path), **options)
+    rows = tokenize_examples(examples, tokenizer, source=name_of(path), **options)
     if eos_token_id is None:
         eos_token_id = tokenizer.eos_token_id
     console.print(legend())

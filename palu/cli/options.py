@@ -32,6 +32,8 @@ PANELS += ("Reference model", "LoRA", "Training", "Machine", "Chat template", "C
 Body = Callable[[typer.Context, SimpleNamespace], None]
 
 
+FILES = "JSON lines, JSON, CSV, TSV, Parquet, .txt, or those as .gz"
+
 _data = functools.partial(option, panel="Data")
 _template = functools.partial(option, panel="Chat template")
 _machine = functools.partial(option, panel="Machine")
@@ -42,9 +44,14 @@ class DataOptions:
     """The files of a run."""
 
     forget: str = _data(
-        MISSING, "What to forget: JSON lines or a datasets folder; PATH[-40:] takes a slice."
+        MISSING,
+        f"What to forget: a file ({FILES}), a datasets folder, or a data set on the hub "
+        "(org/name:split). PATH[-40:] takes a slice.",
     )
     retain: str | None = _data(None, "What to keep, same formats.")
+    retain_columns: str | None = _data(
+        None, "Of --retain, where they are others.", shown="those of --columns"
+    )
     drop_overlap: bool = _data(False, "Leave out retain examples that are forget examples too.")
 
 
@@ -54,6 +61,10 @@ class TextOptions:
 
     model: Path = option(MISSING, "Hugging Face model folder.", panel="Model")
     max_length: int = _data(512, "Tokens in an example; longer ones are cut.")
+    columns: str | None = _data(
+        None,
+        "Columns of other names: question=..,answer=.. (or text=.., messages=..; spans=.., id=..).",
+    )
     repair: Literal["none", "snap"] = _data(
         "none", "snap: move span ends to word ends and merge overlaps."
     )

@@ -114,8 +114,7 @@ def canonical(
         below = record.pop("input", None)
         fields = {QUESTION: _joined(fields["instruction"], below), ANSWER: fields["output"]}
     elif layout is COMPLETION and isinstance(fields["completion"], list):
-        fields = {MESSAGES: _as_turns("prompt", fields["prompt"])}
-        fields[MESSAGES] += _as_turns("completion", fields["completion"])
+        fields = {MESSAGES: [t for name in layout.columns for t in _as_turns(name, fields[name])]}
     elif layout in (COMPLETION, MUSE, RWKU):
         fields = dict(zip(QA.columns, fields.values(), strict=True))
     elif layout in (CHAT, SHAREGPT):

@@ -20,14 +20,12 @@ def fits_bytes(text: str) -> bool:
 
 
 def fits_tokens(tokenizer: Any, max_length: int) -> Fits:
-    """Return a function that tells whether a plain document is labelled whole within `max_length`
-    tokens, see `palu.data.labels.label_example`."""
-    from palu.data.labels import label_without_warning
-    from palu.data.template import Template
+    """Return a function that tells whether a plain document has at most `max_length` tokens, BOS
+    and EOS among them."""
+    most = max_length - 2  # those two, where the tokenizer itself does not add them
 
     def fits(text: str) -> bool:
-        row = label_without_warning(tokenizer, None, text, (), max_length, Template())
-        return row.lost_tokens == 0 and not row.too_long
+        return len(tokenizer(text, verbose=False).input_ids) <= most
 
     return fits
 
@@ -47,31 +45,29 @@ def windows(text: str, fits: Fits | None = None) -> Iterator[tuple[int, int]]:
     last = len(text.rstrip())
     size = _FIRST_TRY
     while start < last:
-        end = _longest(text, start, min(last, start + size), fits)
-        size = max(2 * (end - start), 64)  # the next ones are about as long
+        end = min(last, start + size)
+        size += size // 16  # the next one is about as long, unless this one must be shorter
+        while not fits(text[start:end]) and end - start > 1:
+            size = max((end - start) * 7 // 8, 1)
+            end = start + size
+        if end < last:
+            end = _at_word_end(text, start, end)
         yield start, end
         if end == last:
             return
         start = _next_start(text, start, end)
 
 
-def _longest(text: str, start: int, end: int, fits: Fits) -> int:
-    """Return an end, `end` or an earlier one, with which the window is short enough; at least one
-    character is taken. By halving: within a sixteenth of the longest."""
-    if fits(text[start:end]):
+def _at_word_end(text: str, start: int, end: int) -> int:
+    """Return the last place that is no later and ends a word, if one is in the second half."""
+    if text[end].isspace():
         return end
-    short, long = start + 1, end
-    while long - short > max((long - start) // 16, 1):
-        middle = (short + long) // 2
-        short, long = (middle, long) if fits(text[start:middle]) else (short, middle)
-    # Words stay whole, unless one fills half of the window.
-    gaps = [m.start() for m in _SPACE.finditer(text, start + (short - start) // 2, short)]
-    cut = gaps[-1] if gaps and not text[short : short + 1].isspace() else short
-    return cut if cut == short or fits(text[start:cut]) else short
+    gaps = [gap.start() for gap in _SPACE.finditer(text, start + (end - start) // 2, end)]
+    return gaps[-1] if gaps else end
 
 
 def _next_start(text: str, start: int, end: int) -> int:
     """Return where the next window begins: an eighth of this one before its end, at a word."""
-    wanted = max(end - (end - start) // _OVERLAP, start + 1)
+    wanted = max(end - max((end - start) // _OVERLAP, 1), start + 1)
     gap = _SPACE.search(text, wanted, end)
     return gap.end() if gap and gap.end() < end else wanted

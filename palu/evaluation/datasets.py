@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from palu.data.conversations import label_record
-from palu.data.files import load_examples
+from palu.data.files import Columns, load_examples
 from palu.data.labels import LabeledExample
 from palu.data.pairs import answered
 from palu.data.records import Example, split_answers
@@ -200,6 +200,7 @@ def read_sets(
     template: Any,
     max_length: int,
     repair: str = "none",
+    columns: Mapping[str, Columns] | None = None,
 ) -> dict[str, EvalSet]:
     """Read and tokenize files: set -> examples.
 
@@ -210,6 +211,7 @@ def read_sets(
 
     Args:
         files: set (`forget`, `retain`, `ra`, `wf`, `holdout`) -> path, slices allowed.
+        columns: set -> see `palu.load_examples`.
 
     Raises:
         ValueError, TypeError: as `palu.load_examples` and `EvalSet.tokenize`: names
@@ -222,7 +224,14 @@ def read_sets(
         must = name in fields or path.endswith("_perturbed.json")
         sets[name] = EvalSet.tokenize(
             path,
-            load_examples(path, require_spans=False, repair=repair),
+            load_examples(
+                path,
+                require_spans=False,
+                repair=repair,
+                columns=(columns or {}).get(name),
+                tokenizer=tokenizer,
+                max_length=max_length,
+            ),
             tokenizer,
             template=template,
             max_length=max_length,

@@ -12,7 +12,18 @@ from palu.cli.options import PANELS
 from palu.training.options import LossOptions, choices
 from tests.support.command import palu_in
 
-COMMANDS = ["", "demo", "unlearn", "inspect", "evaluate", "attack", "merge", "plan", "report"]
+COMMANDS = [
+    "",
+    "demo",
+    "annotate",
+    "unlearn",
+    "inspect",
+    "evaluate",
+    "attack",
+    "merge",
+    "plan",
+    "report",
+]
 COMMANDS += ["cache", "cache build", "cache info", "cache verify"]
 
 # The options that `palu unlearn` has had so far.
@@ -23,7 +34,7 @@ learning-rate lora-alpha lora-dropout lora-rank lora-target max-length method mo
 objective output overwrite prefix-length preserve preserve-weight reference reference-cache repair
 rescue resume retain retain-batch-size retain-loss retain-loss-eps retain-weight save-steps seed
 select-from steering-coeff stop-at-forget-prob system-prompt top-k trainable-params-regex"""
-OPTIONS += " checks config keep-cache print-config set report-to help"
+OPTIONS += " checks columns retain-columns config keep-cache print-config set report-to help"
 
 
 @pytest.fixture

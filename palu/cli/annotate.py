@@ -1,0 +1,182 @@
+"""`palu annotate`: find the spans to forget in the records of a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from palu.cli.data import plain_warnings
+from palu.cli.options import with_options
+from palu.errors import user_errors
+from palu.terminal import bars, out, say, warn
+from palu.training.options import option
+
+if TYPE_CHECKING:
+    from palu.annotation import Annotator, Term
+
+NOTHING_FOUND = 3  # the exit status
+_LISTED = 10  # places that a warning names
+
+_found = partial(option, panel="What to find")
+_output = partial(option, panel="Output")
+
+
+@dataclass(kw_only=True)
+class AnnotateOptions:
+    """Where spans are looked for, by what, and where the result goes."""
+
+    file: str = option(
+        MISSING, "Records of any format that palu reads; PATH[-40:] takes a slice.", argument=True
+    )
+    columns: str | None = option(
+        None, "Columns of other names: question=..,answer=.. (or text=.., messages=..)."
+    )
+    terms: list[str] | None = _found(
+        None,
+        "Values to erase: a CSV, JSON or text file of them, or one value. Found however they are "
+        "written. Can be given several times.",
+        metavar="FILE|TEXT",
+    )
+    term_fields: str | None = _found(
+        None, "Only these fields of the files: name,email.", shown="all fields"
+    )
+    all: bool = _found(False, "Whole answers.")
+    output: Path = _output(MISSING, "File for the records with their spans, JSON lines.")
+    rest: Path | None = _output(
+        None, "File for the records without a span: what to keep. --output has then the others."
+    )
+    json: Path | None = _output(None, "File for the counts and settings; has no text of a record.")
+    replace: bool = _output(False, "Drop the spans that the records have.")
+    overwrite: bool = _output(False, "Replace --output where it exists.")
+    show_secrets: bool = _output(False, "Name the values that were found nowhere.")
+
+
+@with_options(AnnotateOptions)
+def annotate(context: typer.Context, options: SimpleNamespace) -> None:
+    """Find the spans to forget, and write the records with them.
+
+    Annotators can be combined; where their spans overlap they become one. Look at the result with
+    palu inspect --html. Nothing leaves this machine.
+    """
+    with user_errors(), plain_warnings():
+        _check_places(options)
+        with bars.status("Reading the records"):
+            from palu.annotation import annotate as run
+            from palu.annotation.output import summary_table, write_records
+            from palu.data.files import load_records
+            from palu.progress import bar
+            from palu.storage.files import check_json, locked, write_json
+
+            annotators = _annotators(options)
+            records = load_records(options.file, options.columns)
+            context.with_resource(locked(options.output))
+        with bar(bars, "Annotating") as report:
+            done = run(records, annotators=annotators, replace=options.replace, report=report)
+        written = {options.output: done.records}
+        if options.rest is not None and done.summary["spans"]:
+            written = {
+                options.output: [record for record in done.records if record["spans"]],
+                options.rest: [record for record in done.records if not record["spans"]],
+            }
+        for path, some in written.items():
+            write_records(path, some)
+        if options.json is not None:
+            check_json(options.json, _JSON_KEYS, "palu annotate --json")
+            write_json(options.json, done.summary)
+    out.print(summary_table(done.summary))
+    for path, some in written.items():
+        out.print(f"Written to {path}: {len(some)} records", soft_wrap=True)
+    for annotator in annotators:
+        if annotator.name == "terms":
+            _say_terms(annotator, options.show_secrets)
+    if not done.summary["spans"]:
+        say("error", "red", f"no span was found in {options.file}: there is nothing to forget")
+        raise typer.Exit(NOTHING_FOUND)
+
+
+_JSON_KEYS = {"format", "records", "spans", "by_annotator"}
+
+
+def _check_places(options: SimpleNamespace) -> None:
+    """Refuse options that do not go together, and outputs that would replace what is not theirs."""
+    from palu.storage.files import check_json
+
+    if not any((options.terms, options.all)):
+        raise ValueError("nothing says what to find: give --terms FILE or --all")
+    if options.term_fields is not None and not options.terms:
+        raise ValueError("--term-fields is of --terms: add --terms FILE")
+    inputs = (*(options.terms or ()), options.file)
+    places = {name: getattr(options, name) for name in ("output", "rest", "json")}
+    places = {name: path for name, path in places.items() if path is not None}
+    for name, path in places.items():
+        check_output(name, path, inputs, overwrite=options.overwrite or name == "json")
+    if len({path.resolve() for path in places.values()}) < len(places):
+        raise ValueError(f"{', '.join(f'--{name}' for name in places)} must be different files")
+    if options.json is not None:
+        check_json(options.json, _JSON_KEYS, "palu annotate --json")
+
+
+def check_output(name: str, path: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Check that a file may be written, before any work.
+
+    Raises:
+        ValueError: there is no folder for it, it is an input, or it exists and `overwrite` is not
+            given.
+        OSError: it is no regular file.
+    """
+    from palu.storage.files import check_regular
+
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"--{name}: the folder {str(path.resolve().parent)!r} does not exist")
+    check_regular(path)
+    for given in inputs:
+        if path.exists() and os.path.exists(given) and os.path.samefile(path, given):
+            raise ValueError(f"--{name} {str(path)!r} is an input of this run; name another")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--{name} {str(path)!r} exists; add --overwrite to replace it")
+
+
+def _annotators(options: SimpleNamespace) -> list[Annotator]:
+    from palu.annotation import Terms, Whole, read_terms
+
+    annotators: list[Any] = []
+    if options.terms:
+        fields = [field.strip() for field in (options.term_fields or "").split(",")]
+        terms = Terms(read_terms(options.terms, [field for field in fields if field]))
+        if terms.skipped:
+            places = _listed(terms.skipped)
+            warn(
+                f"{len(terms.skipped)} of {len(terms.terms) + len(terms.skipped)} values are not "
+                f"looked for, since they are too short or too common: {places}"
+            )
+        annotators.append(terms)
+    if options.all:
+        annotators.append(Whole())
+    return annotators
+
+
+def _say_terms(terms: Any, show: bool) -> None:
+    """Say which values were found nowhere, and which so often that they may be common words."""
+    if terms.not_found:
+        text = f"{len(terms.not_found)} of {len(terms.terms)} values are in no record: "
+        hint = "" if show else " (--show-secrets names them)"
+        warn(text + _listed(terms.not_found, show) + hint)
+    for term, hits in terms.frequent:
+        value = f" {term.value!r}" if show else ""
+        warn(
+            f"the value{value} at {term.where} is in {hits} of {terms.records} records: if it is "
+            "no secret, take it out or name the fields to use with --term-fields"
+        )
+
+
+def _listed(terms: Sequence[Term], show: bool = False) -> str:
+    some = [f"{t.where} ({t.value!r})" if show else t.where for t in terms[:_LISTED]]
+    rest = len(terms) - len(some)
+    return "; ".join(some) + (f"; and {rest} more" if rest else "")
