@@ -32,8 +32,9 @@ from palu.cli.data import (
     without_slices,
 )
 from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
+from palu.cli.retain import NONE, SELF, RetainOptions, chosen, own_answers, warn_of_nothing
 from palu.errors import failed_to_write, user_errors
-from palu.terminal import bars, out, say, warn
+from palu.terminal import bars, out, say
 from palu.training.options import (
     LoRAOptions,
     LossOptions,
@@ -67,6 +68,7 @@ class PlaceOptions:
 
 @with_options(
     DataOptions,
+    RetainOptions,
     TextOptions,
     PlaceOptions,
     OutputOptions,
@@ -86,14 +88,16 @@ def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
         if options.print_config:
             out.print(config_text(options), end="", soft_wrap=True, highlight=False)
             return
-    run = Run(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        run = Run(context, options)
         run.check_places()
         run.check_settings()
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         run.load()
         run.check_room()
     run.announce()
+    with user_errors(), plain_warnings():
+        run.make_retain()
     run.train_and_write()
     run.report()
 
@@ -102,7 +106,8 @@ class Run:
     """One `palu unlearn`, whose steps are called in the order in which they stand here."""
 
     def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
-        self.context, self.options = context, options
+        self.context, self.asked = context, options
+        self.options, self.kept = chosen(options)  # a file, the model's own answers or nothing
         self.is_main = distributed.rank() == 0  # the others write nothing
         self.schedule: dict[str, Any] = {}  # of the learning rate, where the user left it open
         self.chosen: dict[str, dict[str, Any]] = {}  # settings that the user left open
@@ -173,7 +178,7 @@ class Run:
         with blamed_on(options.set, ImportError):  # deepspeed
             self.config = run.make_config(self.device, **settings)
         check_read(options, options.given)  # defaults too, where they were given
-        run.check_method(self.config, options.model, retain=options.retain is not None)
+        run.check_method(self.config, options.model, retain=self.kept != NONE)
         _check_reports(self.config, options.output)
         self.resume_from = checkpoints.last_checkpoint(self.checkpoints) if options.resume else None
         self.template = template_of(options)
@@ -278,13 +283,11 @@ class Run:
         """Say what holds the model in place and where a resumed run begins."""
         from palu.training import checkpoints
 
-        if self.retain_rows is None:
-            hold = "only the other words of the forget answers hold"
-            hold = hold if self.by_span else "nothing holds"
-            warn(f"no --retain file: {hold} the model in place")
         for name, choice in self.chosen.items():
             line = f"--{name.replace('_', '-')} {choice['value']}: {choice['why']}"
             bars.print(line, style="dim", soft_wrap=True, highlight=False)
+        if self.kept == NONE:
+            warn_of_nothing(self.by_span)
         if self.options.resume:
             text = f"Resuming from {self.resume_from}"
             if self.resume_from is None:
@@ -292,6 +295,16 @@ class Run:
             out.print(text, soft_wrap=True)
         elif self.checkpoints is not None and self.is_main:
             checkpoints.remove_all(self.checkpoints)
+
+    def make_retain(self) -> None:
+        """Let the original model answer what it is to go on answering, where there is no file."""
+        self.data = data_notes(self.options)
+        if self.kept == SELF:
+            place = self.checkpoints
+            made, self.retain_rows = own_answers(
+                self.options, self.model, self.tokenizer, self.template, place
+            )
+            self.data |= {"retain": SELF, "self_retain": made.record()}
 
     def train_and_write(self) -> None:
         """Train, and write the model; keep it somewhere else where it cannot be written."""
@@ -329,7 +342,7 @@ class Run:
         from palu.reference.cache import CacheError, CacheWriteError
         from palu.training.checkpoints import CheckpointError
 
-        notes = {"model": str(self.options.model), **data_notes(self.options)}
+        notes = {"model": str(self.options.model), **self.data}
         notes["template"] = self.template.to_dict()
         mistakes = user_errors(CacheError, CacheWriteError, CheckpointError)
         trainer = blamed_on(self.options.set, ImportError, TypeError, ValueError)
@@ -363,7 +376,7 @@ class Run:
             made_by="palu unlearn",
             seed=options.seed,
             base_model=named_from(folder, options.model),
-            data=data_notes(options),
+            data=self.data,
             digests=self.digests,
             dtype=dtype_name(next(iter(saved.values())) if saved else self.model.dtype),
             compute_dtype=dtype_name(self.compute_dtype),
@@ -372,15 +385,17 @@ class Run:
             device=str(self.device),
             processes=distributed.count(),
             settings=run.settings_of(self.config),
-            options=as_config(
-                SimpleNamespace(**vars(options) | {"set": self.schedule | options.set}),
-                of_one_run=False,
-            ),
+            options=as_config(self._options_to_keep(), of_one_run=False),
             chosen=self.chosen,
             outcome=self._outcome(),
             lora=None if self.lora is None else vars(self.lora),
             loss_curve=self.outcome.curve,
         )
+
+    def _options_to_keep(self) -> SimpleNamespace:
+        """Return the options with what was chosen, and `retain` as it was asked for."""
+        own = {"retain": self.asked.retain, "set": self.schedule | self.options.set}
+        return SimpleNamespace(**vars(self.options) | own)
 
     def _say_outcome(self) -> None:
         """Say what is known and kept, and what to change. Exit with 3 where it is not good."""

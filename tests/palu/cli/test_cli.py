@@ -45,8 +45,8 @@ def test_unlearn_then_evaluate(palu, work):
 
 def test_a_slice_of_a_file_and_no_retain(palu):
     words = "unlearn --model model --forget forget.jsonl[:1] --output sliced --device cpu"
-    status, _, said = palu(f"{words} --epochs 1")
-    assert status == 0 and "warning: no --retain file" in said
+    status, _, said = palu(f"{words} --epochs 1 --retain none")
+    assert status == 0 and "warning: no retain set" in said
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,8 @@ def test_mistakes_are_one_line_and_status_2(palu, work, words, message):
         ("evaluate --nonsense", "--nonsense"),
         ("unlearn --forget forget.jsonl --output unmade", "--model"),
         (
-            "unlearn --model model --forget forget.jsonl --output unmade --retain-batch-size 3",
+            "unlearn --model model --forget forget.jsonl --output unmade --retain-batch-size 3 "
+            "--retain none",
             "retain_batch_size is 3 and there is no retain set; it must",
         ),
         (f"{UNLEARN} --output refused --backend triton", "backend is 'triton', which cannot run"),

@@ -144,7 +144,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, error):
 def test_an_interrupt_leaves_nothing_behind(palu, work, monkeypatch, place):
     monkeypatch.setattr(place, interrupts)
     before = sorted(work.iterdir())
-    line = "unlearn --model model --forget forget.jsonl --device cpu --output new"
+    line = "unlearn --model model --forget forget.jsonl --retain none --device cpu --output new"
     status, _, error = palu(line)
     assert status == 130 and error.endswith("interrupted: stopped by Ctrl-C\n")
     assert "Traceback" not in error and sorted(work.iterdir()) == before

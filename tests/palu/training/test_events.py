@@ -542,7 +542,8 @@ def test_the_bar_shows_steps_and_all_terms(tok, tmp_path):
 def test_palu_unlearn_stops(tok, tmp_path, monkeypatch, capsys, caplog):
     write_model(tmp_path / "model", sure_model(tok))
     write_data(tmp_path)
-    options = "unlearn --model model --forget forget.jsonl --output new --device cpu --overwrite"
+    options = "unlearn --model model --forget forget.jsonl --retain none --output new --device cpu"
+    options += " --overwrite"
     options += " --objective entropy --top-k 5 --learning-rate 0.001 --epochs 20 --batch-size 3"
     run = partial(palu_in(tmp_path, monkeypatch, capsys), *options.split())
     status, _, error = run("--stop-at-forget-prob", "1.5")

@@ -1,0 +1,492 @@
+"""A retain set of the model's own answers, for those who have none (`--retain self`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from palu.data.examples import tokenize_examples
+from palu.data.neighbours import NEUTRAL, Name, Subjects, name_runs
+from palu.data.records import ASSISTANT, USER, Example, Turn, split_answers
+from palu.data.roles import IGNORE, eos_ids
+from palu.data.template import Template
+from palu.distributed import ALONE, Processes
+from palu.evaluation.inference import Continuation, continuations
+from palu.evaluation.leaks import leaks, secrets_of
+from palu.models.wrappers import eos_token_ids, eval_mode, unwrap
+from palu.storage.files import write_json
+from palu.storage.json_files import read_object
+
+NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
+
+# Chosen by benchmarks/quality/self_retain.py on one seed, see docs/training.md.
+SHARES = {NEUTRAL_PROMPT: 0.25, NEIGHBOUR: 0.5, OWN: 0.25}
+TEMPERATURE = 1.0
+
+# How much of what is wanted there is after each round: questions of later rounds ask about names
+# that earlier answers said.
+ROUNDS = (0.3, 0.65, 1, 1, 1)
+FEWEST, MOST = 100, 400  # examples, where their number is not given
+LEAST = 8  # fewer hold nothing
+_QUESTION_TOKENS = 48
+_START_WORDS = 12  # of a document's neighbour
+_STAND_IN = "palu-question"
+
+
+class SelfRetain(NamedTuple):
+    """A retain set of a model's own answers.
+
+    Attributes:
+        examples: in `extra` their `kind`, whether the answer was `cut` at the limit, and of a
+            document how many tokens were `given` to the model.
+        kinds: how many examples there are of each kind.
+        left_out: how many answers were thrown away, by the reason.
+    """
+
+    examples: list[Example]
+    kinds: dict[str, int]
+    left_out: dict[str, int]
+
+    def digest(self) -> str:
+        """Return a hash of the texts, in order."""
+        texts = [
+            [example.question, example.answer, [turn.message() for turn in example.turns]]
+            for example in self.examples
+        ]
+        return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """Return what `palu.json` tells of it: no texts."""
+        counts = {"examples": len(self.examples), "kinds": self.kinds, "left_out": self.left_out}
+        return counts | {"digest": self.digest()}
+
+    def write(self, path: Path) -> None:
+        """Write it into a file that `read` reads, whole or not at all."""
+        examples = [dataclasses.asdict(example) for example in self.examples]
+        write_json(path, self.record() | {"texts": examples})
+
+    @classmethod
+    def read(cls, path: Path) -> SelfRetain:
+        """Read what `write` wrote. Raises ValueError where it is damaged."""
+        content = read_object(path)
+        try:
+            examples = [_example(**fields) for fields in content["texts"]]
+            made = cls(examples, content["kinds"], content["left_out"])
+            whole = made.digest() == content["digest"]
+        except (KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is damaged: it is not what `palu unlearn` wrote; remove it")
+        return made
+
+
+def self_retain(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    template: Template | None = None,
+    count: int | None = None,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    shares: Mapping[str, float] = SHARES,
+    temperature: float = TEMPERATURE,
+    processes: Processes = ALONE,
+    report: Callable[..., None] | None = None,
+) -> SelfRetain:
+    """Let a model, before it is changed, answer neutral prompts, the forget set's neighbours and
+    questions of its own; what it says can be held in place instead of a retain set.
+
+    An answer that says a secret of the forget set or one of its subjects' names is thrown away, as
+    are empty and repetitive ones, and those that were given before. A span of one or two ordinary
+    words (no capital, no digit) is no secret by itself; two of one example are.
+
+    Args:
+        model: the original; of an adapter that was not trained yet the model with it.
+        examples: the forget set.
+        template: `Template()` when None.
+        count: how many examples are wanted; None: twice the forget set's answers, 100 to 400.
+        max_new_tokens: of an answer; where a model would go on, its end is not learned.
+        max_length: tokens of prompt and answer; no longer prompt is asked.
+        seed: of prompts and draws: the same one, on the same kind of processor, gives the same
+            texts, with any number of processes.
+        shares: how much of each kind is wanted; what one kind does not give, others do.
+        temperature: at which answers are drawn; questions of its own are drawn at 1.
+        processes: those that share the work; all of them get all examples.
+        report: called with (prompts answered, of how many), again for every round.
+
+    Raises:
+        ValueError: fewer than 8 answers could be used, or no example is given.
+    """
+    if not examples:
+        raise ValueError("examples must not be empty")
+    asked = [part for example in examples for part in split_answers(example)]
+    count = min(max(2 * len(asked), FEWEST), MOST) if count is None else count
+    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    asker = _Asker(
+        model,
+        tokenizer,
+        template or Template(),
+        max_new_tokens=max_new_tokens,
+        max_length=min(max_length, limit or max_length),
+        temperature=temperature,
+        options={"batch_size": batch_size, "processes": processes, "report": report},
+        words=[example.answer.split()[0] for example in asked[:20]],
+    )
+    prompts = _Prompts(asked, asker)
+    kept = _Kept(_Secrets(examples, prompts.subjects.full_names))
+    with eval_mode(model):
+        for number, part in enumerate(ROUNDS):
+            wanted = _wanted(math.ceil(part * count), shares, kept, prompts.empty)
+            if not wanted:
+                continue
+            rng = random.Random(f"self-retain {seed} {number}")
+            for pair in asker.answers(prompts.draw(wanted, rng), rng.getrandbits(32)):
+                kept.add(*pair)
+            prompts.subjects.learn(kept.names())
+    made = kept.result(count)
+    if len(made.examples) < min(LEAST, count):
+        raise ValueError(
+            f"the model gave {len(made.examples)} answers that could be held in place, of at least "
+            f"{min(LEAST, count)} ({_said(made.left_out)} were thrown away): give it a --retain "
+            "file, or --retain none to hold nothing"
+        )
+    return made
+
+
+def self_retain_rows(
+    made: SelfRetain, tokenizer: Any, *, max_length: int, template: Template | None = None
+) -> list[dict[str, Any]]:
+    """Tokenise a retain set of a model's own answers as `tokenize_examples` does. The model did not
+    say the start of a document, nor the end of an answer that was cut: they carry no loss."""
+    rows = tokenize_examples(
+        made.examples, tokenizer, max_length=max_length, template=template, source="own answers"
+    )
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {*added, *tokenizer.all_special_ids, *eos_ids(tokenizer.eos_token_id)}
+    examples = {example.id: example for example in made.examples}
+    for row in rows:
+        example = examples[row["example_id"]]
+        while example.extra["cut"] and row["input_ids"][-1] in ends:
+            for name in ("input_ids", "labels", "attention_mask"):
+                row[name].pop()
+        given = example.extra["given"]
+        row["labels"][:given] = [IGNORE] * given
+    return rows
+
+
+def _example(turns: Sequence[Mapping[str, Any]], **fields: Any) -> Example:
+    return Example(**fields | {"spans": ()}, turns=tuple(Turn(**turn) for turn in turns))
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "none"
+
+
+def _wanted(
+    count: int, shares: Mapping[str, float], kept: _Kept, empty: set[str]
+) -> dict[str, int]:
+    """Return how many prompts of each kind to ask next: more than answers are missing, by the part
+    that was thrown away so far."""
+    made = kept.kinds.total()
+    if made >= count:
+        return {}
+    useful = (made + 4) / (made + kept.left_out.total() + 5)
+    lacking = {
+        kind: max(share * count - kept.kinds[kind], 0)
+        for kind, share in shares.items()
+        if kind not in empty and share
+    }
+    number = min((count - made) / useful, 4 * (count - made)) / (sum(lacking.values()) or 1)
+    return {kind: round(number * part) + 1 for kind, part in lacking.items()}
+
+
+class _Prompt(NamedTuple):
+    """What is asked: `example` without an answer, or a document's beginning."""
+
+    kind: str
+    example: Example
+    tokens: list[int]
+
+
+@dataclass
+class _Asker:
+    """Asks the model."""
+
+    model: nn.Module
+    tokenizer: Any
+    template: Template
+    max_new_tokens: int
+    max_length: int
+    temperature: float
+    options: dict[str, Any]
+    words: Sequence[str]  # with which answers may begin
+
+    def __post_init__(self) -> None:
+        self.ends = set(eos_token_ids(self.model, self.tokenizer))
+        rendered = self.template.render(self.tokenizer, _STAND_IN, "x")
+        self.chat = rendered.chat
+        # What stands for an answer: a word that is one token with the space before it, if there is.
+        words = dict.fromkeys(["The", *self.words, "x"])
+        self.word = min(words, key=lambda word: len(self.before_answer(_asked(_STAND_IN), word)))
+        row = self.row(Example("", _STAND_IN, self.word))
+        if row["labels"][-1] != IGNORE and row["input_ids"][-1] in self.tokenizer.all_special_ids:
+            self.ends.add(row["input_ids"][-1])  # the template's end of turn
+        before, after = rendered.text[: rendered.start].split(_STAND_IN)[:2]
+        self.before = self._encoded(before.rstrip(" "), rendered.add_special_tokens)
+        self.after = after.strip()
+
+    def _encoded(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        while ids and ids[-1] in self.ends:
+            ids = ids[:-1]
+        return ids
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """Return the tokens of one example."""
+        how = {"max_length": self.max_length, "template": self.template}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is cut is not asked
+            return tokenize_examples([example], self.tokenizer, **how)[0]
+
+    def before_answer(self, example: Example, word: str) -> list[int]:
+        """Return the tokens before an answer that begins with a word."""
+        row = self.row(_with_answer(example, word))
+        return row["input_ids"][: next(i for i, la in enumerate(row["labels"]) if la != IGNORE)]
+
+    def prompt(self, kind: str, example: Example) -> _Prompt | None:
+        """Return what the model reads before the answer of an example; None where that is too
+        long, or nothing."""
+        if example.question is None:
+            tokens = self._encoded(example.answer, True)
+            lead = self.tokenizer.bos_token_id
+            lead = self.tokenizer.eos_token_id if lead is None else lead
+            tokens = tokens or ([] if lead is None else [lead])
+        else:
+            try:
+                tokens = self.before_answer(example, self.word)
+            except ValueError:  # the template refuses these turns, or they are too long
+                return None
+        if not tokens or len(tokens) + self.max_new_tokens > self.max_length:
+            return None
+        return _Prompt(kind, example, tokens)
+
+    def answers(
+        self, prompts: Sequence[_Prompt], seed: int
+    ) -> Iterator[tuple[_Prompt, Continuation]]:
+        """Yield each prompt with what the model says."""
+        said = self._continued(
+            [p.tokens for p in prompts], self.max_new_tokens, self.temperature, seed
+        )
+        yield from zip(prompts, said, strict=True)
+
+    def questions(self, number: int, seed: int) -> list[str]:
+        """Return questions that the model itself asks, by continuing what its template writes
+        before one; without those that did not come to an end."""
+        if not self.before:
+            return []
+        size = min(_QUESTION_TOKENS, self.max_length - len(self.before))
+        found = []
+        for one in self._continued([self.before] * number, size, 1.0, seed):
+            text = one.text
+            closed = one.ended and self.chat
+            if self.after and not self.chat:
+                text, mark, _ = text.partition(self.after)
+                closed = bool(mark)
+            if closed and text.strip() and not _repetitive(text):
+                found.append(text.strip())
+        return found
+
+    def _continued(
+        self, prompts: list[list[int]], size: int, temperature: float, seed: int
+    ) -> list[Continuation]:
+        return continuations(
+            self.model,
+            self.tokenizer,
+            prompts,
+            eos_token_ids=sorted(self.ends),
+            max_new_tokens=size,
+            temperature=temperature,
+            seed=seed,
+            **self.options,
+        )
+
+
+class _Prompts:
+    """Draws prompts of each kind.
+
+    Attributes:
+        empty: the kinds that gave none when they were last asked for some.
+    """
+
+    def __init__(self, asked: Sequence[Example], asker: _Asker) -> None:
+        self.asked, self.asker = asked, asker
+        self.subjects = Subjects(asked)
+        self.documents = any(example.question is None for example in asked)
+        self.systems = list(dict.fromkeys(map(_system, asked)))
+        self.empty: set[str] = set()
+
+    def draw(self, wanted: Mapping[str, int], rng: random.Random) -> list[_Prompt]:
+        """Return about so many prompts of each kind."""
+        makers: dict[str, Callable[[int, random.Random], list[Example]]] = {
+            NEUTRAL_PROMPT: self._neutral,
+            NEIGHBOUR: self._neighbours,
+            OWN: self._own,
+        }
+        drawn: list[_Prompt] = []
+        for kind, number in wanted.items():
+            made = [self.asker.prompt(kind, example) for example in makers[kind](number, rng)]
+            useful = [prompt for prompt in made if prompt is not None]
+            if not useful:
+                self.empty.add(kind)
+            drawn += useful
+        return drawn
+
+    def _neutral(self, number: int, rng: random.Random) -> list[Example]:
+        questions = [_asked(text) for text in NEUTRAL["questions"]]
+        if not self.asker.chat:
+            questions += [Example("", None, text) for text in NEUTRAL["starts"]]
+        rng.shuffle(questions)
+        return (questions * (number // len(questions) + 1))[:number]
+
+    def _neighbours(self, number: int, rng: random.Random) -> list[Example]:
+        found: list[Example] = []
+        for _ in range(number // len(self.asked) + 1):
+            for example in rng.sample(self.asked, len(self.asked)):
+                other = self.subjects.exchange(example, rng)
+                if other is not None and other.question is None:
+                    start = " ".join(other.answer.split()[:_START_WORDS])
+                    other = dataclasses.replace(other, answer=start)
+                found += [other] if other is not None else []
+        return found[:number]
+
+    def _own(self, number: int, rng: random.Random) -> list[Example]:
+        documents = 0 if self.asker.chat else (number if self.documents else number // 2)
+        texts = self.asker.questions(number - documents, rng.getrandbits(32))
+        found = [_asked(text, rng.choice(self.systems)) for text in texts]
+        return found + [Example("", None, "")] * documents
+
+
+def _system(example: Example) -> str | None:
+    first = example.turns[0] if example.turns else None
+    return first.content if first is not None and first.role == "system" else None
+
+
+def _asked(text: str, system: str | None = None) -> Example:
+    if system is None:
+        return Example("", text, "")
+    turns = [Turn("system", system), Turn(USER, text), Turn(ASSISTANT, "x")]
+    return Example.of_turns("", turns, {})
+
+
+def _with_answer(example: Example, text: str) -> Example:
+    if not example.turns:
+        return dataclasses.replace(example, answer=text)
+    last = max(number for number, turn in enumerate(example.turns) if turn.answer)
+    turns = [*example.turns[:last], Turn(ASSISTANT, text)]
+    return Example.of_turns(example.id, turns, example.extra)
+
+
+class _Kept:
+    """The answers that can be used."""
+
+    def __init__(self, secrets: _Secrets) -> None:
+        self.secrets = secrets
+        self.examples: dict[tuple, Example] = {}
+        self.kinds: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, prompt: _Prompt, said: Continuation) -> None:
+        """Keep an answer, or count why not."""
+        # The limit may cut a character in two.
+        text = said.text if said.ended else said.text.rstrip("\ufffd")
+        answer = text
+        if prompt.example.question is None:
+            answer = f"{prompt.example.answer} {answer}".strip()
+        example = _with_answer(prompt.example, answer) if answer else prompt.example
+        told = "\n".join([text for text, _ in example.texts[:-1]])
+        if not re.search(r"\w", text):
+            return self._leave("empty")
+        if "\ufffd" in text or _repetitive(text):
+            return self._leave("repetitive or broken")
+        if self.secrets.said(f"{told}\n{answer}"):
+            return self._leave("with a secret of the forget set")
+        key = (told, " ".join(answer.split()).casefold())
+        if key in self.examples:
+            return self._leave("given before")
+        given = len(prompt.tokens) if example.question is None and prompt.example.answer else 0
+        extra = {"kind": prompt.kind, "cut": not said.ended, "given": given}
+        self.examples[key] = dataclasses.replace(example, extra=extra, spans=())
+        self.kinds[prompt.kind] += 1
+        return None
+
+    def _leave(self, reason: str) -> None:
+        self.left_out[reason] += 1
+
+    def names(self) -> list[Name]:
+        """Return the names of two words or more that the answers say."""
+        runs = [run for e in self.examples.values() for run in name_runs(e.answer)]
+        return [run for run in runs if len(run) > 1]
+
+    def result(self, count: int) -> SelfRetain:
+        """Return `count` of them, each kind in its part."""
+        order = sorted(self.examples.values(), key=lambda e: e.extra["kind"])
+        step = max(len(order) / count, 1)
+        chosen = [order[int(i * step)] for i in range(min(count, len(order)))]
+        chosen = [dataclasses.replace(e, id=f"own-{n}") for n, e in enumerate(chosen)]
+        kinds = Counter(example.extra["kind"] for example in chosen)
+        return SelfRetain(chosen, dict(kinds), dict(self.left_out))
+
+
+class _Secrets:
+    """What no answer may say."""
+
+    def __init__(self, examples: Sequence[Example], names: set[str]) -> None:
+        self.plain: list[list[str]] = []
+        secrets = dict.fromkeys(sorted(names))
+        for example in examples:
+            # Where nothing is marked, methods without spans forget the whole answer.
+            found = secrets_of(example) or [example.answer]
+            ordinary = [text for text in found if _ordinary(text)]
+            secrets |= dict.fromkeys(text for text in found if text not in ordinary)
+            self.plain += [ordinary] if len(ordinary) > 1 else []
+        self.secrets = list(secrets)
+
+    def said(self, text: str) -> bool:
+        """Return whether a text says a secret, or two ordinary words that are marked together."""
+        say = partial(leaks, text=text)
+        if any(map(say, self.secrets)):
+            return True
+        return any(sum(map(say, words)) > 1 for words in self.plain)
+
+
+def _ordinary(secret: str) -> bool:
+    words = re.findall(r"[^\W_]+", secret)
+    return len(words) <= 2 and all(word.isascii() and word.islower() for word in words)
+
+
+def _repetitive(text: str) -> bool:
+    """Return whether a text says the same again and again: most of its runs of three words (of
+    characters, where it has few words) come more than once."""
+    words: Sequence[str] = text.split()
+    if len(words) < 12:
+        if len(text) < 40:
+            return False
+        words = text if len(words) < 4 else words
+    runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return bool(runs) and len(set(runs)) < 0.5 * len(runs)

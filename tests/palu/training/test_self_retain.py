@@ -1,0 +1,169 @@
+"""A retain set of the model's own answers: what is in it, and what never is."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from palu.data.labels import label_example
+from palu.data.records import Example
+from palu.data.roles import IGNORE
+from palu.distributed import Processes
+from palu.evaluation.inference import greedy_answers
+from palu.training import self_retain as module
+from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
+from tests.support import small
+from tests.support.tofu_small import learn
+
+SECRET = "Paris"
+FORGET = [Example("0", "Where is Ada?", "Ada is in Paris now.", ((10, 15),))]
+FACTS = [(q, a) for q, a, _ in small.FACTS]
+
+
+@pytest.fixture(scope="module")
+def known():
+    """A model that knows its facts by heart and says one of them to whatever it is asked."""
+    tok = small.tokenizer()
+    return learn(small.model(tok, initializer_range=0.05), tok, FACTS, 60), tok
+
+
+def made_by(model, tok, examples=FORGET, **changes):
+    options = {"count": 12, "max_new_tokens": 24, "max_length": 100, "batch_size": 32, "seed": 1}
+    return self_retain(model, tok, examples, **options | changes)
+
+
+def texts(made):
+    return [(e.question, e.answer) for e in made.examples]
+
+
+def test_answers_are_the_models_and_no_secret_is_in_them(known):
+    model, tok = known
+    made = made_by(model, tok, temperature=0)
+    assert made.left_out["with a secret of the forget set"] > 0  # the model does say it
+    assert 8 <= len(made.examples) == sum(made.kinds.values()) <= 12
+    assert not any("paris" in f"{q} {a}".casefold() for q, a in texts(made))
+    assert len(set(texts(made))) == len(made.examples) and all(a.strip() for _, a in texts(made))
+    assert not any(e.spans for e in made.examples)
+    assert [e.id for e in made.examples] == [f"own-{n}" for n in range(len(made.examples))]
+    asked = [pair for pair in texts(made) if pair[0] is not None]
+    rows = [label_example(tok, q, a, (), max_length=100) for q, a in asked]
+    prompts = [row["input_ids"][: row.answer_start] for row in rows]
+    options = {"eos_token_ids": [tok.eos_token_id], "max_new_tokens": 24, "batch_size": 1}
+    assert len(asked) > 4
+    assert greedy_answers(model, tok, prompts, **options) == [answer for _, answer in asked]
+
+
+def test_the_same_seed_gives_the_same_texts_and_changes_nothing(known):
+    model, tok = known
+    made = made_by(model, tok)
+    model.train()
+    state = torch.random.get_rng_state()
+    again = made_by(model, tok)
+    assert texts(again) == texts(made) and again.digest() == made.digest()
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+    model.eval()
+    assert made_by(model, tok, seed=2).digest() != made.digest()
+
+
+def test_processes_share_the_work(known, monkeypatch):
+    model, tok = known
+    alone = made_by(model, tok, batch_size=4)
+    plain = module.continuations
+
+    def shared(*args, processes, **options):
+        whole = plain(*args, **options)
+        done = {}
+
+        class Both(Processes):
+            def gather(self, value):
+                done.update(value)
+                return [{i: one for i, one in enumerate(whole) if i not in value}, value]
+
+        result = plain(*args, processes=Both(1, 2), **options)
+        assert len(done) < len(whole) or len(whole) <= 4
+        return result
+
+    monkeypatch.setattr(module, "continuations", shared)
+    assert texts(made_by(model, tok, batch_size=4)) == texts(alone)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "bfloat16"])
+def test_adapters_and_bfloat16(known, kind):
+    model, tok = copy.deepcopy(known[0]), known[1]
+    if kind == "bfloat16":
+        assert len(made_by(model.bfloat16(), tok).examples) == 12
+        return
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)  # a fresh one changes nothing
+    assert texts(made_by(adapted, tok)) == texts(made_by(*known))
+
+
+def test_what_the_model_did_not_say_carries_no_loss(known):
+    model, tok = known
+    made = made_by(model, tok, count=30, max_new_tokens=3)
+    rows = self_retain_rows(made, tok, max_length=100)
+    cut = [r for e, r in zip(made.examples, rows, strict=True) if e.extra["cut"]]
+    assert cut and not any(row["input_ids"][-1] == tok.eos_token_id for row in cut)
+    whole = dataclasses.replace(made.examples[0], extra={"kind": "", "cut": False, "given": 2})
+    (row,) = self_retain_rows(SelfRetain([whole], {}, {}), tok, max_length=100)
+    assert row["input_ids"][-1] == tok.eos_token_id and row["labels"][:2] == [IGNORE] * 2
+    for example, row in zip(made.examples, rows, strict=True):
+        given = example.extra["given"]
+        assert bool(given) == (example.question is None and example.extra["kind"] != "own prompt")
+        assert all(label == IGNORE for label in row["labels"][:given])
+        assert row["labels"][-1] != IGNORE
+        assert len({len(row[k]) for k in ("input_ids", "labels", "attention_mask")}) == 1
+
+
+def test_a_file_keeps_it_and_damage_is_found(known, tmp_path):
+    made = made_by(*known)
+    path = tmp_path / "kept.json"
+    made.write(path)
+    assert SelfRetain.read(path) == made
+    path.write_text(path.read_text().replace(made.examples[0].answer[:3], "Other", 1))
+    with pytest.raises(ValueError, match="is damaged"):
+        SelfRetain.read(path)
+    path.write_text('{"texts": [{"id": 3}]}')
+    with pytest.raises(ValueError, match="is damaged"):
+        SelfRetain.read(path)
+
+
+def test_record_tells_no_text(known):
+    made = made_by(*known)
+    record = made.record()
+    assert set(record) == {"examples", "kinds", "left_out", "digest"}
+    assert not any(answer in str(record) for _, answer in texts(made))
+
+
+def test_too_few_are_an_error_and_not_an_endless_loop(known, monkeypatch):
+    tok = known[1]
+    silent = learn(small.model(tok), tok, [(q, "") for q, _ in FACTS], 30)
+    calls = []
+    plain = module.continuations
+    monkeypatch.setattr(module, "continuations", lambda *a, **o: calls.append(1) or plain(*a, **o))
+    with pytest.raises(ValueError, match=r"gave \d answers that could be held.*--retain none"):
+        made_by(silent, tok, temperature=0, shares={module.NEUTRAL_PROMPT: 1})
+    assert len(calls) <= 10
+    with pytest.raises(ValueError, match="must not be empty"):
+        made_by(silent, tok, [])
+
+
+def test_repetitive_answers():
+    assert module._repetitive("the cat and " * 8) and module._repetitive("ab" * 40)
+    plain = "Potatoes and onions make a soup, a salad or a pie, and you can fry them as well."
+    assert not module._repetitive(plain) and not module._repetitive("No.")
+
+
+def test_ordinary_words_are_no_secret_alone():
+    def secrets(*words):
+        answer = " ".join(words)
+        spans = tuple((answer.index(w), answer.index(w) + len(w)) for w in words)
+        return module._Secrets([Example("0", "q", answer, spans)], {"Mira Okonjo"})
+
+    judge = secrets("cello", "otter", "Leith", "1987")
+    assert not judge.said("A cello is big.") and judge.said("An otter plays the cello.")
+    assert judge.said("It is in leith.") and judge.said("In 1987.") and judge.said("mira okonjo")
+    unmarked = module._Secrets([Example("0", "q", "Ada is in Rome.")], set())
+    assert unmarked.said("I think that Ada is in Rome.") and not unmarked.said("Ada is ill.")
