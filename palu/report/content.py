@@ -14,6 +14,7 @@ from palu.report.inputs import (
     Inputs,
     Node,
 )
+from palu.report.integrity import integrity_checks
 from palu.report.limits import limits_of
 from palu.report.measures import evaluated, kept_share, measure_rows, ordered
 from palu.storage.output import RECORD
@@ -28,8 +29,8 @@ FINDERS = {
     "all": "whole answers were taken",
     "given": "marked by hand before",
 }
-_CHECKS = ("epoch", "sensitive_probability", "past_prefix_probability", "leaked", "spans")
-_CHECKS += ("retain_probability",)
+_CHECKS = ("epoch", "sensitive_probability", "past_prefix_probability", "recited", "spans")
+_CHECKS += ("leaked", "asked", "retain_probability")
 
 
 def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
@@ -42,8 +43,13 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     rows = measure_rows(inputs, leaked_answers(secrets))
     attacks = attacks_of(inputs)
     models = _models(inputs)
+    checked = integrity_checks(inputs)
+    verdict = _verdict(inputs[RECORD]["outcome"], attacks)
+    if not all(one["holds"] for one in checked):
+        verdict |= {"level": "bad", "headline": "These numbers are not of the model in this folder"}
     content = {
-        "verdict": _verdict(inputs[RECORD]["outcome"], attacks),
+        "verdict": verdict,
+        "integrity": checked,
         "request": _request(inputs, secrets),
         "models": models,
         "run": _run(inputs[RECORD]),
@@ -128,9 +134,7 @@ def _request(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     request: dict[str, Any] = {
         "forget": data["forget"].value and str(data["forget"].value),
         "retain": data["retain"].value and str(data["retain"].value),
-        "digests": {
-            name: node.text() for name, node in data["digests"].named() if node.value != ""
-        },
+        "files": _digests(inputs[RECORD]["digests"]["data"]),
         "records": None,
         "records_with_spans": None,
         "spans": None,
@@ -160,6 +164,13 @@ def _request(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     return request
 
 
+def _digests(node: Node) -> dict[str, dict[str, str]]:
+    """Return name -> file -> SHA-256."""
+    return {
+        name: {file: digest.text() for file, digest in part.named()} for name, part in node.named()
+    }
+
+
 def _models(inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Return name -> path and digest of each model that a file tells of."""
     record, models = inputs[RECORD], {}
@@ -173,10 +184,11 @@ def _models(inputs: Inputs) -> dict[str, dict[str, Any]]:
             known[key] = next(iter(said), None)
         if name == "original":
             known["path"] = record["base_model"].text("") or known["path"]
-            known["digest"] = known["digest"] or record["base_model_digest"].text("") or None
         if name == "unlearned":
             known["path"] = inputs.folder.resolve().name
-            known["digest"] = known["digest"] or record["model_digest"].text("") or None
+        field = {"original": "model", "unlearned": "output"}.get(name)
+        files = record["digests"][field].named() if field is not None else ()
+        known["files"] = {file: digest.text() for file, digest in files}
         models[name] = known
     return models
 

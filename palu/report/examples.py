@@ -92,6 +92,8 @@ def find_secrets(
     path = forget_file(inputs) if forget is None else forget
     if path is None:
         return None, "the file that was forgotten is not here; name it with --forget"
+    if forget is None and _changed(inputs, path):
+        return None, f"{path} has changed since it was forgotten; name the right file (--forget)"
     try:
         secrets = read_secrets(str(path), shown=shown)
         secrets.answers = judge_answers(inputs, secrets)
@@ -102,6 +104,16 @@ def find_secrets(
         # somebody's data.
         return None, f"{path} is not what was measured; name the right file (--forget)"
     return secrets, None
+
+
+def _changed(inputs: Inputs, path: str) -> bool:
+    """Return whether a file has another digest than `palu.json` names."""
+    from palu.storage.fingerprint import data_digests
+
+    known = dict(inputs[RECORD]["digests"]["data"]["forget"].named())
+    return bool(known) and {*data_digests(path.partition("[")[0]).values()} != {
+        node.text() for node in known.values()
+    }
 
 
 def forget_file(inputs: Inputs) -> str | None:

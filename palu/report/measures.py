@@ -13,6 +13,7 @@ LEAKED = "leaked"
 TITLES = {
     LEAKED: "Secrets said in plain answers",
     "sensitive_probability": "Probability of the sensitive words",
+    "recited": "Passages of which every token is its first choice",
     "past_prefix_probability": "Probability of the rest of the sensitive passages, after the first "
     "tokens (those that were unlearned)",
     "retain_probability": "Probability of the answers",
@@ -77,10 +78,12 @@ def _has(rows: Iterable[Row], wanted: Row) -> bool:
 
 
 def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return what is left of the first retain number that original and unlearned model have."""
-    for row in rows:
-        before, after = (row["values"].get(name) for name in MODELS[:2])
-        if row["set"] == "retain" and before and after is not None:
+    """Return what is left of the probability of the answers to keep, by what the run measured,
+    else by `evaluation.json`; None where neither has it of both models."""
+    known = {row["name"]: row["values"] for row in rows if row["set"] == "retain"}
+    for name in ("retain_probability", "answer_probability"):
+        before, after = (known.get(name, {}).get(model) for model in MODELS[:2])
+        if before and after is not None:
             return after / before
     return None
 
@@ -88,13 +91,14 @@ def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
 def _rows_of_run(outcome: Node) -> list[Row]:
     sides = {"original": outcome["before"], "unlearned": outcome["after"]}
     rows = []
-    leaked = {
-        name: _leaked(side["leaked"], side["spans"])
-        for name, side in sides.items()
-        if side["leaked"]
-    }
-    if leaked:
-        rows.append(_row("forget", LEAKED, "run", leaked))
+    for name, ofs in ((LEAKED, ("asked", "spans")), ("recited", ("spans",))):
+        counts = {
+            model: _count(side[name], next(side[of] for of in ofs if side[of] or of == ofs[-1]))
+            for model, side in sides.items()
+            if side[name]
+        }
+        if counts:
+            rows.append(_row("forget", name, "run", counts))
     for data, names in _OF_RUN.items():
         for name in names:
             values = {model: side[name].share() for model, side in sides.items() if side[name]}
@@ -121,7 +125,7 @@ def _is_result(part: Node) -> bool:
     return isinstance(part.value, Mapping) and "mean" in part.value
 
 
-def _leaked(leaked: Node, of: Node) -> dict[str, int]:
+def _count(leaked: Node, of: Node) -> dict[str, int]:
     if leaked.count() > of.count():
         raise leaked.fail(f"at most {of.path}, {of.count()}")
     return {"leaked": leaked.count(), "of": of.count()}

@@ -57,7 +57,7 @@ def record() -> dict[str, Any]:
         "after": {"sensitive_probability": 0.021, "past_prefix_probability": 0.046, "leaked": 0},
     }
     for side, kept in zip(sides.values(), (0.972, 0.958), strict=True):
-        side |= {"spans": 12, "retain_probability": kept}
+        side |= {"spans": 12, "asked": 12, "retain_probability": kept}
     checks = [
         {"epoch": e, "sensitive_probability": p, "leaked": n, "spans": 12, "retain_probability": k}
         for e, p, n, k in [(1, 0.912, 11, 0.97), (2, 0.41, 5, 0.94), (3, 0.09, 1, 0.951)]
@@ -84,7 +84,7 @@ def record() -> dict[str, Any]:
         "loss_curve": [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 0.5}],
         "outcome": {
             "status": "forgotten",
-            "reasons": ["None of the 12 passages is said any more, and 98.6% of the rest is kept."],
+            "reasons": ["greedy answers say 0 of 12 secrets (at most 5%)"],
             "advice": [],
             "limits": {"leak_rate": 0.05, "sensitive_probability": 0.1, "retain_kept": 0.95},
             **sides,

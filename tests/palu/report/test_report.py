@@ -1,10 +1,12 @@
 """What a report says: its numbers are those of the files, and no secret is in it."""
 
+import hashlib
 import json
 import re
 
 import pytest
 
+from palu.evaluation.attacks.run import model_digest
 from palu.evaluation.leaks import leaks
 from palu.report import build_report, write_card
 from tests.support import erasure
@@ -68,7 +70,8 @@ def test_it_says_what_was_measured(tmp_path):
     assert ("forget", "sensitive_probability", "run") not in rows  # measured again, of more models
     assert rows["retain", "retain_probability", "run"] == {"original": 0.972, "unlearned": 0.958}
     assert report["columns"] == ["original", "unlearned", "retrained"]
-    assert report["models"]["original"] == {"path": "../chat-model", "digest": "1" * 64}
+    original = {"path": "../chat-model", "digest": "1" * 64, "files": {}}
+    assert report["models"]["original"] == original and report["integrity"] == []
     assert report["attacks"]["attacks"][0]["title"] == "first 3 tokens given away"
     assert report["attacks"]["worst"]["results"]["unlearned"]["leaked"] == 3
     assert report["missing"] == []
@@ -223,6 +226,51 @@ def test_an_adapter(tmp_path):
     model = erasure.write(tmp_path, palu=record)
     assert any("switch the adapter off" in limit for limit in build_report(model)["limits"])
     assert "adapter: rank 16" in text_of(model / "report.html")
+
+
+def test_the_model_in_the_folder_is_the_one_that_was_measured(tmp_path):
+    """By the digests of the run, of the evaluation and of the attacks."""
+    model = erasure.write(tmp_path)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    forget = tmp_path / "forget.jsonl"
+    sums = {
+        name: hashlib.sha256((model / name).read_bytes()).hexdigest()
+        for name in ("config.json", "model.safetensors")
+    }
+    record, evaluation, attack = erasure.record(), erasure.evaluation(), erasure.attack()
+    data = {"forget": {"old-name.jsonl": hashlib.sha256(forget.read_bytes()).hexdigest()}}
+    record["digests"] = {"algorithm": "sha256", "model": {"a": "b"}, "output": sums, "data": data}
+    for content in (evaluation, attack):
+        content["models"]["unlearned"]["digest"] = model_digest(model)
+    for name, content in (("palu", record), ("evaluation", evaluation), ("attack", attack)):
+        (model / f"{name}.json").write_text(json.dumps(content))
+    report = build_report(model)
+    assert [one["holds"] for one in report["integrity"]] == [True] * 3
+    assert report["models"]["unlearned"]["files"] == sums
+    said = text_of(model / "report.html")
+    assert sums["model.safetensors"] in said and data["forget"]["old-name.jsonl"] in said
+    assert "The model that was attacked is the one in this folder." in said
+
+    (model / "model.safetensors").write_bytes(b"others")
+    report = build_report(model)
+    assert not any(one["holds"] for one in report["integrity"])
+    assert report["verdict"]["headline"] == "These numbers are not of the model in this folder"
+    assert report["verdict"]["level"] == "bad"
+    said = text_of(model / "report.html")
+    assert "These files of the model are not those that the run wrote: model.safetensors." in said
+
+    forget.write_text(forget.read_text() + "\n")
+    build_report(model)
+    assert "has changed since it was forgotten" in text_of(model / "report.html")
+
+
+def test_evaluated_and_attacked_are_the_same_models(tmp_path):
+    attack = erasure.attack()
+    attack["models"]["original"]["digest"] = "9" * 64
+    report = build_report(erasure.write(tmp_path, attack=attack))
+    assert report["verdict"]["level"] == "bad"
+    assert "The original model that was attacked is not" in report["integrity"][0]["what"]
 
 
 def cut(name, *path, value):
