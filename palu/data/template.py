@@ -227,6 +227,8 @@ class Template:
         try:
             return self._chat(tokenizer, messages, "a conversation")
         except ValueError as error:
+            if error.__cause__ is None:  # it is not the template that refuses
+                raise
             first = len(messages) - 1  # the last one of those without which it is not refused
             while first:
                 try:
@@ -234,7 +236,7 @@ class Template:
                     break
                 except ValueError:
                     first -= 1
-            why = error if error.__cause__ is None else one_line(error.__cause__)
+            why = one_line(error.__cause__)
             raise ValueError(f"the chat template refuses {names[first]}: {why}") from error
 
     def _places(
@@ -443,9 +445,11 @@ def _rendered(
                 )
     except (Exception, OutOfBounds) as error:  # a template is a program and may raise anything
         raise ValueError(f"the chat template refuses {what}: {one_line(error)}") from error
+    where = (
+        "the record or chat_template_kwargs" if unknown[0] == "tools" else "chat_template_kwargs"
+    )
     raise ValueError(
-        f"chat_template_kwargs has {unknown[0]!r}, and this tokenizer's chat template no such "
-        "variable"
+        f"{where} has {unknown[0]!r}, and this tokenizer's chat template no such variable"
     )
 
 

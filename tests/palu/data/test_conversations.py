@@ -301,12 +301,19 @@ def test_tools(chatml_tokenizer):
     assert text_of(tokenizer, row["input_ids"][start:]) == "Ada is in Lund.<|im_end|>"
     assert set(row["labels"][:start]) == {IGNORE}
     assert text_of(tokenizer, [x for x in row["labels"] if x >= 0]).strip() == "Lund"
+    # What an assistant says beside its calls is an answer, and the calls belong to it.
+    spoken = [AGENT[0], {**CALL, "content": "Let me look."}, *AGENT[2:]]
+    example, _ = parse_record({"messages": spoken}, 0, require_spans=False)
+    (row,) = label_record(tokenizer, example, 999, Template())
+    kept = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x == KEEP]
+    assert text_of(tokenizer, kept).startswith('Let me look.[{"name": "look"')
+    assert text_of(tokenizer, kept).endswith("<|im_end|>Ada is in Lund.<|im_end|>")
     # A result that the template rewrites is context like another, but has no place for a span.
     spans = [{"turn": 2, "start": 4, "end": 8, "text": "Lund"}]
     example, _ = parse_record({"messages": AGENT, "spans": spans}, 0, require_spans=True)
     with pytest.raises(ValueError, match=r"leaves out or changes messages\[2\] \(tool\)"):
         label_record(tokenizer, example, 999, Template())
-    with pytest.raises(ValueError, match="has 'tools', and this tokenizer's chat template no such"):
+    with pytest.raises(ValueError, match=r"^the record or chat_template_kwargs has 'tools', and"):
         label_record(
             chatml_tokenizer,
             Example.of_turns("x", CHAT, {"tools": tools}),
