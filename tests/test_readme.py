@@ -20,6 +20,7 @@ from palu.data.collator import Collator
 from palu.methods import METHODS
 from tests.support import ROOT, readme_world
 from tests.support.readme_world import (
+    ATTACKS,
     DISTRIBUTED,
     HIDDEN,
     LOOP,
@@ -49,8 +50,15 @@ def changed(before, after):
 
 
 def test_every_example_is_here():
-    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS}
+    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS, ATTACKS}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
+
+
+def test_attacks(world, capsys):
+    before = weights(world)
+    run(ATTACKS, world)
+    assert world["found"]["secrets"] == 2 and "worst" in world["found"]
+    assert not changed(before, world["model"].state_dict()) and capsys.readouterr().out
 
 
 def test_pages_and_links():

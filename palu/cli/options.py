@@ -68,7 +68,9 @@ class TextOptions:
     repair: Literal["none", "snap"] = _data(
         "none", "snap: move span ends to word ends and merge overlaps."
     )
-    system_prompt: str | None = _template(None, "System turn of the chat template.")
+    system_prompt: str | None = _template(
+        None, "System turn of the chat template, where a conversation has none of its own."
+    )
     date_string: str | None = _template(None, "Date given to the chat template.")
     chat_template_kwargs: str | None = _template(
         None, "More variables of the chat template, a JSON object: '{\"enable_thinking\": false}'."

@@ -18,6 +18,7 @@ from palu.data.labels import (
     overlapping,
     place_spans,
     shift_spans,
+    special_ids,
 )
 from palu.data.records import SYSTEM, USER, Example, Turn
 from palu.data.roles import IGNORE, KEEP, eos_ids
@@ -133,6 +134,8 @@ class _Labeler:
         self.max_length = max_length
         # A property that builds thousands of objects in some tokenizers.
         self.added = tokenizer.added_tokens_decoder
+        self.special = special_ids(tokenizer, self.added)
+        self.eos = eos_ids(tokenizer.eos_token_id)
 
     def end_of(self, turns: Sequence[Turn], names: Sequence[str]) -> tuple[LabeledExample, int]:
         """Return the last row of a conversation, and the first turn that is labelled in it."""
@@ -199,7 +202,7 @@ class _Labeler:
             sensitive |= covered
             lost_spans += lost
         labels = np.full(len(ids), IGNORE)
-        stops = {*eos_ids(self.tokenizer.eos_token_id)}
+        stops = {*self.eos}
         kept, first, closed, appended = 0, len(ids), False, []
         for turn, name, place in zip(turns, names, rendered.places, strict=True):
             if not turn.answer:
@@ -239,10 +242,10 @@ class _Labeler:
         later = [p.start for p in rendered.places if p is not None and p.start >= place.end]
         bound = int(_first(ends[after:] > min(later))) + after if later else len(ids)
         rest = ids[after:bound] if rendered.chat else ids[:0]
-        count = closing_count(self.tokenizer, self.added, rest)
+        count = closing_count(rest, self.special, self.eos)
         closing = rest[:count].tolist()
         if not count and not later:  # no special token: EOS, as after a single answer
-            closing = [*eos_ids(self.tokenizer.eos_token_id)]
+            closing = [*self.eos]
         if closing and ids[after - 1] == closing[-1]:  # the answer's own text ends with it
             return _Answer(first, after, closing, [])
         return _Answer(first, after + count, closing, [] if count else closing)

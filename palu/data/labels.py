@@ -350,25 +350,26 @@ def _closing_tokens(
 ) -> list[int]:
     """Return the tokens that end an answer, out of those that the template writes after it, see
     `closing_count`. EOS when there is no special one."""
-    count = closing_count(tokenizer, added, rest)
+    count = closing_count(rest, special_ids(tokenizer, added), eos_ids(tokenizer.eos_token_id))
     return rest[:count].tolist() if count else list(eos_ids(tokenizer.eos_token_id))
 
 
-def closing_count(
-    tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any], rest: np.ndarray
-) -> int:
+def special_ids(tokenizer: "PreTrainedTokenizerBase", added: Mapping[int, Any]) -> list[int]:
+    """Return the ids of a tokenizer's special tokens, EOS among them."""
+    special = {*tokenizer.all_special_ids, *eos_ids(tokenizer.eos_token_id)}
+    return [*special, *(number for number, token in added.items() if token.special)]
+
+
+def closing_count(rest: np.ndarray, special: Sequence[int], eos: Sequence[int]) -> int:
     """Return how many of the tokens that a template writes after an answer end it: up to the
     first special token, and on to EOS when that follows at once (some templates end a message and
     a turn). 0 when there is no special one."""
-    eos = eos_ids(tokenizer.eos_token_id)
-    special = {*tokenizer.all_special_ids, *eos}
-    special |= {number for number, token in added.items() if token.special}
-    is_special = np.isin(rest, list(special))
+    is_special = np.isin(rest, special)
     if not is_special.any():
         return 0
     first = int(is_special.argmax())
     stretch = 1
     while first + stretch < len(rest) and is_special[first + stretch]:
         stretch += 1
-    to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], list(eos)))
+    to_eos = np.flatnonzero(np.isin(rest[first : first + stretch], eos))
     return first + (int(to_eos[0]) if to_eos.size else 0) + 1

@@ -3,6 +3,7 @@ none."""
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -194,7 +195,7 @@ class Template:
         stand_in = "palu-turn"
         while stand_in in text:
             stand_in += "-x"
-        places = [
+        places = self._places(tokenizer, messages, turns, text, stand_in) or [
             self._place_of(tokenizer, messages, number, turn, names[number], text, stand_in)
             for number, turn in enumerate(turns)
         ]
@@ -226,6 +227,8 @@ class Template:
         try:
             return self._chat(tokenizer, messages, "a conversation")
         except ValueError as error:
+            if error.__cause__ is None:  # it is not the template that refuses
+                raise
             first = len(messages) - 1  # the last one of those without which it is not refused
             while first:
                 try:
@@ -233,8 +236,44 @@ class Template:
                     break
                 except ValueError:
                     first -= 1
-            why = error if error.__cause__ is None else one_line(error.__cause__)
+            why = one_line(error.__cause__)
             raise ValueError(f"the chat template refuses {names[first]}: {why}") from error
+
+    def _places(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: list[dict[str, Any]],
+        turns: Sequence[Turn],
+        text: str,
+        stand_in: str,
+    ) -> list[Place | None] | None:
+        """Return where all turns are. None unless the template writes around stand-ins for all of
+        them what it writes around their contents (or those without outer white space), as most do:
+        then every turn takes a rendering of its own."""
+        marks = {n: f"{stand_in}-{n:09}-" for n, turn in enumerate(turns) if turn.content.strip()}
+        others = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
+        try:
+            other = self._chat(tokenizer, others, "a conversation")
+        except ValueError:
+            return None
+        if any(other.count(mark) != 1 for mark in marks.values()):
+            return None
+        order = sorted(marks, key=lambda number: other.index(marks[number]))
+        between = re.split("|".join(map(re.escape, marks.values())), other) if marks else [other]
+        for change in (str, str.strip):
+            contents = [change(turns[number].content) for number in order]
+            pieces = [between[0]]
+            for content, behind in zip(contents, between[1:], strict=True):
+                pieces += [content, behind]
+            if "".join(pieces) != text:
+                continue
+            places: list[Place | None] = [None] * len(turns)
+            ends = list(itertools.accumulate(map(len, pieces)))
+            for number, content, end in zip(order, contents, ends[1::2], strict=True):
+                dropped = _leading_space(turns[number].content) if change is str.strip else 0
+                places[number] = Place(end - len(content), end, dropped)
+            return places
+        return None
 
     def _place_of(
         self,
@@ -406,9 +445,11 @@ def _rendered(
                 )
     except (Exception, OutOfBounds) as error:  # a template is a program and may raise anything
         raise ValueError(f"the chat template refuses {what}: {one_line(error)}") from error
+    where = (
+        "the record or chat_template_kwargs" if unknown[0] == "tools" else "chat_template_kwargs"
+    )
     raise ValueError(
-        f"chat_template_kwargs has {unknown[0]!r}, and this tokenizer's chat template no such "
-        "variable"
+        f"{where} has {unknown[0]!r}, and this tokenizer's chat template no such variable"
     )
 
 

@@ -25,6 +25,7 @@ from palu.evaluation.attacks.probes import (
 from palu.evaluation.attacks.settings import HALF, AttackSettings
 from palu.evaluation.attacks.unrelated import UNRELATED
 from palu.evaluation.attacks.weights import (
+    LIBRARIES,
     missing_library,
     noisy,
     quantized,
@@ -188,7 +189,7 @@ class Plan:
                 setting={"by": "round-to-nearest", "bits": bits},
                 change=lambda model, report, bits=bits: quantized(model, bits),
             )
-        for library in ("bitsandbytes", "torchao"):
+        for library in LIBRARIES:
             if why := missing_library(library):
                 self._skip("quantization", f"{library}: {why}")
                 continue

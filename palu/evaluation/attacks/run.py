@@ -19,6 +19,7 @@ from palu.evaluation.attacks.attack import Answered, Attack, LeakAttack
 from palu.evaluation.attacks.plan import Plan
 from palu.evaluation.attacks.probes import Targets
 from palu.evaluation.attacks.settings import AttackSettings, check_names
+from palu.evaluation.attacks.weights import LIBRARIES
 from palu.evaluation.leaks import BOX, mask
 from palu.models.loading import check_token_ids, load_model, model_folder
 from palu.models.lora import base_folder, is_adapter
@@ -186,9 +187,9 @@ def _attack_model(
         try:
             with progress.part(said, attack.size) as report:
                 result, answered = attack.run(model, targets.tokenizer, targets.closing(), report)
-        except (RuntimeError, MemoryError, ImportError, NotImplementedError) as error:
+        except Exception as error:
             # A library of quantization may not run on this machine; that is no result of the model.
-            foreign = attack.setting.get("by") in ("bitsandbytes", "torchao")
+            foreign = attack.setting.get("by") in LIBRARIES
             if not (foreign or (out_of_memory(error) and attack.name != "greedy")):
                 raise
             results.skip(attack, f"{attack.title} ({name}): {one_line(error, 120)}")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from palu.data.collator import Collator
 from palu.data.labels import LabeledExample
@@ -23,6 +26,7 @@ from palu.models.wrappers import unwrap
 
 GROUP = 128
 """Weights of a row that share a scale."""
+LIBRARIES = ("bitsandbytes", "torchao")
 BATCH = 4
 """Examples in a step of relearning."""
 Report = Callable[[int, int], None]
@@ -190,51 +194,74 @@ def missing_library(name: str) -> str | None:
 @contextmanager
 def quantized_by(model: nn.Module, library: str, bits: int) -> Iterator[nn.Module]:
     """Give a copy of the model with the linear layers of `bitsandbytes` (8 bits LLM.int8(), 4 bits
-    NF4) or `torchao` (weights only). Adapters are merged first."""
+    NF4) or `torchao` (weights only, in groups of 128). Adapters are merged first; the output head
+    stays.
+
+    Raises:
+        RuntimeError: the library leaves layers as they are.
+    """
     other = copy.deepcopy(model)
     if hasattr(other, "merge_and_unload"):
         other = other.merge_and_unload()
-    try:
-        head = unwrap(other).get_output_embeddings()
-        if library == "torchao":
-            _by_torchao(other, head, bits)
-        else:
-            _by_bitsandbytes(other, head, bits)
+    head = unwrap(other).get_output_embeddings()
+    linear = [
+        (parent, name)
+        for parent in list(other.modules())
+        for name, module in parent.named_children()
+        if type(module) is nn.Linear and module is not head
+    ]
+    with _without_notes(library):
+        (_by_torchao if library == "torchao" else _by_bitsandbytes)(other, linear, bits)
+        plain = [name for parent, name in linear if type(getattr(parent, name).weight) is Parameter]
+        if plain:
+            raise RuntimeError(
+                f"{library} leaves {len(plain)} of {len(linear)} linear layers as they are"
+            )
         yield other.eval()
+
+
+@contextmanager
+def _without_notes(library: str) -> Iterator[None]:
+    """Silence what a library says at every layer."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        del other
-        with suppress(Exception):
-            torch.accelerator.empty_cache()
+        logger.setLevel(level)
 
 
-def _by_torchao(model: nn.Module, head: nn.Module | None, bits: int) -> None:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-    config = Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=GROUP)
-    quantize_(model, config, lambda module, name: type(module) is nn.Linear and module is not head)
+_Layers = list[tuple[nn.Module, str]]
 
 
-def _by_bitsandbytes(model: nn.Module, head: nn.Module | None, bits: int) -> None:
+def _by_torchao(model: nn.Module, linear: _Layers, bits: int) -> None:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    kind = torch.int8 if bits == 8 else torch.int4
+    chosen = {getattr(parent, name) for parent, name in linear}
+    config = IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(GROUP))
+    quantize_(model, config, lambda module, name: module in chosen)
+
+
+def _by_bitsandbytes(model: nn.Module, linear: _Layers, bits: int) -> None:
     import bitsandbytes as bnb
 
-    device = next(model.parameters()).device
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is not nn.Linear or module is head:
-                continue
-            shape, bias = (module.in_features, module.out_features), module.bias is not None
-            if bits == 8:
-                new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
-                new.weight = bnb.nn.Int8Params(
-                    module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
-                )
-            else:
-                new = bnb.nn.Linear4bit(
-                    *shape, bias=bias, quant_type="nf4", compute_dtype=module.weight.dtype
-                )
-                new.weight = bnb.nn.Params4bit(
-                    module.weight.data.cpu(), requires_grad=False, quant_type="nf4"
-                )
-            if bias:
-                new.bias = module.bias
-            setattr(parent, name, new.to(device))
+    for parent, name in linear:
+        old = getattr(parent, name)
+        options: dict[str, Any] = {"bias": old.bias is not None}
+        weight = old.weight.data.cpu()  # it is quantized on its way back to the device
+        if bits == 8:
+            new = bnb.nn.Linear8bitLt(
+                old.in_features, old.out_features, has_fp16_weights=False, **options
+            )
+            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            options |= {"quant_type": "nf4", "compute_dtype": old.weight.dtype}
+            new = bnb.nn.Linear4bit(old.in_features, old.out_features, **options)
+            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        new.bias = old.bias
+        setattr(parent, name, new.to(old.weight.device))

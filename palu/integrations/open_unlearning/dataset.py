@@ -94,6 +94,11 @@ class AnnotatedQA(Dataset):
         """Return an item without its index, and how many spans lost tokens and tokens were cut."""
         if example.question is None:
             raise ValueError("field 'question' is missing; an annotated example must have one")
+        if example.turns:
+            raise ValueError(
+                "it is a conversation, or has spans in its question; the checkout's datasets hold "
+                "one question and one answer, with spans in the answer"
+            )
         item = self.preprocess(
             tokenizer, template_args, [example.question], [example.answer], max_length
         )

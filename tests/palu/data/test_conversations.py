@@ -89,9 +89,7 @@ def by_hand(tokenizer, turns, **variables):
     order = sorted(turns, key=lambda t: t.role == "system") if "INST" in text else turns
     for one in order:
         hoisted = one.role == "system"
-        # As it is; or without white space around it, where the template trims.
-        content = one.content if text.find(one.content, 0 if hoisted else at) >= 0 else None
-        content = content or one.content.strip()
+        content = one.content.strip() if "| trim" in tokenizer.chat_template else one.content
         start = text.index(content, 0 if hoisted else at)
         at = at if hoisted else start + len(content)
         dropped = one.content.index(content)
@@ -181,8 +179,14 @@ def conversations(draw):
 @given(turns=conversations(), name=st.sampled_from(["chatml", "llama3", "gemma", "mistral"]))
 def test_any_conversation(chatml_tokenizer, llama3_tokenizer, turns, name):
     tokenizer = templates(chatml_tokenizer, llama3_tokenizer)[name]
+    wanted = by_hand(tokenizer, turns)
     row = labelled(tokenizer, turns)
-    assert (row["input_ids"], row["labels"]) == by_hand(tokenizer, turns)
+    assert (row["input_ids"], row["labels"]) == wanted
+    # Both ways of finding turns: all at once, and one after the other.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Template, "_places", lambda *arguments: None)
+        row = labelled(tokenizer, turns)
+    assert (row["input_ids"], row["labels"]) == wanted
 
 
 def test_one_question_and_answer_is_labelled_as_without_turns(all_tokenizers):
@@ -297,12 +301,19 @@ def test_tools(chatml_tokenizer):
     assert text_of(tokenizer, row["input_ids"][start:]) == "Ada is in Lund.<|im_end|>"
     assert set(row["labels"][:start]) == {IGNORE}
     assert text_of(tokenizer, [x for x in row["labels"] if x >= 0]).strip() == "Lund"
+    # What an assistant says beside its calls is an answer, and the calls belong to it.
+    spoken = [AGENT[0], {**CALL, "content": "Let me look."}, *AGENT[2:]]
+    example, _ = parse_record({"messages": spoken}, 0, require_spans=False)
+    (row,) = label_record(tokenizer, example, 999, Template())
+    kept = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x == KEEP]
+    assert text_of(tokenizer, kept).startswith('Let me look.[{"name": "look"')
+    assert text_of(tokenizer, kept).endswith("<|im_end|>Ada is in Lund.<|im_end|>")
     # A result that the template rewrites is context like another, but has no place for a span.
     spans = [{"turn": 2, "start": 4, "end": 8, "text": "Lund"}]
     example, _ = parse_record({"messages": AGENT, "spans": spans}, 0, require_spans=True)
     with pytest.raises(ValueError, match=r"leaves out or changes messages\[2\] \(tool\)"):
         label_record(tokenizer, example, 999, Template())
-    with pytest.raises(ValueError, match="has 'tools', and this tokenizer's chat template no such"):
+    with pytest.raises(ValueError, match=r"^the record or chat_template_kwargs has 'tools', and"):
         label_record(
             chatml_tokenizer,
             Example.of_turns("x", CHAT, {"tools": tools}),

@@ -19,7 +19,7 @@ from palu.evaluation.attacks.plan import Plan
 from palu.evaluation.attacks.probes import Targets, prefix_forced, questions
 from palu.evaluation.inference import Continuation
 from palu.evaluation.leaks import leaks
-from tests.support import planted
+from tests.support import planted, small
 from tests.support.planted import FORGET, PEOPLE, RETAIN
 
 QUICK = AttackSettings(
@@ -268,6 +268,40 @@ def test_what_is_rounded_and_what_gets_noise():
         assert torch.equal(model.state_dict()[name] - before[name], again)
     with weights.noisy(model, 0.1, seed=4):
         assert not torch.equal(model.state_dict()[name] - before[name], again)
+
+
+def test_a_library_that_changes_nothing_or_cannot_run_is_skipped(monkeypatch):
+    """Not a number that looks right: layers that stay as they are were not attacked."""
+
+    def refuses(model, linear, bits):
+        raise AssertionError("N must be divisible")
+
+    monkeypatch.setattr("palu.evaluation.attacks.plan.missing_library", lambda name: None)
+    monkeypatch.setattr(weights, "_by_torchao", lambda model, linear, bits: None)
+    monkeypatch.setattr(weights, "_by_bitsandbytes", refuses)
+    content = attacked({"unlearned": planted.knows_all()}, ["quantization"])
+    assert {e["setting"]["by"] for e in content["attacks"]} == {"round-to-nearest"}
+    assert [skipped["why"] for skipped in content["skipped"]] == [
+        "8 bits by bitsandbytes (unlearned): N must be divisible",
+        "4 bits by bitsandbytes (unlearned): N must be divisible",
+        "8 bits by torchao (unlearned): torchao leaves 14 of 14 linear layers as they are",
+        "4 bits by torchao (unlearned): torchao leaves 14 of 14 linear layers as they are",
+    ]
+
+
+@pytest.mark.parametrize("library", weights.LIBRARIES)
+def test_a_library_of_quantization(library):
+    pytest.importorskip(library)
+    tok = planted.tokenizer()
+    model = small.model(tok, hidden_size=128, intermediate_size=256)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    ids = torch.tensor([tok("Where is Ada Brook?")["input_ids"]])
+    right, errors = model(ids).logits, {}
+    for bits in (8, 4):
+        with weights.quantized_by(model, library, bits) as other:
+            errors[bits] = (other(ids).logits - right).abs().mean().item()
+    assert 0 < errors[8] < errors[4] < right.abs().mean()
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
 def test_relearning_brings_a_fact_back_and_ends_with_the_block():

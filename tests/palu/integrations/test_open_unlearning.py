@@ -136,6 +136,14 @@ def test_spans_cut_off_are_counted(checkout, byte_tokenizer, tmp_path):
         ({"question": "Q?", "answer": "A.", "spans": [[0, 9]]}, r"data.jsonl:1 .*spans\[0\]"),
         ({"answer": "A.", "spans": [[0, 1]]}, "'question' is missing"),
         ({"text": "A.", "spans": [[0, 1]]}, "'question' is missing"),
+        (
+            {
+                "question": "Q?",
+                "answer": "A.",
+                "spans": [{"field": "question", "start": 0, "end": 1}],
+            },
+            "example '0': it is a conversation, or has spans in its question",
+        ),
     ],
 )
 def test_missing_annotations(checkout, byte_tokenizer, tmp_path, record, message):
