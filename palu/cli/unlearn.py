@@ -172,6 +172,7 @@ class Run:
                 options,
                 hidden_size=run.hidden_size(options.model),
                 lora=self.lora is not None,
+                own_answers=self.kept == SELF,
             )
         )
         settings = self._settings()

@@ -108,12 +108,15 @@ def forget_weight(
     )
 
 
-def simple_choices(options: Any, *, hidden_size: int | None, lora: bool) -> dict[str, Choice]:
+def simple_choices(
+    options: Any, *, hidden_size: int | None, lora: bool, own_answers: bool
+) -> dict[str, Choice]:
     """Return what can be chosen before the data is read, of those options that are None.
 
     Args:
         options: as the command line gives them.
         hidden_size: of the model; None where its configuration does not say.
+        own_answers: the retain set are answers of the model itself.
     """
     palu = options.method == "palu"
     rate = learning_rate(hidden_size or 1024, lora=lora)
@@ -131,6 +134,9 @@ def simple_choices(options: Any, *, hidden_size: int | None, lora: bool) -> dict
     )
     if "center" in options.given:
         choices["objective"] = Choice("flatten", "--center is of this objective")
+    if own_answers and palu:
+        why = "the model's own answers are held as they are; nll would make it surer of them"
+        choices["retain_loss"] = Choice("kl", why)
     if not palu:
         del choices["prefix_length"], choices["objective"]
         choices["forget_weight"] = Choice(1.0, f"the weight that method {options.method} has")

@@ -189,7 +189,7 @@ class RunOptions:
         None,
         "Loss on the retain set: nll, kl to the original model, or (of rmu alone, and its default) "
         "embed_diff, the distance to the original's activations.",
-        shown="nll",
+        shown="nll; of palu with --retain self kl",
     )
     retain_batch_size: int | None = _method(
         None, "Retain examples beside each forget batch.", shown="as many as forget examples"
