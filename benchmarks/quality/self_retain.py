@@ -4,9 +4,9 @@ model's own answers, and with the real retain set, everything else the same.
     python -m benchmarks.quality.self_retain --testbed people --seeds 1,2 --work /tmp/self-retain
     python -m benchmarks.quality.self_retain --testbed chat --chat FOLDER --seeds 1,2 ...
 
-`people` are the demo's, learned anew for each seed. `chat` is a folder with the model `original`
-and the files `forget.jsonl` and `retain.jsonl` (conversations with spans). One row a run is added
-to `--output`.
+`people` are the demo's, learned anew for each seed. `chat` is a folder with the model `original`,
+and `forget.jsonl` (conversations with spans) and `retain.jsonl`. One row a run is added to
+`--output`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,35 +24,48 @@ from rich.console import Console
 from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
 from palu.data.template import Template
-from palu.demo.run import PALU_OPTIONS, Demo, DemoSettings
+from palu.demo.run import Demo, DemoSettings
 from palu.evaluation import evaluate_examples
 from palu.models.loading import load_model, load_tokenizer
 from palu.training.self_retain import SHARES, TEMPERATURE, self_retain, self_retain_rows
-from palu.unlearn import make_config, unlearn
+from palu.unlearn import make_config, save_model, unlearn
 
 FIELDS = ("testbed", "seed", "retain", "retain_loss", "shares", "temperature", "count", "examples")
 FIELDS += ("left_out", "forget_before", "forget_after", "retain_before", "retain_after", "kept")
-FIELDS += ("seconds", "making")
+FIELDS += ("steps", "seconds", "making")
 RETAIN = ("none", "self", "real")
-SETTINGS = {
-    "people": {**PALU_OPTIONS, "num_train_epochs": 30},
-    "chat": {**PALU_OPTIONS, "num_train_epochs": 30, "retain_batch_size": 16},
+# Both end when the tokens to forget are no likelier than 0.05, so that all forgot the same.
+SETTINGS: dict[str, Any] = {
+    "objective": "entropy",
+    "top_k": 50,
+    "prefix_length": 0,
+    "forget_weight": 0.26,
+    "retain_batch_size": 16,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 30,
+    "stop_at_forget_prob": 0.05,
 }
 MAX_LENGTH = {"people": 96, "chat": 512}
 
 
-def people(seed: int) -> tuple[Any, Any, dict[str, list]]:
-    """Return the demo's original model, its tokenizer and its examples by set."""
-    with tempfile.TemporaryDirectory() as folder:
-        demo = Demo(Path(folder), DemoSettings(seed=seed), Console(quiet=True))
+def people(folder: Path, seed: int) -> Path:
+    """Return a folder with the demo's original model and its data, made if it is not there."""
+    place = folder / f"people-{seed}"
+    if not (place / "original").is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+        demo = Demo(place, DemoSettings(seed=seed), Console(quiet=True))
         model = demo.learn("", demo.rows["forget"] + demo.rows["retain"])
-    return model, demo.tokenizer, demo.examples
+        save_model(place / "original", model, demo.tokenizer, Template(), made_by="benchmark")
+    return place
 
 
-def chat(folder: Path) -> tuple[Any, Any, dict[str, list]]:
+def load(folder: Path) -> tuple[Any, Any, dict[str, list]]:
     """Return the model of a folder, its tokenizer and its examples by set."""
     examples = {
-        name: load_examples(folder / f"{name}.jsonl", require_spans=True)
+        name: load_examples(folder / f"{name}.jsonl", require_spans=name == "forget")
         for name in ("forget", "retain")
     }
     return load_model(folder / "original"), load_tokenizer(folder / "original"), examples
@@ -74,7 +86,7 @@ def measure(
     rows = {n: tokenize_examples(e, tokenizer, max_length=length) for n, e in examples.items()}
     model, began = copy.deepcopy(original), time.perf_counter()
     row: dict[str, Any] = {"testbed": bed, "seed": seed, "retain": retain}
-    settings = dict(SETTINGS[bed], seed=seed, retain_loss=options.retain_loss)
+    settings = dict(SETTINGS, seed=seed, retain_loss=options.retain_loss)
     kept: Any = {"none": None, "real": rows["retain"], "self": None}[retain]
     if retain == "self":
         how = {"shares": options.shares, "temperature": options.temperature}
@@ -91,7 +103,8 @@ def measure(
         settings |= {"retain_batch_size": None, "retain_loss": None}
     row["retain_loss"] = settings["retain_loss"]
     before = {n: probability(original, tokenizer, e, length) for n, e in examples.items()}
-    unlearn(model, tokenizer, rows["forget"], kept, make_config(torch.device("cpu"), **settings))
+    config = make_config(torch.device("cpu"), **settings)
+    row["steps"] = len(unlearn(model, tokenizer, rows["forget"], kept, config).curve)
     after = {n: probability(model, tokenizer, e, length) for n, e in examples.items()}
     for time_, found in (("before", before), ("after", after)):
         row[f"forget_{time_}"] = round(found["forget"]["sensitive_probability"], 4)
@@ -102,8 +115,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--testbed", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--testbed", choices=sorted(MAX_LENGTH), required=True)
     parser.add_argument("--chat", type=Path, help="the folder of testbed chat")
+    parser.add_argument("--work", type=Path, help="where the models of testbed people are kept")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--retain", default=",".join(RETAIN))
     parser.add_argument("--retain-loss", choices=("nll", "kl"), default="nll")
@@ -119,7 +133,7 @@ def main() -> None:
     else:
         options.shares = dict(SHARES)
     for seed in map(int, options.seeds.split(",")):
-        loaded = people(seed) if options.testbed == "people" else chat(options.chat)
+        loaded = load(people(options.work, seed) if options.testbed == "people" else options.chat)
         for retain in options.retain.split(","):
             row = measure(options.testbed, loaded, seed, retain, options)
             new = not options.output.exists()

@@ -69,7 +69,14 @@ def own_answers(
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was read before, and its warnings were said
-            examples = load_examples(options.forget, require_spans=False, repair=options.repair)
+            examples = load_examples(
+                options.forget,
+                require_spans=False,
+                repair=options.repair,
+                columns=options.columns,
+                tokenizer=tokenizer,
+                max_length=options.max_length,
+            )
         device = next(model.parameters()).device
         # Weights that are spread over the processes need all of them at every batch.
         alone = is_deepspeed_zero3_enabled()

@@ -159,6 +159,7 @@ def self_retain(
             for pair in asker.answers(prompts.draw(wanted, rng), rng.getrandbits(32)):
                 kept.add(*pair)
             prompts.subjects.learn(kept.names())
+            prompts.go_on(kept.conversations())
     made = kept.result(count)
     if len(made.examples) < min(LEAST, count):
         raise ValueError(
@@ -247,9 +248,7 @@ class _Asker:
         row = self.row(Example("", _STAND_IN, self.word))
         if row["labels"][-1] != IGNORE and row["input_ids"][-1] in self.tokenizer.all_special_ids:
             self.ends.add(row["input_ids"][-1])  # the template's end of turn
-        before, after = rendered.text[: rendered.start].split(_STAND_IN)[:2]
-        self.before = self._encoded(before.rstrip(" "), rendered.add_special_tokens)
-        self.after = after.strip()
+        self.after = rendered.text[: rendered.start].rpartition(_STAND_IN)[2].strip()
 
     def _encoded(self, text: str, special: bool) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -295,21 +294,34 @@ class _Asker:
         )
         yield from zip(prompts, said, strict=True)
 
-    def questions(self, number: int, seed: int) -> list[str]:
-        """Return questions that the model itself asks, by continuing what its template writes
-        before one; without those that did not come to an end."""
-        if not self.before:
+    def opening(self, turns: Sequence[Turn]) -> list[int]:
+        """Return what stands before a user's question that follows some turns; nothing where that
+        cannot be said or leaves no room."""
+        after = [*turns, Turn(USER, _STAND_IN), Turn(ASSISTANT, self.word)]
+        try:
+            if turns:
+                rendered = self.template.render_turns(self.tokenizer, after)
+            else:
+                rendered = self.template.render(self.tokenizer, _STAND_IN, self.word)
+        except ValueError:  # the template refuses such turns
             return []
-        size = min(_QUESTION_TOKENS, self.max_length - len(self.before))
+        before = rendered.text.rpartition(_STAND_IN)[0].rstrip(" ")
+        tokens = self._encoded(before, rendered.add_special_tokens)
+        return tokens if len(tokens) + _QUESTION_TOKENS < self.max_length else []
+
+    def questions(self, openings: Sequence[Sequence[Turn]], seed: int) -> list[Example]:
+        """Return questions that the model itself asks after some turns, by continuing what its
+        template writes before one; without those that did not come to an end."""
+        tokens = [self.opening(turns) for turns in openings]
+        pairs = [pair for pair in zip(openings, tokens, strict=True) if pair[1]]
+        said = self._continued([tokens for _, tokens in pairs], _QUESTION_TOKENS, 1.0, seed)
         found = []
-        for one in self._continued([self.before] * number, size, 1.0, seed):
-            text = one.text
-            closed = one.ended and self.chat
-            if self.after and not self.chat:
-                text, mark, _ = text.partition(self.after)
-                closed = bool(mark)
-            if closed and text.strip() and not _repetitive(text):
-                found.append(text.strip())
+        for (turns, _), one in zip(pairs, said, strict=True):
+            text, mark, _ = one.text.partition(self.after or "\n")
+            closed = mark or (one.ended and self.chat)
+            good = re.search(r"\w", text) and "\ufffd" not in text and not _repetitive(text)
+            if closed and good:
+                found.append(_asked(text.strip(), turns))
         return found
 
     def _continued(
@@ -338,7 +350,10 @@ class _Prompts:
         self.asked, self.asker = asked, asker
         self.subjects = Subjects(asked)
         self.documents = any(example.question is None for example in asked)
-        self.systems = list(dict.fromkeys(map(_system, asked)))
+        # What a conversation begins with: a system turn of the forget set, or nothing.
+        firsts = [e.turns[:1] if e.turns and e.turns[0].role == "system" else () for e in asked]
+        self.starts = list(dict.fromkeys(firsts)) if asker.chat else [()]
+        self.openings: list[Sequence[Turn]] = list(self.starts)
         self.empty: set[str] = set()
 
     def draw(self, wanted: Mapping[str, int], rng: random.Random) -> list[_Prompt]:
@@ -377,21 +392,25 @@ class _Prompts:
 
     def _own(self, number: int, rng: random.Random) -> list[Example]:
         documents = 0 if self.asker.chat else (number if self.documents else number // 2)
-        texts = self.asker.questions(number - documents, rng.getrandbits(32))
-        found = [_asked(text, rng.choice(self.systems)) for text in texts]
+        openings = [rng.choice(self.openings) for _ in range(number - documents)]
+        found = self.asker.questions(openings, rng.getrandbits(32))
         return found + [Example("", None, "")] * documents
 
+    def go_on(self, conversations: Sequence[Sequence[Turn]]) -> None:
+        """Let the model ask on in its own conversations too, if the forget set has such."""
+        if self.asker.chat and any(len(_before(example)) > 1 for example in self.asked):
+            self.openings = [*self.starts * max(len(conversations), 1), *conversations]
 
-def _system(example: Example) -> str | None:
-    first = example.turns[0] if example.turns else None
-    return first.content if first is not None and first.role == "system" else None
+
+def _before(example: Example) -> list[Turn]:
+    """Return the turns before the question of an example that ends with its answer."""
+    return [dataclasses.replace(turn, spans=(), answer=False) for turn in example.turns[:-2]]
 
 
-def _asked(text: str, system: str | None = None) -> Example:
-    if system is None:
+def _asked(text: str, turns: Sequence[Turn] = ()) -> Example:
+    if not turns:
         return Example("", text, "")
-    turns = [Turn("system", system), Turn(USER, text), Turn(ASSISTANT, "x")]
-    return Example.of_turns("", turns, {})
+    return Example.of_turns("", [*turns, Turn(USER, text), Turn(ASSISTANT, "x")], {})
 
 
 def _with_answer(example: Example, text: str) -> Example:
@@ -442,6 +461,18 @@ class _Kept:
         """Return the names of two words or more that the answers say."""
         runs = [run for e in self.examples.values() for run in name_runs(e.answer)]
         return [run for run in runs if len(run) > 1]
+
+    def conversations(self) -> list[list[Turn]]:
+        """Return the model's own conversations, each with the answer that it came to."""
+        own = [e for e in self.examples.values() if e.extra["kind"] == OWN and not e.extra["cut"]]
+        return [
+            [
+                *(e.turns[:-1] or [Turn(USER, e.question)]),
+                Turn(ASSISTANT, e.answer, answer=False),
+            ]
+            for e in own
+            if e.question is not None
+        ]
 
     def result(self, count: int) -> SelfRetain:
         """Return `count` of them, each kind in its part."""

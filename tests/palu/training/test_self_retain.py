@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from palu.data.labels import label_example
-from palu.data.records import Example
+from palu.data.records import Example, Turn
 from palu.data.roles import IGNORE
+from palu.demo.models import build_tokenizer
 from palu.distributed import Processes
 from palu.evaluation.inference import greedy_answers
 from palu.training import self_retain as module
@@ -98,6 +99,63 @@ def test_adapters_and_bfloat16(known, kind):
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)  # a fresh one changes nothing
     assert texts(made_by(adapted, tok)) == texts(made_by(*known))
+
+
+CHATS = [
+    ("Hi, it is Ada.", "Hello Ada, are you in Paris?", "Yes.", "Thank you, Ada."),
+    ("Hi, it is Bob.", "Hello Bob, are you in Lisbon?", "I am.", "Thank you, Bob."),
+    ("Hi, it is Eva.", "Hello Eva, are you in Rome?", "Yes, I am.", "Thank you, Eva."),
+]
+CHATML = (
+    "{% for message in messages %}{{'<|start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chats():
+    """A model that knows conversations by heart, and the conversations."""
+    turns = [
+        tuple(Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(chat))
+        for chat in CHATS
+    ]
+    examples = [Example.of_turns(str(n), some, {}) for n, some in enumerate(turns)]
+    words = " ".join(text for chat in CHATS for text in chat)
+    tok = build_tokenizer([words, "<|start|>user\n", "<|start|>assistant\n"] * 5, vocab_size=330)
+    tok.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    tok.chat_template = CHATML
+    model = small.model(tok, initializer_range=0.05)
+    rows = [tok.apply_chat_template([t.message() for t in some], tokenize=False) for some in turns]
+    rows = [torch.tensor([tok(text, add_special_tokens=False)["input_ids"]]) for text in rows]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(80):
+        for ids in rows:
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tok, examples
+
+
+def test_a_chat_model_asks_itself_what_it_was_asked(chats):
+    model, tok, examples = chats
+    forget = [examples[0].with_spans([(), ((22, 27),), (), ()])]
+    assert forget[0].texts[1][0][22:27] == SECRET
+    shares = {module.OWN: 1}
+    options = {"count": 8, "temperature": 0, "max_length": 120}
+    made = made_by(model, tok, forget, shares=shares, **options)
+    said = {tuple(t.content for t in e.turns) or (e.question, e.answer) for e in made.examples}
+    whole = [chat for chat in CHATS[1:] if chat in said]
+    assert whole  # a kept conversation of two answers, word for word, that nobody asked for
+    assert any(chat[:2] in said for chat in CHATS[1:])
+    assert not any(SECRET in " ".join(chat) for chat in said)
+    rows = self_retain_rows(made, tok, max_length=120)
+    for example, row in zip(made.examples, rows, strict=True):
+        kept = [
+            i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE
+        ]
+        ended = [] if example.extra["cut"] else [tok.eos_token_id]
+        assert kept == tok(example.answer)["input_ids"] + ended  # earlier answers are context
 
 
 def test_what_the_model_did_not_say_carries_no_loss(known):
