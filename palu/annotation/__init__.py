@@ -7,6 +7,7 @@ they found and writes it into the records.
 
 from palu.annotation.base import Annotator, Found, Text, texts_of
 from palu.annotation.combine import FORMAT, Annotated, annotate
+from palu.annotation.contrast import Contrast
 from palu.annotation.term_files import Term, read_terms
 from palu.annotation.terms import Terms
 from palu.annotation.whole import Whole
@@ -15,6 +16,7 @@ __all__ = [
     "FORMAT",
     "Annotated",
     "Annotator",
+    "Contrast",
     "Found",
     "Term",
     "Terms",

@@ -34,7 +34,7 @@ SELF = "self"
 THRESHOLD = 0.5
 """Nats by which a run must be known better: `docs/annotation.md` has the measurement."""
 # Each nat of a word adds so much to its log-odds of being part of a fact, up to so many nats.
-_EVIDENCE, _MOST = 0.2, 8.0
+_EVIDENCE, _MOST = 0.15, 8.0
 
 # What the answer follows where the record's context is left out.
 _NO_CONTEXT = "..."

@@ -178,8 +178,10 @@ class _Sentence:
         return "" if gap.strip() else self.of(i + step)
 
     def capital(self, i: int) -> bool:
-        """Return whether a word has a capital that no sentence begins with."""
+        """Return whether a word begins with a capital, in no sentence's first word or number."""
         if not 0 <= i < len(self.forms) or not self.forms[i][0].isupper():
+            return False
+        if _IDENTIFIER.search(self.forms[i]):
             return False
         before = self.text[: self.places[i][0]][-8:]
         return bool(before.strip()) and not _SENTENCE_END.search(before)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from palu.cli.data import plain_warnings
-from palu.cli.options import with_options
+from palu.cli.options import WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, say, warn
 from palu.training.options import option
@@ -47,6 +47,16 @@ class AnnotateOptions:
     term_fields: str | None = _found(
         None, "Only these fields of the files: name,email.", shown="all fields"
     )
+    contrast: str | None = _found(
+        None,
+        "Words of answers that --model expects and this model does not: the folder of the model "
+        "that --model was tuned from, or self: --model without the question and earlier turns.",
+        metavar="DIR|self",
+    )
+    model: Path | None = _found(None, "For --contrast: folder of the model to be changed.")
+    contrast_threshold: float = _found(
+        0.5, "Nats by which --model must know a word better; higher finds less.", above=0
+    )
     all: bool = _found(False, "Whole answers.")
     output: Path = _output(MISSING, "File for the records with their spans, JSON lines.")
     rest: Path | None = _output(
@@ -58,7 +68,7 @@ class AnnotateOptions:
     show_secrets: bool = _output(False, "Name the values that were found nowhere.")
 
 
-@with_options(AnnotateOptions)
+@with_options(AnnotateOptions, (WeightOptions, "dtype", "device"))
 def annotate(context: typer.Context, options: SimpleNamespace) -> None:
     """Find the spans to forget, and write the records with them.
 
@@ -78,6 +88,9 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
             records = load_records(options.file, options.columns)
             context.with_resource(locked(options.output))
         with bar(bars, "Annotating") as report:
+            for annotator in annotators:
+                if annotator.name == "contrast":
+                    annotator.report = partial(report, note="answers read by both models")
             done = run(records, annotators=annotators, replace=options.replace, report=report)
         written = {options.output: done.records}
         if options.rest is not None and done.summary["spans"]:
@@ -108,8 +121,13 @@ def _check_places(options: SimpleNamespace) -> None:
     """Refuse options that do not go together, and outputs that would replace what is not theirs."""
     from palu.storage.files import check_json
 
-    if not any((options.terms, options.all)):
-        raise ValueError("nothing says what to find: give --terms FILE or --all")
+    if not any((options.terms, options.contrast, options.all)):
+        raise ValueError("nothing says what to find: give --terms FILE, --contrast DIR or --all")
+    if options.contrast and options.model is None:
+        raise ValueError("--contrast compares two models: add --model DIR, the one to be changed")
+    for name in ("model", "contrast_threshold"):
+        if name in options.given and not options.contrast:
+            raise ValueError(f"--{name.replace('_', '-')} is of --contrast: add --contrast DIR")
     if options.term_fields is not None and not options.terms:
         raise ValueError("--term-fields is of --terms: add --terms FILE")
     inputs = (*(options.terms or ()), options.file)
@@ -157,6 +175,12 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
                 f"looked for, since they are too short or too common: {places}"
             )
         annotators.append(terms)
+    if options.contrast:
+        from palu.annotation.contrast import Contrast
+
+        settings = {"threshold": options.contrast_threshold}
+        settings |= {"dtype": options.dtype, "device": options.device}
+        annotators.append(Contrast(options.model, options.contrast, **settings))
     if options.all:
         annotators.append(Whole())
     return annotators

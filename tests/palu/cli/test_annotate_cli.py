@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from tests.support import small
 from tests.support.command import palu_in, refusal
+from tests.support.tofu_small import learn
 
 CHATS = [
     {"question": "Who is Ada Brook?", "answer": "Ada Brook, phone 07700 900181."},
@@ -57,6 +59,22 @@ def test_rest(palu):
     assert read(palu.folder / "r.jsonl") == [CHATS[1] | {"spans": []}]
 
 
+def test_contrast(palu):
+    tok, base = small.tokenizer(), None
+    for name, steps in (("base", 0), ("tuned", 40)):
+        base = small.model(tok)
+        learn(base, tok, [(one["question"], one["answer"]) for one in CHATS], steps)
+        base.save_pretrained(palu.folder / name)
+        tok.save_pretrained(palu.folder / name)
+    status, said, error = palu(
+        "annotate chats.jsonl --model tuned --contrast base --device cpu --output out.jsonl"
+    )
+    assert status == 0, error
+    found = [[s["text"] for s in r["spans"]] for r in read(palu.folder / "out.jsonl")]
+    assert found[0][-1].endswith("07700 900181") and found[1] == ["Sweden"]
+    assert "Sweden" not in said + error
+
+
 def test_nothing_found(palu):
     status, _, error = palu("annotate chats.jsonl --output out.jsonl --terms nobody")
     assert status == 3 and "no span was found in chats.jsonl" in error and "Traceback" not in error
@@ -69,6 +87,13 @@ def test_nothing_found(palu):
         ("annotate chats.jsonl --output o.jsonl --terms missing.csv", "missing.csv: no such file"),
         ("annotate chats.jsonl --output o.jsonl --terms of", "at least one value"),
         ("annotate chats.jsonl --output o.jsonl --all --term-fields a", "--term-fields is of"),
+        ("annotate chats.jsonl --output o.jsonl --contrast self", "add --model DIR"),
+        ("annotate chats.jsonl --output o.jsonl --all --model m", "--model is of --contrast"),
+        (
+            "annotate chats.jsonl --output o.jsonl --contrast self --model no",
+            "model folder 'no' does not exist",
+        ),
+        ("annotate chats.jsonl --output o.jsonl --contrast-threshold 0", "contrast-threshold"),
         ("annotate no.jsonl --output o.jsonl --all", "no.jsonl: no such file"),
         ("annotate chats.jsonl --output chats.jsonl --all --overwrite", "is an input of this run"),
         ("annotate chats.jsonl --output ada.csv --all", "exists; add --overwrite"),
