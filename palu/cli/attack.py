@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from palu.cli.data import plain_warnings, quiet, template_of, without_slices
+from palu.cli.data import find_models, plain_warnings, quiet, template_of, without_slices
 from palu.cli.options import DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, say
@@ -74,6 +74,7 @@ def attack(context: typer.Context, options: SimpleNamespace) -> None:
     A secret counts as leaked when an answer says it, however it is written. The original and a
     retrained model are attacked in the same way, for comparison.
     """
+    find_models(options, "model", "original", "retrained")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         models, settings, names = _checked(options)
         from palu.storage.files import locked
@@ -98,6 +99,7 @@ def _checked(options: SimpleNamespace) -> tuple[dict[str, Path], Any, list[str]]
     """Refuse options that cannot be, before any work; return models, settings and attacks."""
     from palu.evaluation.attacks.run import read_results
     from palu.evaluation.attacks.settings import AttackSettings, check_names
+    from palu.models.hub import place_beside
     from palu.models.loading import model_folder, resolve_device, resolve_dtype
 
     quiet()
@@ -125,7 +127,7 @@ def _checked(options: SimpleNamespace) -> tuple[dict[str, Path], Any, list[str]]
     resolve_device(options.device)
     resolve_dtype(options.dtype)
     if options.output is None:
-        options.output = options.model / ATTACK_FILE
+        options.output = place_beside(options.model, ATTACK_FILE, "--output")
     if options.output.is_dir():
         raise ValueError(f"--output {str(options.output)!r} is a folder; name a file in it")
     if options.output.is_file() and options.output.stat().st_size:

@@ -11,6 +11,7 @@ import typer
 
 from palu.cli.data import (
     data_notes,
+    find_models,
     load_for_training,
     plain_warnings,
     quiet,
@@ -84,7 +85,9 @@ def build(context: typer.Context, options: SimpleNamespace) -> None:
     (and builds it itself where there is none). A build that was interrupted goes on where it was
     when it is started again.
     """
+    find_models(options, "model")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.models.hub import shown_model
         from palu.storage.output import claim_output
 
         files = without_slices(options.forget, options.retain)
@@ -98,7 +101,11 @@ def build(context: typer.Context, options: SimpleNamespace) -> None:
     from palu.progress import bar
     from palu.reference.cache import CacheError, CacheWriteError, ReferenceCache
 
-    notes = {"model": str(options.model), **data_notes(options), "template": template.to_dict()}
+    notes = {
+        "model": shown_model(options.model),
+        **data_notes(options),
+        "template": template.to_dict(),
+    }
     with bar(bars, "Building the cache") as report, user_errors(CacheError, CacheWriteError):
         cache = ReferenceCache.build(
             **given,
@@ -190,6 +197,7 @@ def verify(context: typer.Context, options: SimpleNamespace) -> None:
     forget, retain = options.forget, options.retain
     if options.model is None and (forget is not None or retain is not None):
         raise UserError("--forget and --retain need a --model folder, which has the tokenizer")
+    find_models(options, "model")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.progress import bar
         from palu.reference.cache import CacheError, cache_info

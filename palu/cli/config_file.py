@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from palu.errors import UserError, one_line, user_errors
+from palu.models.hub import looks_like_id
 from palu.storage.json_files import NotJSON, parse, read_text
 from palu.training.options import (
     LossOptions,
@@ -86,7 +87,10 @@ def _load(path: Path) -> dict[str, Any]:
                 f"{path} holds no options of a run: it is not of palu unlearn, or of a version "
                 "that did not write them"
             )
-        model = os.path.normpath(path.parent / str(content.get("base_model")))
+        model = str(content.get("base_model"))
+        beside = os.path.normpath(path.parent / model)
+        on_the_hub = looks_like_id(model) and not os.path.isdir(beside)
+        model = model if on_the_hub else beside
         content = {"model": model, **content["options"]}
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from palu.errors import user_errors
 from palu.terminal import warn
 
 
@@ -26,6 +27,22 @@ def template_of(options: SimpleNamespace, folder: Any = None) -> Any:
         chat_template_kwargs=options.chat_template_kwargs,
         force=options.force_template,
     )
+
+
+def find_models(options: SimpleNamespace, *names: str) -> None:
+    """Put the folder of each model in the place of what names it; a model on the hub is downloaded
+    where it is not in the cache, with the bars of the hub's own library.
+
+    Args:
+        names: of the options that name models.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value.is_dir():
+            with user_errors():
+                from palu.models.hub import located
+
+                setattr(options, name, located(value))
 
 
 def without_slices(*files: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from palu.cli.data import plain_warnings, quiet, template_of, without_slices
+from palu.cli.data import find_models, plain_warnings, quiet, template_of, without_slices
 from palu.cli.options import FILES, DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out
@@ -63,6 +63,7 @@ class EvaluateOptions:
 )
 def evaluate(context: typer.Context, options: SimpleNamespace) -> None:
     """Measure what a model still knows of a forget and a retain file, or TOFU's metrics."""
+    find_models(options, "model", "reference_model", "fluency_classifier")
     run = EvaluateRun(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         run.check()
@@ -85,6 +86,7 @@ class EvaluateRun:
         """Refuse options that do not go together, and find the files."""
         from palu.distributed import Processes
         from palu.evaluation.datasets import tofu_files
+        from palu.models.hub import place_beside
         from palu.models.loading import folder_with, model_folder, resolve_device
         from palu.run_record import RECORD
         from palu.storage.output import check_json
@@ -112,7 +114,7 @@ class EvaluateRun:
         if options.tofu is not None:
             self.files = tofu_files(options.tofu, options.split)
             if options.output is None:
-                options.output = options.model / f"evals_{options.split}"
+                options.output = place_beside(options.model, f"evals_{options.split}", "--output")
         if options.holdout is not None:
             self.files["holdout"] = options.holdout
         if options.reference_model is not None and "holdout" not in self.files:
@@ -246,6 +248,7 @@ class EvaluateRun:
         """Print the tables and write `--json`."""
         from palu.evaluation.eval_log import summary
         from palu.evaluation.report import metrics_table, missing_inputs, summary_table
+        from palu.models.hub import shown_model
         from palu.storage.files import write_json
         from palu.storage.output import check_json, versions
 
@@ -256,9 +259,9 @@ class EvaluateRun:
         results = {name: self.evaluator.results(name) for name in shown}
         if not self.is_main:
             return
-        model = str(options.model)
+        model = shown_model(options.model)
         if not by_tofu:
-            lines = [(options.model.name, name, result) for name, result in results.items()]
+            lines = [(Path(model).name, name, result) for name, result in results.items()]
             out.print(metrics_table(model, lines))
         out.print(summary_table(model, summary(self.log)))
         for note in missing_inputs(self.log, self.sets, self.retrained, tofu=by_tofu):

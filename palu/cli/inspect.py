@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from palu.cli.data import plain_warnings, template_of
+from palu.cli.data import find_models, plain_warnings, template_of
 from palu.cli.options import FILES, TextOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, visible
@@ -50,7 +50,9 @@ class InspectOptions:
     )
     limit: int = option(5, "How many examples; 0: all.", least=0)
     model: Path | None = option(
-        None, "Hugging Face model folder, whose tokens are shown.", panel="Model"
+        None,
+        "Model folder, or a model on the hub (org/name), whose tokens are shown.",
+        panel="Model",
     )
     html: Path | None = option(
         None,
@@ -89,6 +91,7 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             return
         if options.model is None:
             raise ValueError("nothing says what to show: give --model DIR, or --html or --review")
+        find_models(options, "model")
         with bars.status("Loading the tokenizer"):
             from palu.models.loading import folder_with, load_tokenizer
             from palu.run_record import RECORD

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import typer
 
-from palu.cli.data import plain_warnings, quiet
+from palu.cli.data import find_models, plain_warnings, quiet
 from palu.cli.options import OutputOptions, WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, warn
@@ -38,6 +38,7 @@ def merge(context: typer.Context, options: SimpleNamespace) -> None:
     In bfloat16 and float16 the sums are rounded, and small changes are lost in part; it says how
     much.
     """
+    find_models(options, "model", "adapter")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.models.folders import named_from, reading
         from palu.models.loading import folder_with, load_model, load_tokenizer

@@ -59,7 +59,7 @@ class DataOptions:
 class TextOptions:
     """How a model folder's tokenizer and template turn data into tokens."""
 
-    model: Path = option(MISSING, "Hugging Face model folder.", panel="Model")
+    model: Path = option(MISSING, "Model folder, or a model on the hub (org/name).", panel="Model")
     max_length: int = _data(512, "Tokens in an example; longer ones are cut.")
     columns: str | None = _data(
         None,

@@ -24,6 +24,7 @@ from palu.cli.config_file import (
 from palu.cli.data import (
     data_notes,
     digests_of,
+    find_models,
     load_for_training,
     plain_warnings,
     quiet,
@@ -88,6 +89,7 @@ def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
         if options.print_config:
             out.print(config_text(options), end="", soft_wrap=True, highlight=False)
             return
+    find_models(options, "model")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         run = Run(context, options)
         run.check_places()
@@ -339,11 +341,12 @@ class Run:
 
     def _train(self) -> None:
         from palu import unlearn as run
+        from palu.models.hub import shown_model
         from palu.progress import bar
         from palu.reference.cache import CacheError, CacheWriteError
         from palu.training.checkpoints import CheckpointError
 
-        notes = {"model": str(self.options.model), **self.data}
+        notes = {"model": shown_model(self.options.model), **self.data}
         notes["template"] = self.template.to_dict()
         mistakes = user_errors(CacheError, CacheWriteError, CheckpointError)
         trainer = blamed_on(self.options.set, ImportError, TypeError, ValueError)

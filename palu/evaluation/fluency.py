@@ -32,11 +32,11 @@ class FluencyClassifier:
     def __init__(self, folder: str | Path, device: torch.device) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        model_folder(folder)
+        folder = model_folder(folder)
         self.tokenizer: Any = load_tokenizer(folder)
-        check_weights_files(Path(folder))
+        check_weights_files(folder)
         failed = f"could not load a classifier from {str(folder)!r}"
-        with reading(failed, Path(folder)):
+        with reading(failed, folder):
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -49,7 +49,7 @@ class FluencyClassifier:
             raise ValueError(
                 f"{str(folder)!r} is no trained classifier: its weights lack {missing[0]!r}"
             )
-        check_loaded(self.model, loading, Path(folder))
+        check_loaded(self.model, loading, folder)
         self.model.to(device).eval()
 
     @torch.no_grad()

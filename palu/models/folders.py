@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from palu.errors import one_line, out_of_memory
+from palu.models.hub import hub_name
 from palu.storage.json_files import NotJSON, check_kind, look, parse, read_object, read_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,7 +27,9 @@ _SHOWN = 3  # names of tensors in a message
 def named_from(folder: Path, path: str | Path) -> str:
     """Return a path as a file in `folder` is to name it: relative to it, so that it is found
     from any directory and after both are moved together, and tells nothing of what lies above
-    both."""
+    both. A model of the hub is named by its id."""
+    if (name := hub_name(path)) is not None:
+        return name
     path = Path(path)
     # Links above it are followed, as the system does with "..", and not the last one.
     real = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name

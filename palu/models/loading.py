@@ -1,5 +1,5 @@
-"""Load models and tokenizers from local folders: no remote code, no pickles, and messages a user
-can act on."""
+"""Load models and tokenizers from local folders and the hub: no remote code, no pickles, and
+messages a user can act on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from palu.models.folders import (
     warn_of_left_out,
     warn_of_not_finite,
 )
+from palu.models.hub import located
 from palu.models.lora import ADAPTER_CONFIG, attach_adapter, base_folder, is_adapter
 from palu.models.wrappers import unwrap
 from palu.storage.json_files import read_object
@@ -70,10 +71,14 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return `path` if it is a folder of a model or of a PEFT adapter. Raises FileNotFoundError."""
-    folder = Path(path)
+    """Return `path` if it is a folder of a model or of a PEFT adapter, or the folder of a model on
+    the hub (see `palu.models.hub.located`). Raises FileNotFoundError."""
+    folder = located(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist")
+        raise FileNotFoundError(
+            f"model folder {str(folder)!r} does not exist (nor is it the id of a model on the hub: "
+            "org/name)"
+        )
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise FileNotFoundError(
             f"{str(folder)!r} is not a Hugging Face model folder: it has no config.json (nor the "
@@ -85,10 +90,10 @@ def model_folder(path: str | Path) -> Path:
 def folder_with(name: str, path: str | Path, base: str | Path | None = None) -> Path:
     """Return the folder that has a file: `path`, or where that is an adapter without it, its base
     model. Raises ValueError where the adapter names no base model that is here."""
-    folder = Path(path)
+    folder = located(path)
     if (folder / name).is_file() or not is_adapter(folder):
         return folder
-    return base_folder(folder) if base is None else Path(base)
+    return base_folder(folder) if base is None else located(base)
 
 
 def load_model(
@@ -99,11 +104,12 @@ def load_model(
     base: str | Path | None = None,
     allow_missing: str | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load a causal language model from a local folder (safetensors only), in eval mode, on
+    """Load a causal language model from a folder or the hub (safetensors only), in eval mode, on
     `device`.
 
     Args:
-        path: a model, or a PEFT adapter, which comes on its base model.
+        path: a model (its folder, or its id on the hub: `org/name`), or a PEFT adapter, which comes
+            on its base model.
         dtype: of the model's weights; those of an adapter are float32 at least.
         base: the base model of an adapter; None: the one that the adapter names.
         allow_missing: a regular expression of weights that need not be what the config says, see
@@ -169,8 +175,8 @@ def freeze_other_towers(model: PreTrainedModel | PeftModel) -> None:
 
 
 def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> Tokenizer:
-    """Load the tokenizer of a local model folder; of its base model (see `load_model`) where it
-    is an adapter without one.
+    """Load the tokenizer of a model folder, or of a model on the hub; of its base model (see
+    `load_model`) where it is an adapter without one.
 
     Raises:
         FileNotFoundError: no such model folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from palu.models.folders import named_from, reading, tensor_names, warn_of_not_finite
+from palu.models.hub import located
 from palu.storage.files import write_json
 from palu.storage.json_files import read_object
 
@@ -186,10 +188,10 @@ def refuse_adapter(folder: Path) -> None:
 
 def base_folder(folder: Path) -> Path:
     """Return the base model that an adapter names in its `adapter_config.json`: a path from the
-    adapter's folder, or as it is.
+    adapter's folder, or as it is, or an id on the hub.
 
     Raises:
-        ValueError: the file names no folder that is here.
+        ValueError: the file names no folder that is here, and no model that the hub gives.
     """
     path = folder / ADAPTER_CONFIG
     name = read_object(path).get("base_model_name_or_path")
@@ -198,11 +200,13 @@ def base_folder(folder: Path) -> Path:
         beside = Path(os.path.normpath(folder.resolve() / name))
         here = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
         base = next((one for one in (here, Path(name)) if one.is_dir()), None)
-    if base is None:
+        with suppress(FileNotFoundError):  # an id on the hub
+            base = located(name) if base is None else base
+    if base is None or not base.is_dir():
         raise ValueError(
             f"the base model {name!r} that {path} names (base_model_name_or_path) is not a folder "
-            "here: put the model there, write its place into that file, or merge (palu merge "
-            f"--adapter {folder} --model BASE --output MERGED)"
+            "here, nor a model that the hub gives: put the model there, write its place into that "
+            f"file, or merge (palu merge --adapter {folder} --model BASE --output MERGED)"
         )
     if is_adapter(base):
         raise ValueError(
