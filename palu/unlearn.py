@@ -21,8 +21,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from palu.data.pairs import own_alternates, refusals
-from palu.data.records import Example
 from palu.data.template import Template
 from palu.models.layers import layer_count
 from palu.models.writing import write_model
@@ -144,13 +142,6 @@ def prepare_model(config: PALUConfig, model: nn.Module) -> None:
     method = config.make_loss()
     method.prepare(model)
     config.layer_id = getattr(method, "layer_id", None)
-
-
-def second_answers(config: PALUConfig) -> Callable[[Sequence[Example]], list[str]] | None:
-    """Return a function from examples to the second answers that the method needs; None where it
-    needs none."""
-    refuse = partial(refusals, seed=config.seed)
-    return {"dpo": own_alternates, "idk_dpo": refuse}.get(config.method)
 
 
 def unlearn(

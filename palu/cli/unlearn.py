@@ -239,6 +239,7 @@ class Run:
         from palu.methods import METHODS
         from palu.models.loading import freeze_other_towers, load_tokenizer
         from palu.models.lora import add_lora
+        from palu.training.inputs import second_answers
         from palu.training.trainer_checks import marks_something
 
         options, config = self.options, self.config
@@ -249,7 +250,7 @@ class Run:
             self.tokenizer,
             self.template,
             require_spans=self.by_span,
-            second_answers=run.second_answers(config),
+            second_answers=second_answers(config),
         )
         if self.by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
             raise ValueError(

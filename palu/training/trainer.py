@@ -20,6 +20,7 @@ from palu.data.collator import Collator
 from palu.data.overlap import warn_of_overlap
 from palu.data.pairs import PairCollator
 from palu.data.roles import check_labels
+from palu.data.template import Template
 from palu.methods.micro_batch import (
     COUNTS,
     DENOMINATORS,
@@ -69,6 +70,7 @@ from palu.training.checkpoints import (
 )
 from palu.training.collated import ExampleRows, try_out
 from palu.training.config import PALUConfig
+from palu.training.inputs import Tokenizing, load_named, reference_of, with_adapter
 from palu.training.master_weights import (
     MasterWeights,
     StartingWeights,
@@ -123,21 +125,30 @@ class PALUTrainer(CheckpointTrainer):
     do not count, in evaluations neither.
 
     Args:
-        model: the model to change. Method `rmu` turns off `requires_grad` of what it does not train
-            (see `palu.methods.RMU`), and it stays off.
+        model: the model to change, or its folder or its id on the hub (`org/name`), which is then
+            loaded as `palu unlearn` does, with its tokenizer where none is given. Method `rmu`
+            turns off `requires_grad` of what it does not train (see `palu.methods.RMU`), and it
+            stays off.
         args: a `PALUConfig`.
         train_dataset: the forget set: mappings with `input_ids`, `labels`, `attention_mask` (see
-            `palu.data.examples.tokenize_examples`).
+            `palu.data.examples.tokenize_examples`), or records, or whatever else
+            `palu.load_examples` reads, to be tokenised with `processing_class`, `max_length` and
+            `template`. With a `data_collator` of your own records are left to it.
         retain_dataset: rows of the same form whose answers are to be kept; None for no retain term.
         ref_model: the frozen original; a copy of `model` is made when it is None and one is needed.
         reference: where the original's numbers come from, instead of `args.reference`: `live`,
             `adapter_off` or `cached` (see `PALUConfig`).
         eval_dataset: forget rows to evaluate on; `evaluate()` takes `train_dataset` when there is
             none.
-        processing_class: the tokenizer; gives the padding and end tokens.
+        processing_class: the tokenizer; tokenises records, and gives the padding and end tokens.
         data_collator: default `palu.data.collator.Collator`. Another one must keep the labels as
             they are; it may pad on any side or pack (examples are taken apart again:
             `palu.training.collated`), and give what else the model's forward takes.
+        peft_config: of an adapter that is put on the model (by `args.seed`) and trained alone.
+            `reference` is then `adapter_off` instead of `live`.
+        max_length: tokens in an example made of a record; what is cut off is warned of.
+        template: how records become text; the one in the `palu.json` of a model that was named, or
+            `Template()`, when None.
         **kwargs: anything else `transformers.Trainer` takes.
 
     Raises:
@@ -156,7 +167,7 @@ class PALUTrainer(CheckpointTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | Path,
         args: PALUConfig,
         *,
         train_dataset: Dataset | Sequence[dict],
@@ -166,9 +177,15 @@ class PALUTrainer(CheckpointTrainer):
         eval_dataset: Dataset | Sequence[dict] | None = None,
         processing_class: Any = None,
         data_collator: Callable | None = None,
+        peft_config: Any = None,
+        max_length: int = 512,
+        template: Template | None = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(args, train_dataset, retain_dataset, kwargs)
+        loaded = load_named(model, args, processing_class, template)
+        model = with_adapter(loaded.model, peft_config, args)
+        processing_class = loaded.tokenizer
         refuse_prompt_learning(model)
         refuse_encoder(model)
         eos = eos_token_ids(model, processing_class)
@@ -182,6 +199,10 @@ class PALUTrainer(CheckpointTrainer):
             )
             args._n_gpu = 1
         if data_collator is None:
+            tokens = Tokenizing(loaded, args, self.method, max_length)
+            train_dataset = tokens("train_dataset", train_dataset, forget=True)
+            retain_dataset = tokens("retain_dataset", retain_dataset, forget=False)
+            eval_dataset = tokens("eval_dataset", eval_dataset, forget=True)
             has_tokenizer = processing_class is not None
             data_collator = Collator(
                 processing_class if has_tokenizer else _padding_token(model, eos)
@@ -193,7 +214,7 @@ class PALUTrainer(CheckpointTrainer):
         roles = None if self._pairs else partial(forget_roles, self.method)
         rows = ExampleRows(data_collator, model, ordered=ordered, more=roles)
         self.retain_dataset = retain_dataset if args.retain_weight > 0 else None
-        self._reference_kind = args.reference if reference is None else reference
+        self._reference_kind = reference_of(reference, args, peft_config)
         kept = self.retain_dataset is not None and args.retain_loss != "nll"
         self._needs_reference = self.method.needs_reference or kept
         self.method.check_run(
