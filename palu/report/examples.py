@@ -66,13 +66,13 @@ class Secrets:
         return text if self.shown else _PRIVATE.sub(BOX, mask(text, self.texts))
 
 
-def read_secrets(path: str, *, shown: bool) -> Secrets:
+def read_secrets(path: str, *, shown: bool, columns: str | None = None) -> Secrets:
     """Read the file that was to be forgotten. Raises ValueError as `load_examples` does."""
     from palu.data.files import load_examples
     from palu.data.records import split_answers
     from palu.evaluation.leaks import secrets_of
 
-    records = load_examples(path, require_spans=False)
+    records = load_examples(path, require_spans=False, columns=columns)
     examples = [part for record in records for part in split_answers(record)]
     texts = dict.fromkeys(text for record in records for text in secrets_of(record))
     return Secrets(str(path), records, examples, list(texts), shown)
@@ -95,7 +95,8 @@ def find_secrets(
     if forget is None and _changed(inputs, path):
         return None, f"{path} has changed since it was forgotten; name the right file (--forget)"
     try:
-        secrets = read_secrets(str(path), shown=shown)
+        columns = inputs[RECORD]["data"]["columns"].value
+        secrets = read_secrets(str(path), shown=shown, columns=columns)
         secrets.answers = judge_answers(inputs, secrets)
     except ValueError:
         if forget is not None:
