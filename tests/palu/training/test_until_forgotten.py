@@ -107,7 +107,7 @@ def test_a_run_stops_where_all_is_forgotten(tmp_path):
     assert 5 <= made.state.global_step < made.state.max_steps == 40
     assert [c["step"] for c in checks] == [0, *range(5, made.state.global_step + 1, 5)]
     assert checks[0]["leaked"] == 8 and outcome.leaked_before == (8, 8)
-    assert outcome.after.sensitive_probability < 0.02 and outcome.leaked[0] == 0
+    assert outcome.after.sensitive_probability < 0.03 and outcome.leaked[0] == 0
     assert outcome.chosen_epoch == made.state.epoch
     meter = KnowledgeMeter(made)
     assert meter.measure() == outcome.after and outcome.before.sensitive_probability > 0.9
