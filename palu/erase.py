@@ -58,7 +58,7 @@ class Request:
             `palu.load_examples` reads. The records in which a term is found are forgotten.
         output: folder for the result.
         terms: files of values to erase, or values; none: the spans that the records have already.
-        columns: of `records`, see `palu.load_examples`.
+        columns, retain_columns: of `records` and `retain`, see `palu.load_examples`.
         retain: what to keep; None: the other records of `records`.
         retrained: folder of a model that never saw what is erased, for comparison.
         options: more words of `palu unlearn`'s command line: `("--lora-rank", "16")`.
@@ -74,6 +74,7 @@ class Request:
     terms: Sequence[str] = ()
     columns: str | None = None
     retain: str | None = None
+    retain_columns: str | None = None
     retrained: Path | None = None
     options: Sequence[str] = ()
     quick: bool = False
@@ -186,7 +187,10 @@ class _Run:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from palu.models.loading import model_folder
+
         request, path = self.request, self.claim.path
+        self.named = {"original": request.model, "unlearned": request.output}
         if path.parent == Path.cwd():  # named as the user would
             path = Path(path.name)
         self.work = path.with_name(f"{path.name}-work")
@@ -196,9 +200,10 @@ class _Run:
                 if kept.resolve().is_relative_to(place.resolve()):
                     raise ValueError(f"{str(kept)!r} lies in {str(place)!r}, which this run writes")
         self.state = _State(self.work)
-        self.models = {"original": request.model, "unlearned": self.folder}
+        self.models = {"original": model_folder(request.model), "unlearned": self.folder}
         if request.retrained is not None:
-            self.models["retrained"] = request.retrained
+            self.models["retrained"] = model_folder(request.retrained)
+            self.named["retrained"] = request.retrained
         self.forget, self.retain = self.work / FORGET, self.work / RETAIN
 
     @contextmanager
@@ -222,6 +227,7 @@ class _Run:
         request = self.request
         key = _key(
             request.columns,
+            request.retain_columns,
             *map(_source_digest, (request.records, request.retain, *request.terms)),
         )
         if self.state.has("annotate", key) and self.forget.is_file():
@@ -254,7 +260,7 @@ class _Run:
         words += ["--seed", request.seed, "--dtype", request.dtype, "--device", request.device]
         words = [str(word) for word in (*words, *request.options)]
         data = [data_digests(path) for path in (self.forget, self.retain)]
-        key = _key(words, data, model_digests(request.model))
+        key = _key(words, data, model_digests(self.models["original"]))
         if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
             return
         with self.doing("unlearn", key):
@@ -312,8 +318,8 @@ class _Run:
                 overwrite=True,
                 loading=self._loading(),
             )
-            # where it lies when this is done
-            found["models"]["unlearned"]["path"] = str(self.request.output)
+            for name, place in self.named.items():  # where they lie when this is done
+                found["models"][name]["path"] = str(place)
             write_json(path, found)
 
     def report(self) -> dict[str, Any]:
@@ -392,8 +398,7 @@ class _Run:
         from palu.models.loading import load_model, load_tokenizer
 
         model, tokenizer = load_model(folder, **self._loading()), load_tokenizer(folder)
-        path = self.request.output if folder == self.folder else folder
-        measured: dict[str, Any] = {"path": str(path), "digest": model_digest(folder)}
+        measured: dict[str, Any] = {"path": str(self.named[name]), "digest": model_digest(folder)}
         for number, (data, examples) in enumerate(sets.items()):
             measured[data] = evaluate_examples(
                 model,
@@ -478,7 +483,7 @@ def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
     from palu.annotation import annotate
     from palu.data.files import load_records
 
-    records = load_records(request.retain)
+    records = load_records(request.retain, request.retain_columns)
     if terms is not None:
         done = annotate(records, annotators=[terms], replace=True).records
         if has := [where for (_, where), one in zip(records, done, strict=True) if one["spans"]]:

@@ -53,6 +53,7 @@ class EraseOptions:
     retain: str | None = _data(
         None, "What to keep, same formats.", shown="the records without a term"
     )
+    retain_columns: str | None = _data(None, "Columns of --retain.")
     retrained: Path | None = _compared(
         None, "Model folder of a model that never saw the forget set."
     )
@@ -118,6 +119,8 @@ def _request(options: SimpleNamespace) -> Any:
         if folder is not None:
             model_folder(folder)
     refuse_adapter(options.model)
+    if options.retain_columns is not None and options.retain is None:
+        raise ValueError("--retain-columns is of --retain: add --retain FILE")
     resolve_device(options.device)
     resolve_dtype(options.dtype)
     words: list[str] = []
@@ -131,6 +134,7 @@ def _request(options: SimpleNamespace) -> Any:
         terms=options.terms or (),
         columns=options.columns,
         retain=options.retain,
+        retain_columns=options.retain_columns,
         retrained=options.retrained,
         options=[*words, *(["--keep-cache"] if options.keep_cache else [])],
         quick=options.quick,
