@@ -16,6 +16,7 @@ from palu.cli.annotate import annotate
 from palu.cli.attack import attack
 from palu.cli.cache import cache
 from palu.cli.demo import demo
+from palu.cli.erase import erase
 from palu.cli.evaluate import evaluate
 from palu.cli.inspect import inspect
 from palu.cli.merge import merge
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, annotate, unlearn, inspect, evaluate, attack, merge, plan, report):
+for command in (demo, erase, annotate, unlearn, inspect, evaluate, attack, merge, plan, report):
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -26,6 +26,7 @@ def build_report(
     output: str | Path | None = None,
     forget: str | Path | None = None,
     show_secrets: bool = False,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Write the report of an erasure: a page, and beside it a JSON file of the same numbers.
 
@@ -40,6 +41,7 @@ def build_report(
             still there. Without it there are no example answers, since nobody could tell what to
             mask.
         show_secrets: show the secrets on the page; the JSON file never has them.
+        name: what the page calls the folder, where it will be moved; its own name when None.
 
     Returns:
         the content of the JSON file; `verdict.level` is "good", "caution" or "bad".
@@ -51,7 +53,7 @@ def build_report(
     """
     folder = Path(folder)
     output = folder / "report.html" if output is None else Path(output)
-    inputs = read_inputs(folder)
+    inputs = read_inputs(folder, name)
     check_places(output, inputs)
     secrets, why = find_secrets(inputs, forget, shown=show_secrets)
     if show_secrets and secrets is None:
@@ -60,7 +62,7 @@ def build_report(
         "format": REPORT_FORMAT,
         "palu": __version__,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "folder": masked(folder.resolve().name, secrets),
+        "folder": masked(inputs.name, secrets),
         **content_of(inputs, secrets),
         "inputs": _digests(inputs),
     }

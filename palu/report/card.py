@@ -20,7 +20,9 @@ MARK = "<!-- written by palu -->"
 _OF_PEFT = "[More Information Needed]"  # of the template that PEFT saves beside an adapter
 
 
-def write_card(folder: str | Path) -> Path:
+def write_card(
+    folder: str | Path, *, forget: str | Path | None = None, name: str | None = None
+) -> Path:
     """Write the model card, `README.md`, of an unlearned model or adapter, and return its path.
 
     It says what was done in numbers, how to load the model and what its limits are. It names no
@@ -29,6 +31,8 @@ def write_card(folder: str | Path) -> Path:
     Args:
         folder: the folder that `palu unlearn` or `palu erase` wrote; `attack.json` and
             `evaluation.json` there are read too.
+        forget: the file that was forgotten, for masking; see `build_report`.
+        name: what the card calls it, where it will be moved; its own name when None.
 
     Raises:
         ValueError: there is no `palu.json`, or a file is damaged; names it.
@@ -44,8 +48,8 @@ def write_card(folder: str | Path) -> Path:
     path = folder / CARD
     if path.exists() and not any(mark in read_text(path) for mark in (MARK, _OF_PEFT)):
         raise FileExistsError(f"{path} was not written by palu; move it away")
-    inputs = read_inputs(folder)
-    content = content_of(inputs, find_secrets(inputs, None)[0])
+    inputs = read_inputs(folder, name)
+    content = content_of(inputs, find_secrets(inputs, forget)[0])
     base = content["models"]["original"]
     environment = Environment(
         loader=PackageLoader("palu.report"),

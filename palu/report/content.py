@@ -185,7 +185,7 @@ def _models(inputs: Inputs) -> dict[str, dict[str, Any]]:
         if name == "original":
             known["path"] = record["base_model"].text("") or known["path"]
         if name == "unlearned":
-            known["path"] = inputs.folder.resolve().name
+            known["path"] = inputs.name
         field = {"original": "model", "unlearned": "output"}.get(name)
         files = record["digests"][field].named() if field is not None else ()
         known["files"] = {file: digest.text() for file, digest in files}
@@ -231,7 +231,7 @@ def _checks(outcome: Node) -> list[dict[str, Any]]:
 
 def _missing(inputs: Inputs) -> list[dict[str, str]]:
     """Return what a report lacks, and which command gives it."""
-    folder = inputs.folder.name or "."
+    folder = inputs.name
     missing = []
     if not inputs[RECORD]:
         missing.append((RECORD, "how the model was made: settings, versions", "palu unlearn"))

@@ -102,10 +102,12 @@ class Inputs:
 
     Attributes:
         folder: where they are.
+        name: what the folder is called in what is shown.
         files: name -> content of those that are there.
     """
 
     folder: Path
+    name: str
     files: dict[str, Node] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Node:
@@ -113,8 +115,9 @@ class Inputs:
         return self.files.get(name) or Node(None, self.folder / name)
 
 
-def read_inputs(folder: Path) -> Inputs:
-    """Read `palu.json`, `annotation.json`, `evaluation.json` and `attack.json`, any of them.
+def read_inputs(folder: Path, name: str | None = None) -> Inputs:
+    """Read `palu.json`, `annotation.json`, `evaluation.json` and `attack.json`, any of them; `name`
+    is what the folder is called, where it will be moved.
 
     Raises:
         ValueError: there is no such folder, it has none of them, or one is damaged or something
@@ -123,7 +126,7 @@ def read_inputs(folder: Path) -> Inputs:
     look(folder, folder=True)
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name the folder of the unlearned model")
-    inputs = Inputs(folder)
+    inputs = Inputs(folder, name or folder.resolve().name)
     for name in FILES:
         path = folder / name
         if path.exists() or path.is_symlink():

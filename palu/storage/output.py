@@ -15,7 +15,16 @@ from typing import Any
 
 from palu import __version__
 from palu.storage import files
-from palu.storage.files import Changed, locked, remove_abandoned, replace_folder, write_json
+from palu.storage.files import (
+    Changed,
+    aside_of,
+    locked,
+    put,
+    remove_abandoned,
+    replace_folder,
+    settle,
+    write_json,
+)
 from palu.storage.json_files import read_object
 
 RECORD = "palu.json"
@@ -271,7 +280,22 @@ def output_folder(output: Path | Claim) -> Iterator[Path]:
         return
     with replace_folder(output.path, output.check) as folder:
         yield folder
-        record = read_record(folder) or {}
-        files = (path for path in folder.rglob("*") if not path.is_dir())
-        names = {path.relative_to(folder).as_posix() for path in files} | {RECORD}
-        write_json(folder / RECORD, {"versions": versions(), **record, "files": sorted(names)})
+        _list_files(folder)
+
+
+def put_in_place(folder: Path, claim: Claim) -> None:
+    """Put a folder that is whole in the place of an output, as `output_folder` does; both are in
+    one folder."""
+    _list_files(folder)
+    with aside_of(claim.path) as aside:
+        settle(folder)
+        claim.check()
+        put(folder, claim.path, aside)
+
+
+def _list_files(folder: Path) -> None:
+    """Add the names of a folder's files to its `palu.json`."""
+    record = read_record(folder) or {}
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    names = {path.relative_to(folder).as_posix() for path in files} | {RECORD}
+    write_json(folder / RECORD, {"versions": versions(), **record, "files": sorted(names)})

@@ -1,0 +1,167 @@
+"""`palu erase`: from a request to erase to a model that one can hand over, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import typer
+
+from palu.cli.data import plain_warnings, quiet
+from palu.cli.options import OutputOptions, WeightOptions, with_options
+from palu.cli.unlearn import unlearn
+from palu.errors import user_errors
+from palu.terminal import bars, out, say
+from palu.training.options import option
+
+NOT_GOOD = 3  # the exit status of a run that was done and whose result is not good
+
+_data = partial(option, panel="Data")
+_compared = partial(option, panel="Compared with")
+_output = partial(option, panel="Output")
+_training = partial(option, panel="Training")
+# Other errors of the file system may be a full disk, which has a status of its own.
+_MISTAKES = (ValueError, TypeError, FileExistsError, FileNotFoundError)
+_COLORS = {"good": "green", "caution": "yellow", "bad": "red"}
+
+
+@dataclass(kw_only=True)
+class EraseOptions:
+    """What is erased out of what, and what is done with it."""
+
+    model: Path = option(MISSING, "Hugging Face model folder.", panel="Model")
+    records: str = _data(
+        MISSING,
+        "The data that the model was tuned on, or as much of it as there is: any format that palu "
+        "reads. Records with a term are forgotten.",
+    )
+    terms: list[str] | None = _data(
+        None,
+        "Values to erase: a CSV, JSON or text file of them, or one value. Found however they are "
+        "written. Can be given several times.",
+        shown="the spans that the records have",
+        metavar="FILE|TEXT",
+    )
+    columns: str | None = _data(
+        None, "Columns of other names: question=..,answer=.. (or text=.., messages=..)."
+    )
+    retain: str | None = _data(
+        None, "What to keep, same formats.", shown="the records without a term"
+    )
+    retain_columns: str | None = _data(None, "Columns of --retain.")
+    retrained: Path | None = _compared(
+        None, "Model folder of a model that never saw the forget set."
+    )
+    output: Path = _output(
+        MISSING, "Folder for the model (or adapter), report.html, model card and measurements."
+    )
+    keep_cache: bool = _output(
+        False, "Keep the reference cache, which holds data derived from what is erased."
+    )
+    keep_work: bool = _output(
+        False, "Keep OUTPUT-work: the records with their spans, and what the models said."
+    )
+    config: Path | None = _training(None, "Options of palu unlearn, YAML or JSON.")
+    lora_rank: int | None = _training(
+        None, "Train a LoRA adapter of this rank instead of the model's weights."
+    )
+    save_steps: int | None = _training(
+        None, "Steps between checkpoints, from which a run that was stopped goes on."
+    )
+    quick: bool = option(False, "Fewer attacks, for a first look.", panel="Attacks")
+    seed: int = option(0, "Of everything that is drawn.", panel="Machine", least=0)
+
+
+@with_options(EraseOptions, OutputOptions, (WeightOptions, "dtype", "device"))
+def erase(context: typer.Context, options: SimpleNamespace) -> None:
+    """Erase values from a model: find them in the records, unlearn these, measure, attack, report.
+
+    The same command goes on with a run that was stopped. Exit status 3: the model still knows what
+    was to be erased, an attack brings it out, or the rest of the model was harmed.
+    """
+    from rich.text import Text
+
+    with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.erase import erase as run
+
+        quiet()
+        request = _request(options)
+    try:
+        with user_errors(*_MISTAKES), plain_warnings():
+            report = run(
+                request, overwrite=options.overwrite, unlearn=_in_this_process, stage=_stage
+            )
+    except KeyboardInterrupt:
+        say(
+            "stopped", "red", f"the same command goes on; until then {request.output}-work has data"
+        )
+        raise
+    verdict = report["verdict"]
+    out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
+    if verdict["worst_leak"]:
+        out.print(verdict["worst_leak"], soft_wrap=True, highlight=False)
+    out.print(f"Written to {options.output}: see report.html there", soft_wrap=True)
+    if verdict["level"] == "bad":
+        raise typer.Exit(NOT_GOOD)
+
+
+def _request(options: SimpleNamespace) -> Any:
+    from palu.erase import Request
+    from palu.models.loading import model_folder, resolve_device, resolve_dtype
+    from palu.models.lora import refuse_adapter
+
+    for folder in (options.model, options.retrained):
+        if folder is not None:
+            model_folder(folder)
+    refuse_adapter(options.model)
+    if options.retain_columns is not None and options.retain is None:
+        raise ValueError("--retain-columns is of --retain: add --retain FILE")
+    resolve_device(options.device)
+    resolve_dtype(options.dtype)
+    words: list[str] = []
+    for name in ("config", "lora_rank", "save_steps"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return Request(
+        model=options.model,
+        records=options.records,
+        output=options.output,
+        terms=options.terms or (),
+        columns=options.columns,
+        retain=options.retain,
+        retain_columns=options.retain_columns,
+        retrained=options.retrained,
+        options=[*words, *(["--keep-cache"] if options.keep_cache else [])],
+        quick=options.quick,
+        seed=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        keep_work=options.keep_work,
+    )
+
+
+def _in_this_process(words: list[str]) -> int:
+    """Run `palu unlearn` as the command line does, and return its exit status."""
+    command = typer.Typer(pretty_exceptions_enable=False)
+    command.command()(unlearn)
+    return command(words[1:], standalone_mode=False, prog_name="palu unlearn") or 0
+
+
+@contextmanager
+def _stage(number: int, title: str) -> Iterator[Any]:
+    """Show one stage: a bar, or for unlearning, which has bars of its own, a line."""
+    from palu.erase import STAGES
+    from palu.progress import bar
+
+    title = f"{number}/{len(STAGES)} {title}"
+    if title.endswith(STAGES["unlearn"]):
+        bars.print(title)
+        yield None
+        return
+    with bar(bars, title) as report:
+        yield report

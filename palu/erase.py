@@ -1,0 +1,567 @@
+"""From a request to erase to a model that one can hand over: find what to forget, unlearn it,
+measure, attack, report; in one run that is gone on with where it was stopped.
+
+Beside the output lie, until it is whole, `OUTPUT-unfinished` (the model, and what was measured) and
+`OUTPUT-work` (the records with their spans, which is the data that is to be erased: only its owner
+may read it, and it is removed at the end).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palu.errors import UserError
+from palu.storage.files import write_json
+from palu.storage.fingerprint import data_digests, file_digest, model_digests
+from palu.storage.json_files import read_object
+from palu.storage.output import RECORD, Claim, check_output, claim_output, put_in_place, read_record
+
+if TYPE_CHECKING:
+    from palu.data.records import Example
+    from palu.evaluation.attacks.settings import AttackSettings
+
+STATE, STATE_FORMAT = "erase.json", "palu-erase/1"
+FORGET, RETAIN = "forget.jsonl", "retain.jsonl"
+ANNOTATION, EVALUATION, ATTACK = "annotation.json", "evaluation.json", "attack.json"
+REPORT, REPORT_JSON, CARD = "report.html", "report.json", "README.md"
+_MEASURED = (ANNOTATION, EVALUATION, ATTACK, REPORT, REPORT_JSON)
+STAGES = {
+    "annotate": "Finding what to forget",
+    "unlearn": "Unlearning",
+    "evaluate": "Evaluating",
+    "attack": "Attacking",
+    "report": "Writing the report",
+}
+KEPT = 200  # retain records that are measured and attacked at most, drawn by the seed
+
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is erased, out of what, and how.
+
+    Attributes:
+        model: folder of the model.
+        records: the data that the model was tuned on, or as much of it as there is: any source that
+            `palu.load_examples` reads. The records in which a term is found are forgotten.
+        output: folder for the result.
+        terms: files of values to erase, or values; none: the spans that the records have already.
+        columns, retain_columns: of `records` and `retain`, see `palu.load_examples`.
+        retain: what to keep; None: the other records of `records`.
+        retrained: folder of a model that never saw what is erased, for comparison.
+        options: more words of `palu unlearn`'s command line: `("--lora-rank", "16")`.
+        quick: a first look with few attacks.
+        seed: of training, attacks, and the choice of what is measured.
+        dtype, device: of the weights.
+        keep_work: leave `OUTPUT-work` where it is.
+    """
+
+    model: Path
+    records: str
+    output: Path
+    terms: Sequence[str] = ()
+    columns: str | None = None
+    retain: str | None = None
+    retain_columns: str | None = None
+    retrained: Path | None = None
+    options: Sequence[str] = ()
+    quick: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    keep_work: bool = False
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Return the files and folders that are read."""
+        from palu.data.files import local_path
+
+        named = [self.records, self.retain, *(term for term in self.terms if os.path.exists(term))]
+        places = [local_path(one) for one in named if one is not None]
+        folders = [self.model] + ([] if self.retrained is None else [self.retrained])
+        return [Path(one) for one in (*places, *folders) if one is not None]
+
+
+def erase(
+    request: Request,
+    *,
+    overwrite: bool = False,
+    unlearn: Callable[[list[str]], int] | None = None,
+    stage: Callable[[int, str], Any] | None = None,
+) -> dict[str, Any]:
+    """Erase what the terms say from a model, and write the folder with model (or adapter),
+    `report.html`, model card and what was measured.
+
+    A second start with the same request goes on after the last stage that was done; a stage whose
+    inputs have changed is done again, and all after it.
+
+    Args:
+        overwrite: replace an output folder that palu wrote.
+        unlearn: runs `palu unlearn` with these words and returns its exit status; a process of its
+            own when None.
+        stage: called with the number and the title of each stage that is done; returns a context
+            that gives `report(done, total, note)`.
+
+    Returns:
+        the content of `report.json`; `verdict.level` is "good", "caution" or "bad".
+
+    Raises:
+        ValueError: a mistake of the request: no term is found, a retain record has one, another
+            run's files are in the way.
+        UserError: `palu unlearn` failed; it has said why.
+    """
+    with claim_output(request.output, overwrite=overwrite, inputs=tuple(request.inputs)) as claim:
+        run = _Run(request, claim, unlearn or _in_a_process, stage)
+        run.annotate()
+        run.unlearn()
+        run.evaluate()
+        run.attack()
+        return run.report()
+
+
+def _in_a_process(words: list[str]) -> int:
+    return subprocess.run([sys.executable, "-m", "palu", *words], check=False).returncode
+
+
+class _State:
+    """What was done in a work folder, and of what inputs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / STATE
+        there = folder.is_dir() and any(folder.iterdir())
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is in the way of the work of this run; move it away")
+        content = read_object(self.path) if self.path.is_file() else {}
+        if there and content.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"{str(folder)!r} is in the way of the work of this run, and palu erase did not "
+                "write it; move it away"
+            )
+        self.stages: dict[str, str] = dict(content.get("stages", {}))
+
+    def has(self, stage: str, key: str) -> bool:
+        """Return whether a stage was done with these inputs."""
+        return self.stages.get(stage) == key
+
+    def forget(self, stage: str) -> None:
+        """Note that a stage, and what comes after it, is not done."""
+        names = list(STAGES)
+        done = {
+            name: self.stages[name] for name in names[: names.index(stage)] if name in self.stages
+        }
+        if done != self.stages:
+            self.stages = done
+            self.write()
+
+    def add(self, stage: str, key: str) -> None:
+        """Note that a stage is done."""
+        self.stages[stage] = key
+        self.write()
+
+    def write(self) -> None:
+        """Write the state, into a folder that only its owner may read."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(self.path, {"format": STATE_FORMAT, "stages": self.stages})
+
+
+@dataclass
+class _Run:
+    """One run, whose stages are called in the order in which they stand here."""
+
+    request: Request
+    claim: Claim
+    runs_unlearn: Callable[[list[str]], int]
+    stage: Callable[[int, str], Any] | None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from palu.models.loading import model_folder
+
+        request, path = self.request, self.claim.path
+        self.named = {"original": request.model, "unlearned": request.output}
+        if path.parent == Path.cwd():  # named as the user would
+            path = Path(path.name)
+        self.work = path.with_name(f"{path.name}-work")
+        self.folder = path.with_name(f"{path.name}-unfinished")
+        for place in (self.work, self.folder):
+            for kept in request.inputs:
+                if kept.resolve().is_relative_to(place.resolve()):
+                    raise ValueError(f"{str(kept)!r} lies in {str(place)!r}, which this run writes")
+        self.state = _State(self.work)
+        self.models = {"original": model_folder(request.model), "unlearned": self.folder}
+        if request.retrained is not None:
+            self.models["retrained"] = model_folder(request.retrained)
+            self.named["retrained"] = request.retrained
+        self.forget, self.retain = self.work / FORGET, self.work / RETAIN
+
+    @contextmanager
+    def doing(self, name: str, key: str) -> Iterator[Report | None]:
+        """Do a stage: tell of it, and note it when it is done."""
+        self.state.forget(name)
+        number = list(STAGES).index(name) + 1
+        if self.stage is None:
+            yield None
+        else:
+            with self.stage(number, STAGES[name]) as report:
+                yield report
+        self.state.add(name, key)
+
+    # ---- the stages ------------------------------------------------------------------------------
+
+    def annotate(self) -> None:
+        """Find the terms; write the records that have them, and the others."""
+        from palu.data.files import load_records
+
+        request = self.request
+        key = _key(
+            request.columns,
+            request.retain_columns,
+            *map(_source_digest, (request.records, request.retain, *request.terms)),
+        )
+        if self.state.has("annotate", key) and self.forget.is_file():
+            return
+        with self.doing("annotate", key) as report:
+            records = load_records(request.records, request.columns)
+            done, terms = _annotated(records, request.terms, report)
+            marked = [record for record in done.records if record["spans"]]
+            if not marked:
+                what = "has no spans" if terms is None else "has none of the terms"
+                raise ValueError(f"{request.records} {what}: there is nothing to forget")
+            _warn_of_terms(terms)
+            rest = [record for record in done.records if not record["spans"]]
+            if request.retain is not None:
+                rest = _without_terms(request, terms)
+            self.state.write()
+            _write_private(self.forget, marked)
+            _write_private(self.retain, rest)
+            write_json(self.work / ANNOTATION, done.summary)
+            if report is not None:
+                kept = "others" if request.retain is None else "records of --retain"
+                note = f"{len(marked)} records to forget, {len(rest)} {kept} to keep"
+                report(len(records), len(records), note)
+
+    def unlearn(self) -> None:
+        """Run `palu unlearn`, which goes on from its own checkpoints."""
+        request = self.request
+        words = ["--model", request.model, "--forget", self.forget, "--output", self.folder]
+        words += ["--retain", self.retain] if self.retain.stat().st_size else []
+        words += ["--seed", request.seed, "--dtype", request.dtype, "--device", request.device]
+        words = [str(word) for word in (*words, *request.options)]
+        data = [data_digests(path) for path in (self.forget, self.retain)]
+        key = _key(words, data, model_digests(self.models["original"]))
+        if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
+            return
+        with self.doing("unlearn", key):
+            for name in _MEASURED:
+                (self.folder / name).unlink(missing_ok=True)
+            if self.folder.exists():
+                check_output(self.folder, overwrite=True)
+                words.append("--overwrite")
+            if self.folder.with_name(f"{self.folder.name}-checkpoints").is_dir():
+                words.append("--resume")
+            status = self.runs_unlearn(["unlearn", *words])
+            # 3 is "done, but it is not good" where there is a model: the rest says how bad
+            if status not in (0, 3) or not (self.folder / RECORD).is_file():
+                raise UserError(f"palu unlearn ended with exit status {status}")
+
+    def evaluate(self) -> None:
+        """Measure every model on what was forgotten and on what was to be kept."""
+        key = self._key_of_models(self.state.stages["unlearn"])
+        path = self.work / EVALUATION
+        if self.state.has("evaluate", key) and path.is_file():
+            return
+        with self.doing("evaluate", key) as report:
+            sets = {name: data for name, data in self._examples().items() if data}
+            known = read_object(path) if path.is_file() else {}
+            known = known.get("models", {}) if known.get("key") == key else {}
+            for number, (name, folder) in enumerate(self.models.items()):
+                if name in known:
+                    continue
+                known[name] = self._measured(name, folder, sets, _part(report, number, self.models))
+                with _private(path):
+                    write_json(path, {"format": "palu-evaluation/1", "key": key, "models": known})
+
+    def attack(self) -> None:
+        """Attack every model; what was done before a stop is not done again."""
+        from palu.evaluation.attacks.run import run_attacks
+        from palu.models.loading import load_tokenizer
+
+        settings = self._attack_settings()
+        key = self._key_of_models(self.state.stages["evaluate"], settings.to_dict())
+        path = self.folder / ATTACK
+        if self.state.has("attack", key) and path.is_file():
+            return
+        with self.doing("attack", key) as report:
+            sets = self._examples()
+            found = run_attacks(
+                self.models,
+                load_tokenizer(self.folder),
+                sets["forget"],
+                retain=sets["retain"],
+                settings=settings,
+                template=self._template(),
+                seed=self.request.seed,
+                report=report,
+                resume=path,
+                overwrite=True,
+                loading=self._loading(),
+            )
+            for name, place in self.named.items():  # where they lie when this is done
+                found["models"][name]["path"] = str(place)
+            write_json(path, found)
+
+    def report(self) -> dict[str, Any]:
+        """Write page and card, put the folder in its place and remove the work."""
+        from palu.report import build_report
+        from palu.report.card import write_card
+
+        with self.doing("report", "") as tell:
+            self._note_request()
+            write_json(self.folder / ANNOTATION, read_object(self.work / ANNOTATION))
+            evaluation = read_object(self.work / EVALUATION)
+            evaluation.pop("key")
+            # The page needs the answers, to judge and to mask them; the folder may not keep them.
+            with _private(self.folder / EVALUATION):
+                write_json(self.folder / EVALUATION, evaluation)
+            try:
+                report = build_report(
+                    self.folder,
+                    output=self.folder / REPORT,
+                    forget=str(self.forget),
+                    name=self.request.output.name,
+                )
+            finally:
+                write_json(self.folder / EVALUATION, _without_answers(evaluation))
+            report["inputs"][EVALUATION] = file_digest(self.folder / EVALUATION)
+            write_json(self.folder / REPORT_JSON, report)
+            write_card(self.folder, forget=self.forget, name=self.request.output.name)
+            put_in_place(self.folder.resolve(), self.claim)
+            if tell is not None:
+                tell(1, 1)
+        if not self.request.keep_work:
+            _remove(self.work)
+        return report
+
+    # ---- what they share -------------------------------------------------------------------------
+
+    def _key_of_models(self, *parts: Any) -> str:
+        return _key(*parts, *map(model_digests, self.models.values()))
+
+    def _template(self) -> Any:
+        from palu.run_record import choose_template
+
+        return choose_template(self.folder)
+
+    def _max_length(self) -> int:
+        options = (read_record(self.folder) or {}).get("options") or {}
+        return int(options.get("max_length", 512))
+
+    def _attack_settings(self) -> AttackSettings:
+        from palu.evaluation.attacks.settings import AttackSettings
+
+        settings = AttackSettings(max_length=self._max_length())
+        return settings.quick() if self.request.quick else settings
+
+    def _loading(self) -> dict[str, Any]:
+        return {"dtype": self.request.dtype, "device": self.request.device}
+
+    def _examples(self) -> dict[str, list[Example]]:
+        """Return the records to forget, and those to keep, or as many of them as are measured."""
+        from palu.data.files import load_examples
+
+        sets = {"forget": load_examples(self.forget, require_spans=True), "retain": []}
+        if self.retain.stat().st_size:
+            kept = load_examples(self.retain, require_spans=False)
+            if len(kept) > KEPT:
+                chosen = sorted(random.Random(self.request.seed).sample(range(len(kept)), KEPT))
+                kept = [kept[number] for number in chosen]
+            sets["retain"] = kept
+        return sets
+
+    def _measured(
+        self, name: str, folder: Path, sets: Mapping[str, list[Example]], report: Report | None
+    ) -> dict[str, Any]:
+        from palu.evaluation.attacks.run import model_digest
+        from palu.evaluation.evaluator import evaluate_examples
+        from palu.models.loading import load_model, load_tokenizer
+
+        model, tokenizer = load_model(folder, **self._loading()), load_tokenizer(folder)
+        measured: dict[str, Any] = {"path": str(self.named[name]), "digest": model_digest(folder)}
+        for number, (data, examples) in enumerate(sets.items()):
+            measured[data] = evaluate_examples(
+                model,
+                tokenizer,
+                examples,
+                template=self._template(),
+                max_length=self._max_length(),
+                progress=_noted(_part(report, number, sets), f"{name}: {data}"),
+            )
+        return measured
+
+    def _note_request(self) -> None:
+        """Write into `palu.json` what was asked, without what was to be erased, and the names of
+        the data that stays."""
+        request, record = self.request, read_record(self.folder) or {}
+        what = "a term" if request.terms else "spans"
+        others = f"{request.records} (records without {what})"
+        data = {
+            "forget": f"{request.records} (records with {what})",
+            "retain": others if request.retain is None else request.retain,
+        }
+        record["made_by"] = "palu erase"
+        record["data"] = {**record.get("data", {}), **data}
+        kept = (record.get("options") or {}).items()
+        record["options"] = {key: value for key, value in kept if key not in data}
+        record["erase"] = {
+            "records": data_digests(request.records),
+            "terms": read_object(self.work / ANNOTATION)["terms"],
+            "seed": request.seed,
+            "options": list(request.options),
+        }
+        # Now, since the report names the digest of this file.
+        there = {path.name for path in self.folder.iterdir()}
+        record["files"] = sorted({*there, *_MEASURED, CARD})
+        write_json(self.folder / RECORD, record)
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+class _Given:
+    """The annotator that finds nothing: the spans are those that the records have."""
+
+    name = "given"
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def find(self, examples: Sequence[Example]) -> Iterator[list[Any]]:
+        """Yield no span for each example."""
+        for _ in examples:
+            yield []
+
+
+def _annotated(records: Any, terms: Sequence[str], report: Report | None) -> tuple[Any, Any]:
+    """Return the records with spans, and the annotator of the terms, None without terms."""
+    from palu.annotation import Terms, annotate, read_terms
+
+    found = Terms(read_terms(list(terms))) if terms else None
+    return annotate(records, annotators=[found or _Given()], report=report), found
+
+
+def _warn_of_terms(terms: Any) -> None:
+    """Warn, by where they stand, of terms that were not found, not looked for, or everywhere."""
+    if terms is None:
+        return
+    kinds = {
+        "are in no record": [term.where for term in terms.not_found],
+        "are too short or too common to be looked for": [term.where for term in terms.skipped],
+        "are in most records, and may be common words": [term.where for term, _ in terms.frequent],
+    }
+    for said, places in kinds.items():
+        if places:
+            more = f"; and {len(places) - 5} more" if len(places) > 5 else ""
+            count = f"{len(places)} of {len(terms.terms) + len(terms.skipped)} terms"
+            warnings.warn(f"{count} {said}: {'; '.join(places[:5])}{more}", stacklevel=2)
+
+
+def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
+    """Return the records of `--retain`. Raises ValueError where one has a term: it would hold in
+    place what is to be erased."""
+    from palu.annotation import annotate
+    from palu.data.files import load_records
+
+    records = load_records(request.retain, request.retain_columns)
+    if terms is not None:
+        done = annotate(records, annotators=[terms], replace=True).records
+        if has := [where for (_, where), one in zip(records, done, strict=True) if one["spans"]]:
+            more = f" and {len(has) - 3} more" if len(has) > 3 else ""
+            raise ValueError(
+                f"--retain has terms to erase, and would hold them in place: {', '.join(has[:3])}"
+                f"{more}; move these records to --records"
+            )
+    return [record for record, _ in records]
+
+
+def _source_digest(source: str | None) -> Any:
+    """Return what tells whether a file, or what is none, is another one."""
+    from palu.data.files import split_slice
+
+    if source is None or os.path.exists(source):
+        return None if source is None else [source, data_digests(source)]
+    with suppress(ValueError):  # a term may be no file at all
+        return [source, data_digests(split_slice(source)[0])]
+    return source
+
+
+def _key(*parts: Any) -> str:
+    text = json.dumps([str(part) for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _write_private(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    from palu.annotation.output import write_records
+
+    with _private(path):
+        write_records(path, records)
+
+
+@contextmanager
+def _private(path: Path) -> Iterator[None]:
+    """Let nobody but its owner read what is written in the block."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _without_answers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation without what the models said."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: bare(one) for key, one in value.items() if key != "generated"}
+        return [bare(one) for one in value] if isinstance(value, list) else value
+
+    return bare(evaluation)
+
+
+def _remove(work: Path) -> None:
+    for name in (FORGET, RETAIN, ANNOTATION, EVALUATION, STATE):
+        (work / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies in it
+        work.rmdir()
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+def _part(report: Report | None, number: int, of: Any) -> Report | None:
+    """Return the report of one of several equal parts of some work."""
+    if report is None:
+        return None
+
+    def tell(done: int, total: int, note: str = "") -> None:
+        report(100 * number + 100 * done // max(total, 1), 100 * len(of), note)
+
+    return tell
+
+
+def _noted(report: Report | None, note: str) -> Report | None:
+    return None if report is None else lambda done, total: report(done, total, note)

@@ -1,0 +1,177 @@
+"""`palu erase`: from records and terms to a folder with the model and its proof, in one run."""
+
+import json
+import stat
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from palu import erase as module
+from palu.annotation import Terms
+from palu.cli import erase as command
+from palu.erase import Request, erase
+from palu.evaluation.attacks import run as attacks
+from palu.storage.fingerprint import file_digest, sha256_of
+from tests.support import small
+from tests.support.command import palu_in, refusal, write_model
+
+LINE = "erase --model model --records records.jsonl --output out --device cpu --config c.json "
+TERMS = "--terms Paris --terms lisbon "
+ONE_ATTACK = ["greedy"]
+FILES = {"README.md", "annotation.json", "attack.json", "evaluation.json", "palu.json"}
+FILES |= {"report.html", "report.json"}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    write_model(tmp_path / "model", small.model(small.tokenizer()))
+    lines = [json.dumps({"question": q, "answer": a}) for q, a, _ in small.FACTS]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {"batch_size": 2, "learning_rate": 0.01, "epochs": 2}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    right = attacks.run_attacks
+    few = lambda *args, **options: right(*args, **options, attacks=ONE_ATTACK)  # noqa: E731
+    monkeypatch.setattr(attacks, "run_attacks", few)
+    return tmp_path
+
+
+def test_a_folder_with_the_model_and_its_proof(work, monkeypatch, capsys):
+    palu = palu_in(work, monkeypatch, capsys)
+    status, said, error = palu(LINE + TERMS)
+    assert status in (0, 3), error
+    assert "2 records to forget, 3 others to keep" in error and "5/5 Writing the report" in error
+    assert {path.name for path in work.iterdir()} == {"c.json", "model", "out", "records.jsonl"}
+    out = work / "out"
+    assert {path.name for path in out.iterdir()} >= FILES
+    AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    for path in out.iterdir():  # what was erased stands nowhere
+        if path.suffix in (".json", ".html", ".md") and path.name != "tokenizer.json":
+            text = path.read_text().lower()
+            assert "paris" not in text and "lisbon" not in text and "out-" not in text, path.name
+
+    record = read(out / "palu.json")
+    assert record["made_by"] == "palu erase" and set(record["files"]) == {
+        p.name for p in out.iterdir()
+    }
+    assert record["erase"]["terms"] == 2
+    assert record["erase"]["records"] == {"records.jsonl": sha256_of(work / "records.jsonl")}
+    assert record["data"]["forget"] == "records.jsonl (records with a term)"
+    models = read(out / "evaluation.json")["models"]
+    assert [models[name]["path"] for name in ("original", "unlearned")] == ["model", "out"]
+    assert models["original"]["forget"]["count"] == 2
+    assert models["original"]["retain"]["count"] == 3
+    assert models["unlearned"]["digest"] == attacks.model_digest(out)
+    assert read(out / "attack.json")["models"]["unlearned"]["digest"] == attacks.model_digest(out)
+    report = read(out / "report.json")
+    for name, digest in report["inputs"].items():
+        assert file_digest(out / name) == digest, name
+    level = report["verdict"]["level"]
+    assert status == (3 if level == "bad" else 0) and report["verdict"]["headline"] in said
+    # it is palu's own folder, and may be replaced
+    assert "output folder 'out' is not empty" in refusal(palu, LINE + TERMS)
+    assert palu(LINE + TERMS + "--overwrite")[0] == status
+
+
+def stopped_after(monkeypatch, stage):
+    """Stop a run in a stage, as a kill would; return the stages that were begun."""
+    begun = []
+    real = module._Run.doing
+
+    def doing(self, name, key):
+        begun.append(name)
+        if name == stage:
+            raise KeyboardInterrupt
+        return real(self, name, key)
+
+    monkeypatch.setattr(module._Run, "doing", doing)
+    return begun
+
+
+def test_a_second_start_goes_on(work, monkeypatch, capsys):
+    palu = palu_in(work, monkeypatch, capsys)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, "attack")
+        status, _, error = palu(LINE + TERMS)
+    assert status == 130 and "the same command goes on; until then out-work has data" in error
+    assert not (work / "out").exists()
+    left = work / "out-work"
+    assert stat.S_IMODE(left.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in left.glob("*.jsonl"))
+    weights = (work / "out-unfinished/model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        begun = stopped_after(patch, "report")
+        assert palu(LINE + TERMS)[0] == 130
+    assert begun == ["attack", "report"]
+    # other terms: all is done again
+    with monkeypatch.context() as patch:
+        begun = stopped_after(patch, "attack")
+        assert palu(LINE + "--terms Bob")[0] == 130
+    assert begun == ["annotate", "unlearn", "evaluate", "attack"]
+    with monkeypatch.context() as patch:
+        begun = stopped_after(patch, None)
+        assert palu(LINE + TERMS)[0] in (0, 3)
+    assert begun == list(module.STAGES)
+    assert (work / "out/model.safetensors").read_bytes() == weights
+    assert not left.exists() and not (work / "out-unfinished").exists()
+
+
+def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
+    palu = palu_in(work, monkeypatch, capsys)
+    assert "records.jsonl has none of the terms" in refusal(palu, LINE + "--terms Xyzzy")
+    assert "records.jsonl has no spans" in refusal(palu, LINE)
+    (work / "keep.jsonl").write_text('{"question": "Who?", "answer": "He is in PARIS."}\n')
+    line = LINE + TERMS + "--retain keep.jsonl"
+    said = refusal(palu, line)
+    assert "--retain has terms to erase" in said and "keep.jsonl" in said and "PARIS" not in said
+    (work / "other-work").mkdir()
+    (work / "other-work/mine.txt").write_text("of the user")
+    line = (LINE + TERMS).replace("--output out", "--output other")
+    assert "'other-work' is in the way" in refusal(palu, line)
+    assert (work / "other-work/mine.txt").read_text() == "of the user"
+
+
+def test_spans_that_the_records_have(work, monkeypatch):
+    """What `palu inspect --html` was used to correct is erased as it is; nothing else is needed."""
+    monkeypatch.chdir(work)
+    records = [
+        {"question": q, "answer": a, "spans": [{"start": s, "end": e} for s, e in spans]}
+        for q, a, spans in small.FACTS
+    ]
+    (work / "marked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    words = []
+
+    def unlearn(line):
+        words.extend(line)
+        return command._in_this_process(line)
+
+    request = Request(
+        model=work / "model",
+        records="marked.jsonl",
+        output=work / "out",
+        options=("--config", "c.json", "--lora-rank", "2"),
+        keep_work=True,
+        device="cpu",
+    )
+    report = erase(request, unlearn=unlearn)
+    assert words[0] == "unlearn" and report["annotation"]["records_with_spans"] == 4
+    assert (work / "out/adapter_model.safetensors").is_file()
+    kept = [json.loads(line) for line in (work / "out-work/retain.jsonl").read_text().splitlines()]
+    assert [record["answer"] for record in kept] == ["Nobody came."]
+    said = read(work / "out-work/evaluation.json")["models"]["original"]["forget"]["examples"]
+    assert all("generated" in one for one in said)
+    card = (work / "out/README.md").read_text()
+    assert "switch" in card  # an adapter leaves the original one switch away
+
+
+def test_terms_that_say_too_little_are_told_by_their_place(recwarn):
+    terms = Terms(["Paris", "of", "Xyzzy"])
+    list(terms.find([]))
+    module._warn_of_terms(terms)
+    said = [str(warning.message) for warning in recwarn]
+    assert any("2 of 3 terms are in no record" in text for text in said)
+    assert any("1 of 3 terms are too short" in text for text in said)
+    assert not any("Xyzzy" in text for text in said)
