@@ -29,6 +29,37 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # what a run leaves known
+    Fault(
+        "a span counts as recited where one token is",
+        [("bool(first[own].all())", "bool(first[own].any())")],
+        "until_forgotten",
+    ),
+    Fault(
+        "what the text before says counts as a secret",
+        [("return text if sort_secrets([text], before).judged else None", "return text")],
+        "until_forgotten",
+    ),
+    Fault(
+        "the worst weights stay",
+        [("(self.best is None or bad <= self.best[0])", "(self.best is None or bad >= 9)")],
+        "until_forgotten",
+    ),
+    Fault(
+        "a resumed run forgets what it had kept",
+        [("        self.best = self._kept_before(state.global_step)\n", "")],
+        "until_forgotten",
+    ),
+    Fault(
+        "secrets that are still known end with 0",
+        [("        raise typer.Exit(3)\n\n    def _outcome", "\n    def _outcome")],
+        "until_forgotten",
+    ),
+    Fault(
+        "harm is not seen",
+        [("return now.retain_probability / before.retain_probability", "return 1.0")],
+        "until_forgotten",
+    ),
     # kernels and operators
     Fault(
         "KL without its gradient (PyTorch)",
