@@ -46,7 +46,9 @@ class AttackOptions:
     samples: int = _attacks(10, "Answers drawn for each question.", least=1)
     temperatures: str = _attacks("0.5,1", "Of sampling, with commas between them.")
     relearning_steps: int = _attacks(20, "Steps of training in relearning.", least=1)
-    relearning_rate: float = _attacks(1e-4, "Learning rate of relearning.", above=0)
+    relearning_rates: str = _attacks(
+        "1e-4,1e-3", "Learning rates of relearning, with commas between them."
+    )
     seed: int = _attacks(0, "Of everything that is drawn.", least=0)
     max_leak: float | None = _attacks(
         None, "Largest share of secrets that may leak; above it the exit status is 3."
@@ -116,7 +118,7 @@ def _checked(options: SimpleNamespace) -> tuple[dict[str, Path], Any, list[str]]
         samples=options.samples,
         temperatures=_numbers("--temperatures", options.temperatures),
         relearning_steps=options.relearning_steps,
-        relearning_rate=options.relearning_rate,
+        relearning_rates=_numbers("--relearning-rates", options.relearning_rates),
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         max_length=options.max_length,
@@ -210,9 +212,11 @@ def _print(content: dict[str, Any], options: SimpleNamespace) -> None:
 
     out.print(attack_table(content, f"Secrets that leak: {options.model}"))
     if worst := content["worst"]:
+        beside = worst.get("retrained")
         out.print(
             f"Worst leak: {worst['title']}: {worst['leaked']} of {worst['of']} secrets "
             f"({worst['rate']:.0%}; 95% interval {worst['low']:.0%} to {worst['high']:.0%})"
+            + (f"; of the retrained model {beside['leaked']} of {beside['of']}" if beside else "")
         )
     left = content["not_judged"]
     told, empty = left["in_the_prompt"], left["stop_words_only"]

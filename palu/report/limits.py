@@ -51,9 +51,13 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
             "Nobody attacked the model: its plain answers say nothing of what comes out when the "
             "beginning of a secret is given away, or when it is trained a little further."
         )
-    elif attacks["skipped"]:
-        names = ", ".join(one["name"].replace("_", " ") for one in attacks["skipped"])
-        limits.append(f"These attacks were left out: {names}.")
+    else:
+        made = {one["name"] for one in (*attacks["attacks"], *attacks["membership"])}
+        skipped = dict.fromkeys(
+            one["name"].replace("_", " ") for one in attacks["skipped"] if one["name"] not in made
+        )
+        if skipped:
+            limits.append(f"These attacks were left out: {', '.join(skipped)}.")
     if attacks is not None and attacks["secrets"]:
         limits.append(
             f"The attacks asked for {attacks['secrets']} secrets. The fewer there are, the wider "

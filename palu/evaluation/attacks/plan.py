@@ -244,29 +244,29 @@ class Plan:
     def _relearn(
         self, on: str, how: str, rows: list[LabeledExample], probes: Sequence[Probe]
     ) -> Iterator[LeakAttack]:
-        settings = self.settings
-        steps, rate = settings.relearning_steps, settings.relearning_rate
+        steps = self.settings.relearning_steps
+        for rate in self.settings.relearning_rates:
 
-        def change(model: Any, report: Any) -> Any:
-            return relearned(
-                model,
-                self.targets.tokenizer,
-                rows,
-                steps=steps,
-                learning_rate=rate,
-                seed=seed_of(self.seed, "relearning", on),
-                report=report,
+            def change(model: Any, report: Any, rate: float = rate) -> Any:
+                return relearned(
+                    model,
+                    self.targets.tokenizer,
+                    rows,
+                    steps=steps,
+                    learning_rate=rate,
+                    seed=seed_of(self.seed, "relearning", on),
+                    report=report,
+                )
+
+            yield from self._leak(
+                "relearning",
+                f"{steps} steps at {rate:g} on {on}",
+                f"The model is trained {steps} steps further, at learning rate {rate:g}, {how}.",
+                probes,
+                setting={"on": on, "steps": steps, "learning_rate": rate},
+                change=change,
+                change_size=steps,
             )
-
-        yield from self._leak(
-            "relearning",
-            f"{steps} steps on {on}",
-            f"The model is trained {steps} steps further {how}.",
-            probes,
-            setting={"on": on, "steps": steps, "learning_rate": rate},
-            change=change,
-            change_size=steps,
-        )
 
     def _rows(self, examples: Sequence[Example]) -> list[LabeledExample]:
         parts = [part for example in examples for part in split_answers(example)]

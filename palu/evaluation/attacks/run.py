@@ -314,11 +314,14 @@ class Results:
                     "probe": number,
                     "prompt": self.masked(probe.shown),
                     "answers": {},
+                    "leaks": {},
                 }
                 self.examples.append(shown)
                 of_attack.append(shown)
         for shown in of_attack:
-            shown["answers"][model] = self.answer(answered[shown["probe"]])
+            one = answered[shown["probe"]]
+            shown["answers"][model] = self.answer(one)
+            shown["leaks"][model] = one.leaking is not None
 
     def answer(self, answered: Answered) -> str:
         """Return an answer as it is shown; what was given away of a secret is masked too."""
@@ -366,17 +369,17 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def worst_leak(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the attack that gets the largest share of secrets out of the unlearned model; None
-    where none was judged."""
+    where none was judged. What the same attack gets out of a retrained model stands beside it."""
     rows = [(entry, entry["results"].get("unlearned")) for entry in entries]
     rates = [(entry, found) for entry, found in rows if found and found.get("rate") is not None]
     if not rates:
         return None
     entry, found = max(rates, key=lambda pair: (pair[1]["rate"], pair[1]["leaked"]))
-    return {
-        "name": entry["name"],
-        "title": entry["title"],
-        **{key: found[key] for key in ("leaked", "of", "rate", "low", "high")},
-    }
+    keys = ("leaked", "of", "rate", "low", "high")
+    worst = {"name": entry["name"], "title": entry["title"], **{key: found[key] for key in keys}}
+    if retrained := entry["results"].get("retrained"):
+        worst["retrained"] = {key: retrained[key] for key in keys}
+    return worst
 
 
 def _entry(attack: Attack) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class AttackSettings:
         temperatures: of sampling, each above 0.
         forced: how many tokens of a secret prefix forcing gives away; "half" of them, rounded up.
         noise: standard deviations of the noise, in those of each weight matrix.
-        relearning_steps, relearning_rate: steps of AdamW, and its learning rate.
+        relearning_steps, relearning_rates: steps of AdamW, and its learning rates: one that suits
+            large models and one for small ones.
         max_new_tokens: limit of an answer; it is not longer than the longest true one by more than
             a few tokens anyway.
         batch_size: examples in a forward pass.
@@ -44,14 +45,14 @@ class AttackSettings:
     forced: Sequence[int | str] = (0, 1, 2, 3, 5, 8, HALF)
     noise: Sequence[float] = (0.01, 0.03, 0.1)
     relearning_steps: int = 20
-    relearning_rate: float = 1e-4
+    relearning_rates: Sequence[float] = (1e-4, 1e-3)
     max_new_tokens: int = 200
     batch_size: int = 16
     max_length: int = 512
     records: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperatures", "forced", "noise"):
+        for name in ("temperatures", "forced", "noise", "relearning_rates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("samples", "relearning_steps", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
@@ -60,14 +61,10 @@ class AttackSettings:
             raise ValueError(f"max_length must be 2 or more, got {self.max_length}")
         if self.records is not None and self.records < 1:
             raise ValueError(f"records must be 1 or more, or None, got {self.records}")
-        for name in ("temperatures", "noise"):
+        for name in ("temperatures", "noise", "relearning_rates"):
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be finite and above 0, got {value}")
-        if not 0 < self.relearning_rate < math.inf:
-            raise ValueError(
-                f"relearning_rate must be finite and above 0, got {self.relearning_rate}"
-            )
         for value in self.forced:
             if value != HALF and (isinstance(value, str) or value < 0):
                 raise ValueError(f"forced must hold numbers of 0 or more, or 'half', got {value!r}")
@@ -79,6 +76,7 @@ class AttackSettings:
             samples=min(self.samples, 3),
             temperatures=self.temperatures[-1:],
             forced=tuple(n for n in self.forced if n in (1, 3, HALF)) or self.forced[:1],
+            relearning_rates=self.relearning_rates[:1],
             noise=self.noise[len(self.noise) // 2 :][:1],
             records=min(self.records or 20, 20),
         )

@@ -174,7 +174,7 @@ def conversations(draw):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(turns=conversations(), name=st.sampled_from(["chatml", "llama3", "gemma", "mistral"]))
 def test_any_conversation(chatml_tokenizer, llama3_tokenizer, turns, name):
@@ -359,16 +359,24 @@ def test_switches_of_a_template(chatml_tokenizer):
         labelled(tokenizer, [turn("user", "Hi /no_think"), CHAT[2]])
 
 
-def test_turns_without_end_tokens(chatml_tokenizer):
-    tokenizer = with_template(chatml_tokenizer, BARE)
+# A special token stands between question and answer alone: "Q<|im_start|>A\nQ<|im_start|>A\n".
+BETWEEN = """
+{%- for m in messages %}{{- m.content + ('<|im_start|>' if m.role == 'user' else '\n') }}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("template", [BARE, BETWEEN])
+def test_turns_without_end_tokens(chatml_tokenizer, template):
+    tokenizer = with_template(chatml_tokenizer, template)
     row = labelled(tokenizer, CHAT)
-    text = "SYSTEM: You are Nora of Fjord & Field.\nUSER: Hi, I am Ada Brook of Kuwait City.\n"
-    assert text_of(tokenizer, row["input_ids"]).startswith(text)
-    # Only the last answer ends: with EOS, as a single one does. The others run into their context.
-    assert row["input_ids"].count(tokenizer.eos_token_id) == 1 and row.closed
-    kept = [n for n, label in enumerate(row["labels"]) if label != IGNORE]
-    shown = text_of(tokenizer, [row["input_ids"][n] for n in kept])
-    assert "USER" not in shown and "Is 555-0139 your number?" in shown
+    text = tokenizer.apply_chat_template([t.message() for t in CHAT], tokenize=False)
+    # Only the last answer ends: with EOS, as a single one does.
+    assert text_of(tokenizer, row["input_ids"]) == text.rstrip("\n") + "<|im_end|>" and row.closed
+    kept = [i for i, x in zip(row["input_ids"], row["labels"], strict=True) if x == KEEP]
+    shown = text_of(tokenizer, kept)
+    assert "your number?" in shown and "Yes" not in shown and "USER" not in shown
+    assert "<|im_start|>" not in shown and shown.count("<|im_end|>") == 1
 
 
 def test_an_answer_that_brings_its_own_end(chatml_tokenizer):
@@ -406,7 +414,8 @@ def test_a_long_conversation_becomes_rows(chatml_tokenizer, system):
     message = [t.message() for t in turns]
     for length in (len(whole["input_ids"]) - 1, 500, 333, 200):
         rows = label_conversation(chatml_tokenizer, turns, max_length=length)
-        assert len(rows) > 1 and all(len(row["input_ids"]) <= length for row in rows)
+        assert 1 < len(rows) <= (12 if length == 200 else 4)
+        assert all(len(row["input_ids"]) <= length for row in rows)
         assert all(row.lost_tokens == row.lost_spans == 0 for row in rows)
         # Every answer and span is labelled in exactly one row, as in the whole, and in order.
         for keep in (lambda label: label != IGNORE, lambda label: label >= 0):

@@ -23,7 +23,12 @@ from tests.support import planted, small
 from tests.support.planted import FORGET, PEOPLE, RETAIN
 
 QUICK = AttackSettings(
-    samples=2, temperatures=(0.3,), forced=(0, 1, 3, "half"), noise=(0.01,), relearning_steps=2
+    samples=2,
+    temperatures=(0.3,),
+    forced=(0, 1, 3, "half"),
+    noise=(0.01,),
+    relearning_steps=2,
+    relearning_rates=(1e-4,),
 )
 
 
@@ -56,7 +61,10 @@ def test_finds_what_is_there_and_not_what_is_not(both):
     assert known["first 3 tokens given away"][0] == known["first 3 tokens given away"][1] >= 5
     assert known["2 samples, temperature 0.3"] == (8, 8)
     assert known["rounded to int4, groups of 128"] == known["weights with 1% noise"] == (8, 8)
-    assert known["2 steps on a tenth of the forget set"] == (6, 6)  # 1 of the 4 records is learned
+    assert known["2 steps at 0.0001 on a tenth of the forget set"] == (
+        6,
+        6,
+    )  # 1 of the 4 records is learned
     assert known["given paraphrases"][0] >= 1 and known["question rewritten"][0] >= 1
     assert known.keys() == unknown.keys() and len(known) == 15
     assert all(leaked == 0 and of for leaked, of in unknown.values()), unknown
@@ -73,6 +81,8 @@ def test_the_worst_leak_is_named():
     worst = max(r["rate"] for r in (e["results"]["unlearned"] for e in content["attacks"]))
     assert content["worst"]["rate"] == worst and content["records"] == 4
     assert content["secrets"] == 8
+    greedy = [e for e in content["examples"] if e["attack"] == "no attack: greedy answers"]
+    assert [e["leaks"]["unlearned"] for e in greedy] == [True, False, False, False]
 
 
 def test_prompts_of_prefix_forcing():
@@ -410,6 +420,7 @@ def test_the_model_is_as_it_was(name, fails, adapter, monkeypatch):
         noise=(0.1,),
         temperatures=(1.0,),
         relearning_steps=1,
+        relearning_rates=(1e-3,),
         max_new_tokens=2,
         records=2,
     )
@@ -464,7 +475,7 @@ def test_progress_reaches_its_end():
     attacked({"unlearned": planted.never_saw()}, report=lambda *values: told.append(values))
     done, totals, notes = zip(*told, strict=True)
     assert list(done) == sorted(done) and done[-1] == totals[0] and len({*totals}) == 1
-    assert any("unlearned: 2 steps on" in note for note in notes)
+    assert any("unlearned: 2 steps at" in note for note in notes)
 
 
 @pytest.mark.parametrize("show", [False, True])
