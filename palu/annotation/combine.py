@@ -91,7 +91,7 @@ class Mark:
         text: which of the record's texts.
         by: the names of those who found it; empty for a span that was there before and does not
             say it.
-        extra: what a span that was there before says beside its place.
+        extra: what else the span says: its kind, and what one that was there before had.
     """
 
     text: int
@@ -192,7 +192,8 @@ def _mark(name: str, texts: list[Text], span: Found) -> Mark:
         and texts[span.text].content[span.start : span.end].strip()
     ):
         raise ValueError(f"annotator {name!r} gave {shown(tuple(span))}, which is no span")
-    return Mark(span.text, span.start, span.end, (name,), round(float(span.score), 4))
+    kind = {"kind": span.kind} if span.kind else {}
+    return Mark(span.text, span.start, span.end, (name,), round(float(span.score), 4), kind)
 
 
 def with_marks(

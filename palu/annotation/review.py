@@ -70,6 +70,7 @@ def _shown(record: Mapping[str, Any], example: Example, marks: Sequence[Mark]) -
                 "end": mark.end,
                 "by": list(mark.by),
                 "score": mark.score,
+                "kind": mark.extra.get("kind"),
                 "raw": to_json(span_of(example, mark)),
             }
             for mark in marks

@@ -37,6 +37,13 @@ class Term(NamedTuple):
     where: str
     field: str = ""
 
+    @property
+    def kind(self) -> str:
+        """Return the last part of the field's name, where it is the name of a field: the keys of a
+        JSON object may be values too."""
+        last = self.field.rsplit(".", 1)[-1]
+        return last if _is_name(last) else ""
+
 
 def read_terms(sources: Sequence[str], fields: Sequence[str] = ()) -> list[Term]:
     """Return the values of files and texts, each once.
@@ -109,7 +116,8 @@ def _json(text: str, name: str, source: str) -> Iterator[Term]:
                 ) from None
     for row, record in enumerate(rows, int(unit == "line")):
         for field, value in _leaves(record, ""):
-            yield Term(value, ", ".join(filter(None, (name, f"{unit} {row}", field))), field)
+            kind = Term(value, "", field).kind
+            yield Term(value, ", ".join(filter(None, (name, f"{unit} {row}", kind))), field)
 
 
 def _leaves(value: Any, field: str) -> Iterator[tuple[str, str]]:

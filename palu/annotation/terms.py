@@ -97,8 +97,11 @@ class Terms:
             views = [_View(text.content) for text in texts_of(example)]
             found: list[Found] = []
             for which, search in enumerate(self._searches):
+                kind = self.terms[which].kind
                 spans = [
-                    Found(n, *span) for n, view in enumerate(views) for span in view.of(search)
+                    Found(n, start, end, score, kind)
+                    for n, view in enumerate(views)
+                    for start, end, score in view.of(search)
                 ]
                 self.hits[which] += bool(spans)
                 found += spans

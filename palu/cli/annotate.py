@@ -47,6 +47,17 @@ class AnnotateOptions:
     term_fields: str | None = _found(
         None, "Only these fields of the files: name,email.", shown="all fields"
     )
+    pii: bool = _found(
+        False,
+        "Kinds of personal data: names, places, e-mail, phone, account numbers. By Presidio with "
+        "an installed spaCy pipeline.",
+    )
+    pii_pipeline: str | None = _found(
+        None, "Name of the spaCy pipeline.", shown="the English one that is installed"
+    )
+    pii_kinds: str | None = _found(
+        None, "Presidio's kinds: PERSON,EMAIL_ADDRESS.", shown="all but dates, ages, URLs, groups"
+    )
     contrast: str | None = _found(
         None,
         "Words of answers that --model expects and this model does not: the folder of the model "
@@ -75,7 +86,7 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
     Annotators can be combined; where their spans overlap they become one. Look at the result with
     palu inspect --html. Nothing leaves this machine.
     """
-    with user_errors(), plain_warnings():
+    with user_errors(ValueError, TypeError, OSError, ImportError), plain_warnings():
         _check_places(options)
         with bars.status("Reading the records"):
             from palu.annotation import annotate as run
@@ -121,8 +132,10 @@ def _check_places(options: SimpleNamespace) -> None:
     """Refuse options that do not go together, and outputs that would replace what is not theirs."""
     from palu.storage.files import check_json
 
-    if not any((options.terms, options.contrast, options.all)):
-        raise ValueError("nothing says what to find: give --terms FILE, --contrast DIR or --all")
+    if not any((options.terms, options.pii, options.contrast, options.all)):
+        raise ValueError(
+            "nothing says what to find: give --terms FILE, --pii, --contrast DIR or --all"
+        )
     if options.contrast and options.model is None:
         raise ValueError("--contrast compares two models: add --model DIR, the one to be changed")
     for name in ("model", "contrast_threshold"):
@@ -130,6 +143,9 @@ def _check_places(options: SimpleNamespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is of --contrast: add --contrast DIR")
     if options.term_fields is not None and not options.terms:
         raise ValueError("--term-fields is of --terms: add --terms FILE")
+    for name in ("pii_pipeline", "pii_kinds"):
+        if getattr(options, name) is not None and not options.pii:
+            raise ValueError(f"--{name.replace('_', '-')} is of --pii: add --pii")
     inputs = (*(options.terms or ()), options.file)
     places = {name: getattr(options, name) for name in ("output", "rest", "json")}
     places = {name: path for name, path in places.items() if path is not None}
@@ -155,10 +171,21 @@ def check_output(name: str, path: Path, inputs: Sequence[str], *, overwrite: boo
         raise ValueError(f"--{name}: the folder {str(path.resolve().parent)!r} does not exist")
     check_regular(path)
     for given in inputs:
-        if path.exists() and os.path.exists(given) and os.path.samefile(path, given):
+        there = given if os.path.exists(given) else _local(given)
+        if path.exists() and there and os.path.samefile(path, there):
             raise ValueError(f"--{name} {str(path)!r} is an input of this run; name another")
     if path.exists() and not overwrite:
         raise ValueError(f"--{name} {str(path)!r} exists; add --overwrite to replace it")
+
+
+def _local(given: str) -> str | None:
+    """Return the file that a path with a slice names."""
+    from palu.data.files import local_path
+
+    try:
+        return local_path(given)
+    except ValueError:
+        return None  # reading says what is wrong
 
 
 def _annotators(options: SimpleNamespace) -> list[Annotator]:
@@ -166,8 +193,7 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
 
     annotators: list[Any] = []
     if options.terms:
-        fields = [field.strip() for field in (options.term_fields or "").split(",")]
-        terms = Terms(read_terms(options.terms, [field for field in fields if field]))
+        terms = Terms(read_terms(options.terms, _names(options.term_fields)))
         if terms.skipped:
             places = _listed(terms.skipped)
             warn(
@@ -175,6 +201,10 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
                 f"looked for, since they are too short or too common: {places}"
             )
         annotators.append(terms)
+    if options.pii:
+        from palu.annotation.pii import Pii
+
+        annotators.append(Pii(options.pii_pipeline, _names(options.pii_kinds)))
     if options.contrast:
         from palu.annotation.contrast import Contrast
 
@@ -184,6 +214,10 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
     if options.all:
         annotators.append(Whole())
     return annotators
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _say_terms(terms: Any, show: bool) -> None:

@@ -70,11 +70,6 @@ class InspectOptions:
         "Of --review: file for the corrected records; goes on where it stopped.",
         panel="Review",
     )
-    columns: str | None = option(
-        None,
-        "Columns of other names: question=..,answer=.. (or text=.., messages=..).",
-        panel="Data",
-    )
     overwrite: bool = option(False, "Replace --html or --output.", panel="Review")
 
 

@@ -1,0 +1,137 @@
+"""The annotator that finds kinds of personal data: Microsoft's Presidio with a spaCy pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from palu.annotation.base import Found, texts_of
+from palu.data.records import Example
+from palu.errors import one_line
+
+# Found by Presidio, but seldom what a person asks to erase; `kinds` may name them.
+LEFT_OUT = ("AGE", "DATE_TIME", "NRP", "ORGANIZATION", "URL")
+# Below it Presidio's patterns match nearly any number.
+LEAST_SCORE = 0.4
+_INSTALL = "pip install 'palu-unlearning[annotate]'"
+_PIPELINE = "python -m spacy download en_core_web_lg (docs/annotation.md names others)"
+_SIZES = ("trf", "lg", "md", "sm")
+
+
+class Pii:
+    """Finds names, places, e-mail addresses, phone, card and account numbers and the like in every
+    text of an example. Nothing is looked up on a network.
+
+    Args:
+        pipeline: an installed spaCy pipeline with named entities; None: the English one that is
+            installed, the largest of several.
+        kinds: Presidio's entities to find, such as PERSON; None: all that it knows but `LEFT_OUT`.
+        analyzer: a `presidio_analyzer.AnalyzerEngine` of one's own, instead of `pipeline`.
+
+    Raises:
+        ImportError: there is no Presidio.
+        ValueError: no such pipeline, or no such kind.
+    """
+
+    name = "pii"
+
+    def __init__(
+        self,
+        pipeline: str | None = None,
+        kinds: Sequence[str] | None = None,
+        *,
+        analyzer: Any = None,
+    ) -> None:
+        self.language = "en"
+        if analyzer is None:
+            pipeline, self.language = _installed(pipeline)
+            analyzer = _analyzer(pipeline, self.language)
+        known = sorted(analyzer.get_supported_entities(self.language))
+        if unknown := [kind for kind in kinds or () if kind not in known]:
+            raise ValueError(f"pii: no kind {unknown[0]!r}; the kinds are: {', '.join(known)}")
+        self.kinds = [*kinds] if kinds else [kind for kind in known if kind not in LEFT_OUT]
+        self._analyzer = analyzer
+        self.settings: dict[str, Any] = {
+            "pipeline": pipeline,
+            "pipeline_version": _version(pipeline),
+            "presidio_version": _version("presidio-analyzer"),
+            "kinds": self.kinds,
+            "least_score": LEAST_SCORE,
+        }
+
+    def find(self, examples: Sequence[Example]) -> Iterable[list[Found]]:
+        """Yield the spans of each example."""
+        for example in examples:
+            found = []
+            for number, text in enumerate(texts_of(example)):
+                for one in self._analyzer.analyze(
+                    text=text.content,
+                    language=self.language,
+                    entities=self.kinds,
+                    score_threshold=LEAST_SCORE,
+                ):
+                    found.append(Found(number, one.start, one.end, one.score, one.entity_type))
+            yield found
+
+
+def _version(package: str | None) -> str | None:
+    try:
+        return None if package is None else version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _installed(pipeline: str | None) -> tuple[str, str]:
+    """Return the name of an installed pipeline and its language. (Presidio would download one that
+    is missing.)"""
+    try:
+        import presidio_analyzer  # noqa: F401
+        from spacy import util
+    except ImportError as error:
+        raise ImportError(f"pii takes presidio-analyzer ({error}): {_INSTALL}") from error
+    there = sorted(util.get_installed_models(), key=_size)
+    if pipeline is None:
+        english = [name for name in there if name.startswith("en_")]
+        if not english:
+            raise ValueError(f"pii: no English spaCy pipeline is installed: {_PIPELINE}")
+        pipeline = english[0]
+    elif pipeline not in there:
+        names = ", ".join(there) or "there is none"
+        raise ValueError(f"pii: no spaCy pipeline {pipeline!r} is installed, only: {names}")
+    return pipeline, pipeline.split("_")[0]
+
+
+def _size(name: str) -> tuple[int, str]:
+    return next((n for n, size in enumerate(_SIZES) if f"_{size}" in name), len(_SIZES)), name
+
+
+def _analyzer(pipeline: str, language: str) -> Any:
+    from presidio_analyzer import AnalyzerEngine, PatternRecognizer
+    from presidio_analyzer.nlp_engine import NlpEngineProvider
+    from presidio_analyzer.predefined_recognizers import EmailRecognizer
+
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
+    models = [{"lang_code": language, "model_name": pipeline}]
+    engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
+    try:
+        analyzer = AnalyzerEngine(nlp_engine=engine.create_engine(), supported_languages=[language])
+    except Exception as error:  # spaCy raises errors of many kinds
+        raise ValueError(
+            f"pii: the spaCy pipeline {pipeline!r} cannot be loaded, name another with "
+            f"--pii-pipeline: {one_line(error)}"
+        ) from error
+    # Presidio's own recognizer of e-mail looks the domain up in a list that it downloads, and
+    # leaves out those of company networks and examples.
+    analyzer.registry.remove_recognizer("EmailRecognizer")
+    analyzer.registry.add_recognizer(
+        PatternRecognizer(
+            supported_entity="EMAIL_ADDRESS",
+            name="EmailPattern",
+            patterns=EmailRecognizer.PATTERNS,
+            context=EmailRecognizer.CONTEXT,
+            supported_language=language,
+        )
+    )
+    return analyzer

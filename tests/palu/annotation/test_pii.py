@@ -1,0 +1,83 @@
+"""Kinds of personal data: what Presidio says becomes spans, and what is missing is said."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from palu.annotation import Terms, annotate
+from palu.annotation.pii import LEFT_OUT, Pii
+
+
+class Analyzer:
+    """Says what it was told to find, where it stands."""
+
+    def __init__(self, **words):
+        self.words, self.asked = words, None
+
+    def get_supported_entities(self, language):
+        return [*self.words, *LEFT_OUT]
+
+    def analyze(self, *, text, language, entities, score_threshold):
+        self.asked = language, entities, score_threshold
+        for kind, word in self.words.items():
+            if kind in entities and (at := text.find(word)) >= 0:
+                yield SimpleNamespace(start=at, end=at + len(word), score=0.85, entity_type=kind)
+
+
+RECORD = {"question": "Is Ada Brook in?", "answer": "Ada Brook is in Lund."}
+
+
+def test_spans_and_kinds():
+    analyzer = Analyzer(PERSON="Ada", LOCATION="Lund")
+    done = annotate([RECORD], annotators=[Pii(analyzer=analyzer), Terms(["Ada Brook"])])
+    assert analyzer.asked == ("en", ["LOCATION", "PERSON"], 0.4)
+    both = {"text": "Ada Brook", "kind": "PERSON", "annotator": "pii+terms", "score": 1.0}
+    place = {"text": "Lund", "kind": "LOCATION", "annotator": "pii", "score": 0.85}
+    assert done.records[0]["spans"] == [
+        {"start": 3, "end": 12, "field": "question"} | both,
+        {"start": 0, "end": 9} | both,
+        {"start": 16, "end": 20} | place,
+    ]
+    assert done.summary["by_annotator"] == {"pii": 3, "terms": 2}
+    assert done.summary["settings"]["pii"]["kinds"] == ["LOCATION", "PERSON"]
+
+
+def test_kinds_that_are_named():
+    pii = Pii(kinds=["PERSON"], analyzer=Analyzer(PERSON="Ada", LOCATION="Lund"))
+    (record,) = annotate([RECORD], annotators=[pii]).records
+    assert [span["text"] for span in record["spans"]] == ["Ada", "Ada"]
+    with pytest.raises(ValueError, match="no kind 'PLACE'; the kinds are: AGE, "):
+        Pii(kinds=["PLACE"], analyzer=Analyzer())
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(ImportError, match=r"presidio-analyzer .*pip install 'palu-unlearning"):
+        Pii()
+    there = []
+    util = SimpleNamespace(get_installed_models=lambda: there)
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(util=util))
+    with pytest.raises(ValueError, match="no English spaCy pipeline is installed: python -m"):
+        Pii()
+    there.append("de_core_news_sm")
+    with pytest.raises(ValueError, match="'en_core_web_lg' is installed, only: de_core_news_sm"):
+        Pii("en_core_web_lg")
+
+
+def test_presidio_itself():
+    """Where it and a pipeline are installed: addresses of any domain too."""
+    pytest.importorskip("presidio_analyzer")
+    try:
+        pii = Pii()
+    except ValueError as error:
+        pytest.skip(str(error))
+    text = "This is Mira Okonjo. Write to mira.okonjo@postbox.example or ring +44 7911 123456."
+    (record,) = annotate([{"text": text}], annotators=[pii]).records
+    found = {span["text"]: span["kind"] for span in record["spans"]}
+    assert found == {
+        "Mira Okonjo": "PERSON",
+        "mira.okonjo@postbox.example": "EMAIL_ADDRESS",
+        "+44 7911 123456": "PHONE_NUMBER",
+    }
