@@ -20,6 +20,7 @@ from palu.data.collator import Collator
 from palu.methods import METHODS
 from tests.support import ROOT, readme_world
 from tests.support.readme_world import (
+    ANNOTATION,
     ATTACKS,
     DISTRIBUTED,
     HIDDEN,
@@ -51,7 +52,14 @@ def changed(before, after):
 
 def test_every_example_is_here():
     tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS, ATTACKS}
+    tested |= {ANNOTATION}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
+
+
+def test_annotation():
+    names = {}
+    run(ANNOTATION, names)
+    assert names["found"] == [("Ada Brook", 1.0)] * 2
 
 
 def test_attacks(world, capsys):

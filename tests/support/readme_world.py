@@ -38,6 +38,7 @@ LOOP, TRAINER = ("README.md", 0), ("README.md", 1)
 ONE_MORE_LOSS, DISTRIBUTED, LORA = (("docs/training.md", number) for number in range(3))
 HIDDEN, METHOD = ("docs/memory.md", 0), ("docs/methods.md", 0)
 OPERATORS = ("docs/kernels.md", 0)
+ANNOTATION = ("docs/annotation.md", 0)
 ATTACKS = ("docs/attacks.md", 0)
 RECORDS = [
     json.loads(line)
