@@ -33,13 +33,13 @@ from palu.storage.json_files import read_object
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
 # Chosen by benchmarks/quality/self_retain.py on one seed, see docs/training.md.
-SHARES = {NEUTRAL_PROMPT: 0.25, NEIGHBOUR: 0.5, OWN: 0.25}
+SHARES = {NEUTRAL_PROMPT: 0.25, NEIGHBOUR: 0.25, OWN: 0.5}
 TEMPERATURE = 1.0
 
 # How much of what is wanted there is after each round: questions of later rounds ask about names
 # that earlier answers said.
 ROUNDS = (0.3, 0.65, 1, 1, 1)
-FEWEST, MOST = 100, 400  # examples, where their number is not given
+FEWEST, MOST = 300, 600  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
 _QUESTION_TOKENS = 48
 _START_WORDS = 12  # of a document's neighbour
@@ -120,13 +120,14 @@ def self_retain(
         model: the original; of an adapter that was not trained yet the model with it.
         examples: the forget set.
         template: `Template()` when None.
-        count: how many examples are wanted; None: twice the forget set's answers, 100 to 400.
+        count: how many examples are wanted; None: twice the forget set's answers, 300 to 600.
         max_new_tokens: of an answer; where a model would go on, its end is not learned.
         max_length: tokens of prompt and answer; no longer prompt is asked.
         seed: of prompts and draws: the same one, on the same kind of processor, gives the same
             texts, with any number of processes.
         shares: how much of each kind is wanted; what one kind does not give, others do.
-        temperature: at which answers are drawn; questions of its own are drawn at 1.
+        temperature: at which answers are drawn. Questions of its own are drawn at 1, and the
+            answers to them are its likeliest.
         processes: those that share the work; all of them get all examples.
         report: called with (prompts answered, of how many), again for every round.
 
@@ -289,10 +290,12 @@ class _Asker:
         self, prompts: Sequence[_Prompt], seed: int
     ) -> Iterator[tuple[_Prompt, Continuation]]:
         """Yield each prompt with what the model says."""
-        said = self._continued(
-            [p.tokens for p in prompts], self.max_new_tokens, self.temperature, seed
-        )
-        yield from zip(prompts, said, strict=True)
+        sure = [p for p in prompts if p.kind == OWN and p.example.question is not None]
+        drawn = [p for p in prompts if p not in sure]
+        for some, temperature in ((sure, 0.0), (drawn, self.temperature)):
+            tokens = [p.tokens for p in some]
+            said = self._continued(tokens, self.max_new_tokens, temperature, seed)
+            yield from zip(some, said, strict=True)
 
     def opening(self, turns: Sequence[Turn]) -> list[int]:
         """Return what stands before a user's question that follows some turns; nothing where that
