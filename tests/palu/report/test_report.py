@@ -80,7 +80,7 @@ def test_it_says_what_was_measured(tmp_path):
         "The worst leak: first 3 tokens given away. It brought out 3 of 12 secrets (25%;",
         "between 9% and 53%). The original model gives away 12 of 12. A model that never saw the "
         "records gives away 1 of 12.",
-        "12 passages in 6 records",
+        "12 passages in 6 of 6 records",
         "1 of them found in no record",
         "palu 0.2.0",
         "2026-11-28T09:00:00+00:00",
