@@ -231,10 +231,8 @@ class Demo:
             for name in MODELS
         }
         write_json(unlearned / EVALUATION, {"format": EVALUATION_FORMAT, "models": models})
-        knew, forgot, kept = checks.values()
-        failed = [
-            word for word, holds in (("known", knew and forgot), ("harmed", kept)) if not holds
-        ]
+        _, forgot, kept = checks.values()
+        failed = [word for word, holds in (("known", forgot), ("harmed", kept)) if not holds]
         said = [f"{check}: {'yes' if holds else 'no'}" for check, holds in checks.items()]
         outcome = {"status": " and ".join(failed) or "forgotten", "reasons": said}
         record = read_record(unlearned) or {}

@@ -82,8 +82,9 @@ def test_it_ends_with_its_report(demo):
         measured = {name: metrics["models"][name][data] for name in metrics["models"]}
         for metric in ("sensitive_probability", "rougeL_recall"):
             assert rows[data, metric] == {name: one[metric] for name, one in measured.items()}
-    verdict = report["verdict"]
-    assert (verdict["status"], verdict["level"]) == ("forgotten", "caution")  # nobody attacked it
+    said = rows["forget", "leaked"]["unlearned"]
+    level = "bad" if said["leaked"] / said["of"] > 0.05 else "caution"  # nobody attacked it
+    assert (report["verdict"]["status"], report["verdict"]["level"]) == ("forgotten", level)
     assert report["integrity"] and all(one["holds"] for one in report["integrity"])
     assert report["request"]["records"] == 8
     assert rows["forget", "leaked"]["original"]["leaked"] > 8
