@@ -25,7 +25,7 @@ from palu.errors import UserError
 from palu.storage.files import write_json
 from palu.storage.fingerprint import data_digests, file_digest, model_digests
 from palu.storage.json_files import read_object
-from palu.storage.output import RECORD, Claim, check_output, claim_output, put_in_place, read_record
+from palu.storage.output import RECORD, Claim, claim_output, put_in_place, read_record
 
 if TYPE_CHECKING:
     from palu.data.records import Example
@@ -150,30 +150,31 @@ class _State:
                 "write it; move it away"
             )
         self.stages: dict[str, str] = dict(content.get("stages", {}))
+        self.begun: str | None = content.get("begun")  # the key of a stage that was not ended
 
     def has(self, stage: str, key: str) -> bool:
         """Return whether a stage was done with these inputs."""
         return self.stages.get(stage) == key
 
-    def forget(self, stage: str) -> None:
-        """Note that a stage, and what comes after it, is not done."""
+    def begin(self, stage: str, key: str) -> None:
+        """Note that a stage is begun, and that what comes after it is not done."""
         names = list(STAGES)
         done = {
             name: self.stages[name] for name in names[: names.index(stage)] if name in self.stages
         }
-        if done != self.stages:
-            self.stages = done
+        self.stages, self.begun = done, key
+        if self.path.parent.is_dir():
             self.write()
 
     def add(self, stage: str, key: str) -> None:
         """Note that a stage is done."""
-        self.stages[stage] = key
+        self.stages[stage], self.begun = key, None
         self.write()
 
     def write(self) -> None:
         """Write the state, into a folder that only its owner may read."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(self.path, {"format": STATE_FORMAT, "stages": self.stages})
+        write_json(self.path, {"format": STATE_FORMAT, "stages": self.stages, "begun": self.begun})
 
 
 @dataclass
@@ -209,7 +210,7 @@ class _Run:
     @contextmanager
     def doing(self, name: str, key: str) -> Iterator[Report | None]:
         """Do a stage: tell of it, and note it when it is done."""
-        self.state.forget(name)
+        self.state.begin(name, key)
         number = list(STAGES).index(name) + 1
         if self.stage is None:
             yield None
@@ -263,13 +264,12 @@ class _Run:
         key = _key(words, data, model_digests(self.models["original"]))
         if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
             return
+        again = self.state.begun == key  # with the same settings: its checkpoints are right
         with self.doing("unlearn", key):
             for name in _MEASURED:
                 (self.folder / name).unlink(missing_ok=True)
-            if self.folder.exists():
-                check_output(self.folder, overwrite=True)
-                words.append("--overwrite")
-            if self.folder.with_name(f"{self.folder.name}-checkpoints").is_dir():
+            words.append("--overwrite")  # what a run that was stopped has left
+            if again and self.folder.with_name(f"{self.folder.name}-checkpoints").is_dir():
                 words.append("--resume")
             status = self.runs_unlearn(["unlearn", *words])
             # 3 is "done, but it is not good" where there is a model: the rest says how bad

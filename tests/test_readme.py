@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from palu.data.collator import Collator
 from palu.methods import METHODS
-from tests.support import ROOT, readme_world
+from tests.support import ROOT, erasure, readme_world
 from tests.support.readme_world import (
     ANNOTATION,
     ATTACKS,
@@ -29,6 +29,7 @@ from tests.support.readme_world import (
     METHOD,
     ONE_MORE_LOSS,
     OPERATORS,
+    REPORT,
     TRAINER,
     prepare,
     run,
@@ -51,8 +52,8 @@ def changed(before, after):
 
 
 def test_every_example_is_here():
-    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS, ATTACKS}
-    tested |= {ANNOTATION}
+    tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS}
+    tested |= {ATTACKS, ANNOTATION, REPORT}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
 
 
@@ -79,6 +80,14 @@ def test_pages_and_links():
             assert (page.parent / link).exists(), (page.name, link)
         long = [x for x in prose.split("\n") if len(x) > 100 and not x.startswith(("|", "!"))]
         assert not [x for x in long if " " in x.strip("`. ")], (page.name, long)
+
+
+def test_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = erasure.write(tmp_path, called="OUT")
+    run(REPORT, names := {})
+    assert names["report"]["verdict"]["level"] == "bad"
+    assert (tmp_path / "report.html").is_file() and (folder / "README.md").is_file()
 
 
 def test_operators():

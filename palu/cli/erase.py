@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from palu.cli.data import plain_warnings, quiet
+from palu.cli.data import find_models, plain_warnings, quiet
 from palu.cli.options import OutputOptions, WeightOptions, with_options
 from palu.cli.unlearn import unlearn
 from palu.errors import user_errors
@@ -34,7 +34,7 @@ _COLORS = {"good": "green", "caution": "yellow", "bad": "red"}
 class EraseOptions:
     """What is erased out of what, and what is done with it."""
 
-    model: Path = option(MISSING, "Hugging Face model folder.", panel="Model")
+    model: Path = option(MISSING, "Model folder, or a model on the hub (org/name).", panel="Model")
     records: str = _data(
         MISSING,
         "The data that the model was tuned on, or as much of it as there is: any format that palu "
@@ -86,6 +86,7 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
     """
     from rich.text import Text
 
+    find_models(options, "model", "retrained")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.erase import erase as run
 

@@ -59,8 +59,8 @@ def report(context: typer.Context, options: SimpleNamespace) -> None:
         )
     verdict = made["verdict"]
     out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
-    if verdict["worst_leak"]:
-        out.print(verdict["worst_leak"], soft_wrap=True, highlight=False)
+    for sentence in filter(None, (verdict["worst_leak"], verdict["plain_leak"])):
+        out.print(sentence, soft_wrap=True, highlight=False)
     for one in made["missing"]:
         out.print(f"Missing: {one['what']} ({one['tells']})", soft_wrap=True, highlight=False)
     out.print(f"Written to {place} and {place.with_suffix('.json')}", soft_wrap=True)

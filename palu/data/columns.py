@@ -90,13 +90,14 @@ _ALONE = ((MESSAGES,), (TEXT,))
 
 
 def canonical(
-    record: Any, columns: Mapping[str, str] | None = None
+    record: Any, columns: Mapping[str, str] | None = None, found: str = "record"
 ) -> tuple[dict[str, Any], Layout | None]:
     """Return a record with the fields that `palu.data.records.parse_record` reads (`question` and
     `answer`, `messages`, or `text`) and the layout that it had (None: none that is known).
 
     Args:
         columns: field -> column, for layouts that are not known.
+        found: the format that it was read from, for messages.
 
     Raises:
         ValueError, TypeError: a column that is named is not there, two layouts say different
@@ -106,9 +107,9 @@ def canonical(
         raise TypeError(f"a record must be an object with fields, got {type(record).__name__}")
     record = dict(record)
     if columns is not None:
-        record, layout = _renamed(record, columns)
+        record, layout = _renamed(record, columns, found)
     else:
-        layout = _layout_of(record)
+        layout = _layout_of(record, found)
     fields = {} if layout is None else {name: record.pop(name) for name in layout.columns}
     if layout is ALPACA:
         below = record.pop("input", None)
@@ -133,7 +134,7 @@ def canonical(
     return fields | rest, layout
 
 
-def _layout_of(record: Mapping[str, Any]) -> Layout | None:
+def _layout_of(record: Mapping[str, Any], found_in: str) -> Layout | None:
     # Tables fill absent fields with None, so None means absent.
     has = {name for name, value in record.items() if value is not None}
     found = [layout for layout in LAYOUTS if has.issuperset(layout.columns)]
@@ -153,7 +154,7 @@ def _layout_of(record: Mapping[str, Any]) -> Layout | None:
             there = "/".join(name for name in layout.columns if name in has)
             raise ValueError(f"field {missing[0]!r} is missing beside {there!r}")
     raise ValueError(
-        f"there are the columns {_listed(record)}, and question/answer, messages or text was "
+        f"{found_in} with the columns {_listed(record)}, and question/answer, messages or text was "
         f"expected (also {', '.join(str(one) for one in LAYOUTS[2:-1])}); name them with "
         "--columns question=...,answer=..."
     )
@@ -170,7 +171,7 @@ def _listed(record: Mapping[str, Any]) -> str:
 
 
 def _renamed(
-    record: dict[str, Any], columns: Mapping[str, str]
+    record: dict[str, Any], columns: Mapping[str, str], found: str
 ) -> tuple[dict[str, Any], Layout | None]:
     """Return the record with the columns under the names of their fields; what had these names
     before has `original_` before it."""
@@ -185,7 +186,7 @@ def _renamed(
     rest = {name: value for name, value in record.items() if name not in taken}
     rest = {f"original_{n}" if n in fields else n: value for n, value in rest.items()}
     if not fields.keys() & {*_CONTENT}:
-        return fields | rest, _layout_of(fields | rest)
+        return fields | rest, _layout_of(fields | rest, found)
     kinds = ((CHAT, {MESSAGES}), (DOCUMENT, {TEXT}), (QA, {QUESTION, ANSWER}))
     layout = next(one for one, names in kinds if fields.keys() & names)
     merged = fields | rest

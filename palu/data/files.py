@@ -139,7 +139,7 @@ def _records(
     for row in chosen:
         record, where = opened.read(row)
         try:
-            record, layout = canonical(record, columns)
+            record, layout = canonical(record, columns, opened.format)
             if layout is not None:
                 first = first or (row, layout)
                 _check_same(layout, first)

@@ -143,6 +143,8 @@ def _open_file(file: str, fits: Fits | None) -> Source:
         raise ValueError(f"{file}: is compressed by gzip: name it {file}.gz")
     suffix = os.path.splitext(name)[1].lower()
     expected = FORMATS.get(suffix)
+    if suffix in (".xlsx", ".xls", ".ods"):
+        raise ValueError(f"{file}: is a spreadsheet, and palu reads {READ}: save it as .csv")
     if expected is None and raw.startswith(b"PAR1"):
         expected = PARQUET
     if expected == PARQUET:
@@ -259,7 +261,8 @@ def _of_csv(file: str, text: str, expected: str) -> Source:
     def read(row: int) -> tuple[Any, str]:
         return {k: v or None for k, v in table[row].items()}, f"{file}, row {row}"
 
-    return Source(file, expected, len(table), read)
+    format = f"{expected}, whose first line names the columns,"
+    return Source(file, format, len(table), read)
 
 
 def _check_header(file: str, header: list[str], expected: str) -> None:

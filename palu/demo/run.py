@@ -22,8 +22,11 @@ from palu.demo.models import build_model, build_tokenizer, finetune
 from palu.demo.people import invent_people, records, write_jsonl
 from palu.demo.plot import TokenChange, draw_forgetting
 from palu.evaluation import evaluate_examples, metrics_table
+from palu.evaluation.attacks.run import model_digest
 from palu.models.forward import logits_at, shift_to_logits
 from palu.progress import bar
+from palu.report import EVALUATION, EVALUATION_FORMAT, build_report
+from palu.run_record import RECORD, read_record
 from palu.storage.files import write_json
 from palu.storage.output import versions
 from palu.unlearn import make_config, save_model, settings_of, unlearn
@@ -82,7 +85,8 @@ PALU_OPTIONS: dict[str, Any] = {
 def run_demo(
     folder: Path, settings: DemoSettings, *, console: Console, bars: Console, shown_as: Path
 ) -> dict[str, Any]:
-    """Run the whole demo and fill `folder` with models, data, `metrics.json` and `forgetting.png`.
+    """Run the whole demo and fill `folder` with models, data, `metrics.json`, `forgetting.png` and
+    `report.html`.
 
     Args:
         folder: an empty folder to write into.
@@ -115,7 +119,9 @@ def run_demo(
 
     with bar(bars, "Unlearning (PALU)") as report:
         curve = unlearn(model, demo.tokenizer, forget, retain, config, report).curve
-    demo.keep("unlearned", model, settings=settings_of(config), loss_curve=curve)
+    data = {name: f"../{name}.jsonl" for name in SETS}
+    record = {"settings": settings_of(config), "base_model": "../original", "data": data}
+    demo.keep("unlearned", model, loss_curve=curve, **record)
     after = token_probabilities(model, forget[drawn])
 
     demo.keep("retrained", demo.learn("Learning without them (retrained)", retain))
@@ -137,6 +143,8 @@ def run_demo(
         "versions": versions(),
     }
     write_json(folder / "metrics.json", metrics)
+    with bars.status("Writing the report"):
+        demo.report(metrics["checks"])
     demo.show(console)
     _show_outcome(console, metrics, shown_as)
     return metrics
@@ -214,6 +222,25 @@ class Demo:
                     progress=report,
                 )
 
+    def report(self, checks: dict[str, bool]) -> None:
+        """Write `report.html` of what was measured, and what it reads into the unlearned model's
+        folder."""
+        unlearned = self.folder / "unlearned"
+        models = {
+            name: {"path": name, "digest": model_digest(self.folder / name), **self.results[name]}
+            for name in MODELS
+        }
+        write_json(unlearned / EVALUATION, {"format": EVALUATION_FORMAT, "models": models})
+        _, forgot, kept = checks.values()
+        failed = [word for word, holds in (("known", forgot), ("harmed", kept)) if not holds]
+        said = [f"{check}: {'yes' if holds else 'no'}" for check, holds in checks.items()]
+        outcome = {"status": " and ".join(failed) or "forgotten", "reasons": said}
+        record = read_record(unlearned) or {}
+        write_json(unlearned / RECORD, {**record, "outcome": outcome})
+        build_report(
+            unlearned, output=self.folder / "report.html", forget=self.folder / "forget.jsonl"
+        )
+
     def example_to_draw(self) -> int:
         """Return the number of the forget example with the most sensitive tokens among those with
         several spans."""
@@ -289,7 +316,8 @@ def _show_outcome(console: Console, metrics: dict[str, Any], folder: Path) -> No
             "\nWritten to ",
             (str(folder), "bold"),
             f" in {metrics['seconds']:.0f} s: original/, unlearned/, retrained/, forget.jsonl, "
-            "retain.jsonl, metrics.json, forgetting.png",
+            "retain.jsonl, metrics.json, forgetting.png; the report for a person who answers for "
+            "it: report.html",
         ),
         soft_wrap=True,
     )

@@ -16,7 +16,14 @@ from palu.report.inputs import (
 )
 from palu.report.integrity import integrity_checks
 from palu.report.limits import limits_of
-from palu.report.measures import evaluated, kept_share, measure_rows, ordered
+from palu.report.measures import (
+    Row,
+    evaluated,
+    kept_share,
+    measure_rows,
+    ordered,
+    plain_leak,
+)
 from palu.storage.output import RECORD
 
 LEAK_LIMIT, KEPT_LIMIT = 0.05, 0.95  # where `palu.json` names none
@@ -44,7 +51,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     attacks = attacks_of(inputs)
     models = _models(inputs)
     checked = integrity_checks(inputs)
-    verdict = _verdict(inputs[RECORD]["outcome"], attacks)
+    verdict = _verdict(inputs[RECORD]["outcome"], attacks, rows)
     if not all(one["holds"] for one in checked):
         verdict |= {"level": "bad", "headline": "These numbers are not of the model in this folder"}
     content = {
@@ -69,7 +76,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     return content
 
 
-def _verdict(outcome: Node, attacks: dict[str, Any] | None) -> dict[str, Any]:
+def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> dict[str, Any]:
     """Return whether the erasure held: a status, `good`, `caution` or `bad`, and sentences."""
     status = outcome["status"].text() if outcome else None
     if status is not None and status not in STATUS:
@@ -77,7 +84,8 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None) -> dict[str, Any]:
     limit = outcome["limits"]["leak_rate"].share() if outcome["limits"]["leak_rate"] else LEAK_LIMIT
     found = [] if attacks is None else [a for a in attacks["attacks"] if above(a, limit)]
     worst = None if attacks is None else attacks["worst"]
-    known = status in ("known", "known and harmed")
+    plain = plain_leak(rows, limit)
+    known = status in ("known", "known and harmed") or plain is not None
     harmed = status in ("harmed", "known and harmed")
     level, headline = "good", "Erased, as far as was measured"
     if known and harmed:
@@ -98,6 +106,7 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None) -> dict[str, Any]:
         "status": status,
         "level": level,
         "headline": headline,
+        "plain_leak": plain,
         "worst_leak": worst and _worst_sentence(worst, limit),
         "reasons": outcome["reasons"].texts(),
         "advice": outcome["advice"].texts(),

@@ -77,6 +77,20 @@ def _has(rows: Iterable[Row], wanted: Row) -> bool:
     )
 
 
+def plain_leak(rows: Iterable[Row], limit: float) -> str | None:
+    """Return a sentence where plain answers say more secrets than the limit, and than those of a
+    retrained model, where there is one; None where they do not."""
+    for row in rows:
+        values = row["values"]
+        if row["name"] != LEAKED or not values.get("unlearned", {}).get("of"):
+            continue
+        rates = {name: one["leaked"] / one["of"] for name, one in values.items() if one["of"]}
+        if rates["unlearned"] > max(limit, rates.get("retrained", 0)):
+            one = values["unlearned"]
+            return f"Asked plainly, it says {one['leaked']} of {one['of']} secrets."
+    return None
+
+
 def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """Return what is left of the probability of the answers to keep, by what the run measured,
     else by `evaluation.json`; None where neither has it of both models."""

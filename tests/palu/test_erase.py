@@ -119,6 +119,27 @@ def test_a_second_start_goes_on(work, monkeypatch, capsys):
     assert not left.exists() and not (work / "out-unfinished").exists()
 
 
+def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, monkeypatch):
+    monkeypatch.chdir(work)
+    lines = []
+
+    def killed(words):
+        lines.append(words)
+        (work / "out-unfinished-checkpoints").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    def start(**changed):
+        request = {"model": work / "model", "records": "records.jsonl", "terms": ["Paris"]}
+        with pytest.raises(KeyboardInterrupt):
+            erase(Request(output=work / "out", **request | changed), unlearn=killed)
+        return "--resume" in lines[-1]
+
+    assert not start() and start()
+    assert not start(seed=3) and start(seed=3) and not start()
+    assert lines[0][1:7:2] == ["--model", "--forget", "--output"]
+    assert lines[0][lines[0].index("--retain") + 1] == "out-work/retain.jsonl"
+
+
 def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
     palu = palu_in(work, monkeypatch, capsys)
     assert "records.jsonl has none of the terms" in refusal(palu, LINE + "--terms Xyzzy")

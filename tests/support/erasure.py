@@ -181,14 +181,14 @@ def attack() -> dict[str, Any]:
     }
 
 
-def write(folder: Path, **files: Any) -> Path:
+def write(folder: Path, called: str = "unlearned", **files: Any) -> Path:
     """Write the files that a report reads; a keyword by the name of one (`attack=...`) replaces its
     content, or leaves it out where it is None.
 
     Returns:
         the model folder, beside which `forget.jsonl` lies.
     """
-    model = folder / "unlearned"
+    model = folder / called
     model.mkdir()
     content = {"palu": record(), "annotation": annotation(), "evaluation": evaluation()}
     content |= {"attack": attack(), **files}

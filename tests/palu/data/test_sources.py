@@ -196,7 +196,11 @@ def test_columns(columns):
 @pytest.mark.parametrize(
     ("record", "columns", "said"),
     [
-        ({"a": 1, "b": "x"}, None, r"columns 'a', 'b', and question/answer, messages or text was"),
+        (
+            {"a": 1, "b": "x"},
+            None,
+            r"a list with the columns 'a', 'b', and question/answer",
+        ),
         ({"prompt": "x", "spans": []}, None, "field 'completion' is missing beside 'prompt'"),
         ({"query": "x"}, None, "field 'answer' is missing beside 'query'"),
         (
@@ -245,7 +249,11 @@ def test_one_layout_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"Who?,Ada.\nWhere?,Here.\n", r"row 0: there are the columns 'Who\?', 'Ada\.'"),
+        (
+            "a.csv",
+            b"Who?,Ada.\nWhere?,Here.\n",
+            r"row 0: CSV .*first line names .* 'Who\?'",
+        ),
         (
             "a.csv",
             b"question;answer\na;b\n",
@@ -262,12 +270,13 @@ def test_one_layout_a_file(tmp_path):
         ("a.csv", b"question,answer,spans\na,b,[[0\n", "row 0: field 'spans' is not JSON"),
         ("a.csv", "question,answer\na,å\n".encode("latin-1"), "csv:2: not UTF-8 text"),
         ("a.csv", lines([QA]), "holds JSON lines, and by its name CSV .* rename it to .jsonl"),
+        ("a.xlsx", b"PK\3\4", "is a spreadsheet, and palu reads .*: save it as .csv"),
         ("a.csv", b"", "csv: holds no rows"),
         ("a.csv", b"question,answer\n", "csv: holds no rows"),
         ("a.csv", parquet([QA]), "holds Parquet, and by its name CSV .* rename it to .parquet"),
         ("a.jsonl", b"question,answer\na,b\n", r":1: malformed JSON.*holds CSV .* object a line"),
         ("a.json", b'{\n "data": []\n}', ":1: malformed JSON.*one JSON object over several lines"),
-        ("a.jsonl", lines([{"data": [QA]}]), r":1 \(row 0\): there are the columns 'data'"),
+        ("a.jsonl", lines([{"data": [QA]}]), r":1 \(row 0\): JSON lines with the columns 'data'"),
         ("a.jsonl", b"<html>\n", "the file holds HTML or XML"),
         ("a.jsonl", lines([QA]) + b"a,b\n", r":2: malformed JSON, Expecting value at column 1$"),
         ("a.parquet", lines([QA]), "holds JSON lines, and by its name Parquet was expected"),

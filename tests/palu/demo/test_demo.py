@@ -63,7 +63,8 @@ def test_what_it_leaves_behind(demo):
     folder = demo[0]
     names = {p.name for p in folder.iterdir()}
     models = {"original", "unlearned", "retrained"}
-    assert names == models | {"forget.jsonl", "retain.jsonl", "metrics.json", "forgetting.png"}
+    written = {"metrics.json", "forgetting.png", "report.html", "report.json"}
+    assert names == models | written | {"forget.jsonl", "retain.jsonl"}
     assert json.loads((folder / "metrics.json").read_text()) == demo[1]
     assert (folder / "forgetting.png").read_bytes()[:4] == b"\x89PNG"
     assert len(load_examples(folder / "forget.jsonl", require_spans=True)) == 8
@@ -71,6 +72,25 @@ def test_what_it_leaves_behind(demo):
     for name in models:
         record = json.loads((folder / name / "palu.json").read_text())
         assert ("loss_curve" in record) == (name == "unlearned")
+
+
+def test_it_ends_with_its_report(demo):
+    folder, metrics, _ = demo
+    report = json.loads((folder / "report.json").read_text())
+    rows = {(row["set"], row["name"]): row["values"] for row in report["measures"]}
+    for data in ("forget", "retain"):
+        measured = {name: metrics["models"][name][data] for name in metrics["models"]}
+        for metric in ("sensitive_probability", "rougeL_recall"):
+            assert rows[data, metric] == {name: one[metric] for name, one in measured.items()}
+    said = rows["forget", "leaked"]["unlearned"]
+    level = "bad" if said["leaked"] / said["of"] > 0.05 else "caution"  # nobody attacked it
+    assert (report["verdict"]["status"], report["verdict"]["level"]) == ("forgotten", level)
+    assert report["integrity"] and all(one["holds"] for one in report["integrity"])
+    assert report["request"]["records"] == 8
+    assert rows["forget", "leaked"]["original"]["leaked"] > 8
+    secret = load_examples(folder / "forget.jsonl", require_spans=True)[1]
+    start, end = secret.spans[0]
+    assert secret.answer[start:end] not in (folder / "report.html").read_text()
 
 
 def test_a_saved_model_gives_the_numbers_of_the_table(demo):

@@ -118,6 +118,18 @@ def test_the_verdict(tmp_path, status, leaked, retrained, level, words):
     assert words in text_of(model / "report.html")
 
 
+@pytest.mark.parametrize(("retrained", "level"), [(0, "bad"), (1, "good")])
+def test_what_plain_answers_say_counts(tmp_path, retrained, level):
+    """Whatever the run itself found: 2 of 12 secrets are 17%."""
+    evaluation = erasure.evaluation()
+    evaluation["models"]["unlearned"]["forget"] = erasure.result(0.02, 1)
+    evaluation["models"]["retrained"]["forget"] = erasure.result(0.02, retrained)
+    model = erasure.write(tmp_path, evaluation=evaluation, attack=leaking(0))
+    assert build_report(model)["verdict"]["level"] == level
+    said = text_of(model / "report.html")
+    assert ("Asked plainly, it says 2 of 12 secrets." in said) == (level == "bad")
+
+
 def test_what_to_change_is_said(tmp_path):
     reasons, advice = ["7 of 12 are still said."], ["Give it more --epochs."]
     record = outcome(status="known", reasons=reasons, advice=advice)

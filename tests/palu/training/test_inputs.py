@@ -93,7 +93,7 @@ def test_evaluation_sets_of_records(tok, tmp_path):
     ("options", "said"),
     [
         ({"forget": KEPT}, r"^train_dataset: records, row 0: field 'spans' is missing"),
-        ({"retain": [{"a": "b"}]}, r"^retain_dataset: records, row 0: there are the columns 'a'"),
+        ({"retain": [{"a": "b"}]}, r"^retain_dataset: records, row 0: a list with the columns 'a'"),
         ({"processing_class": None}, "^train_dataset holds records: processing_class must be the"),
     ],
 )
