@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from palu.report import EVALUATION, EVALUATION_FORMAT, build_report
 from palu.run_record import RECORD, read_record
 from palu.storage.files import write_json
 from palu.storage.output import versions
+from palu.training import auto
+from palu.training.config import PALUConfig
 from palu.unlearn import make_config, save_model, settings_of, unlearn
 
 MAX_LENGTH = 96
@@ -65,23 +68,6 @@ class DemoSettings:
         invent_people(self.people, self.seed)
 
 
-# Chosen by single trials at these sizes. The forget term starts near 2 where the retain term is
-# near 0.01 (the loss curve in palu.json): at equal weights the first steps damage what should stay
-# and the rest repairs it. A tenth of the weight and four retain examples beside each forget example
-# hardly damage it. Of so small a model's logits only the first ten or so belong to words that fit
-# (another town, another month): with k = 10 the unlearned model gives a fluent wrong answer, with
-# k = 50 it stammers.
-PALU_OPTIONS: dict[str, Any] = {
-    "objective": "entropy",
-    "top_k": 10,
-    "prefix_length": 3,
-    "forget_weight": 0.1,
-    "retain_batch_size": 32,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
-}
-
-
 def run_demo(
     folder: Path, settings: DemoSettings, *, console: Console, bars: Console, shown_as: Path
 ) -> dict[str, Any]:
@@ -105,23 +91,18 @@ def run_demo(
         f"{settings.people} invented people, {count} questions; to forget: "
         f"{settings.forget_people} people, {len(forget)} questions."
     )
-    config = make_config(
-        torch.device("cpu"),
-        num_train_epochs=settings.unlearn_epochs,
-        seed=settings.seed,
-        **PALU_OPTIONS,
-    )
-
     model = demo.learn("Learning everyone (original)", forget + retain)
     demo.keep("original", model)
+    config = _as_chosen(settings, model, demo.tokenizer, forget)
     drawn = demo.example_to_draw()
     before = token_probabilities(model, forget[drawn])
 
     with bar(bars, "Unlearning (PALU)") as report:
-        curve = unlearn(model, demo.tokenizer, forget, retain, config, report).curve
+        outcome = unlearn(model, demo.tokenizer, forget, retain, config, report)
+    curve, known = outcome.curve, outcome.known.to_dict(config)
     data = {name: f"../{name}.jsonl" for name in SETS}
     record = {"settings": settings_of(config), "base_model": "../original", "data": data}
-    demo.keep("unlearned", model, loss_curve=curve, **record)
+    demo.keep("unlearned", model, loss_curve=curve, outcome=known, **record)
     after = token_probabilities(model, forget[drawn])
 
     demo.keep("retrained", demo.learn("Learning without them (retrained)", retain))
@@ -148,6 +129,27 @@ def run_demo(
     demo.show(console)
     _show_outcome(console, metrics, shown_as)
     return metrics
+
+
+def _as_chosen(
+    settings: DemoSettings, model: LlamaForCausalLM, tokenizer: Any, forget: list[dict]
+) -> PALUConfig:
+    """Return the settings that `palu unlearn` chooses where a user leaves them open."""
+    names = ("learning_rate", "prefix_length", "checks", "objective", "epochs", "retain_loss")
+    options = SimpleNamespace(method="palu", given=set(), **dict.fromkeys(names))
+    width = model.config.hidden_size
+    chosen = auto.simple_choices(options, hidden_size=width, lora=False, own_answers=False)
+    config = make_config(
+        torch.device("cpu"),
+        num_train_epochs=settings.unlearn_epochs,
+        seed=settings.seed,
+        **{name: choice.value for name, choice in chosen.items()},
+        **auto.SCHEDULE,
+    )
+    loss = config.make_loss().palu_loss
+    size = config.per_device_train_batch_size
+    config.forget_weight = auto.forget_weight(model, tokenizer, forget, loss, size).value
+    return config
 
 
 class Demo:
@@ -321,13 +323,10 @@ def _show_outcome(console: Console, metrics: dict[str, Any], folder: Path) -> No
         ),
         soft_wrap=True,
     )
-    names = {"per_device_train_batch_size": "batch-size"}
-    options = {names.get(k, k.replace("_", "-")): v for k, v in PALU_OPTIONS.items()}
-    options |= {"epochs": metrics["settings"]["unlearn_epochs"], "device": "cpu"}
-    given = " ".join(f"--{name} {value}" for name, value in options.items())
     console.print(
         f"The same by hand:\n  palu unlearn --model {folder}/original --forget "
-        f"{folder}/forget.jsonl --retain {folder}/retain.jsonl --output {folder}-again {given}",
+        f"{folder}/forget.jsonl --retain {folder}/retain.jsonl --output {folder}-again "
+        "--device cpu",
         soft_wrap=True,
         markup=False,
     )

@@ -25,7 +25,7 @@ KNOWN = "sensitive_probability"  # in a log: the entry is a check
 BEST = "palu-best.safetensors"
 # A run stops where probability and harm are well within their limits, not at them: samples say what
 # a greedy answer does not, and the retain examples are those that were trained on.
-LIKELY, HARM = 0.3, 0.6
+LIKELY, HARM = 0.3, 0.4
 # Weights are kept from here on: what is far from good is no better than the last.
 WORTH_KEEPING = 3.0
 # Of a data set of few steps an epoch, several epochs lie between two checks.

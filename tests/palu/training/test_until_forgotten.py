@@ -1,5 +1,6 @@
 """What a model knows during a run; stopping where it is forgotten; keeping the best weights."""
 
+import dataclasses
 import json
 import math
 
@@ -71,11 +72,17 @@ def test_knowledge_is_that_of_a_loop_over_tokens(tmp_path, who):
             spans += 1
         scores.append(math.prod(own) ** (1 / len(own)))
     kept = []
-    for row in rows(planted.RETAIN):
+    retain = rows([dataclasses.replace(planted.RETAIN[0], spans=()), *planted.RETAIN[1:]])
+    for row in retain:
         p, _ = token_probabilities(model, row)
-        answer = [p[i - 1] for i, label in enumerate(row["labels"]) if i and label != IGNORE]
+        marked = any(label >= 0 for label in row["labels"])
+        assert marked == (row["example_id"] != "p4")
+        counts = (lambda label: label >= 0) if marked else (lambda label: label != IGNORE)
+        answer = [p[i - 1] for i, label in enumerate(row["labels"]) if i and counts(label)]
         kept.append(math.prod(answer) ** (1 / len(answer)))
-    meter = KnowledgeMeter(planted_trainer(tmp_path, model=model, prefix_length=prefix))
+    made = planted_trainer(tmp_path, model=model, prefix_length=prefix)
+    made.retain_dataset = retain
+    meter = KnowledgeMeter(made)
     known = meter.measure()
     assert known.recited == recited and known.spans == spans == 8
     expected = [sum(v) / len(v) for v in (scores, past, kept)]
@@ -87,8 +94,6 @@ def test_knowledge_is_that_of_a_loop_over_tokens(tmp_path, who):
 
 
 def test_what_the_prompt_says_is_no_secret(tmp_path):
-    import dataclasses
-
     told = [
         dataclasses.replace(e, question=f"{e.question} In {e.answer[slice(*e.spans[0])]}?")
         for e in planted.FORGET
