@@ -179,6 +179,11 @@ class Contrast:
         )
         values = [np.zeros(len(part.answer)) for part in parts]
         for (number, window), score in zip(windows, scores, strict=True):
+            if not np.isfinite(score.nll).all():
+                raise ValueError(
+                    f"example {parts[number].id!r}: {reader.label!r} gives its answer "
+                    "probabilities that are no numbers; try another dtype"
+                )
             window.spread(-score.nll, parts[number].answer, values[number])
         del model
         if not keep:

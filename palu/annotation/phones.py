@@ -85,7 +85,7 @@ def phone_places(known: Phone, text: str) -> Iterator[tuple[int, int]]:
     """Yield where a number stands in a text."""
     for match in known.form.finditer(text):
         start, end = match.span()
-        before = text[:start]
+        before = text[max(0, start - 20) : start]  # more than any of the marks below takes
         # Digits before it are of another country, or of a longer number.
         foreign = re.search(r"(?:\+|\b00)[\d\s().-]{0,6}$", before)
         if foreign or (known.score < 1 and re.search(r"\d[\s().\-/]{0,3}$", before)):

@@ -206,8 +206,13 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
 
         annotators.append(Pii(options.pii_pipeline, _names(options.pii_kinds)))
     if options.contrast:
-        from palu.annotation.contrast import Contrast
+        from palu.annotation.contrast import SELF, Contrast
 
+        if options.contrast == SELF:
+            warn(
+                "--contrast self finds little in a model that knows its answers by heart: name the "
+                "model that it was tuned from where there is one"
+            )
         settings = {"threshold": options.contrast_threshold}
         settings |= {"dtype": options.dtype, "device": options.device}
         annotators.append(Contrast(options.model, options.contrast, **settings))

@@ -222,7 +222,8 @@ def _print(content: dict[str, Any], options: SimpleNamespace) -> None:
     told, empty = left["in_the_prompt"], left["stop_words_only"]
     if told or empty:
         out.print(
-            f"Not judged: {told} secrets that the prompt itself says, {empty} of stop words alone"
+            f"Not judged after the questions: {told} secrets that the prompt itself says, "
+            f"{empty} of stop words alone"
         )
     for skipped in content["skipped"]:
         out.print(f"Skipped: {skipped['name']}: {skipped['why']}", soft_wrap=True)

@@ -218,8 +218,12 @@ def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, A
         one["name"].value: one["title"].text(one["name"].text())
         for one in inputs[ATTACK]["attacks"].each()
     }
+    every = sorted(  # those that bring a secret out of the unlearned model first
+        inputs[ATTACK]["examples"].each(),
+        key=lambda one: one["leaks"]["unlearned"].value is not True,
+    )
     shown = []
-    for one in list(inputs[ATTACK]["examples"].each())[:SHOWN]:
+    for one in every[:SHOWN]:
         answers = dict(one["answers"].named())
         shown.append(
             {

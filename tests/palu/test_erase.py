@@ -69,6 +69,7 @@ def test_a_folder_with_the_model_and_its_proof(work, monkeypatch, capsys):
     report = read(out / "report.json")
     for name, digest in report["inputs"].items():
         assert file_digest(out / name) == digest, name
+    assert report["integrity"] and all(one["holds"] for one in report["integrity"])
     level = report["verdict"]["level"]
     assert status == (3 if level == "bad" else 0) and report["verdict"]["headline"] in said
     # it is palu's own folder, and may be replaced
@@ -178,7 +179,8 @@ def test_spans_that_the_records_have(work, monkeypatch):
         device="cpu",
     )
     report = erase(request, unlearn=unlearn)
-    assert words[0] == "unlearn" and report["annotation"]["records_with_spans"] == 4
+    assert words[0] == "unlearn" and report["verdict"]["level"] in ("good", "caution", "bad")
+    assert read(work / "out/annotation.json")["records_with_spans"] == 4
     assert (work / "out/adapter_model.safetensors").is_file()
     kept = [json.loads(line) for line in (work / "out-work/retain.jsonl").read_text().splitlines()]
     assert [record["answer"] for record in kept] == ["Nobody came."]

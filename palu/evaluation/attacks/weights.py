@@ -55,10 +55,11 @@ def replaced(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> I
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Fold adapters into the weights that they change, as who hands the model on would; call it
     inside `replaced`, since unfolding them again rounds."""
-    folds = hasattr(model, "merge_adapter")
-    if folds:
-        model.merge_adapter()
+    merged_before = any(getattr(module, "merged", False) is True for module in model.modules())
+    folds = hasattr(model, "merge_adapter") and not merged_before
     try:
+        if folds:
+            model.merge_adapter()
         yield model
     finally:
         if folds:

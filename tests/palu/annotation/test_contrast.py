@@ -95,6 +95,13 @@ def test_a_model_that_knows_no_more_gives_nothing(tok, pair):
             assert not [f for f in found[1] if FACTS[1][1][f.start : f.end] == "Lisbon"]
 
 
+def test_probabilities_that_are_no_numbers_are_refused(tok, pair):
+    broken = small.model(tok)
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    with pytest.raises(ValueError, match=r"example 'b': .* are no numbers"):
+        list(Contrast((pair[0], tok), (broken, tok)).find([example(*FACTS[0], "b")]))
+
+
 def test_higher_thresholds_find_less(tok, pair):
     examples = [example(*fact) for fact in FACTS]
     counts = [

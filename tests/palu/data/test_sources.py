@@ -84,6 +84,13 @@ def test_files_of_every_format(tmp_path, suffix, end):
             load(path)
 
 
+def test_cells_of_a_csv_are_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,question,answer\n007,1,07700\n008,2,1e3\n")
+    read = [(e.id, e.question, e.answer) for e in load(path, require_spans=False)]
+    assert read == [("007", "1", "07700"), ("008", "2", "1e3")], "no number loses its zeros"
+
+
 def test_objects(tmp_path):
     assert load(RECORDS) == load(tuple(RECORDS)) == EXAMPLES
     assert load(table(RECORDS)) == load(pandas.DataFrame(RECORDS)) == EXAMPLES

@@ -433,6 +433,22 @@ def test_the_model_is_as_it_was(name, fails, adapter, monkeypatch):
     same(before, everything(model))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_rounding_an_adapter_rounds_what_it_makes_of_the_model(merged):
+    model = get_peft_model(planted.knows_all(), LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+    whole = layer.base_layer.weight + layer.get_delta_weight("default")
+    if merged:
+        model.merge_adapter()
+    before = layer.base_layer.weight.clone()
+    with weights.quantized(model, 4):
+        now = layer.base_layer.weight
+        assert layer.merged and torch.allclose(now, weights.rounded(whole, 4), atol=1e-5)
+    assert layer.merged is merged and torch.equal(layer.base_layer.weight, before)
+
+
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     models = {"unlearned": planted.never_saw(), "original": planted.knows_all()}
     names, file = ["greedy", "sampling", "weight_noise"], tmp_path / "attack.json"

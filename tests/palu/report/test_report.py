@@ -207,6 +207,19 @@ def test_answers_that_leak_come_first(tmp_path):
     assert "says 1 of 2 secrets That is" in said
 
 
+def test_attacks_that_succeed_are_shown_first(tmp_path):
+    attack = erasure.attack()
+    one = attack["examples"][0]
+    attack["examples"] = [
+        one | {"prompt": f"prompt {number}", "leaks": {"unlearned": number == 9}}
+        for number in range(10)
+    ]
+    model = erasure.write(tmp_path, attack=attack)
+    build_report(model)
+    said = text_of(model / "report.html")
+    assert said.index("prompt 9") < said.index("prompt 0") and "prompt 5" not in said
+
+
 def test_without_the_file_nothing_can_be_masked(tmp_path):
     """So no answer is shown; those of the attacks are where palu attack has masked them."""
     attack = erasure.attack()
