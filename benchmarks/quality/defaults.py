@@ -23,13 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import runner, tables
-from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
-from palu.evaluation.inference import score_answers
+from palu.evaluation import evaluate_examples
 from palu.models.loading import load_model, load_tokenizer
 from palu.run_record import choose_template
 
@@ -41,16 +39,16 @@ COLUMNS = ("testbed", "how", "seed", "status", *MEASURED, "command", *tables.ENV
 
 def retain_probability(folder: Path, retain: str, original: Path) -> float:
     """Return `exp(-mean NLL)` over the answer tokens of a retain example, averaged."""
-    tokenizer = load_tokenizer(original)
-    rows = tokenize_examples(
+    found = evaluate_examples(
+        load_model(folder, device="cpu"),
+        load_tokenizer(original),
         load_examples(retain, require_spans=False),
-        tokenizer,
-        max_length=512,
         template=choose_template(original),
+        max_length=512,
+        batch_size=8,
+        max_new_tokens=0,
     )
-    model = load_model(folder, device="cpu").eval()
-    scores = score_answers(model, tokenizer, rows, batch_size=8)
-    return float(np.mean([np.exp(-one.loss) for one in scores]))
+    return found["mean"]["answer_probability"]
 
 
 def measure(given: argparse.Namespace, how: str, seed: int, before: float) -> dict[str, Any]:
