@@ -27,7 +27,6 @@ from palu.evaluation.attacks.run import model_digest
 from palu.models.forward import logits_at, shift_to_logits
 from palu.progress import bar
 from palu.report import EVALUATION, EVALUATION_FORMAT, build_report
-from palu.run_record import RECORD, read_record
 from palu.storage.files import write_json
 from palu.storage.output import versions
 from palu.training import auto
@@ -125,7 +124,7 @@ def run_demo(
     }
     write_json(folder / "metrics.json", metrics)
     with bars.status("Writing the report"):
-        demo.report(metrics["checks"])
+        demo.report()
     demo.show(console)
     _show_outcome(console, metrics, shown_as)
     return metrics
@@ -224,7 +223,7 @@ class Demo:
                     progress=report,
                 )
 
-    def report(self, checks: dict[str, bool]) -> None:
+    def report(self) -> None:
         """Write `report.html` of what was measured, and what it reads into the unlearned model's
         folder."""
         unlearned = self.folder / "unlearned"
@@ -233,12 +232,6 @@ class Demo:
             for name in MODELS
         }
         write_json(unlearned / EVALUATION, {"format": EVALUATION_FORMAT, "models": models})
-        _, forgot, kept = checks.values()
-        failed = [word for word, holds in (("known", forgot), ("harmed", kept)) if not holds]
-        said = [f"{check}: {'yes' if holds else 'no'}" for check, holds in checks.items()]
-        outcome = {"status": " and ".join(failed) or "forgotten", "reasons": said}
-        record = read_record(unlearned) or {}
-        write_json(unlearned / RECORD, {**record, "outcome": outcome})
         build_report(
             unlearned, output=self.folder / "report.html", forget=self.folder / "forget.jsonl"
         )
