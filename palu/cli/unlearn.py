@@ -33,7 +33,7 @@ from palu.cli.data import (
     without_slices,
 )
 from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
-from palu.cli.retain import NONE, SELF, RetainOptions, chosen, own_answers, warn_of_nothing
+from palu.cli.retain import FILE, NONE, SELF, RetainOptions, chosen, own_answers, warn_of_nothing
 from palu.errors import failed_to_write, user_errors
 from palu.terminal import bars, out, say
 from palu.training.options import (
@@ -408,10 +408,11 @@ class Run:
         if known is None:
             return
         good = known.status == "forgotten"
-        for line in known.reasons():
+        for line in self._reasons():
             out.print(f"  {line}", soft_wrap=True, highlight=False)
         if good:
-            out.print("Forgotten, and kept.", style="green")
+            text = "Forgotten, and kept." if self.kept == FILE else "Forgotten."
+            out.print(text, style="green")
             return
         names = {"known": "the secrets are still known", "harmed": "the retain set is harmed"}
         text = " and ".join(names[name] for name in known.status.split(" and "))
@@ -420,9 +421,21 @@ class Run:
             say("try", "red", line)
         raise typer.Exit(3)
 
+    def _reasons(self) -> list[str]:
+        """Return what was measured, and what that does not tell."""
+        reasons = self.outcome.known.reasons()
+        if self.kept == SELF:
+            reasons.append(
+                "the retain probability is of the model's own answers: how much of what it was "
+                "taught is left, only a file of real ones tells (palu evaluate --retain)"
+            )
+        return reasons
+
     def _outcome(self) -> dict[str, Any] | None:
         known = self.outcome.known
-        return None if known is None else known.to_dict(self.config)
+        if known is None:
+            return None
+        return known.to_dict(self.config) | {"reasons": self._reasons(), "retain": self.kept}
 
     def report(self) -> None:
         """Remove the checkpoints, which are of no more use, and say what was done."""
