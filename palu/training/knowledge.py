@@ -12,8 +12,6 @@ from torch import Tensor
 
 from palu.data.roles import FORGET, IGNORE, token_roles
 from palu.distributed import Processes
-from palu.evaluation.inference import continuations
-from palu.evaluation.leaks import leaks, sort_secrets
 from palu.models.checks import is_whole
 from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import more_inputs
@@ -136,6 +134,11 @@ class KnowledgeMeter:
         Every answer, and every sensitive place of another turn, is generated from the true text
         before it.
         """
+        from palu.evaluation.inference import (
+            continuations,  # brings rich, which trainers do without
+        )
+        from palu.evaluation.leaks import leaks
+
         trainer, tokenizer = self.trainer, self.trainer.processing_class
         if tokenizer is None or not is_whole(trainer.model):
             return None
@@ -204,6 +207,8 @@ class KnowledgeMeter:
 
     def _secret(self, ids: list[int], start: int, end: int) -> str | None:
         """Return the text of a span; None where the text before it says it, or it says nothing."""
+        from palu.evaluation.leaks import sort_secrets
+
         tokenizer = self.trainer.processing_class
         if tokenizer is None:
             return " "
@@ -224,6 +229,8 @@ class KnowledgeMeter:
 
     def _asked(self, row: int) -> list[tuple[list[int], int, list[str]]]:
         """Return of each answer of a row that has secrets: the prompt, its length, the secrets."""
+        from palu.evaluation.leaks import leaks
+
         batch, sensitive = self._sensitive([row])
         if "attention_mask" in batch:  # without padding, on whichever side it is
             real = batch["attention_mask"][0].bool()

@@ -27,7 +27,7 @@ def test_a_whole_model(tmp_path):
     head = front_matter(text)
     assert head["base_model"] == "chat-model" and head["library_name"] == "transformers"
     assert "unlearning" in head["tags"] and "lora" not in head["tags"]
-    assert "made to forget 12 marked passages of 6 records" in text
+    assert "made to forget 12 marked passages in 6 of 6 records" in text
     assert "**Not erased: an attack still brings secrets out.**" in text
     assert "| To forget: Probability of the sensitive words | 0.980 | 0.020 | 0.015 |" in text
     assert "AutoModelForCausalLM" in text and "peft" not in text and "vllm serve FOLDER" in text

@@ -24,6 +24,7 @@ same_transformers = pytest.mark.skipif(
     transformers.__version__ != VERSION, reason=f"written with transformers {VERSION}"
 )
 COMMAND = """unlearn --model model --forget forget.jsonl --retain retain.jsonl --retain-loss kl
+    --objective flatten --prefix-length 3 --forget-weight 1
     --reference cached --reference-cache cache --top-k 5 --batch-size 2 --epochs 3
     --learning-rate 1e-2 --save-steps 2 --device cpu --output out --resume"""
 
