@@ -415,7 +415,7 @@ class Run:
             out.print(text, style="green")
             return
         names = {"known": "the secrets are still known", "harmed": "the retain set is harmed"}
-        text = " and ".join(names[name] for name in known.status.split(" and "))
+        text = " and ".join(names.get(name, name) for name in known.status.split(" and "))
         say("not good", "bold red", text)
         for line in known.advice(self.config):
             say("try", "red", line)

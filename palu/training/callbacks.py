@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from palu.data.roles import FORGET
 from palu.models.wrappers import eval_mode
-from palu.training.knowledge import token_scores
+from palu.training.knowledge import check_length, token_scores
 
 if TYPE_CHECKING:
     from palu.training.trainer import PALUTrainer
@@ -40,11 +40,7 @@ class StopAtForgetProb(TrainerCallback):
     def __init__(self, trainer: PALUTrainer) -> None:
         self.trainer = trainer
         rows = trainer.train_dataset
-        if not hasattr(rows, "__len__"):
-            raise ValueError(
-                "stop_at_forget_prob needs a train_dataset with a length, not a "
-                f"{type(rows).__name__}: all its rows are measured"
-            )
+        check_length("stop_at_forget_prob", rows)
         if not any(self._is_forget([i])[1].any() for i in range(len(rows))):
             raise ValueError(
                 "stop_at_forget_prob needs a token to forget, and no row of train_dataset has one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from palu.models.checks import is_whole
 from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import more_inputs
 from palu.models.wrappers import eos_token_ids, eval_mode
+from palu.training.trainer_checks import marks_something
 from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
 
 if TYPE_CHECKING:
@@ -88,13 +90,17 @@ class KnowledgeMeter:
     """
 
     def __init__(self, trainer: PALUTrainer) -> None:
-        self.trainer = trainer
+        self.trainer, rows = trainer, trainer.train_dataset
+        check_length("checks", rows)
         self.eos = eos_token_ids(trainer.model, trainer.processing_class)
         self.prefix = getattr(trainer.method, "prefix_length", 0)
         # A method of whole answers may be given rows without spans: then the answer is the secret.
-        self.by_span = trainer.method.by_span or any(
-            bool((self._sensitive([i])[1]).any()) for i in range(len(trainer.train_dataset))
+        by_span = trainer.method.by_span or marks_something(
+            map(rows.__getitem__, range(len(rows))), self.eos
         )
+        self._roles = partial(token_roles, prefix_length=0, eos_token_id=self.eos)
+        self._roles = self._roles if by_span else trainer.method.roles
+        self._texts: dict[int, list[str | None]] = {}  # of each row's spans, see `_secrets`
 
     @torch.no_grad()
     def measure(self) -> Knowledge:
@@ -177,9 +183,7 @@ class KnowledgeMeter:
         """Return forget rows as a batch, and bool `[B, T]`: their sensitive tokens."""
         trainer = self.trainer
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
-        if getattr(self, "by_span", True):
-            return batch, token_roles(batch["labels"], 0, self.eos) == FORGET
-        return batch, trainer.method.roles(batch["labels"]) == FORGET
+        return batch, self._roles(batch["labels"]) == FORGET
 
     def _forget(self, rows: Sequence[int]) -> tuple[float, ...]:
         """Return sums over rows: score, examples, probability past the prefix, tokens there, spans
@@ -187,12 +191,12 @@ class KnowledgeMeter:
         batch, sensitive = self._sensitive(rows)
         nll, first = token_scores(self.trainer, batch, sensitive, likeliest=True)
         sums, at = [0.0] * 6, 0
-        for ids, marked in zip(batch["input_ids"].tolist(), sensitive.tolist(), strict=True):
+        for row, marked in zip(rows, sensitive.tolist(), strict=True):
             scores: list[float] = []
-            for start, end in _runs(marked):
+            for (start, end), secret in zip(_runs(marked), self._secrets(row), strict=True):
                 own = slice(at, at + end - start)
                 at += end - start
-                if not self._secret(ids, start, end):
+                if secret is None:
                     continue
                 scores += nll[own].tolist()
                 deep = [] if self.prefix <= 0 else nll[own][self.prefix :].tolist()
@@ -205,16 +209,36 @@ class KnowledgeMeter:
                 sums[1] += 1
         return tuple(sums)
 
-    def _secret(self, ids: list[int], start: int, end: int) -> str | None:
-        """Return the text of a span; None where the text before it says it, or it says nothing."""
+    def _tokens(self, row: int) -> tuple[list[int], list[int], list[bool]]:
+        """Return a row's token ids, labels and which are sensitive, without padding."""
+        batch, sensitive = self._sensitive([row])
+        columns = torch.stack([batch["input_ids"][0], batch["labels"][0], sensitive[0].long()])
+        if "attention_mask" in batch:
+            columns = columns[:, batch["attention_mask"][0].bool()]
+        ids, labels, marked = columns.tolist()
+        return ids, labels, list(map(bool, marked))
+
+    def _secrets(self, row: int) -> list[str | None]:
+        """Return the text of each span of a row; None where the text before it says it, or it says
+        nothing. It is the same at every check."""
         from palu.evaluation.leaks import sort_secrets
 
         tokenizer = self.trainer.processing_class
-        if tokenizer is None:
-            return " "
-        before = tokenizer.decode(ids[:start], skip_special_tokens=True)
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
-        return text if sort_secrets([text], before).judged else None
+        if row not in self._texts:
+            ids, _, marked = self._tokens(row)
+            texts: list[str | None] = []
+            for start, end in _runs(marked):
+                if tokenizer is None:
+                    texts.append("")  # it counts, and cannot be read
+                    continue
+                before, text = (
+                    tokenizer.decode(part, skip_special_tokens=True)
+                    for part in (ids[:start], ids[start:end])
+                )
+                judged = sort_secrets([text.strip()], before).judged
+                texts.append(judged[0] if judged else None)
+            self._texts[row] = texts
+        return self._texts[row]
 
     def _retain(self, rows: Sequence[int]) -> list[float]:
         trainer = self.trainer
@@ -229,25 +253,23 @@ class KnowledgeMeter:
 
     def _asked(self, row: int) -> list[tuple[list[int], int, list[str]]]:
         """Return of each answer of a row that has secrets: the prompt, its length, the secrets."""
-        from palu.evaluation.leaks import leaks
-
-        batch, sensitive = self._sensitive([row])
-        if "attention_mask" in batch:  # without padding, on whichever side it is
-            real = batch["attention_mask"][0].bool()
-            ids, marked = batch["input_ids"][0][real].tolist(), sensitive[0][real].tolist()
-            labels = batch["labels"][0][real].tolist()
-        else:
-            ids, marked = batch["input_ids"][0].tolist(), sensitive[0].tolist()
-            labels = batch["labels"][0].tolist()
+        ids, labels, marked = self._tokens(row)
+        spans = list(zip(_runs(marked), self._secrets(row), strict=True))
         asked = []
         for start, end in _runs([label != IGNORE for label in labels]):
-            spans = [(a, b) for a, b in _runs(marked) if start <= a < end]
-            texts = [self._secret(ids[:a] + ids[a:b], a, b) for a, b in spans]
-            prompt = self.trainer.processing_class.decode(ids[:start], skip_special_tokens=True)
-            secrets = [text for text in dict.fromkeys(texts) if text and not leaks(text, prompt)]
+            secrets = [text for (a, _), text in spans if start <= a < end and text]
             if secrets and start > 0:
-                asked.append((ids[:start], end - start, secrets))
+                asked.append((ids[:start], end - start, list(dict.fromkeys(secrets))))
         return asked
+
+
+def check_length(option: str, rows: Any) -> None:
+    """Raise ValueError where a training set has no length, and `option` measures all its rows."""
+    if not hasattr(rows, "__len__"):
+        raise ValueError(
+            f"{option} needs a train_dataset with a length, not a {type(rows).__name__}: all its "
+            "rows are measured"
+        )
 
 
 def _runs(marked: Sequence[bool]) -> list[tuple[int, int]]:

@@ -72,13 +72,18 @@ class RunOutcome:
 
     @property
     def status(self) -> str:
-        """Return `forgotten`, `known`, `harmed` or `known and harmed`."""
+        """Return `forgotten`, `known`, `harmed`, `known and harmed`; `not measured` where there was
+        no secret to ask for."""
+        if not self.before.spans:
+            return "not measured"
         names = [name for name in ("known", "harmed") if getattr(self, name)]
         return " and ".join(names) or "forgotten"
 
     def reasons(self) -> list[str]:
         """Return what was measured against each limit, in sentences."""
         limits, after = self.limits, self.after
+        if not self.before.spans:
+            return ["no secret could be asked for: the text before each span says it already"]
         said, asked = self.leaked or (after.recited, after.spans)
         how = "greedy answers say" if self.leaked else "the model recites"
         lines = [
@@ -107,6 +112,8 @@ class RunOutcome:
         Args:
             settings: the run's `PALUConfig`.
         """
+        if not self.before.spans:
+            return ["give records whose questions do not say what is to be forgotten"]
         rate, weight = settings.learning_rate, settings.forget_weight
         if self.known and self.harmed:
             return [

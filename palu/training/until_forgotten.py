@@ -64,77 +64,85 @@ class KnowledgeChecks(TrainerCallback):
             self._measure(greedy=True)
         self.before = _knowledge(self.checks[0])
         self.best = self._kept_before(state.global_step)
-        if self.checks[-1].get("stopped"):
+        if self.checks[-1].get("stopped"):  # and the checkpoint has the weights of that check
+            self.best = 0.0, state.global_step
             control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.stop:
+        if not self.stop or not self.before.spans:  # without secrets there is nothing to wait for
             return
         steps = state.global_step - self.checks[-1]["step"]
         last = state.global_step >= state.max_steps
         if not last and (state.epoch != int(state.epoch) or steps < STEPS_BETWEEN):
             return
-        now = self._measure()
+        now = _knowledge(self._measure())
         likely, recited, harm = self.limits.badness(now, self.before)
         bad = max(likely, recited, harm)
         if bad <= WORTH_KEEPING and (self.best is None or bad <= self.best[0]):
             self._keep(bad)
-        if likely <= LIKELY and harm <= HARM and recited <= 1 and self._says_nothing():
+        if likely <= LIKELY and harm <= HARM and recited <= 1 and self._says_little():
             self.best = 0.0, state.global_step
             self.checks[-1]["stopped"] = control.should_training_stop = True
             control.should_log = True
             control.should_save |= args.save_strategy == "steps"
             if state.is_world_process_zero:
-                logger.info("forgotten after step %d of at most %d", *_steps(state))
+                logger.info(
+                    "forgotten after step %d of at most %d", state.global_step, state.max_steps
+                )
 
     def on_train_end(self, args, state, control, **kwargs):
         """Put the best weights back and measure what they know."""
-        step, epoch = state.global_step, state.epoch
+        step = state.global_step
         if self.best is not None and self.best[1] != step:
             step = self.best[1]
-            epoch = next(e["epoch"] for e in self.checks if e["step"] == step)
             self._put_back()
-        with self.trainer.step_log.paused():
-            after, leaked = self.meter.measure(), self.meter.leaked()
-        first = self.checks[0]
+        chosen = next((e for e in self.checks if e["step"] == step), None)
+        if chosen is None:
+            chosen = self._measure(greedy=True)
+        elif "leaked" not in chosen:
+            self._ask(chosen)
         self.outcome = RunOutcome(
             self.before,
-            after,
-            None if first.get("leaked") is None else (first["leaked"], first["asked"]),
-            leaked,
-            [{k: v for k, v in e.items() if k not in ("stopped",)} for e in self.checks],
-            epoch,
+            _knowledge(chosen),
+            _leaked(self.checks[0]),
+            _leaked(chosen),
+            [{k: v for k, v in e.items() if k != "stopped"} for e in self.checks],
+            chosen["epoch"],
             self.limits,
         )
         (Path(args.output_dir) / BEST).unlink(missing_ok=True)
 
     # ---- measuring -------------------------------------------------------------------------------
 
-    def _measure(self, *, greedy: bool = False) -> Knowledge:
+    def _measure(self, *, greedy: bool = False) -> dict[str, Any]:
+        """Log what the model knows, and return the entry."""
         trainer = self.trainer
         with trainer.step_log.paused():
             now = self.meter.measure()
-            leaked = self.meter.leaked() if greedy else None
-        entry: dict[str, Any] = now._asdict()
+        entry: dict[str, Any] = {n: v for n, v in now._asdict().items() if v is not None}
         if self.before is not None and now.retain_probability is not None:
             entry["retain_kept"] = kept(now, self.before)
-        if leaked is not None:
-            entry["leaked"], entry["asked"] = leaked
+        if greedy:
+            self._ask(entry)
         should_log = trainer.control.should_log  # a log puts it out, also the one that follows
-        trainer.log({name: value for name, value in entry.items() if value is not None})
+        trainer.log(entry)
         trainer.control.should_log = should_log
         self.checks.append(trainer.state.log_history[-1])
-        return now
+        return self.checks[-1]
 
-    def _says_nothing(self) -> bool:
-        """Return whether greedy answers say few enough secrets: an answer that goes another way
-        than the true one may come to them again."""
+    def _ask(self, entry: dict[str, Any]) -> None:
+        """Add to what was measured how many secrets greedy answers say: an answer that goes another
+        way than the true one may come to them again."""
         with self.trainer.step_log.paused():
             leaked = self.meter.leaked()
-        if leaked is None:
-            return True
-        self.checks[-1]["leaked"], self.checks[-1]["asked"] = leaked
-        return leaked[0] <= self.limits.leak_rate * leaked[1]
+        if leaked is not None:
+            entry["leaked"], entry["asked"] = leaked
+
+    def _says_little(self) -> bool:
+        """Return whether greedy answers say few enough secrets."""
+        entry = self.checks[-1]
+        self._ask(entry)
+        return entry.get("leaked", 0) <= self.limits.leak_rate * entry.get("asked", 0)
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -189,9 +197,9 @@ class KnowledgeChecks(TrainerCallback):
                 torch.distributed.broadcast(tensor, 0)
 
 
+def _leaked(entry: dict[str, Any]) -> tuple[int, int] | None:
+    return (entry["leaked"], entry["asked"]) if "leaked" in entry else None
+
+
 def _knowledge(entry: dict[str, Any]) -> Knowledge:
     return Knowledge(*(entry.get(name) for name in Knowledge._fields))
-
-
-def _steps(state: Any) -> tuple[int, int]:
-    return state.global_step, state.max_steps

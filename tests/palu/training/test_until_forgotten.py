@@ -6,14 +6,18 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from palu.data.examples import tokenize_examples
+from palu.data.pairs import add_alternates
 from palu.data.roles import IGNORE
 from palu.demo.people import write_jsonl
+from palu.methods import METHODS
 from palu.training import auto
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import RunOutcome
+from palu.training.until_forgotten import BEST
 from tests.support import planted
 from tests.support.command import palu_in, record
 from tests.support.training import config, trainer, weights
@@ -123,6 +127,41 @@ def test_a_run_stops_where_all_is_forgotten(tmp_path):
     assert torch.equal(weights(plain.model), weights(made.model)) and plain.outcome is None
 
 
+def test_where_nothing_can_be_asked_for_nothing_is_called_forgotten(tmp_path):
+    told = [dataclasses.replace(e, question=f"{e.question} {e.answer}") for e in planted.FORGET]
+    made = planted_trainer(tmp_path, num_train_epochs=6)
+    made.train_dataset = rows(told)
+    made.train()
+    assert made.state.global_step == 6 and made.outcome.before.spans == 0
+    assert made.outcome.status == "not measured"
+    assert "no secret could be asked for" in made.outcome.reasons()[0] and made.outcome.advice(None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_checked(tmp_path, method):
+    options = {"method": method, "num_train_epochs": 1, "learning_rate": 1e-6}
+    if method != "palu":
+        options |= dict.fromkeys(("objective", "top_k", "prefix_length"))
+    refuses = METHODS[method].retain == "refused"
+    data = rows(planted.FORGET)
+    if METHODS[method].needs_alternates:
+        texts = ["I do not know."] * 4
+        how = {"max_length": 96}
+        data = add_alternates(data, planted.FORGET, texts, planted.tokenizer(), **how)
+    settings = {k: v for k, v in {**RUN, **options}.items() if v is not None}
+    made = trainer(
+        planted.tokenizer(),
+        config(tmp_path, **settings),
+        model=planted.knows_all(),
+        forget=data,
+        retain=None if refuses else rows(planted.RETAIN),
+    )
+    made.train()
+    outcome = made.outcome
+    assert outcome.status == "known" and outcome.leaked == (8, 8) and outcome.before.spans == 8
+    assert (outcome.after.retain_probability is None) == refuses
+
+
 class Weights(TrainerCallback):
     """The weights after each step."""
 
@@ -189,6 +228,23 @@ def test_a_resumed_run_goes_on_with_what_it_had_kept(tmp_path, monkeypatch):
         plain.train()
         made = planted_trainer(tmp_path / "none", **options)
         made.train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_had_stopped_stays_as_it_was(tmp_path, monkeypatch):
+    likely = [0.9, 0.2, 0.01]
+    options = {"num_train_epochs": 20, "save_strategy": "steps", "save_steps": 7}
+    script(monkeypatch, likely)
+    first = planted_trainer(tmp_path, **options)
+    first.train()
+    assert first.state.global_step == 10 and first.outcome.chosen_epoch == 10
+    # as if it had been interrupted before the end: weights of an earlier check are still kept
+    kept = {n: torch.zeros_like(p) for n, p in first.model.named_parameters()}
+    save_file(kept, tmp_path / "out" / BEST, metadata={"step": "5", "badness": "2.0"})
+    script(monkeypatch, [])
+    again = planted_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 10 and again.outcome.after == first.outcome.after
+    assert torch.equal(weights(again.model), weights(first.model))
 
 
 def test_half_precision_weights_are_put_back_with_their_masters(tmp_path, monkeypatch):
