@@ -1,6 +1,6 @@
 """Choose the settings that a user of `palu unlearn` leaves open, by the model and the data.
 
-How each rule was found, and what it gives on four testbeds, is in docs/results.md.
+docs/training.md tells the rules, docs/results.md what they give.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from palu.data.collator import Collator
 from palu.data.roles import FORGET
 from palu.loss import PALULoss
 from palu.models.forward import logits_at, shift_to_logits
-from palu.models.wrappers import eos_token_ids, eval_mode
+from palu.models.wrappers import eval_mode
+from palu_kernels import local_entropy_loss
 
 # Adam moves every weight by about the learning rate, and a layer adds up as many of those moves as
 # it is wide: rates of equal effect are in inverse proportion to the width (muP, arXiv 2203.03466).
@@ -71,33 +72,20 @@ def forget_weight(
     if loss.objective == "entropy":
         weight = 1 / math.log(max(loss.top_k, 3))
         return Choice(float(f"{weight:.2g}"), f"1 / log(k = {loss.top_k})")
-    unit = PALULoss(
-        top_k=loss.top_k,
-        prefix_length=loss.prefix_length,
-        objective=loss.objective,
-        center=loss.center,
-        preserve=None,
-        select_from="current",
-        eos_token_id=eos_token_ids(model, tokenizer),
-        backend=loss.backend,
-    )
     collate, device = Collator(tokenizer), next(model.parameters()).device
     squares = count = 0.0
     places = torch.linspace(0, len(rows) - 1, min(len(rows), BATCHES * batch_size)).long().tolist()
-    with eval_mode(model, keep_rng=False):
-        for start in range(0, len(places), batch_size):
-            batch = collate([rows[i] for i in places[start : start + batch_size]])
-            forget = unit.roles(batch["labels"]) == FORGET
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            logits = logits_at(model, ids, mask, shift_to_logits(forget.to(device))).float()
-            if not len(logits):
-                continue
-            with torch.enable_grad():
-                logits.requires_grad_()
-                roles = torch.full((len(logits),), FORGET, dtype=torch.int8, device=device)
-                unit.from_rows(logits, roles, num_forget=1.0).loss.backward()
-            squares += logits.grad.double().square().sum().item()
-            count += len(logits)
+    for start in range(0, len(places), batch_size):
+        batch = collate([rows[i] for i in places[start : start + batch_size]])
+        forget = (loss.roles(batch["labels"]) == FORGET).to(device)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        with eval_mode(model, keep_rng=False):
+            logits = logits_at(model, ids, mask, shift_to_logits(forget)).float()
+        options = {"top_k": loss.top_k, "center": loss.center, "backend": loss.backend}
+        total = local_entropy_loss(logits.requires_grad_(), **options, reduction="sum")
+        (gradient,) = torch.autograd.grad(total, logits)
+        squares += gradient.double().square().sum().item()
+        count += len(logits)
     norm = math.sqrt(squares / count) if count else 0.0
     if not norm > 0:
         return Choice(1.0, "the forget loss has no gradient")
@@ -118,26 +106,22 @@ def simple_choices(
         hidden_size: of the model; None where its configuration does not say.
         own_answers: the retain set are answers of the model itself.
     """
-    palu = options.method == "palu"
     rate = learning_rate(hidden_size or 1024, lora=lora)
     if hidden_size is None:
         rate = Choice(rate.value, "the model's configuration has no hidden size; as for 1024")
     by_epoch = options.epochs is None
     why = "the run ends where all is forgotten" if by_epoch else "--epochs says how long it trains"
-    choices = {
-        "learning_rate": rate,
-        "prefix_length": Choice(0, "what stands past a prefix stays known to whoever has it"),
-        "checks": Choice("epochs" if by_epoch else "ends", why),
-    }
-    choices["objective"] = Choice(
-        "entropy", "greedy answers stay fluent; flattened logits led them back to the secret"
-    )
-    if "center" in options.given:
-        choices["objective"] = Choice("flatten", "--center is of this objective")
-    if own_answers and palu:
-        why = "the model's own answers are held as they are; nll would make it surer of them"
-        choices["retain_loss"] = Choice("kl", why)
-    if not palu:
-        del choices["prefix_length"], choices["objective"]
+    choices = {"learning_rate": rate, "checks": Choice("epochs" if by_epoch else "ends", why)}
+    if options.method != "palu":
         choices["forget_weight"] = Choice(1.0, f"the weight that method {options.method} has")
+    else:
+        why = "what stands past a prefix stays known to whoever has it"
+        choices["prefix_length"] = Choice(0, why)
+        why = "greedy answers stay fluent; flattened logits led them back to the secret"
+        choices["objective"] = Choice("entropy", why)
+        if "center" in options.given:
+            choices["objective"] = Choice("flatten", "--center is of this objective")
+        if own_answers:
+            why = "the model's own answers are held as they are; nll would make it surer of them"
+            choices["retain_loss"] = Choice("kl", why)
     return {name: one for name, one in choices.items() if getattr(options, name) is None}
