@@ -232,7 +232,7 @@ class TrainingOptions:
         None,
         "Peak of the learning rate.",
         above=0,
-        shown="by the width of the model; ten times as much with LoRA",
+        shown="by the width of the model; five times as much with LoRA",
     )
     epochs: float | None = _training(
         None,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from palu.errors import failed_to_write, one_line
 from palu.models.checks import is_whole
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import Limits, RunOutcome, kept
@@ -162,18 +163,38 @@ class KnowledgeChecks(TrainerCallback):
         return tensors
 
     def _keep(self, bad: float) -> None:
-        trainer = self.trainer
+        trainer, step = self.trainer, self.trainer.state.global_step
         if not is_whole(trainer.model):
             return  # a process has a part of the weights: the last ones stay
-        step = trainer.state.global_step
+        written = torch.tensor([1], device=trainer.args.device)
         if trainer.is_world_process_zero():
-            file = self._file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(".partial")
-            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self._tensors().items()}
-            save_file(tensors, aside, metadata={"step": str(step), "badness": repr(bad)})
+            try:
+                self._write({"step": str(step), "badness": repr(bad)})
+            except Exception as error:
+                if not failed_to_write(error):
+                    raise
+                written.zero_()
+                logger.warning(
+                    "the weights of step %d could not be kept in %s (%s): training goes on, and "
+                    "later weights may stay though they are worse",
+                    step,
+                    trainer.args.output_dir,
+                    one_line(error),
+                )
+        if trainer.accelerator.gather(written).all():  # in one process, or in all
+            self.best = bad, step
+
+    def _write(self, about: dict[str, str]) -> None:
+        """Write the weights aside, and rename the file."""
+        file = self._file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".partial")
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self._tensors().items()}
+        try:
+            save_file(tensors, aside, metadata=about)
             aside.replace(file)
-        self.best = bad, step
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _kept_before(self, step: int) -> tuple[float, int] | None:
         """Return badness and step of the weights that a resumed run has kept."""

@@ -1,6 +1,7 @@
 """What a model knows during a run; stopping where it is forgotten; keeping the best weights."""
 
 import dataclasses
+import errno
 import json
 import math
 
@@ -202,6 +203,27 @@ def test_the_best_weights_stay(tmp_path, monkeypatch, likely, best):
     )
 
 
+def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch, caplog):
+    script(monkeypatch, [0.9, 0.2, 0.12, 0.25, 0.2])
+    calls = []
+
+    def full(tensors, path, metadata):
+        calls.append(metadata["step"])
+        if len(calls) > 1:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("palu.training.until_forgotten.save_file", full)
+    seen = Weights()
+    made = planted_trainer(tmp_path, num_train_epochs=20, callbacks=[seen])
+    made.train()
+    assert calls == ["5", "10", "20"] and "step 10 could not be kept" in caplog.text
+    # what had been kept before is whole, and the best of what there is
+    assert torch.equal(weights(made.model), seen.at[5]) and made.outcome.chosen_epoch == 5
+    assert not [f.name for f in (tmp_path / "out").iterdir() if "palu-best" in f.name]
+
+
 def test_a_resumed_run_goes_on_with_what_it_had_kept(tmp_path, monkeypatch):
     likely = [0.9, 0.2, 0.12, 0.25, 0.2, 0.12]
     options = {"num_train_epochs": 20, "save_strategy": "steps", "save_steps": 12}
@@ -313,7 +335,7 @@ def test_the_weight_gives_the_first_gradient_its_norm():
 def test_budget_and_rate():
     assert auto.epochs(10, 8).value == 75 and auto.epochs(4000, 8).value == 20
     assert auto.learning_rate(576, lora=False).value == 1e-4
-    assert auto.learning_rate(4096, lora=True).value == 1.5e-4
+    assert auto.learning_rate(4096, lora=True).value == 7.3e-5
 
 
 # ---- the command ---------------------------------------------------------------------------------
