@@ -3,10 +3,9 @@
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from palu.data.annotations import UNSPACED
+from palu.data.annotations import is_letter
 from palu.evaluation.leaks import bare
 
 Kind = Literal["words", "listed", "number", "email"]  # listed: last name, first name
@@ -92,17 +91,15 @@ def pattern(value: str, kind: Kind, *, umlauts: bool = False, score: float = 1.0
     return Pattern(folded.letters, ("", *gaps[1:]), kind, umlauts, score, cased)
 
 
-def places(known: Pattern, text: Folded) -> Iterator[tuple[int, int]]:
-    """Yield where a pattern stands in a text, whole words only."""
+def place(known: Pattern, text: Folded, at: int) -> tuple[int, int] | None:
+    """Return where a pattern stands in a text whose letters have it at `at`; None where it is no
+    whole word or has other marks between its letters."""
     size = len(known.letters)
-    at = text.letters.find(known.letters) if size else -1
-    while at >= 0:
-        start, end = text.starts[at], text.ends[at + size - 1]
-        if _whole(text.text, start, end, known.kind) and all(
-            _gap(known, text, at, number) for number in range(1, size)
-        ):
-            yield start, end
-        at = text.letters.find(known.letters, at + 1)
+    start, end = text.starts[at], text.ends[at + size - 1]
+    stands = _whole(text.text, start, end, known.kind) and all(
+        _gap(known, text, at, number) for number in range(1, size)
+    )
+    return (start, end) if stands else None
 
 
 def _whole(text: str, start: int, end: int, kind: Kind) -> bool:
@@ -121,12 +118,8 @@ def _whole(text: str, start: int, end: int, kind: Kind) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=4096)
 def _word(character: str) -> bool:
-    """Return whether a character may be within a word of a script that has spaces between them."""
-    if not character or not (character.isalnum() or unicodedata.category(character)[0] == "M"):
-        return False
-    return not unicodedata.name(character, "").startswith(UNSPACED)
+    return character not in ("", "_") and is_letter(character)
 
 
 def _gap(known: Pattern, text: Folded, at: int, number: int) -> bool:

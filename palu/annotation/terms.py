@@ -1,15 +1,15 @@
 """The annotator that finds given values: what a person who asks to be erased is known by."""
 
+import itertools
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from palu.annotation.base import Found, texts_of
-from palu.annotation.folding import Kind, Pattern, fold, pattern, places
+from palu.annotation.folding import Kind, Pattern, fold, pattern, place
 from palu.annotation.phones import Phone, looks_like_phone, phone_patterns, phone_places
 from palu.annotation.term_files import Term
-from palu.data.annotations import UNSPACED
+from palu.data.annotations import unspaced
 from palu.data.records import Example
 from palu.evaluation.leaks import STOP_WORDS, dates_in
 
@@ -43,6 +43,9 @@ class _Search(NamedTuple):
     dates: frozenset[tuple[str, ...]] = frozenset()
 
 
+_Hit = tuple[int, int, int, float]  # which term, start, end, score
+
+
 class Terms:
     """Finds values in every text of an example, however they are written.
 
@@ -68,7 +71,7 @@ class Terms:
                 "terms must have at least one value to look for: each of "
                 f"{len(given)} is shorter than 3 letters or digits, or a common word"
             )
-        self._searches = [_search(term) for term in self.terms]
+        self._known = _Known([_search(term) for term in self.terms])
         self.hits = [0] * len(self.terms)
         self.records = 0
 
@@ -94,41 +97,70 @@ class Terms:
         """Yield the spans of each example."""
         self.hits, self.records = [0] * len(self.terms), len(examples)
         for example in examples:
-            views = [_View(text.content) for text in texts_of(example)]
-            found: list[Found] = []
-            for which, search in enumerate(self._searches):
-                kind = self.terms[which].kind
-                spans = [
-                    Found(n, start, end, score, kind)
-                    for n, view in enumerate(views)
-                    for start, end, score in view.of(search)
-                ]
-                self.hits[which] += bool(spans)
-                found += spans
-            yield found
+            found = sorted(
+                (which, Found(number, start, end, score, self.terms[which].kind))
+                for number, text in enumerate(texts_of(example))
+                for which, start, end, score in self._known.places(text.content)
+            )
+            for which in {which for which, _ in found}:
+                self.hits[which] += 1
+            yield [span for _, span in found]
 
 
-class _View:
-    """A text as the searches need it."""
+class _Known:
+    """What all terms are looked for by, by how it begins: a text is read once, not once a term."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.folded = (fold(text), fold(text, umlauts=True))
-        self.digits = "".join(filter(str.isdigit, self.folded[0].letters))
-        self.dates = _dates(text)
+    def __init__(self, searches: Sequence[_Search]) -> None:
+        self._patterns: tuple[_Index, _Index] = _Index(), _Index()  # without, with `umlauts`
+        self._phones = _Index()
+        self._dates: dict[tuple[str, ...], list[int]] = {}
+        for which, search in enumerate(searches):
+            for known in search.patterns:
+                self._patterns[known.umlauts].add(known.letters, (which, known))
+            for phone in search.phones:
+                self._phones.add(phone.national, (which, phone))
+            for date in search.dates:
+                self._dates.setdefault(date, []).append(which)
 
-    def of(self, search: _Search) -> Iterator[tuple[int, int, float]]:
-        """Yield where a term stands, with scores."""
-        for known in search.patterns:
-            for start, end in places(known, self.folded[known.umlauts]):
-                yield start, end, known.score
-        for phone in search.phones:
-            if phone.national in self.digits:
-                for start, end in phone_places(phone, self.text):
-                    yield start, end, phone.score
-        for date in search.dates:
-            for start, end in self.dates.get(date, ()):
-                yield start, end, 1.0
+    def places(self, text: str) -> Iterator[_Hit]:
+        """Yield where the terms stand in a text."""
+        for index, umlauts in zip(self._patterns, (False, True), strict=True):
+            if index.known:
+                folded = fold(text, umlauts=umlauts)
+                for at, (which, known) in index.places(folded.letters):
+                    if span := place(known, folded, at):
+                        yield which, *span, known.score
+        digits = "".join(filter(str.isdigit, fold(text).letters)) if self._phones.known else ""
+        for which, phone in dict.fromkeys(known for _, known in self._phones.places(digits)):
+            for start, end in phone_places(phone, text):
+                yield which, start, end, phone.score
+        for date, spans in _dates(text).items() if self._dates else ():
+            for which, (start, end) in itertools.product(self._dates.get(date, ()), spans):
+                yield which, start, end, 1.0
+
+
+class _Index:
+    """Strings, found in a text by their first characters."""
+
+    _LONGEST = 8
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[tuple[str, Any]]] = {}
+        self._sizes: set[int] = set()
+
+    def add(self, string: str, value: Any) -> None:
+        """Look for a string, which stands for a value."""
+        head = string[: self._LONGEST]
+        self._sizes.add(len(head))
+        self.known.setdefault(head, []).append((string, value))
+
+    def places(self, text: str) -> Iterator[tuple[int, Any]]:
+        """Yield where the strings stand in a text, with their values."""
+        for at in range(len(text)):
+            for head in {text[at : at + size] for size in self._sizes}:
+                for string, value in self.known.get(head, ()):
+                    if text.startswith(string, at):
+                        yield at, value
 
 
 def _dates(text: str) -> dict[tuple[str, ...], list[tuple[int, int]]]:
@@ -146,9 +178,8 @@ def _meaning(value: str) -> bool:
     """Return whether a value can be told from other words: three letters or digits (two of a script
     without spaces), not all of them common words."""
     letters = fold(value).letters
-    unspaced = any(unicodedata.name(c, "").startswith(UNSPACED) for c in letters)
-    words = re.findall(r"\w+", value.casefold())
-    return len(letters) >= 3 - unspaced and not all(word in _COMMON for word in words)
+    common = all(word in _COMMON for word in re.findall(r"\w+", value.casefold()))
+    return len(letters) >= 3 - any(map(unspaced, letters)) and not common
 
 
 def _search(term: Term) -> _Search:

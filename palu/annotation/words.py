@@ -12,12 +12,11 @@ import itertools
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palu.data.annotations import UNSPACED
+from palu.data.annotations import unspaced
 
 
 class Word(NamedTuple):
@@ -71,7 +70,7 @@ def cut(text: str) -> list[tuple[int, int]]:
         start, end = match.span()
         if possessive := _POSSESSIVE.search(match.group()):
             end = start + possessive.start()
-        if any(unicodedata.name(c, "").startswith(UNSPACED) for c in text[start:end]):
+        if any(map(unspaced, text[start:end])):
             found += [(at, at + 1) for at in range(start, end)]
         else:
             found.append((start, end))

@@ -89,7 +89,7 @@ def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
     """
     moved, merged = 0, 0
     snapped: list[Span] = []
-    words, spaces = _Stretches(text, _is_letter), _Stretches(text, str.isspace)
+    words, spaces = _Stretches(text, is_letter), _Stretches(text, str.isspace)
     for span in sorted(spans):
         start, end = span
         if text[start].isspace():
@@ -110,8 +110,7 @@ def snap(text: str, spans: Sequence[Span]) -> tuple[list[Span], int, int]:
     return snapped, moved, merged
 
 
-# Scripts written without spaces between words: there, the characters do not tell where a word ends.
-UNSPACED = (
+_UNSPACED = (
     "CJK ",
     "HIRAGANA ",
     "KATAKANA",
@@ -124,16 +123,23 @@ UNSPACED = (
 )
 
 
+def unspaced(character: str) -> bool:
+    """Return whether a character is of a script that is written without spaces between words:
+    there, the characters do not tell where a word ends."""
+    return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
 @functools.lru_cache(maxsize=4096)
-def _is_letter(character: str) -> bool:
+def is_letter(character: str) -> bool:
+    """Return whether a character may be within a word of a script that has spaces between them."""
     if not (character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"):
         return False
-    return not unicodedata.name(character, "").startswith(UNSPACED)
+    return not unspaced(character)
 
 
 def _inside_word(text: str, index: int) -> bool:
     """Return whether the boundary before `text[place]` lies between two letters of one word."""
-    return 0 < index < len(text) and _is_letter(text[index - 1]) and _is_letter(text[index])
+    return 0 < index < len(text) and is_letter(text[index - 1]) and is_letter(text[index])
 
 
 class _Stretches:
@@ -173,7 +179,7 @@ def _unlabelled_repeats(text: str, ordered: Sequence[Span]) -> int:
             gaps.append((covered, start))
         covered = max(covered, end)
     longest = max((end - start for start, end in gaps), default=0)
-    stretches = _Stretches(text, _is_letter)
+    stretches = _Stretches(text, is_letter)
     known: dict[str, bool] = {}
 
     def repeats(words: str) -> bool:

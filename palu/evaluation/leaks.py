@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from palu.data.annotations import UNSPACED
+from palu.data.annotations import unspaced
 from palu.data.records import Example
 
 BOX = "\u2588\u2588\u2588\u2588"
@@ -328,7 +328,7 @@ def _kind(part: str, skipped: bool) -> str:
     if part.isdecimal():
         return "digits"
     if part.isalnum() or unicodedata.category(part)[0] == "M":
-        return "single" if unicodedata.name(part, "").startswith(UNSPACED) else "letters"
+        return "single" if unspaced(part) else "letters"
     return "between"
 
 

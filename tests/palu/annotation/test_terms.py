@@ -1,11 +1,14 @@
 """Values are found in every way of writing them, whole and nowhere else."""
 
+import itertools
 import json
 import random
+from collections import Counter
 
 import pytest
 
 from palu.annotation import Term, Terms, annotate, read_terms
+from palu.data.records import Example
 
 # A value, a text in which it stands between [ and ], however it is written there, and what else
 # the text has.
@@ -60,6 +63,17 @@ def test_ways_of_writing(value, marked):
     done = annotate([{"text": text}], annotators=[Terms([value])])
     assert [(s["start"], s["end"]) for s in done.records[0]["spans"]] == spans
     assert done.summary["terms_not_found"] == (not spans)
+
+
+def test_many_values_at_once():
+    """They are looked for together: each is found as it is alone, and counted as its own."""
+    texts = [Example(str(n), None, unmarked(marked)[0]) for n, (_, marked) in enumerate(WRITTEN)]
+    terms = Terms(value for value, _ in WRITTEN)
+    together = [Counter(found) for found in terms.find(texts)]
+    alone = [Terms([value]) for value, _ in WRITTEN]
+    found = zip(*[one.find(texts) for one in alone], strict=True)
+    assert together == [Counter(itertools.chain(*spans)) for spans in found]
+    assert terms.hits == [one.hits[0] for one in alone] and sum(terms.hits) > len(WRITTEN)
 
 
 def test_scores():
