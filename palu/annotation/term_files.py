@@ -70,8 +70,13 @@ def read_terms(sources: Sequence[str], fields: Sequence[str] = ()) -> list[Term]
             named = os.path.exists(source)
             raise ValueError(f"terms: {source if named else f'text {number}'} holds no new value")
     if unknown := [field for field in fields if field not in seen]:
-        names = ", ".join(sorted(filter(None, seen))) or "none has a name"
-        raise ValueError(f"terms: no field {unknown[0]!r}; the fields are: {names}")
+        # Keys of JSON may be values themselves.
+        names = sorted(field for field in seen if all(map(_is_name, field.split("."))))
+        others = len(seen - {*names, ""})
+        said = ", ".join([*names, *([f"{others} of other names"] if others else [])])
+        raise ValueError(
+            f"terms: no field {unknown[0]!r}; the fields are: {said or 'none has a name'}"
+        )
     return list(terms.values())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from palu.cli.data import plain_warnings
-from palu.cli.options import WeightOptions, with_options
+from palu.cli.options import TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
 from palu.terminal import bars, out, say, warn
 from palu.training.options import option
@@ -33,10 +33,7 @@ class AnnotateOptions:
     """Where spans are looked for, by what, and where the result goes."""
 
     file: str = option(
-        MISSING, "Records of any format that palu reads; PATH[-40:] takes a slice.", argument=True
-    )
-    columns: str | None = option(
-        None, "Columns of other names: question=..,answer=.. (or text=.., messages=..)."
+        MISSING, "Records of any format that palu reads; FILE[-40:] takes a slice.", argument=True
     )
     terms: list[str] | None = _found(
         None,
@@ -79,7 +76,7 @@ class AnnotateOptions:
     show_secrets: bool = _output(False, "Name the values that were found nowhere.")
 
 
-@with_options(AnnotateOptions, (WeightOptions, "dtype", "device"))
+@with_options(AnnotateOptions, (TextOptions, "columns"), (WeightOptions, "dtype", "device"))
 def annotate(context: typer.Context, options: SimpleNamespace) -> None:
     """Find the spans to forget, and write the records with them.
 

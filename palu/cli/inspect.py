@@ -45,7 +45,7 @@ class InspectOptions:
     file: str = option(
         MISSING,
         f"A file ({FILES}), a datasets folder, or a data set on the hub (org/name:split). "
-        "PATH[-40:] takes a slice.",
+        "FILE[-40:] takes a slice.",
         argument=True,
     )
     limit: int = option(5, "How many examples; 0: all.", least=0)

@@ -168,6 +168,7 @@ def _parameter(kind: type, one: Field) -> inspect.Parameter:
     if text.callback is not None:
         known |= {"callback": text.callback, "is_eager": True}
     if text.argument:
+        known |= {"metavar": one.name.upper(), "rich_help_panel": None}  # "Arguments"
         declared: Any = typer.Argument(**known)
     else:  # a flag that is on has a `--no-` as well, which typer adds to a name of its own
         names = [] if one.default is True else [f"--{one.name.replace('_', '-')}"]

@@ -186,6 +186,11 @@ def test_where_values_stand(tmp_path):
     assert [term.value for term in read_terms([str(path)], ["phone"])] == ["07700 900181"]
     with pytest.raises(ValueError, match="no field 'mail'; the fields are: name, phone"):
         read_terms([str(path)], ["mail"])
+    keyed = tmp_path / "p.json"
+    keyed.write_text('{"Mira Okonjo": {"phone": "07700 900181"}, "phone": "07700 900182"}')
+    with pytest.raises(ValueError, match="no field 'mail'; the fields are: phone, 1 of other name"):
+        read_terms([str(keyed)], ["mail"])
+    assert [t.value for t in read_terms([str(keyed)], ["Mira Okonjo.phone"])] == ["07700 900181"]
 
 
 @pytest.mark.parametrize(
