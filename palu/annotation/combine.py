@@ -129,6 +129,7 @@ def read_marks(record: Any, row: int) -> tuple[Example, list[Mark]]:
         TypeError, ValueError: what is wrong, with the field.
     """
     example, marked = parse_record(record, row, require_spans=False)
+    # A span in its question makes a record a conversation; without spans it is what it was.
     bare = {key: value for key, value in record.items() if key not in ("spans", "target_words")}
     plain, _ = parse_record(bare, row, require_spans=False)
     said = _said(record, len(marked))
