@@ -13,6 +13,8 @@ from torch import Tensor
 
 from palu.data.roles import FORGET, IGNORE, token_roles
 from palu.distributed import Processes
+from palu.evaluation.inference import continuations
+from palu.evaluation.leaks import leaks, sort_secrets
 from palu.models.checks import is_whole
 from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
 from palu.models.inputs import more_inputs
@@ -140,11 +142,6 @@ class KnowledgeMeter:
         Every answer, and every sensitive place of another turn, is generated from the true text
         before it.
         """
-        from palu.evaluation.inference import (
-            continuations,  # brings rich, which trainers do without
-        )
-        from palu.evaluation.leaks import leaks
-
         trainer, tokenizer = self.trainer, self.trainer.processing_class
         if tokenizer is None or not is_whole(trainer.model):
             return None
@@ -221,8 +218,6 @@ class KnowledgeMeter:
     def _secrets(self, row: int) -> list[str | None]:
         """Return the text of each span of a row; None where the text before it says it, or it says
         nothing. It is the same at every check."""
-        from palu.evaluation.leaks import sort_secrets
-
         tokenizer = self.trainer.processing_class
         if row not in self._texts:
             ids, _, marked = self._tokens(row)
