@@ -346,7 +346,7 @@ class _Run:
                 write_json(self.folder / EVALUATION, _without_answers(evaluation))
             report["inputs"][EVALUATION] = file_digest(self.folder / EVALUATION)
             write_json(self.folder / REPORT_JSON, report)
-            write_card(self.folder, forget=self.forget, name=self.request.output.name)
+            write_card(self.folder, content=report)
             put_in_place(self.folder.resolve(), self.claim)
             if tell is not None:
                 tell(1, 1)

@@ -51,7 +51,9 @@ class AttackOptions:
     )
     seed: int = _attacks(0, "Of everything that is drawn.", least=0)
     max_leak: float | None = _attacks(
-        None, "Largest share of secrets that may leak; above it the exit status is 3."
+        None,
+        "Largest share of secrets that may leak in an attack, of however few it asks for; above it "
+        "the exit status is 3.",
     )
     output: Path | None = _output(
         None,

@@ -14,12 +14,11 @@ import typer
 
 from palu.cli.data import find_models, plain_warnings, quiet
 from palu.cli.options import OutputOptions, WeightOptions, with_options
+from palu.cli.report import NOT_GOOD, print_verdict
 from palu.cli.unlearn import unlearn
 from palu.errors import user_errors
 from palu.terminal import bars, out, say
 from palu.training.options import option
-
-NOT_GOOD = 3  # the exit status of a run that was done and whose result is not good
 
 _data = partial(option, panel="Data")
 _compared = partial(option, panel="Compared with")
@@ -27,7 +26,6 @@ _output = partial(option, panel="Output")
 _training = partial(option, panel="Training")
 # Other errors of the file system may be a full disk, which has a status of its own.
 _MISTAKES = (ValueError, TypeError, FileExistsError, FileNotFoundError)
-_COLORS = {"good": "green", "caution": "yellow", "bad": "red"}
 
 
 @dataclass(kw_only=True)
@@ -84,8 +82,6 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
     The same command goes on with a run that was stopped. Exit status 3: the model still knows what
     was to be erased, an attack brings it out, or the rest of the model was harmed.
     """
-    from rich.text import Text
-
     find_models(options, "model", "retrained")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         from palu.erase import erase as run
@@ -102,12 +98,9 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
             "stopped", "red", f"the same command goes on; until then {request.output}-work has data"
         )
         raise
-    verdict = report["verdict"]
-    out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
-    if verdict["worst_leak"]:
-        out.print(verdict["worst_leak"], soft_wrap=True, highlight=False)
+    print_verdict(report["verdict"])
     out.print(f"Written to {options.output}: see report.html there", soft_wrap=True)
-    if verdict["level"] == "bad":
+    if report["verdict"]["level"] == "bad":
         raise typer.Exit(NOT_GOOD)
 
 

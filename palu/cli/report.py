@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import typer
 
@@ -16,6 +17,7 @@ from palu.training.options import option
 
 _output = partial(option, panel="Output")
 _COLORS = {"good": "green", "caution": "yellow", "bad": "red"}
+NOT_GOOD = 3  # the exit status of what was done and whose result is not good
 
 
 @dataclass(kw_only=True)
@@ -43,10 +45,9 @@ def report(context: typer.Context, options: SimpleNamespace) -> None:
     and knows, attacks, harm, limits.
 
     It reads palu.json, annotation.json, evaluation.json and attack.json of the folder, whichever
-    are there, and says what is missing.
+    are there, and says what is missing. Exit status 3: the page is written, and its verdict is that
+    the model is not good.
     """
-    from rich.text import Text
-
     from palu.report import build_report
 
     place = options.folder / "report.html" if options.output is None else options.output
@@ -57,10 +58,18 @@ def report(context: typer.Context, options: SimpleNamespace) -> None:
             forget=options.forget,
             show_secrets=options.show_secrets,
         )
-    verdict = made["verdict"]
-    out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
-    for sentence in filter(None, (verdict["worst_leak"], verdict["plain_leak"])):
-        out.print(sentence, soft_wrap=True, highlight=False)
+    print_verdict(made["verdict"])
     for one in made["missing"]:
         out.print(f"Missing: {one['what']} ({one['tells']})", soft_wrap=True, highlight=False)
     out.print(f"Written to {place} and {place.with_suffix('.json')}", soft_wrap=True)
+    if made["verdict"]["level"] == "bad":
+        raise typer.Exit(NOT_GOOD)
+
+
+def print_verdict(verdict: dict[str, Any]) -> None:
+    """Print a report's verdict, and what leaks."""
+    from rich.text import Text
+
+    out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
+    for sentence in filter(None, (verdict["worst_leak"], verdict["plain_leak"])):
+        out.print(sentence, soft_wrap=True, highlight=False)

@@ -18,6 +18,7 @@ from palu.evaluation.datasets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.eval_log import Log, LogError
 from palu.evaluation.fluency import FluencyClassifier
 from palu.evaluation.inference import AnswerScores, greedy_answers, score_answers
+from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
 from palu.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
@@ -58,6 +59,8 @@ def evaluate_examples(
             None for a plain document (no question).
         exact_memorization, extraction_strength: of the answer's tokens, end token left out; exact
             memorization is None when no token is left.
+        asked, leaked: how many secrets (the texts of its spans) an answer can give away, and how
+            many the greedy answer says (`palu.evaluation.leaks`; None without an answer).
 
     Args:
         examples: see `palu.load_examples`; at least one.
@@ -181,12 +184,15 @@ class Evaluator:
             text = answers.get(i)
             rouges = {} if text is None else rouge(example.answer, text)
             correct = score.without_end(score.argmax_correct)
+            secrets = sort_secrets(secrets_of(example), prompt_of(example)).judged
             result = {
                 "id": example.id,
                 "answer_probability": _probability(score.nll),
                 "sensitive_probability": _probability(score.nll[score.sensitive]),
                 "exact_memorization": exact_memorization(correct),
                 "extraction_strength": extraction_strength(correct),
+                "asked": len(secrets),
+                "leaked": None if text is None else sum(leaks(one, text) for one in secrets),
                 "generated": text,
             }
             names = [n for n in (*METRICS, *MORE_METRICS) if n.startswith("rouge")]

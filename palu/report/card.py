@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ _OF_PEFT = "[More Information Needed]"  # of the template that PEFT saves beside
 
 
 def write_card(
-    folder: str | Path, *, forget: str | Path | None = None, name: str | None = None
+    folder: str | Path,
+    *,
+    forget: str | Path | None = None,
+    name: str | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model card, `README.md`, of an unlearned model or adapter, and return its path.
 
@@ -33,6 +38,7 @@ def write_card(
             `evaluation.json` there are read too.
         forget: the file that was forgotten, for masking; see `build_report`.
         name: what the card calls it, where it will be moved; its own name when None.
+        content: what `build_report` returned, to say the same; made anew when None.
 
     Raises:
         ValueError: there is no `palu.json`, or a file is damaged; names it.
@@ -48,8 +54,9 @@ def write_card(
     path = folder / CARD
     if path.exists() and not any(mark in read_text(path) for mark in (MARK, _OF_PEFT)):
         raise FileExistsError(f"{path} was not written by palu; move it away")
-    inputs = read_inputs(folder, name)
-    content = content_of(inputs, find_secrets(inputs, forget)[0])
+    if content is None:
+        inputs = read_inputs(folder, name)
+        content = content_of(inputs, find_secrets(inputs, forget)[0])
     base = content["models"]["original"]
     environment = Environment(
         loader=PackageLoader("palu.report"),

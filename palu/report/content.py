@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palu.report.attacked import above, attacks_of
-from palu.report.examples import Secrets, leaked_answers, masked, spans_of
+from palu.report.examples import Secrets, masked, spans_of
 from palu.report.inputs import (
     ANNOTATION,
     ANNOTATION_FORMAT,
@@ -47,7 +47,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     Raises:
         ValueError: a file that is damaged or something else; names file and field.
     """
-    rows = measure_rows(inputs, leaked_answers(secrets))
+    rows = measure_rows(inputs)
     attacks = attacks_of(inputs)
     models = _models(inputs)
     checked = integrity_checks(inputs)
@@ -69,7 +69,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     }
     content["limits"] = limits_of(content)
     # Names of files and values of settings are the user's: a secret may stand in them.
-    names = [(content["request"], ("forget", "retain")), (content["run"], ("settings",))]
+    names = [(content["request"], ("forget", "retain")), (content["run"], ("settings", "chosen"))]
     names += [(model, ("path",)) for model in content["models"].values()]
     for part, keys in names:
         part |= {key: masked(part[key], secrets) for key in keys}
@@ -217,6 +217,10 @@ def _run(record: Node) -> dict[str, Any]:
         "steps": len(list(record["loss_curve"].each())) or None,
         "chosen_epoch": record["outcome"]["chosen_epoch"].value,
         "settings": settings,
+        "chosen": [
+            {"name": name, "value": choice["value"].value, "why": choice["why"].text()}
+            for name, choice in record["chosen"].named()
+        ],
         "adapter": lora or None,
         "versions": versions,
     }

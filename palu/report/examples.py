@@ -26,16 +26,14 @@ class Judged:
 
     Attributes:
         number: which of the file, from 1 on.
-        secrets: those that an answer can give away.
         texts: model -> answer.
-        says: model -> how many secrets the answer says.
+        says: model -> how many secrets the answer says, and of how many.
     """
 
     number: int
     example: Example
-    secrets: list[str]
     texts: dict[str, str] = field(default_factory=dict)
-    says: dict[str, int] = field(default_factory=dict)
+    says: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,7 +95,7 @@ def find_secrets(
     try:
         columns = inputs[RECORD]["data"]["columns"].value
         secrets = read_secrets(str(path), shown=shown, columns=columns)
-        secrets.answers = judge_answers(inputs, secrets)
+        secrets.answers = read_answers(inputs, secrets)
     except ValueError:
         if forget is not None:
             raise
@@ -134,14 +132,12 @@ def forget_file(inputs: Inputs) -> str | None:
     return None
 
 
-def judge_answers(inputs: Inputs, secrets: Secrets) -> list[Judged]:
-    """Return every record whose answers `evaluation.json` has, and which secrets they say.
+def read_answers(inputs: Inputs, secrets: Secrets) -> list[Judged]:
+    """Return every record whose answers `evaluation.json` has.
 
     Raises:
         ValueError: the file has other records than those that were measured.
     """
-    from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
-
     known = {example.id: (number, example) for number, example in enumerate(secrets.examples, 1)}
     found: dict[str, Judged] = {}
     models = evaluated(inputs)
@@ -152,13 +148,9 @@ def judge_answers(inputs: Inputs, secrets: Secrets) -> list[Judged]:
                 raise row["id"].fail(f"the id of a record of {secrets.path}, which has no such one")
             if not row["generated"]:
                 continue
-            number, example = known[name]
-            if name not in found:
-                judged = sort_secrets(secrets_of(example), prompt_of(example)).judged
-                found[name] = Judged(number, example, judged)
-            text = row["generated"].text()
-            found[name].texts[model] = text
-            found[name].says[model] = sum(leaks(secret, text) for secret in found[name].secrets)
+            one = found.setdefault(name, Judged(*known[name]))
+            one.texts[model] = row["generated"].text()
+            one.says[model] = row["leaked"].count(), row["asked"].count()
     return list(found.values())
 
 
@@ -174,7 +166,10 @@ def example_answers(secrets: Secrets | None) -> list[dict[str, Any]]:
     """
     if secrets is None:
         return []
-    order = sorted(secrets.answers, key=lambda one: (-one.says.get("unlearned", 0), one.number))
+    none = 0, 0
+    order = sorted(
+        secrets.answers, key=lambda one: (-one.says.get("unlearned", none)[0], one.number)
+    )
     return [
         {
             "number": one.number,
@@ -183,25 +178,13 @@ def example_answers(secrets: Secrets | None) -> list[dict[str, Any]]:
             "answers": {
                 model: {
                     "text": secrets.mask(text),
-                    "says": one.says[model],
-                    "of": len(one.secrets),
+                    **dict(zip(("says", "of"), one.says[model], strict=True)),
                 }
                 for model, text in one.texts.items()
             },
         }
         for one in order[:SHOWN]
     ]
-
-
-def leaked_answers(secrets: Secrets | None) -> dict[str, dict[str, int]]:
-    """Return model -> how many secrets its plain answers say, and of how many, where its answers to
-    every record are there."""
-    answers = [] if secrets is None else secrets.answers
-    if secrets is None or len(answers) < len(secrets.examples):
-        return {}
-    whole = (m for m in answers[0].texts if all(m in one.texts for one in answers))
-    of = sum(len(one.secrets) for one in answers)
-    return {m: {"leaked": sum(one.says[m] for one in answers), "of": of} for m in whole}
 
 
 def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
@@ -257,7 +240,4 @@ def masked(value: Any, secrets: Secrets | None) -> Any:
 
 def spans_of(examples: Iterable[Example]) -> int:
     """Return how many spans examples have, in all their turns."""
-    return sum(
-        sum(len(turn.spans) for turn in example.turns) if example.turns else len(example.spans)
-        for example in examples
-    )
+    return sum(len(spans) for example in examples for _, spans in example.texts)

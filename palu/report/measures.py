@@ -9,9 +9,10 @@ from palu.report.inputs import EVALUATION, EVALUATION_FORMAT, MODELS, Inputs, No
 from palu.storage.output import RECORD
 
 LEAKED = "leaked"
-# Field of a result -> what it is, in words.
+# Name of a row -> what it is, in words.
 TITLES = {
     LEAKED: "Secrets said in plain answers",
+    "continued": "Secrets said after the true text before them, in every turn",
     "sensitive_probability": "Probability of the sensitive words",
     "recited": "Passages of which every token is its first choice",
     "past_prefix_probability": "Probability of the rest of the sensitive passages, after the first "
@@ -53,16 +54,10 @@ def evaluated(inputs: Inputs) -> dict[str, Node]:
     return {"unlearned": content}
 
 
-def measure_rows(inputs: Inputs, leaked: Mapping[str, Any]) -> list[Row]:
+def measure_rows(inputs: Inputs) -> list[Row]:
     """Return what was measured without an attack, a row for each number: those of the run itself,
-    unless `evaluation.json` has the same of the same models, then those.
-
-    Args:
-        leaked: model -> how many secrets its answers in `evaluation.json` say, and of how many.
-    """
+    unless `evaluation.json` has the same of the same models, then those."""
     later = _rows_of_evaluation(evaluated(inputs))
-    if leaked:
-        later.append(_row("forget", LEAKED, "evaluation", leaked))
     of_run = _rows_of_run(inputs[RECORD]["outcome"])
     rows = [*(row for row in of_run if not _has(later, row)), *later]
     return sorted(rows, key=lambda row: [*TITLES].index(row["name"]))
@@ -105,12 +100,8 @@ def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
 def _rows_of_run(outcome: Node) -> list[Row]:
     sides = {"original": outcome["before"], "unlearned": outcome["after"]}
     rows = []
-    for name, ofs in ((LEAKED, ("asked", "spans")), ("recited", ("spans",))):
-        counts = {
-            model: _count(side[name], next(side[of] for of in ofs if side[of] or of == ofs[-1]))
-            for model, side in sides.items()
-            if side[name]
-        }
+    for name, said, of in (("continued", "leaked", "asked"), ("recited", "recited", "spans")):
+        counts = {m: _count(side[said], side[of]) for m, side in sides.items() if side[said]}
         if counts:
             rows.append(_row("forget", name, "run", counts))
     for data, names in _OF_RUN.items():
@@ -125,7 +116,9 @@ def _rows_of_evaluation(models: Mapping[str, Node]) -> list[Row]:
     sets = dict.fromkeys(
         data for node in models.values() for data, part in node.named() if _is_result(part)
     )
-    rows = []
+    leaked = {model: _leaked(node["forget"]) for model, node in models.items()}
+    leaked = {model: count for model, count in leaked.items() if count is not None}
+    rows = [_row("forget", LEAKED, "evaluation", leaked)] if leaked else []
     for data in sets:
         for name in _OF_EVALUATION:
             means = {model: node[data]["mean"][name] for model, node in models.items()}
@@ -133,6 +126,15 @@ def _rows_of_evaluation(models: Mapping[str, Node]) -> list[Row]:
             if values:
                 rows.append(_row(data, name, "evaluation", values))
     return rows
+
+
+def _leaked(result: Node) -> dict[str, int] | None:
+    """Return how many secrets the answers say, and of how many; None where one was not given."""
+    rows = list(result["examples"].each())
+    if not rows or not all(row["leaked"] for row in rows):
+        return None
+    counts = [_count(row["leaked"], row["asked"]) for row in rows]
+    return {name: sum(one[name] for one in counts) for name in ("leaked", "of")}
 
 
 def _is_result(part: Node) -> bool:

@@ -70,7 +70,16 @@ def test_a_folder_with_the_model_and_its_proof(work, monkeypatch, capsys):
     for name, digest in report["inputs"].items():
         assert file_digest(out / name) == digest, name
     assert report["integrity"] and all(one["holds"] for one in report["integrity"])
+    # Card and page say the same, and so does a page that is made again without the answers.
+    (said_plainly,) = [row for row in report["measures"] if row["name"] == "leaked"]
+    counts = [f"{one['leaked']} of {one['of']}" for one in said_plainly["values"].values()]
+    line = f"| To forget: {said_plainly['title']} | {' | '.join(counts)} | "
+    assert line in (out / "README.md").read_text()
     level = report["verdict"]["level"]
+    assert palu("report out --output again.html")[0] == status
+    assert read(work / "again.json")["measures"] == report["measures"]
+    for name in ("again.html", "again.json"):
+        (work / name).unlink()
     assert status == (3 if level == "bad" else 0) and report["verdict"]["headline"] in said
     # it is palu's own folder, and may be replaced
     assert "output folder 'out' is not empty" in refusal(palu, LINE + TERMS)

@@ -24,15 +24,10 @@ def forget_records() -> list[dict[str, Any]]:
     return records
 
 
-def result(probability: float, says: int, answers: list[str] | None = None) -> dict[str, Any]:
+def result(probability: float, says: int) -> dict[str, Any]:
     """What `evaluate_examples` returns; the first `says` answers are the true ones."""
-    records = forget_records()
-    answers = (
-        [r["answer"] for r in records[:says]]
-        + ["I cannot say who that is; please ask the office." for _ in records[says:]]
-        if answers is None
-        else answers
-    )
+    true = [record["answer"] for record in forget_records()]
+    answers = true[:says] + ["I cannot say who that is; please ask the office."] * (6 - says)
     mean = {
         "answer_probability": probability,
         "sensitive_probability": probability,
@@ -40,7 +35,10 @@ def result(probability: float, says: int, answers: list[str] | None = None) -> d
         "exact_memorization": probability,
         "extraction_strength": probability / 2,
     }
-    rows = [{"id": str(i), **mean, "generated": text} for i, text in enumerate(answers)]
+    rows = [
+        {"id": str(i), **mean, "asked": 2, "leaked": 2 * (i < says), "generated": text}
+        for i, text in enumerate(answers)
+    ]
     return {"count": len(rows), "mean": mean, "examples": rows}
 
 
@@ -80,6 +78,7 @@ def record() -> dict[str, Any]:
             "learning_rate": 2e-5,
             "num_train_epochs": 10,
         },
+        "chosen": {"learning_rate": {"value": 2e-5, "why": "0.06 / hidden size 3000"}},
         "lora": None,
         "loss_curve": [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 0.5}],
         "outcome": {

@@ -1,6 +1,7 @@
 """`evaluate_examples` and greedy answers against plain loops; measuring changes nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from palu.distributed import Processes
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
 from palu.evaluation.inference import continuations, greedy_answers
 from palu.evaluation.metrics import extraction_strength, rouge
-from tests.support import small
+from tests.support import planted, small
 from tests.support.tofu_small import learn
 
 
@@ -59,6 +60,19 @@ def test_numbers_are_their_definitions(tok, model, batch_size):
         assert result["mean"][name] == pytest.approx(sum(values) / len(values), rel=1e-4)
     assert len([w for w in wanted if w["sensitive_probability"] is None]) == 1
     assert result["mean"]["rougeL_recall"] is None and result["count"] == len(examples)
+
+
+def test_secrets_that_answers_say_are_counted():
+    tok = planted.tokenizer()
+    second = planted.FORGET[1]
+    told = replace(second, spans=((0, 8), *second.spans))  # the name, which the question says
+    examples = [planted.FORGET[0], told, planted.RETAIN[0]]
+    for model, leaked in ((planted.knows_all(), [2, 2, 2]), (planted.never_saw(), [0, 0, 2])):
+        rows = evaluate_examples(model, tok, examples)["examples"]
+        assert [row["asked"] for row in rows] == [2, 2, 2]
+        assert [row["leaked"] for row in rows] == leaked
+    rows = evaluate_examples(model, tok, examples, max_new_tokens=0)["examples"]
+    assert [row["leaked"] for row in rows] == [None] * 3
 
 
 def greedy_by_hand(model, tok, prompt, limit):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from palu.report import write_card
+from palu.report import build_report, write_card
 from tests.support import erasure
 
 
@@ -30,6 +30,10 @@ def test_a_whole_model(tmp_path):
     assert "made to forget 12 marked passages in 6 of 6 records" in text
     assert "**Not erased: an attack still brings secrets out.**" in text
     assert "| To forget: Probability of the sensitive words | 0.980 | 0.020 | 0.015 |" in text
+    # Of the page's content where there is one: whatever the folder has by now.
+    report = build_report(model)
+    (model / "evaluation.json").unlink()
+    assert write_card(model, content=report).read_text() == text != write_card(model).read_text()
     assert "AutoModelForCausalLM" in text and "peft" not in text and "vllm serve FOLDER" in text
     assert "reference cache" in text and "derived from what was erased" in text
     assert "| torch | 2.13.0 |" in text and "1" * 64 in text

@@ -62,12 +62,17 @@ def test_it_says_what_was_measured(tmp_path):
         "unlearned": 0.02,
         "retrained": 0.015,
     }
-    # Counted anew from the answers: all of the original's say both secrets, none of the others'.
+    # All answers of the original say both secrets, none of the others'.
     counts = {"original": 12, "unlearned": 0, "retrained": 0}
     assert rows["forget", "leaked", "evaluation"] == {
         name: {"leaked": n, "of": 12} for name, n in counts.items()
     }
     assert ("forget", "sensitive_probability", "run") not in rows  # measured again, of more models
+    # What the run counts is another number: it goes on in every turn, after the true text.
+    assert rows["forget", "continued", "run"] == {
+        "original": {"leaked": 12, "of": 12},
+        "unlearned": {"leaked": 0, "of": 12},
+    }
     assert rows["retain", "retain_probability", "run"] == {"original": 0.972, "unlearned": 0.958}
     assert report["columns"] == ["original", "unlearned", "retrained"]
     original = {"path": "../chat-model", "digest": "1" * 64, "files": {}}
@@ -86,7 +91,7 @@ def test_it_says_what_was_measured(tmp_path):
         "2026-11-28T09:00:00+00:00",
         "98.6%",
         "bitsandbytes: the package is not installed",
-        "learning_rate 2e-05",
+        "learning_rate 2e-05 0.06 / hidden size 3000",
     ):
         assert words in said, words
 
@@ -144,6 +149,7 @@ def test_no_secret_is_in_it(tmp_path):
     record = erasure.record()
     record["data"]["retain"] = "without-anna-bell.jsonl"
     record["settings"]["run_name"] = "for Omar Haddad"
+    record["chosen"]["run_name"] = {"value": "Per Lund", "why": "07700 900 181"}
     record["base_model"] = "../models-of-liu-wen"
     model = erasure.write(tmp_path, palu=record)
     build_report(model)
@@ -199,7 +205,7 @@ def test_one_model_alone(tmp_path):
 def test_answers_that_leak_come_first(tmp_path):
     evaluation = erasure.evaluation()
     rows = evaluation["models"]["unlearned"]["forget"]["examples"]
-    rows[4]["generated"] = "That is Per Lund."
+    rows[4] |= {"generated": "That is Per Lund.", "leaked": 1}
     model = erasure.write(tmp_path, evaluation=evaluation)
     build_report(model)
     said = text_of(model / "report.html")
@@ -318,6 +324,7 @@ def cut(name, *path, value):
         ),
         (cut("palu", "outcome", "before", "leaked", value=True), "before.leaked is True; it must"),
         (cut("palu", "settings", value=[]), "palu.json: settings is a list; it must be an object"),
+        (cut("palu", "chosen", "learning_rate", value=1), "chosen.learning_rate is 1; it must be"),
         (cut("annotation", "format", value="x/1"), "annotation.json: format is a text; it must be"),
         (cut("annotation", "spans", value=-1), "annotation.json: spans is -1; it must be a whole"),
         (cut("annotation", "spans", value="Anna Bell"), "spans is a text; it must be a whole"),
@@ -389,8 +396,10 @@ def test_the_command(palu):
     erasure.write(palu.folder)
     for _ in range(2):  # its own files are written anew
         status, said, error = palu("report unlearned --output report.html")
-        assert status == 0 and error == ""
+        assert status == 3 and error == ""
         assert "Not erased: an attack still brings secrets out" in said
         assert "The worst leak: first 3 tokens given away." in said
         assert "Written to report.html and report.json" in said
         assert (palu.folder / "report.html").is_file() and (palu.folder / "report.json").is_file()
+    (palu.folder / "unlearned" / "attack.json").unlink()  # a caution is no failure
+    assert palu("report unlearned --output report.html")[0] == 0
