@@ -113,18 +113,16 @@ class Contrast:
             ValueError: an example that a model's template cannot render, or, for "self", that has
                 no context; names its id.
         """
-        answers = [answer for example in examples for answer in _answers(example)]
-        numbers = self.log_probabilities([answer.part for answer in answers])
-        known = iter(zip(answers, numbers, strict=True))
-        for example in examples:
-            found: list[Found] = []
-            for _ in _answers(example):
-                answer, (model, other) = next(known)
-                text, context = answer.part.answer, answer.context
-                for start, end, ratio in runs(text, context, model, other):
-                    if ratio >= self.threshold:
-                        found.append(Found(answer.text, start, end, -math.expm1(-ratio)))
-            yield found
+        answers = [_answers(example) for example in examples]
+        parts = [answer.part for some in answers for answer in some]
+        numbers = iter(self.log_probabilities(parts))
+        for some in answers:
+            yield [
+                Found(answer.text, start, end, -math.expm1(-ratio))
+                for answer in some
+                for start, end, ratio in runs(answer.part.answer, answer.context, *next(numbers))
+                if ratio >= self.threshold
+            ]
 
     def log_probabilities(self, parts: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the log-probability of each character of each answer, under the model and under

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from palu.data.annotations import unspaced
 
 
@@ -112,15 +114,11 @@ def marginal_odds(scores: Sequence[float], bonds: Sequence[float]) -> list[float
         passed = [0.0]
         for score, bond in zip(scores, bonds, strict=False):
             odds = score + passed[-1]
-            passed.append(_softplus(odds + bond) - _softplus(odds))
+            passed.append(np.logaddexp(0, odds + bond) - np.logaddexp(0, odds))
         return passed[: len(scores)]
 
     left, right = messages(scores, bonds), messages(scores[::-1], bonds[::-1])[::-1]
     return [sum(parts) for parts in zip(scores, left, right, strict=True)]
-
-
-def _softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 @functools.cache

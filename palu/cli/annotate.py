@@ -90,7 +90,7 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
             from palu.annotation.output import summary_table, write_records
             from palu.data.files import load_records
             from palu.progress import bar
-            from palu.storage.files import check_json, locked, write_json
+            from palu.storage.files import locked, write_json
 
             annotators = _annotators(options)
             records = load_records(options.file, options.columns)
@@ -109,7 +109,6 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
         for path, some in written.items():
             write_records(path, some)
         if options.json is not None:
-            check_json(options.json, _JSON_KEYS, "palu annotate --json")
             write_json(options.json, done.summary)
     out.print(summary_table(done.summary))
     for path, some in written.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -86,6 +86,7 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
             return
         if options.model is None:
             raise ValueError("nothing says what to show: give --model DIR, or --html or --review")
+        _refuse({"output", "overwrite"} & options.given, "only a review writes a file")
         find_models(options, "model")
         with bars.status("Loading the tokenizer"):
             from palu.models.loading import folder_with, load_tokenizer
@@ -106,11 +107,19 @@ def inspect(context: typer.Context, options: SimpleNamespace) -> None:
         )
 
 
+def _refuse(names: Collection[str], why: str) -> None:
+    if names:
+        raise ValueError(f"--{min(names).replace('_', '-')}: {why}; leave it out")
+
+
 def _review(options: SimpleNamespace) -> None:
     from palu.cli.review import review, write_page
 
     if options.html is not None and options.review:
         raise ValueError("--html and --review are two ways to look: give one of them")
+    way = "html" if options.html is not None else "review"
+    of_it = {"file", "columns", "overwrite", way} | ({"output"} if options.review else set())
+    _refuse(options.given - of_it, f"--{way} does not read it")
     if options.html is not None:
         write_page(options)
     else:
