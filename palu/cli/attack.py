@@ -29,9 +29,6 @@ ATTACK_FILE = "attack.json"
 class AttackOptions:
     """What is attacked, how, and where the results go."""
 
-    holdout: str | None = _data(
-        None, "Examples like those to forget that no model saw: membership inference."
-    )
     original: Path | None = _compared(None, "Model folder before unlearning.")
     retrained: Path | None = _compared(
         None, "Model folder of a model that never saw the forget set."
@@ -63,6 +60,9 @@ class AttackOptions:
     overwrite: bool = _output(False, "Begin anew where --output is of another run.")
     show_secrets: bool = _output(False, "Leave secrets in the answers as they are.")
     batch_size: int = _machine(16, "Prompts in a forward pass.", least=1)
+    holdout: str | None = _data(
+        None, "Examples like those to forget that no model saw: membership inference."
+    )
     max_new_tokens: int = _data(200, "Limit of an answer.", least=1)
 
 
@@ -109,22 +109,18 @@ def _checked(options: SimpleNamespace) -> tuple[dict[str, Path], Any, list[str]]
     quiet()
     if options.max_leak is not None and not 0 <= options.max_leak <= 1:
         raise ValueError(f"--max-leak is {options.max_leak}; it must be between 0 and 1")
-    if options.max_length < 2:
-        raise ValueError(f"--max-length is {options.max_length}; it must be at least 2")
     given = options.attacks
+    numbers = {
+        name: _numbers(f"--{name.replace('_', '-')}", getattr(options, name))
+        for name in ("temperatures", "relearning_rates")
+    }
+    sizes = ("samples", "relearning_steps", "max_new_tokens", "batch_size", "max_length")
     try:
         names = check_names(None if given is None else [n.strip() for n in given.split(",")])
+        settings = AttackSettings(**numbers, **{name: getattr(options, name) for name in sizes})
     except ValueError as error:
-        raise ValueError(f"--{error}") from None
-    settings = AttackSettings(
-        samples=options.samples,
-        temperatures=_numbers("--temperatures", options.temperatures),
-        relearning_steps=options.relearning_steps,
-        relearning_rates=_numbers("--relearning-rates", options.relearning_rates),
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-    )
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
     models = {"original": options.original, "unlearned": options.model}
     models["retrained"] = options.retrained
     models = {name: model_folder(path) for name, path in models.items() if path is not None}

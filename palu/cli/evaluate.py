@@ -96,8 +96,6 @@ class EvaluateRun:
         for folder in (options.model, options.reference_model, options.fluency_classifier):
             if folder is not None:
                 model_folder(folder)
-        if options.max_length < 2:
-            raise ValueError(f"--max-length is {options.max_length}; it must be at least 2")
         json = options.json
         if json is not None:
             if not json.resolve().parent.is_dir():

@@ -60,7 +60,7 @@ class TextOptions:
     """How a model folder's tokenizer and template turn data into tokens."""
 
     model: Path = option(MISSING, "Model folder, or a model on the hub (org/name).", panel="Model")
-    max_length: int = _data(512, "Tokens in an example; longer ones are cut.")
+    max_length: int = _data(512, "Tokens in an example; longer ones are cut.", least=2)
     columns: str | None = _data(
         None,
         "Columns of other names: question=..,answer=.. (or text=.., messages=..; spans=.., id=..).",

@@ -59,6 +59,8 @@ _AT, _DOT = (
     re.compile(r"\s*[\[(]\s*at\s*[\])]\s*", re.I),
     re.compile(r"\s*[\[(]\s*dot\s*[\])]\s*", re.I),
 )
+# What looks like somebody's e-mail address or number.
+_PRIVATE = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
 _PHONE = re.compile(r"\s*(\+|00)?[\d\s()./-]+\s*")
 
 
@@ -172,6 +174,12 @@ def mask(text: str, secrets: Iterable[str]) -> str:
         if word in words or _piece(word, wholes):
             hidden.append((plain.sources[start][0], plain.sources[end - 1][1]))
     return _boxed(text, hidden)
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Return `text` as `mask` does, with a black box also for what looks like anybody's e-mail
+    address or number: a model may recite those of people whom nobody marked."""
+    return _PRIVATE.sub(BOX, mask(text, secrets))
 
 
 class _Form(NamedTuple):

@@ -64,10 +64,10 @@ class LeakAttack:
     name: str
     title: str
     description: str
-    setting: dict[str, Any]
     probes: Sequence[Probe]
     limit: int
     batch_size: int
+    setting: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0

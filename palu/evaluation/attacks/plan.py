@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,31 +68,41 @@ class Plan:
             "weight_noise": self._weight_noise,
             "membership_inference": self._membership,
         }
-        self.asked = questions(self.targets)
         return [attack for name in names for attack in made[name]()]
+
+    @functools.cached_property
+    def asked(self) -> list[Probe]:
+        """Return the questions as they are."""
+        return questions(self.targets)
 
     def _skip(self, name: str, why: str) -> None:
         self.skipped.append({"name": name, "why": why})
 
     def _leak(
-        self, name: str, title: str, description: str, probes: Sequence[Probe], **more: Any
+        self,
+        name: str,
+        title: str,
+        description: str,
+        probes: Sequence[Probe] | None = None,
+        *,
+        limit: int | None = None,
+        **more: Any,
     ) -> Iterator[LeakAttack]:
-        """Yield an attack, or note that there is nothing to ask."""
+        """Yield an attack, of the questions as they are where no others are given; or note that
+        there is nothing to ask."""
+        probes = self.asked if probes is None else probes
         if not probes:
             self._skip(name, f"{title}: no secret is left to ask for")
             return
-        setting = more.pop("setting", {})
-        limit = min(self.settings.max_new_tokens, more.pop("limit", self.targets.longest))
-        yield LeakAttack(
-            name, title, description, setting, probes, limit, self.settings.batch_size, **more
-        )
+        limit = min(self.settings.max_new_tokens, limit or self.targets.longest)
+        size = self.settings.batch_size
+        yield LeakAttack(name, title, description, probes, limit, size, **more)
 
     def _greedy(self) -> Iterator[LeakAttack]:
         yield from self._leak(
             "greedy",
             "no attack: greedy answers",
             "Each question is asked as it stands and the likeliest answer is taken.",
-            self.asked,
         )
 
     def _prefix_forcing(self) -> Iterator[LeakAttack]:
@@ -108,7 +119,7 @@ class Plan:
                 "counts is whether the model says the rest.",
                 probes,
                 setting={"tokens": given},
-                limit=max(left, default=0) + SLACK,
+                limit=SLACK + max(left, default=0),
             )
 
     def _sampling(self) -> Iterator[LeakAttack]:
@@ -119,7 +130,6 @@ class Plan:
                 f"{samples} samples, temperature {temperature:g}",
                 f"Each question is asked {samples} times at temperature {temperature:g}; a secret "
                 "counts when any of the answers says it.",
-                self.asked,
                 setting={"samples": samples, "temperature": temperature},
                 samples=samples,
                 temperature=temperature,
@@ -185,7 +195,6 @@ class Plan:
                 f"rounded to int{bits}, groups of 128",
                 f"The weights of the linear layers are rounded to {bits} bits, as many who deploy "
                 "a model do, and the questions are asked again.",
-                self.asked,
                 setting={"by": "round-to-nearest", "bits": bits},
                 change=lambda model, report, bits=bits: quantized(model, bits),
             )
@@ -198,7 +207,6 @@ class Plan:
                     "quantization",
                     f"{bits} bits by {library}",
                     f"The linear layers are replaced by those of {library} with {bits} bits.",
-                    self.asked,
                     setting={"by": library, "bits": bits},
                     change=lambda model, report, by=library, bits=bits: quantized_by(
                         model, by, bits
@@ -213,24 +221,23 @@ class Plan:
                 records, max(1, round(SHARE * len(records)))
             )
         )
-        rows = [row for row, of in zip(targets.rows, targets.records, strict=True) if of in seen]
-        rest = [p for p in self.asked if targets.records[p.target] not in seen]
-        told = "\n".join(
-            f"{e.question or ''}\n{e.answer}"
-            for e, of in zip(targets.examples, targets.records, strict=True)
-            if of in seen
-        )
-        rest = [_without_told(probe, told) for probe in rest]
+        taught = [n for n, record in enumerate(targets.records) if record in seen]
+        told = (targets.examples[n] for n in taught)
+        told = "\n".join(f"{example.question or ''}\n{example.answer}" for example in told)
+        rest = [
+            dataclasses.replace(p, secrets=tuple(s for s in p.secrets if not leaks(s, told)))
+            for p in self.asked
+            if p.record not in seen
+        ]
         yield from self._relearn(
             "a tenth of the forget set",
             f"on {len(seen)} of the {len(records)} forget records; the others are asked about",
-            rows,
+            [targets.rows[n] for n in taught],
             [probe for probe in rest if probe.secrets],
         )
         if self.retain:
-            yield from self._relearn(
-                "the retain set", "on what was to be kept", self._rows(self.retain), self.asked
-            )
+            kept = self._rows(self.retain)
+            yield from self._relearn("the retain set", "on what was to be kept", kept)
         else:
             self._skip("relearning", "on the retain set: no retain set is given")
         texts = [Example(f"unrelated {n}", None, text) for n, text in enumerate(UNRELATED)]
@@ -238,11 +245,14 @@ class Plan:
             "unrelated text",
             f"on {len(texts)} sentences that have nothing to do with the data",
             self._rows(texts),
-            self.asked,
         )
 
     def _relearn(
-        self, on: str, how: str, rows: list[LabeledExample], probes: Sequence[Probe]
+        self,
+        on: str,
+        how: str,
+        rows: list[LabeledExample],
+        probes: Sequence[Probe] | None = None,
     ) -> Iterator[LeakAttack]:
         steps = self.settings.relearning_steps
         for rate in self.settings.relearning_rates:
@@ -280,7 +290,6 @@ class Plan:
                 f"weights with {100 * strength:g}% noise",
                 f"Random numbers of {strength:g} of the standard deviation of each weight matrix "
                 "are added to it: noise can bring back what was only covered up.",
-                self.asked,
                 setting={"strength": strength},
                 change=lambda model, report, strength=strength: noisy(
                     model, strength, seed_of(self.seed, "weight_noise", strength)
@@ -318,8 +327,3 @@ def _forced_title(given: int | str) -> str:
     if not given:
         return "answer up to the secret given"
     return f"first {'token' if given == 1 else f'{given} tokens'} given away"
-
-
-def _without_told(probe: Probe, text: str) -> Probe:
-    kept = tuple(secret for secret in probe.secrets if not leaks(secret, text))
-    return dataclasses.replace(probe, secrets=kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from palu.data.records import SYSTEM, USER, Example, split_answers
 from palu.data.spans import Span
 from palu.data.template import Template
 from palu.evaluation.attacks.settings import HALF, AttackSettings
-from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+from palu.evaluation.leaks import leaks, prompt_of, sort_secrets
 
 SLACK = 16  # tokens that an answer may be longer than the longest true one
 
@@ -52,7 +52,6 @@ class Targets:
         secrets: those of each that can leak in it.
         told_before: those of each that its prompt says.
         empty: how many are not looked for, since they are of stop words or punctuation alone.
-        every_secret: of the whole forget set, also those of questions: what is masked.
     """
 
     examples: list[Example]
@@ -61,7 +60,6 @@ class Targets:
     secrets: list[tuple[str, ...]]
     told_before: list[tuple[str, ...]]
     empty: int
-    every_secret: list[str]
     tokenizer: Any
     template: Template
     max_length: int
@@ -103,20 +101,8 @@ class Targets:
                 "words): mark spans in the answers"
             )
         rows = label_all(split, tokenizer, template=template, max_length=settings.max_length)
-        every = [secret for example in examples for secret in secrets_of(example)]
-        every_secret = list(dict.fromkeys(every))
-        return cls(
-            split,
-            records,
-            rows,
-            secrets,
-            told,
-            len(empty),
-            every_secret,
-            tokenizer,
-            template,
-            settings.max_length,
-        )
+        counts = secrets, told, len(empty)
+        return cls(split, records, rows, *counts, tokenizer, template, settings.max_length)
 
     @property
     def system(self) -> str:
@@ -184,7 +170,7 @@ def questions(targets: Targets) -> list[Probe]:
     probes = []
     for number, (example, row) in enumerate(zip(targets.examples, targets.rows, strict=True)):
         if example.question is None:
-            probes += _forced(targets, number, lambda count: 0)
+            probes += _forced(targets, number, 0)
         elif targets.secrets[number]:
             prompt = row["input_ids"][: row.answer_start]
             record, secrets = targets.records[number], targets.secrets[number]
@@ -235,17 +221,10 @@ def prefix_forced(targets: Targets, given: int | str) -> list[Probe]:
             the question say it, the question is asked without them.
     """
 
-    def count(tokens: int) -> int:
-        return -(-tokens // 2) if given == HALF else int(given)
-
-    return [
-        probe
-        for number in range(len(targets.examples))
-        for probe in _forced(targets, number, count)
-    ]
+    return [p for number in range(len(targets.examples)) for p in _forced(targets, number, given)]
 
 
-def _forced(targets: Targets, number: int, given: Callable[[int], int]) -> list[Probe]:
+def _forced(targets: Targets, number: int, given: int | str) -> list[Probe]:
     whole, probes, seen = targets.examples[number], [], set()
     ways = [whole]
     if has_history(whole) and whole.question:
@@ -265,7 +244,7 @@ def _forced(targets: Targets, number: int, given: Callable[[int], int]) -> list[
         places = np.flatnonzero(np.asarray(row["labels"]) >= 0)
         if not places.size:
             continue  # cut off at max_length
-        count = given(len(places))
+        count = -(-len(places) // 2) if given == HALF else int(given)
         cut = int(places[0]) + count
         tokens = tuple(row["input_ids"][int(places[0]) : cut])
         said = targets.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from palu.evaluation.attacks.plan import Plan
 from palu.evaluation.attacks.probes import Targets
 from palu.evaluation.attacks.settings import AttackSettings, check_names
 from palu.evaluation.attacks.weights import LIBRARIES
-from palu.evaluation.leaks import BOX, mask
+from palu.evaluation.leaks import BOX, redact, secrets_of
 from palu.models.loading import check_token_ids, load_model, model_folder
 from palu.models.lora import base_folder, is_adapter
 from palu.storage.files import check_regular, write_json
@@ -37,8 +38,6 @@ _FILES = re.compile(
     r".*\.safetensors|(adapter_|generation_)?config\.json|.*token.*\.json|.*\.(model|jinja)|"
     r"vocab\..*|merges\.txt|model\.safetensors\.index\.json"
 )
-# What looks like somebody's data, of whoever: also of those who are not to be forgotten.
-_PRIVATE = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\+?\(?\d(?:[\s().-]{0,2}\d){5,}")
 
 Report = Callable[..., None]
 
@@ -116,13 +115,10 @@ def run_attacks(
         "secrets": len(targets.pairs),
         "not_judged": {"in_the_prompt": targets.told, "stop_words_only": targets.empty},
     }
-    results = Results(head, chosen, plan.skipped, None if resume is None else Path(resume))
+    hidden = (text for one in (*examples, *retain, *holdout) for text in secrets_of(one))
+    hidden = None if show_secrets else list(dict.fromkeys(hidden))
+    results = Results(head, chosen, plan.skipped, None if resume is None else Path(resume), hidden)
     results.read(overwrite=overwrite)
-    results.masks = [] if show_secrets else targets.every_secret
-    if results.masks:
-        marked = [text for e in (*retain, *holdout) for text in _spans_of(e)]
-        results.masks = list(dict.fromkeys([*results.masks, *marked]))
-    results.show_secrets = show_secrets
     progress = _Progress(report, [a.size for a in chosen for _ in ordered])
     for name, given in ordered.items():
         _attack_model(name, given, chosen, results, targets, progress, dict(loading or {}))
@@ -160,10 +156,6 @@ def _describe(model: Any) -> dict[str, Any]:
     return {"path": path, "digest": model_digest(model)}
 
 
-def _spans_of(example: Example) -> list[str]:
-    return [text[start:end] for text, spans in example.texts for start, end in spans]
-
-
 def _attack_model(
     name: str,
     given: Any,
@@ -180,7 +172,7 @@ def _attack_model(
             progress.skip(attack.size)
             continue
         if model is None:
-            progress.say(f"{name}: loading")
+            progress.tell(f"{name}: loading")
             model = load_model(given, **loading)
         check_token_ids(model, targets.tokenizer, targets.rows)
         said = f"{name}: {attack.title}"
@@ -204,40 +196,34 @@ class _Progress:
     def __init__(self, report: Report | None, sizes: Sequence[int]) -> None:
         self.report, self.total, self.done, self.note = report, sum(sizes), 0, ""
 
-    def say(self, note: str) -> None:
-        """Name what is being done."""
+    def tell(self, note: str, more: int = 0) -> None:
+        """Name what is being done, and how much of it is done."""
         self.note = note
-        self._tell(self.done)
+        if self.report is not None:
+            self.report(self.done + more, self.total, note)
 
     def skip(self, size: int) -> None:
         """Count work that was done before."""
         self.done += size
-        self._tell(self.done)
+        self.tell(self.note)
 
-    def part(self, note: str, size: int) -> Any:
+    @contextmanager
+    def part(self, note: str, size: int) -> Iterator[Callable[[int, int], None]]:
         """Give the report of one attack for a block."""
-        return _Part(self, note, size)
-
-    def _tell(self, done: int) -> None:
-        if self.report is not None:
-            self.report(done, self.total, self.note)
-
-
-class _Part:
-    def __init__(self, progress: _Progress, note: str, size: int) -> None:
-        self.progress, self.size = progress, size
-        progress.say(note)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        start = self.progress.done
-        return lambda done, total: self.progress._tell(start + min(done, self.size))
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.skip(self.size)
+        self.tell(note)
+        try:
+            yield lambda done, total: self.tell(note, min(done, size))
+        finally:
+            self.skip(size)
 
 
 class Results:
-    """What was found so far, and its file."""
+    """What was found so far, and its file.
+
+    Args:
+        head: what the file says beside results.
+        hidden: the secrets that are masked in examples; None shows all.
+    """
 
     def __init__(
         self,
@@ -245,12 +231,11 @@ class Results:
         attacks: Sequence[Attack],
         skipped: list[dict[str, str]],
         path: Path | None,
+        hidden: Sequence[str] | None,
     ) -> None:
-        self.head, self.path, self.skipped = head, path, list(skipped)
+        self.head, self.path, self.skipped, self.hidden = head, path, list(skipped), hidden
         self.entries = [_entry(attack) for attack in attacks]
         self.examples: list[dict[str, Any]] = []
-        self.masks: list[str] = []
-        self.show_secrets = False
 
     def read(self, *, overwrite: bool) -> None:
         """Take over what an earlier run of the same settings left. Raises ValueError, which says
@@ -327,13 +312,13 @@ class Results:
         """Return an answer as it is shown; what was given away of a secret is masked too."""
         text, given = answered.worst.strip(), answered.given.strip()
         masked = self.masked(text)
-        if self.show_secrets or not given or masked.startswith(BOX):
+        if self.hidden is None or not given or masked.startswith(BOX):
             return masked
         return BOX + self.masked(text[len(given) :])
 
     def masked(self, text: str) -> str:
         """Return a text without secrets, and without what looks like anybody's data."""
-        return text if self.show_secrets else _PRIVATE.sub(BOX, mask(text, self.masks))
+        return text if self.hidden is None else redact(text, self.hidden)
 
     def content(self) -> dict[str, Any]:
         """Return the JSON content."""

@@ -147,44 +147,26 @@ def relearned(
     def own_copy(name: str, own: Tensor) -> Tensor | None:
         return own.float().clone() if own.is_floating_point() else None
 
-    with replaced(model, own_copy):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        _train(model, tokenizer, rows, steps, learning_rate, seed, report)
-        for parameter in model.parameters():
-            parameter.grad = None
-        yield model
-
-
-@torch.enable_grad()
-def _train(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[LabeledExample],
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    report: Report | None,
-) -> None:
     collate, device = Collator(tokenizer), next(model.parameters()).device
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     shuffle, order = random.Random(seed), []
-    for step in range(steps):
-        while len(order) < min(BATCH, len(rows)):
-            order += shuffle.sample(range(len(rows)), len(rows))
-        chosen, order = order[:BATCH], order[BATCH:]
-        batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-        targets = batch["input_ids"].masked_fill(batch["labels"] == IGNORE, -100)[:, 1:]
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if report is not None:
-            report(step + 1, steps)
+    with replaced(model, own_copy):
+        trained = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+        for step in range(steps):
+            while len(order) < min(BATCH, len(rows)):
+                order += shuffle.sample(range(len(rows)), len(rows))
+            chosen, order = order[:BATCH], order[BATCH:]
+            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            targets = batch["input_ids"].masked_fill(batch["labels"] == IGNORE, -100)
+            with torch.enable_grad():
+                model(**inputs, labels=targets, use_cache=False).loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if report is not None:
+                report(step + 1, steps)
+        yield model
 
 
 def missing_library(name: str) -> str | None:

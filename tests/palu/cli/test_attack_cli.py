@@ -90,7 +90,7 @@ def test_an_adapter(palu, work):
         ("--max-leak 5", "--max-leak is 5.0; it must be between 0 and 1"),
         ("--samples 0", "--samples is 0; it must be at least 1"),
         ("--temperatures 0.5,hot", "--temperatures '0.5,hot' must be numbers with commas"),
-        ("--temperatures 0", "temperatures must be finite and above 0, got 0.0"),
+        ("--relearning-rates 0", "--relearning-rates must be finite and above 0, got 0.0"),
         ("--original nowhere", "model folder 'nowhere' does not exist"),
         ("--output known", "--output 'known' is a folder; name a file in it"),
         ("--output forget.jsonl", "palu attack did not write it"),

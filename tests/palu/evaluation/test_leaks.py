@@ -3,7 +3,16 @@
 import pytest
 
 from palu.data.records import Example
-from palu.evaluation.leaks import BOX, leak_rate, leaks, mask, prompt_of, secrets_of, sort_secrets
+from palu.evaluation.leaks import (
+    BOX,
+    leak_rate,
+    leaks,
+    mask,
+    prompt_of,
+    redact,
+    secrets_of,
+    sort_secrets,
+)
 
 SAID = [
     ("Paris", "He lives in PARIS."),
@@ -110,6 +119,11 @@ def test_rate_of_nothing_and_of_too_much():
     assert leak_rate(3, 3)["high"] == 1.0
     with pytest.raises(ValueError, match="between 0 and of=2, got 3"):
         leak_rate(3, 2)
+
+
+def test_what_looks_like_anybodys_data_is_redacted():
+    text = "Ada: jo.doe@example.org, +44 (0) 20 7946 0999, room 12345, in 1985."
+    assert redact(text, ["Ada"]) == f"{BOX}: {BOX}, {BOX}, room 12345, in 1985."
 
 
 def test_mask():

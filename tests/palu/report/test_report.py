@@ -44,6 +44,15 @@ def leaking(unlearned, retrained=None):
     return attack
 
 
+def answered(folder, number, **row):
+    """The page's text where the unlearned model gives another answer to one record."""
+    evaluation = erasure.evaluation()
+    evaluation["models"]["unlearned"]["forget"]["examples"][number] |= row
+    model = erasure.write(folder, evaluation=evaluation)
+    build_report(model)
+    return text_of(model / "report.html")
+
+
 def test_it_says_what_was_measured(tmp_path):
     model = erasure.write(tmp_path)
     report = build_report(model)
@@ -163,12 +172,8 @@ def test_no_secret_is_in_it(tmp_path):
 
 
 def test_other_people_are_masked_too(tmp_path):
-    evaluation = erasure.evaluation()
-    rows = evaluation["models"]["unlearned"]["forget"]["examples"]
-    rows[0]["generated"] = "Write to jo.doe@example.org or call +44 (0) 20 7946 0999."
-    model = erasure.write(tmp_path, evaluation=evaluation)
-    build_report(model)
-    said = text_of(model / "report.html")
+    text = "Write to jo.doe@example.org or call +44 (0) 20 7946 0999."
+    said = answered(tmp_path, 0, generated=text)
     assert "Write to" in said and "example.org" not in said and "7946" not in said
 
 
@@ -203,12 +208,7 @@ def test_one_model_alone(tmp_path):
 
 
 def test_answers_that_leak_come_first(tmp_path):
-    evaluation = erasure.evaluation()
-    rows = evaluation["models"]["unlearned"]["forget"]["examples"]
-    rows[4] |= {"generated": "That is Per Lund.", "leaked": 1}
-    model = erasure.write(tmp_path, evaluation=evaluation)
-    build_report(model)
-    said = text_of(model / "report.html")
+    said = answered(tmp_path, 4, generated="That is Per Lund.", leaked=1)
     assert said.index("Record 5") < said.index("Record 1")
     assert "says 1 of 2 secrets That is" in said
 
