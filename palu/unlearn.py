@@ -178,9 +178,7 @@ def unlearn(
         CacheError, CacheWriteError: the reference cache cannot be used or built.
         CheckpointError: `resume` is not whole, or of a run with other settings, data or model.
     """
-    # Of a checkpoint with images the text part has it.
-    configs = [model.config, model.config.get_text_config(decoder=True)]
-    use_cache = [(c, c.use_cache) for c in configs if hasattr(c, "use_cache")]
+    use_cache = getattr(model.config, "use_cache", None)
     with tempfile.TemporaryDirectory(prefix="palu-") as scratch:
         config.output_dir = scratch if checkpoints is None else str(checkpoints)
         trainer = PALUTrainer(
@@ -204,9 +202,12 @@ def unlearn(
     share = trainer.rounded_back(kind)
     if kind is not None:
         warn_rounded_back(share, kind)
-    # The Trainer turns the cache off for training and would leave it so in the saved folder.
-    for config_, value in use_cache:
-        config_.use_cache = value
+    # The Trainer turns the cache off for training and would leave it so in the saved folder; the
+    # config of a checkpoint with images, whose text part has it, got it of the Trainer alone.
+    if use_cache is None:
+        vars(model.config).pop("use_cache", None)
+    else:
+        model.config.use_cache = use_cache
     model.eval()
     curve = _curve(trainer.state.log_history)
     return Outcome(curve, trainer.has_masters, share, trainer.outcome)

@@ -34,7 +34,7 @@ _TOKENIZER_FILES += ("added_tokens.json", "chat_template.json", "processor_confi
 _TOKENIZER_FILES += ("preprocessor_config.json", "video_preprocessor_config.json")
 _TOKENIZER_FILES += ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json")
 # What a config says of its file and of how it is run, not of what the model computes.
-_OF_THE_FILE = {"use_cache", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"}
+_OF_THE_FILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"}
 _OF_THE_FILE |= {"transformers_version", "_commit_hash", "_attn_implementation_autoset"}
 # What the output's config says itself, whatever the input's says.
 _OF_THE_OUTPUT = ("architectures", "dtype", "torch_dtype", "quantization_config", "auto_map")
