@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,13 +20,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from palu.errors import UserError
 from palu.storage.files import write_json
 from palu.storage.fingerprint import data_digests, file_digest, model_digests
 from palu.storage.json_files import read_object
-from palu.storage.output import RECORD, Claim, claim_output, put_in_place, read_record
+from palu.storage.output import (
+    RECORD,
+    REPORT_FILES,
+    Claim,
+    check_output,
+    claim_output,
+    list_files,
+    put_in_place,
+    read_record,
+)
 
 if TYPE_CHECKING:
     from palu.data.records import Example
@@ -34,8 +45,7 @@ if TYPE_CHECKING:
 STATE, STATE_FORMAT = "erase.json", "palu-erase/1"
 FORGET, RETAIN = "forget.jsonl", "retain.jsonl"
 ANNOTATION, EVALUATION, ATTACK = "annotation.json", "evaluation.json", "attack.json"
-REPORT, REPORT_JSON, CARD = "report.html", "report.json", "README.md"
-_MEASURED = (ANNOTATION, EVALUATION, ATTACK, REPORT, REPORT_JSON)
+REPORT, REPORT_JSON = "report.html", "report.json"
 STAGES = {
     "annotate": "Finding what to forget",
     "unlearn": "Unlearning",
@@ -188,10 +198,10 @@ class _Run:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from palu.models.hub import shown_model
         from palu.models.loading import model_folder
 
         request, path = self.request, self.claim.path
-        self.named = {"original": request.model, "unlearned": request.output}
         if path.parent == Path.cwd():  # named as the user would
             path = Path(path.name)
         self.work = path.with_name(f"{path.name}-work")
@@ -201,10 +211,16 @@ class _Run:
                 if kept.resolve().is_relative_to(place.resolve()):
                     raise ValueError(f"{str(kept)!r} lies in {str(place)!r}, which this run writes")
         self.state = _State(self.work)
-        self.models = {"original": model_folder(request.model), "unlearned": self.folder}
-        if request.retrained is not None:
-            self.models["retrained"] = model_folder(request.retrained)
-            self.named["retrained"] = request.retrained
+        for place in (self.work, self.folder):
+            for path in place.glob(".*.partial"):  # a run that was killed was just writing it
+                path.unlink()
+        given = {"original": request.model, "retrained": request.retrained}
+        given = {name: folder for name, folder in given.items() if folder is not None}
+        self.models = {name: model_folder(folder) for name, folder in given.items()}
+        self.models["unlearned"] = self.folder
+        # Where they lie when this is done.
+        self.named = {name: shown_model(folder) for name, folder in given.items()}
+        self.named["unlearned"] = str(request.output)
         self.forget, self.retain = self.work / FORGET, self.work / RETAIN
 
     @contextmanager
@@ -266,9 +282,10 @@ class _Run:
             return
         again = self.state.begun == key  # with the same settings: its checkpoints are right
         with self.doing("unlearn", key):
-            for name in _MEASURED:
-                (self.folder / name).unlink(missing_ok=True)
-            words.append("--overwrite")  # what a run that was stopped has left
+            # Nobody may take the model of another request for what this one makes.
+            check_output(self.folder, overwrite=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            words.append("--overwrite")  # checkpoints that a run that was stopped has left
             if again and self.folder.with_name(f"{self.folder.name}-checkpoints").is_dir():
                 words.append("--resume")
             status = self.runs_unlearn(["unlearn", *words])
@@ -278,7 +295,9 @@ class _Run:
 
     def evaluate(self) -> None:
         """Measure every model on what was forgotten and on what was to be kept."""
-        key = self._key_of_models(self.state.stages["unlearn"])
+        # The key of unlearning has the digests of the original and the data.
+        made = [model_digests(self.models[name]) for name in self.models if name != "original"]
+        key = _key(self.state.stages["unlearn"], made)
         path = self.work / EVALUATION
         if self.state.has("evaluate", key) and path.is_file():
             return
@@ -299,7 +318,7 @@ class _Run:
         from palu.models.loading import load_tokenizer
 
         settings = self._attack_settings()
-        key = self._key_of_models(self.state.stages["evaluate"], settings.to_dict())
+        key = _key(self.state.stages["evaluate"], settings.to_dict())  # of the same models
         path = self.folder / ATTACK
         if self.state.has("attack", key) and path.is_file():
             return
@@ -318,8 +337,8 @@ class _Run:
                 overwrite=True,
                 loading=self._loading(),
             )
-            for name, place in self.named.items():  # where they lie when this is done
-                found["models"][name]["path"] = str(place)
+            for name, place in self.named.items():
+                found["models"][name]["path"] = place
             write_json(path, found)
 
     def report(self) -> dict[str, Any]:
@@ -355,9 +374,6 @@ class _Run:
         return report
 
     # ---- what they share -------------------------------------------------------------------------
-
-    def _key_of_models(self, *parts: Any) -> str:
-        return _key(*parts, *map(model_digests, self.models.values()))
 
     def _template(self) -> Any:
         from palu.run_record import choose_template
@@ -398,7 +414,7 @@ class _Run:
         from palu.models.loading import load_model, load_tokenizer
 
         model, tokenizer = load_model(folder, **self._loading()), load_tokenizer(folder)
-        measured: dict[str, Any] = {"path": str(self.named[name]), "digest": model_digest(folder)}
+        measured: dict[str, Any] = {"path": self.named[name], "digest": model_digest(folder)}
         for number, (data, examples) in enumerate(sets.items()):
             measured[data] = evaluate_examples(
                 model,
@@ -406,7 +422,7 @@ class _Run:
                 examples,
                 template=self._template(),
                 max_length=self._max_length(),
-                progress=_noted(_part(report, number, sets), f"{name}: {data}"),
+                progress=_part(report, number, sets, f"{name}: {data}"),
             )
         return measured
 
@@ -430,27 +446,11 @@ class _Run:
             "seed": request.seed,
             "options": list(request.options),
         }
-        # Now, since the report names the digest of this file.
-        there = {path.name for path in self.folder.iterdir()}
-        record["files"] = sorted({*there, *_MEASURED, CARD})
         write_json(self.folder / RECORD, record)
+        list_files(self.folder, REPORT_FILES)  # now, since the report names the digest of the list
 
 
 # ---- records -------------------------------------------------------------------------------------
-
-
-class _Given:
-    """The annotator that finds nothing: the spans are those that the records have."""
-
-    name = "given"
-
-    def __init__(self) -> None:
-        self.settings: dict[str, Any] = {}
-
-    def find(self, examples: Sequence[Example]) -> Iterator[list[Any]]:
-        """Yield no span for each example."""
-        for _ in examples:
-            yield []
 
 
 def _annotated(records: Any, terms: Sequence[str], report: Report | None) -> tuple[Any, Any]:
@@ -458,7 +458,8 @@ def _annotated(records: Any, terms: Sequence[str], report: Report | None) -> tup
     from palu.annotation import Terms, annotate, read_terms
 
     found = Terms(read_terms(list(terms))) if terms else None
-    return annotate(records, annotators=[found or _Given()], report=report), found
+    given = SimpleNamespace(name="given", settings={}, find=lambda examples: [()] * len(examples))
+    return annotate(records, annotators=[found or given], report=report), found
 
 
 def _warn_of_terms(terms: Any) -> None:
@@ -497,13 +498,12 @@ def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
 
 def _source_digest(source: str | None) -> Any:
     """Return what tells whether a file, or what is none, is another one."""
-    from palu.data.files import split_slice
+    from palu.data.files import local_path
 
-    if source is None or os.path.exists(source):
-        return None if source is None else [source, data_digests(source)]
+    place = None
     with suppress(ValueError):  # a term may be no file at all
-        return [source, data_digests(split_slice(source)[0])]
-    return source
+        place = local_path(source)
+    return source, None if place is None else data_digests(place)
 
 
 def _key(*parts: Any) -> str:
@@ -552,16 +552,12 @@ def _remove(work: Path) -> None:
 # ---- progress ------------------------------------------------------------------------------------
 
 
-def _part(report: Report | None, number: int, of: Any) -> Report | None:
+def _part(report: Report | None, number: int, of: Any, note: str = "") -> Report | None:
     """Return the report of one of several equal parts of some work."""
     if report is None:
         return None
 
-    def tell(done: int, total: int, note: str = "") -> None:
-        report(100 * number + 100 * done // max(total, 1), 100 * len(of), note)
+    def tell(done: int, total: int, more: str = "") -> None:
+        report(100 * number + 100 * done // max(total, 1), 100 * len(of), note or more)
 
     return tell
-
-
-def _noted(report: Report | None, note: str) -> Report | None:
-    return None if report is None else lambda done, total: report(done, total, note)

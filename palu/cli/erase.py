@@ -84,6 +84,7 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
     """
     find_models(options, "model", "retrained")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
+        from palu.erase import STATE
         from palu.erase import erase as run
 
         quiet()
@@ -93,10 +94,10 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
             report = run(
                 request, overwrite=options.overwrite, unlearn=_in_this_process, stage=_stage
             )
-    except KeyboardInterrupt:
-        say(
-            "stopped", "red", f"the same command goes on; until then {request.output}-work has data"
-        )
+    except BaseException:
+        work = Path(f"{request.output}-work")
+        if (work / STATE).is_file():
+            say("stopped", "red", f"the same command goes on; until then {work} has data")
         raise
     print_verdict(report["verdict"])
     out.print(f"Written to {options.output}: see report.html there", soft_wrap=True)

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -280,22 +280,22 @@ def output_folder(output: Path | Claim) -> Iterator[Path]:
         return
     with replace_folder(output.path, output.check) as folder:
         yield folder
-        _list_files(folder)
+        list_files(folder)
 
 
 def put_in_place(folder: Path, claim: Claim) -> None:
-    """Put a folder that is whole in the place of an output, as `output_folder` does; both are in
-    one folder."""
-    _list_files(folder)
+    """Put a folder that is whole, and whose files are listed, in the place of an output, as
+    `output_folder` does; both are in one folder."""
     with aside_of(claim.path) as aside:
         settle(folder)
         claim.check()
         put(folder, claim.path, aside)
 
 
-def _list_files(folder: Path) -> None:
-    """Add the names of a folder's files to its `palu.json`."""
+def list_files(folder: Path, more: Iterable[str] = ()) -> None:
+    """Add the names of a folder's files, and of `more` that are written later, to its
+    `palu.json`."""
     record = read_record(folder) or {}
     files = (path for path in folder.rglob("*") if not path.is_dir())
-    names = {path.relative_to(folder).as_posix() for path in files} | {RECORD}
+    names = {path.relative_to(folder).as_posix() for path in files} | {RECORD, *more}
     write_json(folder / RECORD, {"versions": versions(), **record, "files": sorted(names)})

@@ -1,6 +1,7 @@
 """`palu erase`: from records and terms to a folder with the model and its proof, in one run."""
 
 import json
+import shutil
 import stat
 
 import pytest
@@ -10,8 +11,10 @@ from palu import erase as module
 from palu.annotation import Terms
 from palu.cli import erase as command
 from palu.erase import Request, erase
+from palu.errors import UserError
 from palu.evaluation.attacks import run as attacks
 from palu.storage.fingerprint import file_digest, sha256_of
+from palu.storage.output import check_output
 from tests.support import small
 from tests.support.command import palu_in, refusal, write_model
 
@@ -83,7 +86,7 @@ def test_a_folder_with_the_model_and_its_proof(work, monkeypatch, capsys):
     assert status == (3 if level == "bad" else 0) and report["verdict"]["headline"] in said
     # it is palu's own folder, and may be replaced
     assert "output folder 'out' is not empty" in refusal(palu, LINE + TERMS)
-    assert palu(LINE + TERMS + "--overwrite")[0] == status
+    check_output(out, overwrite=True)
 
 
 def stopped_after(monkeypatch, stage):
@@ -118,14 +121,18 @@ def test_a_second_start_goes_on(work, monkeypatch, capsys):
     assert begun == ["attack", "report"]
     # other terms: all is done again
     with monkeypatch.context() as patch:
-        begun = stopped_after(patch, "attack")
+        begun = stopped_after(patch, "unlearn")
         assert palu(LINE + "--terms Bob")[0] == 130
-    assert begun == ["annotate", "unlearn", "evaluate", "attack"]
+    assert begun == ["annotate", "unlearn"]
+    # what a kill left of a file that was being written, with what the models said
+    for place in (left, work / "out-unfinished"):
+        (place / ".evaluation.json.0123456789abcdef.partial").write_text("Paris")
     with monkeypatch.context() as patch:
         begun = stopped_after(patch, None)
         assert palu(LINE + TERMS)[0] in (0, 3)
     assert begun == list(module.STAGES)
     assert (work / "out/model.safetensors").read_bytes() == weights
+    assert not list((work / "out").glob(".*"))
     assert not left.exists() and not (work / "out-unfinished").exists()
 
 
@@ -148,6 +155,21 @@ def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, mo
     assert not start(seed=3) and start(seed=3) and not start()
     assert lines[0][1:7:2] == ["--model", "--forget", "--output"]
     assert lines[0][lines[0].index("--retain") + 1] == "out-work/retain.jsonl"
+
+
+def test_what_an_earlier_request_left_is_not_taken_for_the_result(work, monkeypatch):
+    """`palu unlearn` ends with 3 too where the disk is full and there is no new model."""
+    monkeypatch.chdir(work)
+
+    def stopped(words):
+        shutil.copytree(work / "model", work / "out-unfinished")
+        raise KeyboardInterrupt
+
+    request = {"model": work / "model", "records": "records.jsonl", "output": work / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        erase(Request(**request, terms=["Paris"]), unlearn=stopped)
+    with pytest.raises(UserError, match="palu unlearn ended with exit status 3"):
+        erase(Request(**request, terms=["Lisbon"]), unlearn=lambda words: 3)
 
 
 def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
