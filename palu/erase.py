@@ -275,6 +275,9 @@ class _Run:
         words = ["--model", request.model, "--forget", self.forget, "--output", self.folder]
         words += ["--retain", self.retain] if self.retain.stat().st_size else []
         words += ["--seed", request.seed, "--dtype", request.dtype, "--device", request.device]
+        if "--keep-cache" in request.options:  # beside what will be the output
+            cache = self.claim.path.name + "-reference-cache"
+            words += ["--reference-cache", self.folder.with_name(cache)]
         words = [str(word) for word in (*words, *request.options)]
         data = [data_digests(path) for path in (self.forget, self.retain)]
         key = _key(words, data, model_digests(self.models["original"]))

@@ -116,6 +116,11 @@ def _request(options: SimpleNamespace) -> Any:
     refuse_adapter(options.model)
     if options.retain_columns is not None and options.retain is None:
         raise ValueError("--retain-columns is of --retain: add --retain FILE")
+    if options.keep_cache and options.config is None:
+        raise ValueError(
+            "--keep-cache: add --config FILE that says reference: cached; by default "
+            "there is no cache"
+        )
     resolve_device(options.device)
     resolve_dtype(options.dtype)
     words: list[str] = []

@@ -153,6 +153,8 @@ def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, mo
 
     assert not start() and start()
     assert not start(seed=3) and start(seed=3) and not start()
+    start(options=["--keep-cache"])
+    assert lines[-1][lines[-1].index("--reference-cache") + 1] == "out-reference-cache"
     assert lines[0][1:7:2] == ["--model", "--forget", "--output"]
     assert lines[0][lines[0].index("--retain") + 1] == "out-work/retain.jsonl"
 
@@ -176,6 +178,8 @@ def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
     palu = palu_in(work, monkeypatch, capsys)
     assert "records.jsonl has none of the terms" in refusal(palu, LINE + "--terms Xyzzy")
     assert "records.jsonl has no spans" in refusal(palu, LINE)
+    line = LINE.replace("--config c.json", "--keep-cache") + TERMS
+    assert "--keep-cache: add --config FILE" in refusal(palu, line)
     (work / "keep.jsonl").write_text('{"question": "Who?", "answer": "He is in PARIS."}\n')
     line = LINE + TERMS + "--retain keep.jsonl"
     said = refusal(palu, line)
