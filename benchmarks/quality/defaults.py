@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW))
-    parser.add_argument("--more", default="", help="more options of every run, such as --bf16")
+    parser.add_argument("--more", default="", help="more options of every run: --more=--bf16")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--output", type=Path, required=True, help="CSV that rows are added to")
     given = parser.parse_args(arguments)

@@ -118,7 +118,7 @@ def simple_choices(
     else:
         why = "what stands past a prefix stays known to whoever has it"
         choices["prefix_length"] = Choice(0, why)
-        why = "greedy answers stay fluent; flattened logits led them back to the secret"
+        why = "greedy answers stay fluent, where flattened logits lead them astray"
         choices["objective"] = Choice("entropy", why)
         if "center" in options.given:
             choices["objective"] = Choice("flatten", "--center is of this objective")
