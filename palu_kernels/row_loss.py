@@ -92,10 +92,9 @@ class RowLoss:
         rows = math.prod(x.logits.shape[:-1])
         losses = x.logits.new_empty(rows, dtype=accum_dtype(x.logits.dtype))
         kept = x.logits.new_empty(self.kept_shape(x), dtype=torch.int32)
-        for part, block, _ in _blocks(x):
-            losses[part] = self.torch_forward(block, kept[part])
         state = losses.new_zeros((rows, STATE), dtype=torch.float32)
-        state[:, 0] = losses
+        for part, block, _ in _blocks(x):
+            losses[part] = self.torch_forward(block, state[part], kept[part])
         return losses, state, kept
 
     def backward(self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
@@ -104,19 +103,19 @@ class RowLoss:
         if x.backend == "triton":
             self.triton_backward(weights, x, state, kept, grad)
             return grad
-        # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
-        weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
         for part, block, block_grad in _blocks(x, grad):
-            self.torch_tiles(self.with_kept(block, kept[part]), block_grad, weights[part])
+            self.torch_backward(weights[part], block, state[part], kept[part], block_grad)
         return grad
 
-    def torch_forward(self, x: Operands, kept: Tensor) -> Tensor:
-        """Return losses `[N]`; fill `kept`."""
+    def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
+        """Return losses `[N]`; fill what `torch_backward` reads of `state` and `kept`."""
         return self.torch_tiles(x, None, None)
 
-    def with_kept(self, x: Operands, kept: Tensor) -> Operands:
-        """Return the operands of backward, from what the forward kept."""
-        return x
+    def torch_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        """Write the gradient, times `weights [N]`, into `grad`."""
+        self.torch_tiles(x, grad, weights)
 
 
 def _blocks(
@@ -181,17 +180,27 @@ class LocalEntropy(RowLoss):
         options = (self.top_k, self.objective, center, x.softcap, grad, weights)
         return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
 
-    def torch_forward(self, x: Operands, kept: Tensor) -> Tensor:
+    def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
         if self.select_by == "indices":
-            return self.torch_tiles(x, None, None)
-        scores = x.ref_logits if self.needs_reference else x.logits
-        kept.copy_(torch_backend.topk_indices(scores, self.top_k))
-        # a NaN of the reference ranks first, so it is in S
-        has_nan = scores.gather(-1, kept.long()).isnan().any(-1)
-        losses = self.torch_tiles(self.with_kept(x, kept), None, None)
-        return losses.masked_fill(has_nan, torch.nan)
+            losses = self.torch_tiles(x, None, None)
+        else:
+            scores = x.ref_logits if self.needs_reference else x.logits
+            kept.copy_(torch_backend.topk_indices(scores, self.top_k))
+            # a NaN of the reference ranks first, so it is in S
+            has_nan = scores.gather(-1, kept.long()).isnan().any(-1)
+            losses = self.torch_tiles(self._with_kept(x, kept), None, None)
+            losses = losses.masked_fill(has_nan, torch.nan)
+        state[:, 0] = losses
+        return losses
 
-    def with_kept(self, x: Operands, kept: Tensor) -> Operands:
+    def torch_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
+        weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
+        self.torch_tiles(self._with_kept(x, kept), grad, weights)
+
+    def _with_kept(self, x: Operands, kept: Tensor) -> Operands:
         return x if self.select_by == "indices" else replace(x, ref_logits=None, data=kept)
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +229,17 @@ class KL(RowLoss):
         options = (self.direction, x.softcap, x.ref_softcap, grad, weights)
         return torch_backend.kl(x.logits, x.ref_logits, *options)
 
+    def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
+        losses = self.torch_tiles(x, None, None)
+        state[:, 0] = losses
+        return losses
+
+    def torch_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        options = (state[:, 0], self.direction, x.softcap, x.ref_softcap, grad)
+        torch_backend.kl_backward(weights, x.logits, x.ref_logits, *options)
+
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.direction, x.softcap, x.ref_softcap)
         losses, state = _kernels("kl_div").forward(x.logits, x.ref_logits, *options)
@@ -247,6 +267,12 @@ class CrossEntropy(RowLoss):
     def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
         options = (self.ignore_index, x.softcap, grad, weights)
         return torch_backend.cross_entropy(x.logits, x.data, *options)
+
+    def torch_backward(
+        self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
+    ) -> None:
+        options = (self.ignore_index, x.softcap, grad)
+        torch_backend.cross_entropy_backward(weights, x.logits, x.data, *options)
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.ignore_index, x.softcap)

@@ -152,27 +152,53 @@ def kl(
         z, slope = capped(logits[tile], softcap)
         r, _ = capped(ref_logits[tile], ref_softcap)
         log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
-        if direction == "reverse":
-            # p_j (log p_j - log q_j - KL)
-            difference = log_p.sub_(log_q)
-            del log_q
-            p = z.softmax(-1)  # faster than exp
-            rows = torch.linalg.vecdot(p, difference)
-            out = difference.sub_(rows[:, None]).mul_(p) if grad is not None else None
+        reverse = direction == "reverse"
+        # softmax again is faster than exp
+        first, difference = (z, log_p.sub_(log_q)) if reverse else (r, log_q.sub_(log_p))
+        del log_p, log_q
+        p = first.softmax(-1)
+        losses[tile] = rows = torch.linalg.vecdot(p, difference)
+        right = bool(rows.isfinite().all())
+        if not right:
+            losses[tile] = reference.kl_loss(z, r, direction=direction)
+        if grad is None:
+            continue
+        w = None if weights is None else weights[tile]
+        if not right:
+            ones = torch.ones_like(rows)
+            store(grad[tile], reference.kl_gradient(z, r, ones, direction=direction), slope, w)
+        elif reverse:
+            store(grad[tile], difference.sub_(rows[:, None]).mul_(p), slope, w)
         else:
-            # p_j - q_j
-            q = r.softmax(-1)
-            rows = torch.linalg.vecdot(q, log_q.sub_(log_p))
-            del log_p, log_q
-            out = z.softmax(-1).sub_(q) if grad is not None else None
-        if not bool(rows.isfinite().all()):
-            rows = reference.kl_loss(z, r, direction=direction)
-            if grad is not None:
-                out = reference.kl_gradient(z, r, torch.ones_like(rows), direction=direction)
-        losses[tile] = rows
-        if grad is not None:
-            store(grad[tile], out, slope, None if weights is None else weights[tile])
+            store(grad[tile], z.softmax(-1).sub_(p), slope, w)
     return losses
+
+
+def kl_backward(
+    weights: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    losses: Tensor,
+    direction: str,
+    softcap: float | None,
+    ref_softcap: float | None,
+    grad: Tensor,
+) -> None:
+    """Write the gradient alone; `losses [N]` are those of `kl`."""
+    for tile in tiles(logits):
+        z, slope = capped(logits[tile], softcap)
+        r, _ = capped(ref_logits[tile], ref_softcap)
+        if not bool(losses[tile].isfinite().all()):
+            ones = torch.ones_like(weights[tile])
+            out = reference.kl_gradient(z, r, ones, direction=direction)
+        elif direction == "reverse":
+            # p_j ((z_j - r_j) - sum_i p_i (z_i - r_i)): the logarithms of the sums cancel
+            p, difference = z.softmax(-1), z - r
+            found = torch.linalg.vecdot(p, difference)
+            out = difference.sub_(found[:, None]).mul_(p)
+        else:
+            out = z.softmax(-1).sub_(r.softmax(-1))
+        store(grad[tile], out, slope, weights[tile])
 
 
 def cross_entropy(
@@ -192,10 +218,38 @@ def cross_entropy(
         losses[tile] = torch.where(counted, -log_p.gather(-1, target)[:, 0], 0)
         del log_p
         if grad is not None:
-            # softmax(z) - onehot(label)
-            out = z.softmax(-1)
-            out.scatter_add_(-1, target, torch.full_like(out[:, :1], -1.0))
-            if not bool(counted.all()):
-                out.masked_fill_(~counted[:, None], 0)
-            store(grad[tile], out, slope, None if weights is None else weights[tile])
+            w = None if weights is None else weights[tile]
+            _cross_entropy_gradient(z, target, counted, slope, w, grad[tile])
     return losses
+
+
+def cross_entropy_backward(
+    weights: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    grad: Tensor,
+) -> None:
+    """Write the gradient alone."""
+    for tile in tiles(logits):
+        z, slope = capped(logits[tile], softcap)
+        counted = labels[tile] != ignore_index
+        target = torch.where(counted, labels[tile], 0).long()[:, None]
+        _cross_entropy_gradient(z, target, counted, slope, weights[tile], grad[tile])
+
+
+def _cross_entropy_gradient(
+    z: Tensor,
+    target: Tensor,
+    counted: Tensor,
+    slope: Tensor | None,
+    weights: Tensor | None,
+    grad: Tensor,
+) -> None:
+    """softmax(z) - onehot(label)"""
+    out = z.softmax(-1)
+    out.scatter_add_(-1, target, torch.full_like(out[:, :1], -1.0))
+    if not bool(counted.all()):
+        out.masked_fill_(~counted[:, None], 0)
+    store(grad, out, slope, weights)
