@@ -42,7 +42,7 @@ WRITTEN = [
     ("T-38140", "[T-38140] [t38140] [T 38140] [T\u201338140] T-3814 T-381401 AT-38140"),
     ("GB29NWBK60161331926819", "[GB29 NWBK 6016 1331 9268 19] GB29 NWBK 6016 1331 9268 1"),
     ("A1234", "I ordered a 1234; [A 1234] [a1234] [A-1234]"),
-    ("4556", "the [4556] of 4,556.10 and 14556"),
+    ("4556", "the [4556] of 4,556.10, 4556.10 and 14556"),
 ]
 
 
@@ -74,6 +74,14 @@ def test_many_values_at_once():
     found = zip(*[one.find(texts) for one in alone], strict=True)
     assert together == [Counter(itertools.chain(*spans)) for spans in found]
     assert terms.hits == [one.hits[0] for one in alone] and sum(terms.hits) > len(WRITTEN)
+
+
+def test_a_number_of_another_field_is_no_phone_number():
+    text = "Order 07700 900181, ring +44 7700 900181."
+    for field, count in (("phone", 2), ("order no", 1)):
+        terms = Terms([Term("07700 900181", "x", field)])
+        (record,) = annotate([{"text": text}], annotators=[terms]).records
+        assert len(record["spans"]) == count
 
 
 def test_scores():
