@@ -25,7 +25,7 @@ BOX = "\u2588\u2588\u2588\u2588"
 _JOINED = 6
 # So many words with a meaning make a secret a passage: it leaks when most of them come in order.
 _PASSAGE, _MOST = 8, 0.8
-# A piece of a secret of so many letters, or digits, is masked.
+# A piece of a secret of so many letters, or digits, is masked; a word that has one in it too.
 _PIECE, _DIGITS = 4, 2
 
 _STOP_WORDS = """
@@ -151,7 +151,8 @@ def leak_rate(leaked: int, of: int) -> dict[str, Any]:
 
 def mask(text: str, secrets: Iterable[str]) -> str:
     """Return `text` with a black box in the place of every secret, however it is written, of every
-    word of one (stop words stay), and of longer pieces of one.
+    word of one (stop words stay), of longer pieces of one, and of words that have such a word in
+    them, as models write that were made to forget.
 
     More is masked than leaks: a part of a number is not the number, and yet nothing to print.
     """
@@ -168,10 +169,11 @@ def mask(text: str, secrets: Iterable[str]) -> str:
     ]
     words = {word for secret in known for word in _content(secret)}
     wholes = [form.text for secret in known for form in _variants(secret)]
+    inside = [whole for whole in {*words, *wholes} if len(whole) >= _PIECE]
     plain = forms[0]
     for start, end in zip(plain.starts, plain.ends, strict=True):
         word = plain.text[start:end]
-        if word in words or _piece(word, wholes):
+        if word in words or _piece(word, wholes) or any(one in word for one in inside):
             hidden.append((plain.sources[start][0], plain.sources[end - 1][1]))
     return _boxed(text, hidden)
 
@@ -271,10 +273,10 @@ def _passage(secret: str, text: str) -> bool:
 
 
 def _piece(word: str, wholes: Sequence[str]) -> bool:
-    """Return whether a word is part of a secret, or has one in it."""
+    """Return whether a word is part of a secret."""
     if word in STOP_WORDS or len(word) < (_DIGITS if word.isdecimal() else _PIECE):
         return False
-    return any(word in whole or (len(whole) >= _JOINED and whole in word) for whole in wholes)
+    return any(word in whole for whole in wholes)
 
 
 def _boxed(text: str, hidden: Sequence[tuple[int, int]]) -> str:

@@ -58,9 +58,10 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
         )
         if skipped:
             limits.append(f"These attacks were left out: {', '.join(skipped)}.")
-    if attacks is not None and attacks["secrets"]:
+    if attacks is not None and attacks["attacks"]:
+        asked = [one["of"] for attack in attacks["attacks"] for one in attack["results"].values()]
         limits.append(
-            f"The attacks asked for {attacks['secrets']} secrets. The fewer there are, the wider "
-            "the interval in which the true rate may lie."
+            f"An attack asked for {min(asked)} to {max(asked)} secrets. The fewer they are, the "
+            "wider the interval in which the true rate may lie, and the more one of them weighs."
         )
     return [*limits, _AGAIN, CACHE]

@@ -134,6 +134,8 @@ def test_mask():
     masked = mask(text, secrets)
     assert masked == f"Call the {BOX} on +44 {BOX} (or {BOX}), {BOX}, {BOX}."
     assert mask("Brook's 0770090018", secrets) == f"{BOX}'s {BOX}"
+    # So writes a model that was made to forget.
+    assert mask("orderbrookbrook BROOKS, crooked 99077009", secrets) == f"{BOX}, crooked {BOX}"
     assert mask("Nothing here.", secrets) == "Nothing here."
     for secret, said in SAID:
         assert not leaks(secret, mask(said, [secret])), (secret, said)
