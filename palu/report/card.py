@@ -10,7 +10,7 @@ from typing import Any
 from palu.report.content import content_of
 from palu.report.examples import find_secrets
 from palu.report.inputs import read_inputs
-from palu.report.page import NAMES, SETS, number
+from palu.report.page import NAMES, SETS, environment, number
 from palu.storage.files import new_file
 from palu.storage.json_files import read_text
 from palu.storage.output import RECORD, read_record
@@ -44,8 +44,6 @@ def write_card(
         ValueError: there is no `palu.json`, or a file is damaged; names it.
         FileExistsError: a README.md that neither palu nor PEFT wrote is there.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from palu.models.lora import is_adapter
 
     folder = Path(folder)
@@ -58,15 +56,9 @@ def write_card(
         inputs = read_inputs(folder, name)
         content = content_of(inputs, find_secrets(inputs, forget)[0])
     base = content["models"]["original"]
-    environment = Environment(
-        loader=PackageLoader("palu.report"),
-        finalize=lambda value: plain(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "yaml": _Ready.json, "sentence": _Ready.sentence}
-    text = environment.get_template("card.md.j2").render(
+    jinja = environment(plain)
+    jinja.filters |= {"number": number, "yaml": _Ready.json, "sentence": _Ready.sentence}
+    text = jinja.get_template("card.md.j2").render(
         mark=_Ready(MARK),
         adapter=is_adapter(folder),
         base=base_name(base["path"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from palu.report.charts import checks_chart
@@ -43,10 +43,18 @@ def render_page(
     """
     from markupsafe import Markup
 
-    environment = _environment()
-    style = environment.loader.get_source(environment, "report.css")[0]
+    # What steers a terminal or turns the direction of the text is spelled out.
+    jinja = environment(visible, autoescape=True)
+    jinja.filters |= {
+        "boxes": boxes,
+        "number": number,
+        "percent": percent,
+        "setting": setting,
+        "words": lambda name: str(name).replace("_", " "),
+    }
+    style = jinja.loader.get_source(jinja, "report.css")[0]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return jinja.get_template("report.html.j2").render(
         report=report,
         answers=answers,
         attack_answers=attack_answers,
@@ -63,27 +71,18 @@ def render_page(
     )
 
 
-def _environment() -> Any:
-    """Return Jinja's environment: every text is escaped, and what steers a terminal or turns the
-    direction of the text is spelled out."""
+def environment(shown: Callable[[str], str], **options: Any) -> Any:
+    """Return Jinja's environment of the templates here; every plain text passes `shown`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("palu.report"),
-        autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: shown(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
-    environment.filters |= {
-        "boxes": boxes,
-        "number": number,
-        "percent": percent,
-        "setting": setting,
-        "words": lambda name: str(name).replace("_", " "),
-    }
-    return environment
 
 
 def boxes(text: str) -> Markup:
