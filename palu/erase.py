@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,10 @@ class Request:
     """What is erased, out of what, and how.
 
     Attributes:
-        model: folder of the model.
-        records: the data that the model was tuned on, or as much of it as there is: any source that
-            `palu.load_examples` reads. The records in which a term is found are forgotten.
+        model: folder of the model, or its id on the hub.
+        records: the data that the model was tuned on, or as much of it as there is: a file, folder
+            or id on the hub that `palu.load_examples` reads. The records in which a term is found
+            are forgotten.
         output: folder for the result.
         terms: files of values to erase, or values; none: the spans that the records have already.
         columns, retain_columns: of `records` and `retain`, see `palu.load_examples`.
@@ -78,14 +79,14 @@ class Request:
         keep_work: leave `OUTPUT-work` where it is.
     """
 
-    model: Path
+    model: str | Path
     records: str
-    output: Path
-    terms: Sequence[str] = ()
+    output: str | Path
+    terms: str | Sequence[str] = ()
     columns: str | None = None
     retain: str | None = None
     retain_columns: str | None = None
-    retrained: Path | None = None
+    retrained: str | Path | None = None
     options: Sequence[str] = ()
     quick: bool = False
     seed: int = 0
@@ -100,8 +101,7 @@ class Request:
 
         named = [self.records, self.retain, *(term for term in self.terms if os.path.exists(term))]
         places = [local_path(one) for one in named if one is not None]
-        folders = [self.model] + ([] if self.retrained is None else [self.retrained])
-        return [Path(one) for one in (*places, *folders) if one is not None]
+        return [Path(one) for one in (*places, self.model, self.retrained) if one is not None]
 
 
 def erase(
@@ -132,6 +132,12 @@ def erase(
             run's files are in the way.
         UserError: `palu unlearn` failed; it has said why.
     """
+    from palu.models.hub import located
+
+    retrained = None if request.retrained is None else located(request.retrained)
+    terms = [request.terms] if isinstance(request.terms, str) else request.terms
+    places = {"model": located(request.model), "output": Path(request.output)}
+    request = replace(request, **places, retrained=retrained, terms=terms)
     with claim_output(request.output, overwrite=overwrite, inputs=tuple(request.inputs)) as claim:
         run = _Run(request, claim, unlearn or _in_a_process, stage)
         run.annotate()
