@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from palu.data.spans import check_text, shown
+from palu.data.spans import as_objects, check_text, integer, shown
 from palu.storage.json_files import NotJSON, parse
 
 QUESTION, ANSWER, TEXT, MESSAGES, SPANS = "question", "answer", "text", "messages", "spans"
@@ -110,6 +110,9 @@ def canonical(
         record, layout = _renamed(record, columns, found)
     else:
         layout = _layout_of(record, found)
+    for name in (SPANS, "perturbed_answer"):
+        if isinstance(record.get(name), str) and record[name].lstrip().startswith(("[", "{")):
+            record[name] = _json(name, record[name])  # of a CSV
     fields = {} if layout is None else {name: record.pop(name) for name in layout.columns}
     if layout is ALPACA:
         below = record.pop("input", None)
@@ -123,9 +126,6 @@ def canonical(
         fields = {MESSAGES: _as_turns(name, value)}
         if layout is SHAREGPT:
             _put_system_first(fields[MESSAGES], record)
-    for name in (SPANS, "perturbed_answer"):
-        if isinstance(record.get(name), str) and record[name].lstrip().startswith(("[", "{")):
-            record[name] = _json(name, record[name])  # of a CSV
     # What is left under such a name is none of the record's content.
     aside = {n for n in _CONTENT if layout and n not in fields and record.get(n) is not None}
     if layout is not None and (ANSWER in fields or MESSAGES in fields):
@@ -215,11 +215,7 @@ def _as_turns(name: str, value: Any) -> list[dict[str, Any]]:
     """Return a conversation as a list of `{"role", "content", ...}` with texts as contents."""
     if isinstance(value, str):
         value = _json(name, value)
-    lists = list(value.values()) if isinstance(value, Mapping) else []
-    if lists and all(isinstance(part, list) for part in lists):  # as `datasets` may store them
-        if len({len(part) for part in lists}) > 1:
-            raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
-        value = [dict(zip(value, parts, strict=True)) for parts in zip(*lists, strict=True)]
+    value = as_objects(name, value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"field {name!r} must be a list of messages, got {shown(value)}")
     return [_turn(f"field {name!r}: {name}[{n}]", message) for n, message in enumerate(value)]
@@ -265,10 +261,14 @@ def _put_system_first(turns: list[dict[str, Any]], record: dict[str, Any]) -> No
     if not isinstance(system, str) or not system.strip() or "system" in roles[:1]:
         return
     turns.insert(0, {"role": "system", "content": record.pop("system")})
-    if isinstance(record.get(SPANS), list):
-        record[SPANS] = [
-            {**span, "turn": span["turn"] + 1}
-            if isinstance(span, Mapping) and isinstance(span.get("turn"), int)
-            else span
-            for span in record[SPANS]
-        ]
+    spans = as_objects(SPANS, record.get(SPANS))
+    if isinstance(spans, Sequence):
+        record[SPANS] = [_one_later(span) for span in spans]
+
+
+def _one_later(span: Any) -> Any:
+    """Return a span of the turn after; one that is wrong stays, for messages."""
+    try:
+        return {**span, "turn": integer("'turn'", span["turn"]) + 1}
+    except (TypeError, KeyError):
+        return span

@@ -8,6 +8,7 @@ from palu.data.spans import (
     CHARACTERS,
     UNITS,
     Span,
+    as_objects,
     check_list,
     check_spans,
     check_text,
@@ -355,19 +356,13 @@ def _marked(where: str, of: str, text: str, group: _Numbered) -> Marked:
 
 
 def _as_list(name: str, value: Any) -> Any:
-    """Return the spans of a field as a list: the released format is JSON text, and `datasets` may
-    store a list of objects as an object of lists."""
+    """Return the spans of a field as a list: the released format is JSON text."""
     if name == "target_words" and isinstance(value, str):
         try:
             value = parse(value)
         except NotJSON as error:
             raise ValueError(f"field 'target_words' is not JSON: {error}") from None
-    lists = list(value.values()) if isinstance(value, Mapping) else []
-    if not lists or not all(isinstance(part, list) for part in lists):
-        return value
-    if len({len(part) for part in lists}) > 1:
-        raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
-    return [dict(zip(value, parts, strict=True)) for parts in zip(*lists, strict=True)]
+    return as_objects(name, value)
 
 
 def _said(span: Any) -> list[Any]:

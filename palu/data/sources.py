@@ -35,7 +35,7 @@ FORMATS = {
 READ = "JSON lines, JSON, CSV, TSV, Parquet and plain text (.txt), each also as .gz"
 
 _GZIP = b"\x1f\x8b"
-_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?:([\w.]+)")
+_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?:([\w.]+)")
 _BAD_TABLE = "is not a table that can be read"
 
 
@@ -98,8 +98,9 @@ def split_slice(path: str) -> tuple[str, slice]:
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name is a data set's on the hub: `org/name:split`, where no file or folder
-    of that name is here."""
-    return _HUB.fullmatch(name) is not None and not os.path.lexists(name)
+    `org/name` is here, which `datasets` would read, and copy into its cache."""
+    match = _HUB.fullmatch(name)
+    return match is not None and not any(map(os.path.lexists, (name, match[1])))
 
 
 def local_path(source: Any) -> str | None:
@@ -123,12 +124,12 @@ def _look(file: str) -> None:
     try:
         look(file, folder=True)
     except ValueError as error:
-        looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", file)
-        if "no such file" in str(error) and looks_like_one and not os.path.splitext(file)[1]:
-            raise ValueError(
-                f"{error} (a data set on the hub is named with its split: {file}:train)"
-            ) from None
-        raise
+        hint, before = "", file.rpartition(":")[0]
+        if before and os.path.exists(before):
+            hint = f" ({before} is here, and only data sets on the hub are named with a split)"
+        elif _HUB.fullmatch(f"{file}:train") and not os.path.splitext(file)[1]:
+            hint = f" (a data set on the hub is named with its split: {file}:train)"
+        raise ValueError(f"{error}{'' if os.path.lexists(file) else hint}") from None
 
 
 # ---- files ---------------------------------------------------------------------------------------

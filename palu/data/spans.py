@@ -53,6 +53,17 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
+def as_objects(name: str, value: Any) -> Any:
+    """Return a field's list of objects, which `datasets` may store as an object of lists. What is
+    neither stays as it is."""
+    lists = list(value.values()) if isinstance(value, Mapping) else []
+    if not lists or not all(isinstance(part, list) for part in lists):
+        return value
+    if len({len(part) for part in lists}) > 1:
+        raise ValueError(f"field {name!r} has lists of different lengths: {shown(value)}")
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*lists, strict=True)]
+
+
 def check_list(spans: Any) -> Sequence[Any]:
     """Return `spans`, which must be a list of spans. Raises TypeError otherwise."""
     if isinstance(spans, str | bytes | Mapping) or not isinstance(spans, Sequence):

@@ -7,6 +7,7 @@ import re
 import warnings
 
 import datasets
+import numpy
 import pandas
 import pytest
 
@@ -139,6 +140,12 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name:train").write_bytes(lines(RECORDS[:1]))
     assert load("org/name:train") == EXAMPLES[:1] and len(asked) == 4, "what is here comes first"
+    # `datasets` would read a folder that is here, and copy it into its cache.
+    (tmp_path / "org" / "here").mkdir()
+    for name in ("org/here:train", "org/here/config:train", "./org:train"):
+        with pytest.raises(ValueError, match=r"no such file or folder( \(\S+ is here, and only|$)"):
+            load(name)
+    assert len(asked) == 4
 
 
 TALK = [
@@ -181,8 +188,16 @@ def test_layouts(record, read):
     assert load_records([read])[0][0] == read, "what was read is read again as it is"
 
 
-def test_the_system_prompt_beside_a_conversation_moves_its_spans():
-    spans = [{"turn": 1, "start": 0, "end": 3, "text": "Ada"}]
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [{"turn": 1, "start": 0, "end": 3}],
+        [{"turn": numpy.int64(1), "start": 0, "end": 3}],
+        {"turn": [1], "start": [0], "end": [3]},
+        '[{"turn": 1, "start": 0, "end": 3}]',
+    ],
+)
+def test_the_system_prompt_beside_a_conversation_moves_its_spans(spans):
     record = {"conversations": SHARED, "system": "Be kind.", "spans": spans}
     (example,) = load([record])
     assert [t.role for t in example.turns] == ["system", "user", "assistant"]
