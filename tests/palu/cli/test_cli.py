@@ -65,7 +65,7 @@ def test_a_slice_of_a_file_and_no_retain(palu):
         ("--retain-loss l2", "retain_loss must be one of nll, kl, embed_diff, not 'l2'"),
         ("--device warp", "device must be auto, cpu"),
         ("--dtype int3", "dtype must be auto, float32, bfloat16, float16, not 'int3'"),
-        ("--max-length 1", "max_length"),
+        ("--max-length 1", "--max-length is 1; it must be at least 2"),
         ("--epochs 0", "--epochs is 0.0; it must be a finite number above 0"),
         ("--epochs nan", "--epochs is nan; it must be a finite number above 0"),
         ("--learning-rate inf", "--learning-rate is inf; it must be a finite number above 0"),
