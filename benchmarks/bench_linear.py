@@ -11,8 +11,10 @@ of the head's weight too. The providers:
 
 * `palu`: the linear operator of `palu_kernels`; for the forget loss, with S given as indices,
   `palu sparse` and `palu dense` where the cost model chooses for `palu`.
-* `eager`: logits by `torch.nn.functional.linear`, then `palu_kernels/reference.py`, under autograd.
-  `compile`: the same under `torch.compile`.
+* `eager`: logits by `torch.nn.functional.linear`, then the formula as one writes it for speed
+  (`providers.plain_loss`), under autograd. `compile`: the same under `torch.compile`.
+* `products`: no loss. The matrix products that eager cannot avoid, into new memory: the logits (for
+  a KL the reference's too) and, with the logits in the place of their gradient, the gradients.
 * `torch`, `torch chunked`: `torch.nn.functional.linear_cross_entropy` without and with
   `LinearCrossEntropyOptions()`.
 * `liger`, `cce`, `fla`: liger-kernel, cut-cross-entropy, flash-linear-attention.
@@ -29,10 +31,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import providers, runner
 from benchmarks.providers import differentiated, normal
-from benchmarks.runner import Case, Provider
+from benchmarks.runner import Call, Case, Provider
 from palu_kernels import (
     LMHead,
     linear_cross_entropy_loss,
@@ -60,7 +63,7 @@ class Inputs(NamedTuple):
     hidden: Tensor  # [rows, D], a leaf that wants its gradient
     head: LMHead
     ref_hidden: Tensor  # [rows, D]
-    indices: Tensor | None  # int32 [rows, k]
+    indices: Tensor | None  # int64 [rows, k]
     labels: Tensor  # [rows]
 
     @property
@@ -93,7 +96,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     indices = None
     if case.k is not None:
         parts = [head.logits(rows).topk(case.k, dim=-1).indices for rows in ref_hidden.split(64)]
-        indices = torch.cat(parts).sort(dim=-1).values.int()
+        indices = torch.cat(parts).sort(dim=-1).values
     weight.requires_grad_(case.kernel.endswith(TRAINED))
     return Inputs(hidden.requires_grad_(), head, ref_hidden, indices, labels)
 
@@ -113,16 +116,38 @@ def palu(case: Case, given: Inputs, implementation: str = "auto") -> Tensor:
 
 
 def eager(case: Case, given: Inputs) -> Tensor:
-    hidden, head, ref_hidden, indices, labels = given
-    needs_reference = case.kernel.startswith("linear_kl")
-    return providers.row_losses(
-        KERNELS[case.kernel],
-        head.logits(hidden),
-        k=case.k,
-        ref_logits=head.detach().logits(ref_hidden) if needs_reference else None,
-        indices=None if indices is None else indices.long(),
-        labels=labels,
-    ).mean()
+    return providers.plain_loss(KERNELS[case.kernel], **_operands(case, given))
+
+
+def definition(case: Case, given: Inputs) -> Tensor:
+    return providers.row_losses(KERNELS[case.kernel], **_operands(case, given)).mean()
+
+
+def _operands(case: Case, given: Inputs) -> dict[str, Tensor | int | None]:
+    softcap, ref_logits = given.head.softcap, None
+
+    def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        z = F.linear(hidden, weight)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    if case.kernel.startswith("linear_kl"):
+        ref_logits = logits(given.ref_hidden, given.head.weight.detach())
+    own = {"logits": logits(given.hidden, given.head.weight), "ref_logits": ref_logits}
+    return own | {"k": case.k, "indices": given.indices, "labels": given.labels}
+
+
+def products(case: Case, given: Inputs) -> Call:
+    hidden, weight = given.hidden.detach(), given.head.weight.detach()
+
+    def run() -> None:
+        logits = hidden @ weight.t()
+        if case.kernel.startswith("linear_kl"):
+            given.ref_hidden @ weight.t()
+        logits @ weight
+        if case.kernel.endswith(TRAINED):
+            logits.t() @ hidden
+
+    return Call(run)
 
 
 def providers_of(kernel: str) -> dict[str, Provider | str]:
@@ -132,7 +157,8 @@ def providers_of(kernel: str) -> dict[str, Provider | str]:
             loss = partial(palu, implementation=name)
             own[f"palu {name}"] = Provider(partial(differentiated, loss))
     order = sorted(own, key=lambda name: not name.startswith("palu"))
-    return {name: own[name] for name in order} | providers.peers_of(kernel, providers.ON_HIDDEN)
+    peers = providers.peers_of(kernel, providers.ON_HIDDEN)
+    return {name: own[name] for name in order} | {"products": Provider(products)} | peers
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +199,7 @@ BENCHMARK = runner.Benchmark(
     add_options=add_options,
     cases=cases,
     inputs=make_inputs,
-    truth=partial(providers.float64_truth, eager),
+    truth=partial(providers.float64_truth, definition),
     dtypes=("bfloat16",),
     repeats=2,
     calls=3,

@@ -12,8 +12,8 @@ given:
 
 * `released`: both models' logits of all positions and everything after them over all positions
   (`providers.py`), differentiated by autograd.
-* `compile`: both models' logits of the rows that carry a loss, then the definitions of
-  `palu_kernels/reference.py` under `torch.compile`, S by `torch.topk`: PyTorch alone.
+* `compile`: both models' logits of the rows that carry a loss, then the formulas as one writes them
+  for speed (`providers.plain_loss`) under `torch.compile`: PyTorch alone.
 * `liger`: the preserve loss by liger-kernel's fused linear JSD with beta 1; it has no forget loss,
   which is that of `compile` without `torch.compile`. It needs a GPU. (cut-cross-entropy has neither
   loss, flash-linear-attention not this direction of the KL.)
@@ -139,11 +139,11 @@ def liger(batch: Batch) -> Losses:
 
 
 def _flatten(logits: Tensor, ref_logits: Tensor, k: int) -> Tensor:
-    return row_losses("flatten", logits, k=k, ref_logits=ref_logits).mean()
+    return providers.plain_loss("flatten", logits, k=k, ref_logits=ref_logits)
 
 
 def _reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    return row_losses("kl_reverse", logits, ref_logits=ref_logits).mean()
+    return providers.plain_loss("kl_reverse", logits, ref_logits=ref_logits)
 
 
 @cache

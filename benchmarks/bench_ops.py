@@ -8,7 +8,8 @@ Rows of logits `[rows, V]` meet reference rows, indices or labels; the loss is t
 and the gradient is that of the logits. The providers:
 
 * `palu`: the operator of `palu_kernels`, by the backend that `auto` picks.
-* `eager`: `palu_kernels/reference.py` under autograd, S by `torch.topk`.
+* `eager`: the formula as one writes it for speed (`providers.plain_loss`), S by `torch.topk`, under
+  autograd.
 * `compile`: the same under `torch.compile`.
 * `liger`, `fla`: operators on logits of liger-kernel and flash-linear-attention.
 
@@ -39,7 +40,7 @@ from benchmarks.runner import Call, Case, Outputs, Provider
 from palu_kernels import cross_entropy_loss, kl_loss, local_entropy_loss, reference, topk_indices
 
 # S comes with the rows, or from the current logits, instead of from the reference's.
-BY_INDICES = {f"{name}_indices": name for name in ("flatten", "entropy")}
+BY_INDICES = {f"{name}_indices": name for name in FORGET}
 BY_CURRENT = {f"{name}_current": name for name in ("flatten", "entropy")}
 LOSSES = (*FORGET, *BY_INDICES, *KL, CROSS_ENTROPY, *BY_CURRENT)
 TOP_K = "topk_indices"
@@ -53,7 +54,7 @@ SIZES = {
 class Inputs(NamedTuple):
     logits: Tensor  # [rows, V], a leaf that wants its gradient
     ref_logits: Tensor  # [rows, V]
-    indices: Tensor  # int32 [rows, k]
+    indices: Tensor  # int64 [rows, k]
     labels: Tensor  # [rows]
 
     @property
@@ -78,7 +79,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     logits = ref_logits + normal(generator, 1, case.rows, case.V, dtype=dtype)
     if case.kernel in BY_CURRENT:
         logits = untied(logits, case.k)
-    indices = ref_logits.topk(case.k or 1, dim=-1).indices.sort(dim=-1).values.int()
+    indices = ref_logits.topk(case.k or 1, dim=-1).indices.sort(dim=-1).values
     labels = torch.randint(case.V, (case.rows,), generator=generator, device=device)
     return Inputs(logits.requires_grad_(), ref_logits, indices, labels)
 
@@ -98,15 +99,21 @@ def palu(case: Case, given: Inputs) -> Tensor:
 
 
 def eager(case: Case, given: Inputs) -> Tensor:
+    return providers.plain_loss(_loss(case), given.logits, **_rest(case, given))
+
+
+def definition(case: Case, given: Inputs) -> Tensor:
+    return providers.row_losses(_loss(case), given.logits, **_rest(case, given)).mean()
+
+
+def _rest(case: Case, given: Inputs) -> dict[str, Tensor | int | None]:
     logits, ref_logits, indices, labels = given
-    return providers.row_losses(
-        _loss(case),
-        logits,
-        k=case.k,
-        ref_logits=logits.detach() if case.kernel in BY_CURRENT else ref_logits,
-        indices=indices.long() if case.kernel in BY_INDICES else None,
-        labels=labels,
-    ).mean()
+    return {
+        "k": case.k,
+        "ref_logits": logits.detach() if case.kernel in BY_CURRENT else ref_logits,
+        "indices": indices if case.kernel in BY_INDICES else None,
+        "labels": labels,
+    }
 
 
 def _loss(case: Case) -> str:
@@ -121,7 +128,7 @@ def truth(case: Case, given: Inputs) -> Outputs:
         pieces = given.ref_logits.split(providers.TRUTH_ROWS)
         exact = [reference.topk_indices(piece.double(), case.k) for piece in pieces]
         return {"exact": torch.cat(exact)}
-    return providers.float64_truth(eager, case, given)
+    return providers.float64_truth(definition, case, given)
 
 
 def errors(case: Case, given: Inputs, outputs: Outputs, truth: Outputs) -> dict[str, float]:

@@ -195,13 +195,15 @@ def by_hand(session: Session, kind: str) -> dict[str, list[float]]:
         optimizer.zero_grad()
         return [float(number) for number in (sum(losses), *losses, norm)]
 
-    steps, seconds = [step()], []
+    steps, seconds, process = [step()], [], []
     with runner.PeakMemory(session.device) as peak:
         for _ in range(options["steps"]):
             numbers, taken = runner.timed(step, session.device)
             steps.append(numbers)
-            seconds.append(taken)
-    return _samples(steps, seconds, peak, _bytes(losses_of.reference))
+            seconds.append(taken.wall)
+            process.append(taken.process)
+    samples = _samples(steps, seconds, peak, _bytes(losses_of.reference))
+    return samples | ({"cpu_seconds": process} if session.device.type == "cpu" else {})
 
 
 def _samples(

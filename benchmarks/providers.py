@@ -1,7 +1,7 @@
 """What is measured beside this library, and what all providers share.
 
-* `eager`: the formulas of `palu_kernels.reference` in the inputs' own dtype, under autograd; in
-  float64 they are the truth. `compile`: the same under `torch.compile`.
+* `eager`: the formula as one writes it in PyTorch for speed (`plain_loss`), under autograd.
+  `compile`: the same under `torch.compile`. The truth is `palu_kernels.reference` in float64.
 * `released`: PALU's loss in the way of the released code, written from the method's formulas. Every
   position has logits, of both models; top-k, mean, log-softmax, exponential and products are taken
   over all of them in float32, for prompts and padding too; a mask at the end decides which rows
@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -78,6 +79,36 @@ def row_losses(
     return reference.cross_entropy_loss(logits, labels)
 
 
+def plain_loss(
+    kernel: str,
+    logits: Tensor,
+    *,
+    k: int | None = None,
+    ref_logits: Tensor | None = None,
+    indices: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Return the mean loss of logits `[rows, V]`, in float32, in the fewest passes that plain
+    operators of PyTorch make: no masks, S by `torch.topk` without an order."""
+    if kernel == CROSS_ENTROPY:
+        return F.cross_entropy(logits.float(), labels)
+    if kernel in KL:
+        p, q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+        if KL[kernel] == "forward":
+            p, q = q, p
+        return (p.exp() * (p - q)).sum(-1).mean()
+    if indices is None:
+        indices = ref_logits.topk(k, dim=-1, sorted=False).indices
+    if kernel == "flatten":
+        logits = logits.float()
+        return (logits.gather(-1, indices) - logits.mean(-1, keepdim=True)).square().mean()
+    chosen = logits.gather(-1, indices).float()
+    if kernel == "entropy":
+        log_q = chosen.log_softmax(-1)
+        return math.log(k) + (log_q.exp() * log_q).sum(-1).mean()
+    return (chosen - chosen.mean(-1, keepdim=True)).square().mean()
+
+
 def differentiated(loss: Loss, case: Case, given: Any) -> Call:
     """Forward plus backward: the loss and the gradients of `given.leaves`, by their names."""
     return Call(lambda: gradients(loss, case, given))
@@ -91,6 +122,7 @@ def gradients(loss: Loss, case: Case, given: Any) -> Outputs:
 
 
 def compiled(loss: Loss, case: Case, given: Any) -> Call:
+    torch.compiler.reset()  # one process may measure more cases than are recompiled for
     function = torch.compile(partial(loss, case), fullgraph=True, dynamic=False)
     return differentiated(lambda case, given: function(given), case, given)
 
@@ -118,6 +150,7 @@ def float64_truth(loss: Loss, case: Case, given: Any) -> Outputs:
 
 
 def own_providers(palu: Loss, eager: Loss) -> Providers:
+    """Return the three that every loss has."""
     return {
         "palu": Provider(partial(differentiated, palu)),
         "eager": Provider(partial(differentiated, eager)),

@@ -13,6 +13,12 @@ CPU one more for what PyTorch's allocator handed out, and the last ones are time
 
 `--repo DIR` measures the packages of another checkout. With `--together` one process measures
 everything (where a process takes long to start), and with `--seconds` none begins after that time.
+With `--in-turns` a process measures all cases of a dtype and a vocabulary, and the providers of a
+case take turns call by call: what the machine does beside hits all of them alike, so ratios are
+those of neighbours in time; resident memory, which they share, is not taken then. `--busy N` runs N
+processes beside that never rest. Threads are PyTorch's own choice unless `--threads` names them,
+and OpenMP waits as it does by default. On the CPU the time of the process on all its threads stands
+beside the wall's: on a busy machine it is the one that tells.
 A provider without an operation is a row that says so.
 """
 
@@ -35,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +67,9 @@ MOST_FLUSHES = 64
 _PACKAGES = ("torch", "triton", "transformers")
 # Settings of the one who measures that would change what is measured.
 _UNSET = ("TRITON_INTERPRET", "PALU_BACKEND", "PALU_CHECK", "PALU_TRITON_CPU")
+_UNSET += ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# It ends with the process that started it.
+_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
 # A worker whose palu and palu_kernels are another checkout's, and whose benchmarks are these.
 _OF_A_REPO = (
     "import runpy, sys; repo, root, module = sys.argv[1:4]; sys.path.insert(0, repo); "
@@ -182,6 +192,9 @@ class Benchmark:
 def work(benchmark: Benchmark, task: dict[str, Any]) -> None:
     """Print, a JSON line each, the position of a measurement in the task's list and its result;
     begin none after `task["seconds"]`."""
+    if task["in_turns"]:
+        work_in_turns(benchmark, task)
+        return
     start = time.monotonic()
     measure = benchmark.measure or measure_call
     for number, (values, provider) in enumerate(task["measurements"]):
@@ -197,12 +210,33 @@ def work(benchmark: Benchmark, task: dict[str, Any]) -> None:
             else:
                 result = measure(benchmark, case, provider, task)
         except Exception as error:  # whatever it is, the others have their turn
-            logging.getLogger(__name__).error("%s failed", provider, exc_info=True)
-            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            result = Result({}, f"failed: {said}"[:300])
+            result = _failed(provider, error)
         print(json.dumps([number, result]), flush=True)
         if torch.device(task["device"]).type != "cpu":
             _go_on(torch.device(task["device"]))
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _failed(provider: str, error: Exception) -> Result:
+    logging.getLogger(__name__).error("%s failed", provider, exc_info=error)
+    said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return Result({}, f"failed: {said}"[:300])
+
+
+def work_in_turns(benchmark: Benchmark, task: dict[str, Any]) -> None:
+    """Do `work` case by case: the providers of a case, neighbours in the task's list, take turns
+    call by call."""
+    start, first = time.monotonic(), 0
+    for values, keys in groupby(task["measurements"], lambda key: key[0]):
+        names = [name for _, name in keys]
+        if task["seconds"] is not None:
+            if time.monotonic() - start > task["seconds"]:
+                return
+            faulthandler.dump_traceback_later(STUCK * len(names), exit=True)
+        for number, result in enumerate(measure_in_turns(benchmark, Case(*values), names, task)):
+            print(json.dumps([first + number, result]), flush=True)
+        first += len(names)
+        gc.collect()
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -240,35 +274,88 @@ def measure_call(benchmark: Benchmark, case: Case, name: str, task: dict[str, An
     """Measure a provider in this process."""
     device = torch.device(task["device"])
     inputs = benchmark.inputs(case, device)
+    call, result = first_call(benchmark, case, name, inputs, task)
+    samples = result.samples
+    if result.status.startswith("wrong"):
+        return result
+    run = call.ready()
+    with PeakMemory(device) as peak:
+        run()
+    samples |= {"peak_bytes": [peak.extra], "bytes_before": [peak.before]}
+    if device.type == "cpu" and task["repeat"] == 0:  # the same number every time
+        samples["allocated_bytes"] = [allocated_by(call)]
+    times = [timed(call.ready(), device)[1] for _ in range(task["calls"])]
+    samples |= _seconds(times, device)
+    if device.type != "cpu" and task["calls"]:
+        of_device, of_host = device_times(call, device, task["calls"])
+        samples |= {"device_seconds": of_device, "host_seconds": of_host}
+    return result
+
+
+def measure_in_turns(
+    benchmark: Benchmark, case: Case, names: Sequence[str], task: dict[str, Any]
+) -> list[Result]:
+    """Measure the providers `names` of a case in this process: of each the first call, then
+    `task["calls"]` rounds in which every provider has one call, each round starting with the next
+    provider."""
+    device = torch.device(task["device"])
+    results, calls = {}, {}
+    try:
+        inputs = benchmark.inputs(case, device)
+    except Exception as error:
+        return [_failed(name, error) for name in names]
+    for name in names:
+        try:
+            if task["warm_up"]:
+                benchmark.kernels[case.kernel][name].make(case, inputs).ready()()
+                results[name] = Result({}, OK)
+                continue
+            call, results[name] = first_call(benchmark, case, name, inputs, task)
+            if is_bad(results[name].status):
+                continue
+            if device.type == "cpu" and task["repeat"] == 0:
+                results[name].samples["allocated_bytes"] = [allocated_by(call)]
+            calls[name] = call
+        except Exception as error:
+            results[name] = _failed(name, error)
+    times: dict[str, list[Times]] = {name: [] for name in calls}
+    for _, name in turns(list(calls), task["calls"]):
+        times[name].append(timed(calls[name].ready(), device)[1])
+    for name, own in times.items():
+        results[name].samples.update(_seconds(own, device))
+    return [results[name] for name in names]
+
+
+def first_call(
+    benchmark: Benchmark, case: Case, name: str, inputs: Any, task: dict[str, Any]
+) -> tuple[Call, Result]:
+    """Return a provider's call, and what its first run shows: how far off it is."""
+    device = torch.device(task["device"])
     provider = benchmark.kernels[case.kernel][name]
     call = provider.make(case, inputs)
-    place = environment(device, provider.package)
     with _logged_choice() as samples:
         outputs = call.ready()()
     status = OK
     if outputs is not None:  # a floor has none
         errors = benchmark.errors(case, inputs, outputs, _truth(benchmark, case, inputs, task))
         samples |= {f"{output}_error": [error] for output, error in errors.items()}
-        scalars = {key: t for key, t in outputs.items() if t.ndim == 0}
-        samples |= {key: [float(t)] for key, t in scalars.items()}
+        samples |= {key: [float(t)] for key, t in outputs.items() if t.ndim == 0}
         status = _judge(errors, case, provider, provider.allowed or benchmark.allowed)
-        del outputs, scalars
-        if status.startswith("wrong"):
-            return Result(samples, status, place)
+    return call, Result(samples, status, environment(device, provider.package))
+
+
+def allocated_by(call: Call) -> int:
     run = call.ready()
-    with PeakMemory(device) as peak:
+    with AllocatorPeak() as peak:
         run()
-    samples |= {"peak_bytes": [peak.extra], "bytes_before": [peak.before]}
-    if device.type == "cpu" and task["repeat"] == 0:  # the same number every time
-        run = call.ready()
-        with AllocatorPeak() as allocated:
-            run()
-        samples["allocated_bytes"] = [allocated.extra]
-    samples["seconds"] = [timed(call.ready(), device)[1] for _ in range(task["calls"])]
-    if device.type != "cpu" and task["calls"]:
-        of_device, of_host = device_times(call, device, task["calls"])
-        samples |= {"device_seconds": of_device, "host_seconds": of_host}
-    return Result(samples, status, place)
+    return peak.extra
+
+
+def _seconds(times: Sequence[Times], device: torch.device) -> dict[str, list[float]]:
+    samples = {"seconds": [one.wall for one in times]}
+    if device.type == "cpu":
+        samples["cpu_seconds"] = [one.process for one in times]
+    return samples
 
 
 def _judge(
@@ -312,15 +399,22 @@ def _logged_choice() -> Iterator[dict[str, list[float]]]:
         logger.setLevel(level)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Return (what the call returns, seconds until the device has done it)."""
+class Times(NamedTuple):
+    """Seconds of a call."""
+
+    wall: float  # until the device has done it
+    process: float  # of this process on all its threads
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, Times]:
+    """Return (what the call returns, what it took)."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     result = call()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, Times(time.perf_counter() - start, time.process_time() - used)
 
 
 def device_times(call: Call, device: torch.device, count: int) -> tuple[list[float], list[float]]:
@@ -429,7 +523,7 @@ def environment(device: torch.device, package: str | None = None) -> dict[str, A
     """Return the columns of `tables.ENVIRONMENT` that a worker knows, all but the commit; `package`
     is a peer that is measured."""
     if device.type == "cpu":
-        processor = f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs"
+        processor = f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs, {_matrix_unit()}"
     else:
         processor = torch.get_device_module(device).get_device_name(device)
     packages = _PACKAGES if package is None else (*_PACKAGES, package)
@@ -454,6 +548,12 @@ def not_installed(package: str) -> str | None:
 def _processor() -> str:
     name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return name[1] if name else platform.processor() or platform.machine()
+
+
+def _matrix_unit() -> str:
+    """Say whether the processor multiplies matrices of bfloat16 by itself."""
+    flags = re.search(r"^flags\s*:(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return "AMX" if flags and "amx_bf16" in flags[1].split() else "no AMX"
 
 
 def commit(repo: Path = ROOT) -> str:
@@ -494,7 +594,7 @@ def device_named(name: str) -> torch.device:
 
 
 def run_worker(
-    module: str, task: Mapping[str, Any], threads: int, repo: Path | None = None
+    module: str, task: Mapping[str, Any], threads: int | None, repo: Path | None = None
 ) -> Iterator[tuple[int, Result]]:
     """Start a script again as a worker and yield what it prints: positions and results.
 
@@ -502,9 +602,8 @@ def run_worker(
         RuntimeError: the process failed; with its status and the end of what it said.
     """
     variables = {name: value for name, value in os.environ.items() if name not in _UNSET}
-    variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # Threads that spin while they wait take a busy machine from each other.
-    variables["OMP_WAIT_POLICY"] = "PASSIVE"
+    if threads is not None:
+        variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     start = ["-m", module] if repo is None else ["-c", _OF_A_REPO, str(repo), str(ROOT), module]
     command = [sys.executable, *start, WORKER, json.dumps(task)]
     failed = False
@@ -532,9 +631,21 @@ def turns(providers: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
     """Yield (repeat, provider): in every repeat all providers, starting with the next one each
     time."""
     for repeat in range(repeats):
-        first = repeat % len(providers)
+        first = repeat % max(len(providers), 1)
         for provider in [*providers[first:], *providers[:first]]:
             yield repeat, provider
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Run `count` processes beside that never rest."""
+    processes = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def is_bad(status: str) -> bool:
@@ -559,14 +670,19 @@ class Record:
 
 
 class Run:
-    """A run of a benchmark: its records so far and the clock."""
+    """A run of a benchmark: its records so far and the clock. `earlier`: rows that stand before
+    its own in the file."""
 
-    def __init__(self, benchmark: Benchmark, given: argparse.Namespace) -> None:
-        self.benchmark, self.given = benchmark, given
+    def __init__(
+        self, benchmark: Benchmark, given: argparse.Namespace, earlier: Sequence[Row] = ()
+    ) -> None:
+        self.benchmark, self.given, self.earlier = benchmark, given, earlier
         self.end = None if given.seconds is None else time.monotonic() + given.seconds
         self.commit = given.commit or commit(given.repo or ROOT)
         self.records: dict[tuple[Case, str], Record] = {}
-        here = environment(given.device) | {"threads": given.threads}
+        here = environment(given.device)
+        if given.threads is not None:
+            here["threads"] = given.threads
         for case in selected(benchmark, given):
             for name, provider in asked_for(benchmark, case, given).items():
                 why = provider if isinstance(provider, str) else provider.why_not(given.device)
@@ -575,18 +691,33 @@ class Run:
 
     def rows(self) -> list[Row]:
         return [
-            row
-            for (case, provider), record in self.records.items()
-            for row in record.rows(case, provider, self.commit)
+            *self.earlier,
+            *(
+                row
+                for (case, provider), record in self.records.items()
+                for row in record.rows(case, provider, self.commit)
+            ),
         ]
 
     def measure_all(self) -> list[Row]:
         """Measure everything and return the rows, which are written after each measurement."""
         tables.write(self.given.csv, self.rows())
+        with busy(self.given.busy):
+            self._measure_all()
+        return self.rows()
+
+    def _measure_all(self) -> None:
+        if self.given.in_turns:
+            groups = tables.grouped(self.able, lambda key: (key[0].dtype, key[0].V))
+            for (dtype, V), keys in groups.items():
+                print(f"{self.benchmark.name} V={V} {dtype}", file=sys.stderr, flush=True)
+                for repeat in range(self.given.repeats):
+                    self._measure(keys, repeat, None)
+            return
         if self.given.together:
             for repeat in range(self.given.repeats):
                 self._measure(self.able, repeat, None)
-            return self.rows()
+            return
         cases = list(dict.fromkeys(case for case, _ in self.able))
         for number, case in enumerate(cases, 1):
             said = f"{number} of {len(cases)}: {tables.label(case)}"
@@ -597,7 +728,6 @@ class Run:
                     self._prepare(case, names, folder)
                 for repeat, name in turns(names, self.given.repeats):
                     self._measure([(case, name)], repeat, folder)
-        return self.rows()
 
     def _prepare(self, case: Case, names: Sequence[str], folder: str) -> None:
         task = self._task([(case, PREPARE)], 0, folder) | {"providers": names}
@@ -643,6 +773,8 @@ class Run:
             "calls": self.given.calls,
             "repeat": repeat,
             "folder": folder,
+            "in_turns": self.given.in_turns,
+            "warm_up": self.given.warm_up,
             "seconds": None if self.end is None else self.end - time.monotonic(),
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in own.items()},
         }
@@ -663,7 +795,11 @@ class Run:
 def selected(benchmark: Benchmark, given: argparse.Namespace) -> list[Case]:
     """Return the cases that were asked for, each once, and that a provider which was asked for
     has."""
-    cases = dict.fromkeys(benchmark.cases(given))
+    cases = benchmark.cases(given)
+    if given.busy:
+        beside = f"busy={given.busy}"
+        cases = [case._replace(setting=f"{case.setting} {beside}".strip()) for case in cases]
+    cases = dict.fromkeys(cases)
     return [c for c in cases if c.kernel in given.kernels and asked_for(benchmark, c, given)]
 
 
@@ -707,16 +843,22 @@ def options(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.N
     calls = "timed calls a process; 0: memory only"
     add("--calls", type=_count, default=benchmark.calls, help=calls)
     add("--repeats", type=positive, default=benchmark.repeats, help="processes a provider")
-    add("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    add("--threads", type=positive, help="default: PyTorch's own choice")
+    add("--busy", type=_count, default=0, help="processes beside that never rest")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     csv = RESULTS / (benchmark.csv or f"{benchmark.name}.csv")
     add("--csv", type=Path, default=csv, help="rows, and pictures beside it")
     add("--repo", type=Path, help="checkout whose palu and palu_kernels are measured")
     add("--commit", help="what is measured, where git cannot tell")
     add("--together", action="store_true", help="one process for all measurements")
+    together = "a process for a dtype and a vocabulary, in which providers take turns"
+    add("--in-turns", action="store_true", help=together)
+    add("--warm-up", action="store_true", help="with --in-turns: the first calls alone, untimed")
     add("--seconds", type=float, help="begin no measurement after this time")
     given = parser.parse_args(arguments)
     given.own = own
+    if given.in_turns and (given.together or benchmark.measure is not None):
+        parser.error("--in-turns is for providers that are calls, without --together")
     try:
         given.device = device_named(given.device)
     except ValueError as error:

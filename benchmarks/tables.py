@@ -26,6 +26,7 @@ COLUMNS = ("kernel", "provider", *CASE[1:], "metric", *QUANTILES, "samples", "va
 COLUMNS += ENVIRONMENT
 # Columns of a table beside time and status, where a row has them: heading, unit, format.
 MORE = {
+    "cpu_seconds": ("process ms", 1e-3, ".3f"),
     "device_seconds": ("device ms", 1e-3, ".3f"),
     "host_seconds": ("host ms", 1e-3, ".3f"),
     "peak_bytes": ("peak MiB", 2**20, ".1f"),

@@ -96,7 +96,8 @@ def test_every_provider_is_reported(run, together, capsys):
     status, rows = run(benchmark(), "--repeats", "3", *["--together"] * together)
     assert status == 0
     memory = {"peak_bytes", "bytes_before", "allocated_bytes"}
-    metrics = {"loss", "loss_error", "gradient_error", "seconds", *memory}
+    times = {"seconds", "cpu_seconds"}
+    metrics = {"loss", "loss_error", "gradient_error", *times, *memory}
     for name in ("right", "double"):
         assert {metric for who, metric in rows if who == name} == metrics
         row = rows[name, "seconds"]
@@ -105,7 +106,7 @@ def test_every_provider_is_reported(run, together, capsys):
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert (row["kernel"], row["V"], row["D"], row["rows"]) == ("square", 5, None, 3)
         assert rows[name, "gradient_error"]["p50"] < 1e-6
-    assert {metric for who, metric in rows if who == "floor"} == {"seconds", *memory}
+    assert {metric for who, metric in rows if who == "floor"} == {*times, *memory}
     why = {"peer": "surely-not-installed is not installed", "gpu": "needs a GPU"}
     why["none"] = "no such operation"
     out = capsys.readouterr().out
@@ -206,6 +207,7 @@ def test_the_implementation_that_kernels_log_is_noted(run):
         (["--device", "abacus"], "device 'abacus'"),
         (["--repo", "/tmp"], "--repo is /tmp; it must be a checkout"),
         (["--calls", "-1"], "is not at least 1"),
+        (["--in-turns", "--together"], "--in-turns is for providers that are calls"),
         (["--V", "--providers", "right"], "expected at least one"),
     ],
 )
@@ -220,6 +222,72 @@ def test_cases_are_measured_once_and_memory_alone(run, capsys):
     _, rows = run(benchmark(), *options)
     assert "1 of 2: square V=5 rows=3 float32" in capsys.readouterr().err
     assert rows["right", "peak_bytes"]["V"] == 7 and rows["right", "seconds"]["samples"] == "0"
+
+
+# ---- in turns ------------------------------------------------------------------------------------
+
+
+def test_in_turns(run):
+    """One process a case: every round has a call of each provider, and rotates who is first."""
+    order = []
+
+    def noted(name):
+        def loss(case, given):
+            order.append(name)
+            return square(case, given)
+
+        return provider(loss)
+
+    fake = benchmark(a=noted("a"), b=noted("b"), c=noted("c"), broken=provider(fails))
+    fake = dataclasses.replace(fake, calls=3)
+    names = ["--providers", "a", "b", "c", "broken", "peer"]
+    status, rows = run(fake, "--in-turns", "--repeats", "1", *names)
+    assert status == 1 and rows["broken", "seconds"]["status"] == "failed: no kernel image"
+    assert order[-9:] == [*"abc", *"bca", *"cab"] and len(order) == 9 + 2 * 3
+    metrics = {"loss", "loss_error", "gradient_error", "seconds", "cpu_seconds", "allocated_bytes"}
+    for name in "abc":
+        assert {metric for who, metric in rows if who == name} == metrics
+        assert rows[name, "seconds"]["samples"] == "3" and rows[name, "seconds"]["status"] == "ok"
+    assert rows["peer", "seconds"]["status"].endswith("is not installed")
+
+
+def test_a_wrong_provider_is_not_timed_in_turns(run):
+    options = ["--in-turns", "--repeats", "1", "--providers", "right", "wrong"]
+    status, rows = run(benchmark(wrong=provider(WRONG["half"])), *options)
+    assert status == 1 and rows["wrong", "gradient_error"]["status"].startswith("wrong: ")
+    assert ("wrong", "seconds") not in rows and rows["right", "seconds"]["samples"] == "2"
+
+
+def test_a_warm_up_calls_once_and_measures_nothing(run):
+    calls = []
+
+    def loss(case, given):
+        calls.append(case)
+        return square(case, given)
+
+    options = ["--in-turns", "--warm-up", "--repeats", "1", "--providers", "a"]
+    status, rows = run(benchmark(a=provider(loss)), *options)
+    assert status == 0 and len(calls) == 1 and rows["a", "seconds"]["samples"] == "0"
+
+
+def test_busy_processes_run_beside_and_end(run, monkeypatch):
+    """And the rows say so."""
+    started, running, popen = [], [], subprocess.Popen
+
+    def noted(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def loss(case, given):
+        running.append([process.poll() for process in started])
+        return square(case, given)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    options = ["--busy", "2", "--repeats", "1", "--providers", "a", "--commit", "abc"]
+    _, rows = run(benchmark(a=provider(loss)), *options)
+    assert running and all(one == [None, None] for one in running)
+    assert None not in [process.poll() for process in started]
+    assert rows["a", "seconds"]["setting"] == "busy=2"
 
 
 # ---- a process for many --------------------------------------------------------------------------
@@ -271,6 +339,7 @@ def test_what_was_not_measured_in_time_is_said(tmp_path, monkeypatch):
 
 def task(**more):
     given = {"device": "cpu", "calls": 1, "repeat": 0, "folder": None, "seconds": None}
+    given |= {"in_turns": False, "warm_up": False}
     return given | {"options": {}, "measurements": []} | more
 
 
@@ -329,11 +398,15 @@ def test_a_worker_is_another_process_with_plain_settings(tmp_path, monkeypatch, 
     (other / "palu" / "__init__.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{runner.ROOT}")
     monkeypatch.setenv("PALU_BACKEND", "triton")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     ((number, result),) = runner.run_worker("echo", {"shape": [1, 2]}, 3, other)
     said = result.environment
     assert number == 0 and said["task"] == {"shape": [1, 2]} and said["pid"] != os.getpid()
-    assert said["OMP_NUM_THREADS"] == "3" and said["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert said["OMP_NUM_THREADS"] == "3" and "OMP_WAIT_POLICY" not in said
     assert "PALU_BACKEND" not in said
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    ((_, result),) = runner.run_worker("echo", {}, None, other)
+    assert result.environment["OMP_NUM_THREADS"] == "5"  # what is there already
     assert said["kernels"].startswith(str(other))
     assert said["runner"].startswith(str(runner.ROOT))
     script.write_text("raise SystemExit('no memory')\n")
