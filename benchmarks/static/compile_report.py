@@ -7,12 +7,16 @@ executed. Every variant is then compiled for each target, and what it needs is r
 compiler leaves behind.
 
     python -m benchmarks.static.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] \\
-        [--json FILE]
+        [--triton FOLDER] [--json FILE]
     python -m benchmarks.static.compile_report --entries 8 16 32   # block sizes: registers
+
+`--triton` takes another Triton than the installed one: a folder that
+`pip install --target FOLDER --no-deps triton==3.6.0` has filled.
 
 The exit status is 1 if a variant does not compile or spills. Loads read `8x16 16x2`: eight of 16
 bytes, sixteen of 2, counted in the code and not by how often they run (the masked loads for the
-block at a row's end stand beside the wide ones for the blocks inside).
+block at a row's end stand beside the wide ones for the blocks inside). What the hot loop costs an
+entry is in the JSON, and for long rows in the table of `benchmarks.static.instructions`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ import contextlib
 import importlib
 import io
 import multiprocessing
-import os
 import re
 import sys
 import tempfile
@@ -34,10 +37,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.static import before_triton
+
 if __name__ == "__main__":
-    # both are read when triton and palu_kernels are imported; the worker processes inherit them
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["PALU_TRITON_CPU"] = "1"
+    before_triton()
 
 import torch
 import triton
@@ -46,6 +49,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+from benchmarks.static import machine_code
 from palu.storage.files import check_json, write_json
 from palu_kernels import functional as operators
 from palu_kernels.linear.chunked import buffer
@@ -274,6 +278,9 @@ def compile_one(task: Task) -> dict[str, Any]:
         row["shared"] = compiled.metadata.shared
         row["loads"] = access_widths(code, "load", nvidia)
         row["stores"] = access_widths(code, "store", nvidia)
+        loop = machine_code.hot_loop(compiled, nvidia)
+        entries = variant.named.get("BLOCK", 0) / row["threads"]
+        row["loop"] = loop.an_entry(entries) if loop and entries else None
     except Exception as error:  # any failure of the compiler is a result, not an accident
         row["error"] = f"{type(error).__name__}: {str(error).strip()}"
     return row
@@ -358,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--reduced", action="store_true", help="a few variants a kernel")
+    parser.add_argument("--triton", metavar="FOLDER", help="take Triton from there")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
     parser.add_argument("--entries", nargs="+", type=int, help="a thread's, of a block: try these")
@@ -375,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_json(given.json, {"kernels"}, "this report")
         except OSError as error:
             parser.error(f"--json: {error}")
-    print(FORMAT.format(*HEADINGS.split()))
+    print(f"triton {triton.__version__}\n{FORMAT.format(*HEADINGS.split())}")
     found: list[dict[str, Any]] = []
     for row in compiled_rows(tasks, given.jobs):
         found.append(row)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.static import instructions
+
 ROOT = Path(__file__).parents[2]
 MAKERS = (("sm_80", "sm_90", "sm_100"), ("gfx942",))
 REFERENCE = 1  # MEMBERS where another row says what is in S, so that two rows are read
@@ -159,6 +161,15 @@ def test_nothing_spills(run):
     spilling = [f"{named(row)}: {row['spills']}" for row in report if row.get("spills")]
     assert not spilling, "\n".join(spilling)
     assert done.returncode == 0
+
+
+def test_hot_loops_stay_within_their_bounds(report, archs):
+    counted = {row["kernel"] for row in report if row["arch"] != "gfx942" and row["loop"]}
+    if not counted:
+        pytest.skip("Triton has brought no nvdisasm, so no loop of NVIDIA's was counted")
+    assert counted >= set(instructions.BOUNDS)
+    worse = [f"{named(row)} {instructions.over(row)}" for row in report if instructions.over(row)]
+    assert not worse, "\n".join(worse)
 
 
 def test_rows_are_read_and_written_wide(streaming):
