@@ -176,32 +176,25 @@ class LocalEntropy(RowLoss):
         return None, x.data if x.backend == "torch" else None
 
     def torch_tiles(self, x: Operands, grad: Tensor | None, weights: Tensor | None) -> Tensor:
-        center = self.center_value if self.center_kind == "number" else self.center_kind
-        options = (self.top_k, self.objective, center, x.softcap, grad, weights)
+        options = (*self._torch_options, x.softcap, grad, weights)
         return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
 
     def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
-        if self.select_by == "indices":
-            losses = self.torch_tiles(x, None, None)
-        else:
-            scores = x.ref_logits if self.needs_reference else x.logits
-            kept.copy_(torch_backend.topk_indices(scores, self.top_k))
-            # a NaN of the reference ranks first, so it is in S
-            has_nan = scores.gather(-1, kept.long()).isnan().any(-1)
-            losses = self.torch_tiles(self._with_kept(x, kept), None, None)
-            losses = losses.masked_fill(has_nan, torch.nan)
-        state[:, 0] = losses
-        return losses
+        options = (*self._torch_options, x.softcap, None, None, state)
+        chosen = None if self.select_by == "indices" else kept
+        return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options, chosen)
 
     def torch_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
-        weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
-        self.torch_tiles(self._with_kept(x, kept), grad, weights)
+        s = x.data if self.select_by == "indices" else kept
+        options = (state, *self._torch_options, x.softcap, grad)
+        torch_backend.local_entropy_backward(weights, x.logits, s, *options)
 
-    def _with_kept(self, x: Operands, kept: Tensor) -> Operands:
-        return x if self.select_by == "indices" else replace(x, ref_logits=None, data=kept)
+    @property
+    def _torch_options(self) -> tuple[int, str, str | float]:
+        center = self.center_value if self.center_kind == "number" else self.center_kind
+        return self.top_k, self.objective, center
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.top_k, self.objective, self.center_kind, self.center_value, x.softcap)
@@ -230,14 +223,13 @@ class KL(RowLoss):
         return torch_backend.kl(x.logits, x.ref_logits, *options)
 
     def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
-        losses = self.torch_tiles(x, None, None)
-        state[:, 0] = losses
-        return losses
+        options = (self.direction, x.softcap, x.ref_softcap, None, None, state)
+        return torch_backend.kl(x.logits, x.ref_logits, *options)
 
     def torch_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        options = (state[:, 0], self.direction, x.softcap, x.ref_softcap, grad)
+        options = (state, self.direction, x.softcap, x.ref_softcap, grad)
         torch_backend.kl_backward(weights, x.logits, x.ref_logits, *options)
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,10 +260,14 @@ class CrossEntropy(RowLoss):
         options = (self.ignore_index, x.softcap, grad, weights)
         return torch_backend.cross_entropy(x.logits, x.data, *options)
 
+    def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
+        options = (self.ignore_index, x.softcap, None, None, state)
+        return torch_backend.cross_entropy(x.logits, x.data, *options)
+
     def torch_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        options = (self.ignore_index, x.softcap, grad)
+        options = (state, self.ignore_index, x.softcap, grad)
         torch_backend.cross_entropy_backward(weights, x.logits, x.data, *options)
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:

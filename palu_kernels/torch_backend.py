@@ -7,6 +7,9 @@ done again by `reference.py` itself.
 
 `grad` is where the gradient goes, which may be the logits themselves; None: none is made.
 `weights [N]` of the rows go into it (None: 1 each), never into the losses that are returned.
+
+Where a C compiler is found, `cpu/` computes the same in fused loops. Its forward leaves in `state`
+what its backward reads; a backward goes the way its forward went.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
+from palu_kernels import cpu, reference
 from palu_kernels.backend import accum_dtype
 
 TILE_ENTRIES = 2**19  # of a tile: 2 MB in float32
+SEGMENTS = 16  # entries whose maximum is looked at first where the largest are sought
 
 
 def tiles(logits: Tensor) -> Iterator[slice]:
@@ -49,28 +53,64 @@ def store(out: Tensor, grad: Tensor, slope: Tensor | None, weights: Tensor | Non
         torch.mul(grad, weights[:, None], out=out)
 
 
+def compiled(*tensors: Tensor | None, state: Tensor | None = None) -> cpu.Loops | None:
+    """Return the compiled loops where they take these rows; in backward, where they also made
+    `state [N, 4]`, whose last column nobody else sets."""
+    if state is not None and not (len(state) and float(state[0, 3])):
+        return None
+    return cpu.loops_for(*tensors)
+
+
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """`reference.topk_indices` without a sort of the whole row."""
     rows, columns = scores.shape
+    out = scores.new_empty((rows, min(k, columns)), dtype=torch.int32)
+    if loops := compiled(scores):
+        loops("topk", logits=scores, chosen=out, k=out.shape[1])
+        return out
     if k >= columns:
-        return torch.arange(columns, dtype=torch.int32, device=scores.device).repeat(rows, 1)
-    out = scores.new_empty((rows, k), dtype=torch.int32)
+        return out.copy_(torch.arange(columns, device=scores.device))
     for tile in tiles(scores):
-        row = scores[tile]
-        top = row.topk(k, sorted=False)
-        threshold = top.values.amin(-1, keepdim=True)
-        if bool(top.values.isnan().any()):
-            out[tile] = reference.topk_indices(row, k)  # a NaN compares with nothing
-            continue
-        # topk takes any of the entries that equal the smallest it takes: replace them by the first
-        taken = top.values == threshold
-        need = taken.sum(-1)
-        tie_row, tie_column = (row == threshold).nonzero(as_tuple=True)
-        ties = torch.bincount(tie_row, minlength=row.shape[0])
-        rank = torch.arange(tie_row.shape[0], device=row.device) - (ties.cumsum(0) - ties)[tie_row]
-        chosen = top.indices.masked_scatter(taken, tie_column[rank < need[tie_row]])
-        out[tile] = chosen.sort(-1).values
+        out[tile] = _chosen(scores[tile], k)
     return out
+
+
+def _chosen(row: Tensor, k: int) -> Tensor:
+    """Of a tile, int64 `[n, k]`."""
+    length = row.shape[1] // SEGMENTS
+    if 4 * k > length:
+        return _chosen_of_all(row, k)
+    # the k-th largest of the maxima of segments is no larger than the k-th largest entry
+    strided = row[:, : SEGMENTS * length].unflatten(-1, (SEGMENTS, length))
+    maxima = torch.cat([strided.amax(1), row[:, SEGMENTS * length :]], 1)
+    bound = maxima.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    if bool(maxima.isnan().any()):
+        return reference.topk_indices(row, k)  # a NaN compares with nothing
+    numbers, columns = (row >= bound).nonzero(as_tuple=True)
+    counts = torch.bincount(numbers, minlength=len(row))
+    place = torch.arange(len(numbers), device=row.device) - (counts.cumsum(0) - counts)[numbers]
+    # shorter rows end with their first column, behind those that count
+    candidates = columns.new_zeros((len(row), int(counts.max())))
+    candidates[numbers, place] = columns
+    values = row.gather(-1, candidates)
+    filled = torch.arange(candidates.shape[1], device=row.device) < counts[:, None]
+    values = values.masked_fill_(~filled, -math.inf)
+    return candidates.gather(-1, _chosen_of_all(values, k))
+
+
+def _chosen_of_all(row: Tensor, k: int) -> Tensor:
+    top = row.topk(k, sorted=False)
+    threshold = top.values.amin(-1, keepdim=True)
+    if bool(top.values.isnan().any()):
+        return reference.topk_indices(row, k).long()  # a NaN compares with nothing
+    # topk takes any of the entries that equal the smallest it takes: replace them by the first
+    taken = top.values == threshold
+    need = taken.sum(-1)
+    tie_row, tie_column = (row == threshold).nonzero(as_tuple=True)
+    ties = torch.bincount(tie_row, minlength=row.shape[0])
+    rank = torch.arange(tie_row.shape[0], device=row.device) - (ties.cumsum(0) - ties)[tie_row]
+    chosen = top.indices.masked_scatter(taken, tie_column[rank < need[tie_row]])
+    return chosen.sort(-1).values
 
 
 def local_entropy(
@@ -83,59 +123,126 @@ def local_entropy(
     softcap: float | None = None,
     grad: Tensor | None = None,
     weights: Tensor | None = None,
+    state: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
-    losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
+    """`chosen` int32 `[N, min(top_k, V)]`: where S goes, unless it is given."""
+    work = accum_dtype(logits.dtype)
+    losses = logits.new_empty(logits.shape[0], dtype=work)
+    if loops := compiled(logits, None if indices is not None else ref_logits, grad):
+        rows = {"logits": logits, "grad": grad, "weights": weights, "chosen": chosen}
+        options = _local_entropy_options(logits, ref_logits, indices, top_k, objective, center)
+        loops("local_entropy", **rows, losses=losses, state=state, softcap=softcap, **options)
+        return losses
+    is_global = objective == "flatten" and center == "global_mean"
     for tile in tiles(logits):
         x, w = logits[tile], None if weights is None else weights[tile]
-        z, slope = capped(x, softcap)
+        z, slope = (x, None) if softcap is None else capped(x, softcap)
+        # of S alone; of the rest, whether it is finite, and a mean in float64: entries far from 0
+        # lie nearer to it than float32 can tell
+        total = z.sum(-1, keepdim=True, dtype=torch.float64 if is_global else work)
         if indices is not None:
             s = indices[tile].long()
         else:
             scores = x if ref_logits is None else ref_logits[tile]
             s = topk_indices(scores, top_k).long()
             has_nan = scores.gather(-1, s).isnan().any(-1, keepdim=True)
-            z = torch.where(has_nan, torch.nan, z) if bool(has_nan.any()) else z
-        total, z_s = z.sum(-1, keepdim=True), z.gather(-1, s)
-        off_s = torch.zeros_like(total)
-        if objective == "flatten":
-            # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c))
-            if center == "global_mean":  # in two numbers, as reference.mean_in_two
-                near = total / z.shape[1]
-                deviation = (z_s - near) - (z - near).mean(-1, keepdim=True)
-            elif center == "local_mean":
-                deviation = z_s - z_s.mean(-1, keepdim=True)
-                deviation -= deviation.mean(-1, keepdim=True)
-            else:
-                deviation = z_s - center
-            rows = deviation.square().mean(-1)
-            on_s = deviation * (2 / z_s.shape[1])
-            if center == "global_mean":
-                off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]
-        else:
-            # q_j (log q_j + H) on S
-            log_q = z_s.log_softmax(-1)
-            q = log_q.exp()
-            negative_entropy = (q * log_q).sum(-1, keepdim=True)
-            rows = math.log(z_s.shape[1]) + negative_entropy[:, 0]
-            on_s = q * (log_q - negative_entropy)
-        if bool((rows + total[:, 0]).isfinite().all()):
-            losses[tile] = rows
-            if grad is not None and slope is None:
-                on_s += off_s
-                if w is not None:
-                    on_s, off_s = on_s * w[:, None], off_s * w[:, None]
-                grad[tile] = off_s
-                grad[tile].scatter_(-1, s, on_s.to(grad.dtype))
-            elif grad is not None:
-                store(grad[tile], off_s.expand_as(z).scatter(-1, s, on_s + off_s), slope, w)
-            continue
-        options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
-        losses[tile] = rows = reference.local_entropy_loss(z, None, **options)
-        if grad is not None:
-            ones = torch.ones_like(rows)
-            right = reference.local_entropy_gradient(z, None, ones, **options)
-            store(grad[tile], right, slope, w)
+            total = total.masked_fill(has_nan, torch.nan)
+            if chosen is not None:
+                chosen[tile] = s
+        z_s = z.gather(-1, s).to(work)
+        rows, on_s, off_s = _on_s(z_s, total, z.shape[1], objective, center)
+        if not bool((rows + total[:, 0]).isfinite().all()):
+            z, slope = capped(x, softcap)
+            z = torch.where(total.isnan(), torch.nan, z)
+            options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
+            rows = reference.local_entropy_loss(z, None, **options)
+            if grad is not None:
+                ones = torch.ones_like(rows)
+                right = reference.local_entropy_gradient(z, None, ones, **options)
+                store(grad[tile], right, slope, w)
+        elif grad is not None and slope is None:
+            on_s += off_s
+            if w is not None:
+                on_s, off_s = on_s * w[:, None], off_s * w[:, None]
+            grad[tile] = off_s
+            grad[tile].scatter_(-1, s, on_s.to(grad.dtype))
+        elif grad is not None:
+            store(grad[tile], off_s.expand_as(z).scatter(-1, s, on_s + off_s), slope, w)
+        losses[tile] = rows
+    if state is not None:
+        state[:, 0] = losses
     return losses
+
+
+def _on_s(
+    z_s: Tensor, total: Tensor, columns: int, objective: str, center: str | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses, and what the gradient is at S beyond its value off S `[N, 1]`."""
+    off_s = torch.zeros_like(z_s[:, :1])
+    if objective == "entropy":
+        # q_j (log q_j + H) on S
+        log_q = z_s.log_softmax(-1)
+        q = log_q.exp()
+        negative_entropy = (q * log_q).sum(-1, keepdim=True)
+        rows = math.log(z_s.shape[1]) + negative_entropy[:, 0]
+        return rows, q * (log_q - negative_entropy), off_s
+    # (2/k) * ([j in S](z_j - c) - (1/V) * sum_S(z_i - c))
+    if center == "global_mean":
+        deviation = (z_s - total / columns).to(z_s.dtype)
+    elif center == "local_mean":
+        deviation = z_s - z_s.mean(-1, keepdim=True)
+        deviation -= deviation.mean(-1, keepdim=True)
+    else:
+        deviation = z_s - center
+    on_s = deviation * (2 / z_s.shape[1])
+    if center == "global_mean":
+        off_s = -on_s.sum(-1, keepdim=True) / columns
+    return deviation.square().mean(-1), on_s, off_s
+
+
+def local_entropy_backward(
+    weights: Tensor,
+    logits: Tensor,
+    indices: Tensor,
+    state: Tensor,
+    top_k: int,
+    objective: str,
+    center: str | float,
+    softcap: float | None,
+    grad: Tensor,
+) -> None:
+    """Write the gradient alone; `state` is that of `local_entropy`, `indices` are its S."""
+    if loops := compiled(logits, grad, state=state):
+        rows = {"logits": logits, "grad": grad, "weights": weights, "softcap": softcap}
+        options = _local_entropy_options(logits, None, indices, top_k, objective, center)
+        loops("local_entropy", **rows, state=state, **options)
+        return
+    # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
+    weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
+    local_entropy(
+        logits, None, indices, top_k, objective, center, softcap, grad=grad, weights=weights
+    )
+
+
+def _local_entropy_options(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    objective: str,
+    center: str | float,
+) -> dict:
+    number = not isinstance(center, str)
+    kind = "entropy" if objective == "entropy" else "number" if number else center
+    return {
+        "objective": cpu.OBJECTIVES[kind],
+        "center": float(center) if number else None,
+        "k": min(top_k, logits.shape[1]),
+        "indices": indices,
+        "ref_logits": ref_logits if indices is None else None,
+        "select_by_current": int(ref_logits is None),
+    }
 
 
 def kl(
@@ -146,8 +253,14 @@ def kl(
     ref_softcap: float | None = None,
     grad: Tensor | None = None,
     weights: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
+    if loops := compiled(logits, ref_logits, grad):
+        options = _kl_options(direction, softcap, ref_softcap)
+        rows = {"logits": logits, "ref_logits": ref_logits, "grad": grad, "weights": weights}
+        loops("kl", **rows, losses=losses, state=state, **options)
+        return losses
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         r, _ = capped(ref_logits[tile], ref_softcap)
@@ -161,6 +274,8 @@ def kl(
         right = bool(rows.isfinite().all())
         if not right:
             losses[tile] = reference.kl_loss(z, r, direction=direction)
+        if state is not None:
+            state[tile, 0] = losses[tile]
         if grad is None:
             continue
         w = None if weights is None else weights[tile]
@@ -178,17 +293,22 @@ def kl_backward(
     weights: Tensor,
     logits: Tensor,
     ref_logits: Tensor,
-    losses: Tensor,
+    state: Tensor,
     direction: str,
     softcap: float | None,
     ref_softcap: float | None,
     grad: Tensor,
 ) -> None:
-    """Write the gradient alone; `losses [N]` are those of `kl`."""
+    """Write the gradient alone; `state` is that of `kl`."""
+    if loops := compiled(logits, ref_logits, grad, state=state):
+        options = _kl_options(direction, softcap, ref_softcap)
+        rows = {"logits": logits, "ref_logits": ref_logits, "grad": grad, "weights": weights}
+        loops("kl", **rows, state=state, **options)
+        return
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         r, _ = capped(ref_logits[tile], ref_softcap)
-        if not bool(losses[tile].isfinite().all()):
+        if not bool(state[tile, 0].isfinite().all()):
             ones = torch.ones_like(weights[tile])
             out = reference.kl_gradient(z, r, ones, direction=direction)
         elif direction == "reverse":
@@ -201,6 +321,14 @@ def kl_backward(
         store(grad[tile], out, slope, weights[tile])
 
 
+def _kl_options(direction: str, softcap: float | None, ref_softcap: float | None) -> dict:
+    return {
+        "forward_kl": int(direction == "forward"),
+        "softcap": softcap,
+        "ref_softcap": ref_softcap,
+    }
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -208,8 +336,14 @@ def cross_entropy(
     softcap: float | None = None,
     grad: Tensor | None = None,
     weights: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
+    if loops := compiled(logits, grad):
+        rows = {"logits": logits, "labels": labels, "grad": grad}
+        options = {"ignore_index": ignore_index, "softcap": softcap, "weights": weights}
+        loops("cross_entropy", **rows, losses=losses, state=state, **options)
+        return losses
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         counted = labels[tile] != ignore_index
@@ -227,11 +361,17 @@ def cross_entropy_backward(
     weights: Tensor,
     logits: Tensor,
     labels: Tensor,
+    state: Tensor,
     ignore_index: int,
     softcap: float | None,
     grad: Tensor,
 ) -> None:
-    """Write the gradient alone."""
+    """Write the gradient alone; `state` is that of `cross_entropy`."""
+    if loops := compiled(logits, grad, state=state):
+        rows = {"logits": logits, "labels": labels, "grad": grad}
+        options = {"ignore_index": ignore_index, "softcap": softcap, "weights": weights}
+        loops("cross_entropy", **rows, state=state, **options)
+        return
     for tile in tiles(logits):
         z, slope = capped(logits[tile], softcap)
         counted = labels[tile] != ignore_index

@@ -81,7 +81,7 @@ FAULTS = [
     ),
     Fault(
         "flatten's gradient without the term of the mean",
-        [("off_s = -on_s.sum(-1, keepdim=True) / z.shape[1]", "off_s = 0 * on_s[:, :1]")],
+        [("off_s = -on_s.sum(-1, keepdim=True) / columns", "off_s = 0 * on_s[:, :1]")],
         "eager torch_backend operators check",
     ),
     Fault(

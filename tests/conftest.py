@@ -4,6 +4,8 @@ import os
 
 # Threads that spin while they wait make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what a compiler makes of the CPU path's loops has tests of its own (test_cpu_extension.py)
+os.environ.setdefault("PALU_CPU_EXTENSION", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

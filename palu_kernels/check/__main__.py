@@ -41,6 +41,7 @@ from palu_kernels import functional as operators
 from palu_kernels import reference
 from palu_kernels.backend import triton_runs_on
 from palu_kernels.check.linear_cases import LinearCase, compare_linear, linear_cases, poisoned
+from palu_kernels.cpu import served_by
 
 CAPS = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 DTYPES = tuple(CAPS)
@@ -320,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--json: {error}")
 
     print(f"palu_kernels on {device}, backend {backend}, torch {torch.__version__}")
+    if backend == "torch" and device.type == "cpu":
+        print(f"served by {served_by()}")
     print(f"{'operator':<64}{'what':<10}{'error':>10}{'allowed':>10}{'worst':>7}")
     results = []
     for result in comparisons(options.quick, device, backend):

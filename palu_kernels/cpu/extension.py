@@ -1,0 +1,143 @@
+"""The loops of `rows.c` on tensors, once they are compiled and agree with the definition."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from palu_kernels.cpu import build, verify
+
+
+class Args(ctypes.Structure):
+    """`Args` of `rows.c`."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("logits", "ref_logits", "indices", "labels")]
+        + [(name, ctypes.c_void_p) for name in ("grad", "weights", "losses", "state", "chosen")]
+        + [(name, ctypes.c_int64) for name in ("rows", "columns", "k")]
+        + [(name, ctypes.c_int64) for name in ("stride", "ref_stride", "grad_stride")]
+        + [("ignore_index", ctypes.c_int64)]
+        + [(name, ctypes.c_int32) for name in ("type", "wide_indices", "objective")]
+        + [(name, ctypes.c_int32) for name in ("forward_kl", "select_by_current")]
+        + [(name, ctypes.c_float) for name in ("softcap", "ref_softcap", "center")]
+    )
+
+
+OBJECTIVES = {"global_mean": 0, "local_mean": 1, "number": 2, "entropy": 3}
+
+
+@dataclass(frozen=True)
+class Loops:
+    """The compiled library, and how its rows get threads."""
+
+    library: ctypes.CDLL
+    parallel: int | None  # the address of GOMP_parallel; None: one thread
+
+    KINDS: ClassVar = {"cross_entropy": 0, "kl": 1, "topk": 2, "local_entropy": 3}
+    TYPES: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+    STRIDES: ClassVar = {"logits": "stride", "ref_logits": "ref_stride", "grad": "grad_stride"}
+
+    DTYPES: ClassVar = {"weights": torch.float32, "labels": torch.int64}
+
+    def __call__(self, kind: str, **values: Tensor | float | None) -> None:
+        """Compute rows `logits [N, V]`; `values` are fields of `Args`, None for what is absent.
+
+        What is written (`grad`, `losses`, `state`, `chosen`) has the dtype and the place that the
+        loops write to; what is only read is made so.
+        """
+        logits, kept = values["logits"], []
+        args = Args(type=self.TYPES[logits.dtype], rows=logits.shape[0], columns=logits.shape[1])
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                if name in self.STRIDES:
+                    setattr(args, self.STRIDES[name], value.stride(0))
+                else:
+                    value = value.to(self.DTYPES.get(name, value.dtype)).contiguous()
+                if name == "indices":
+                    args.wide_indices = int(value.dtype == torch.int64)
+                kept.append(value)
+                value = value.data_ptr()
+            if value is not None:
+                setattr(args, name, value)
+        threads = torch.get_num_threads()
+        parallel = ctypes.c_void_p(self.parallel)
+        if self.library.palu_rows(ctypes.byref(args), self.KINDS[kind], parallel, threads):
+            raise MemoryError(f"palu_kernels: no memory for rows of {logits.shape[1]} entries")
+
+
+def loops_for(*tensors: Tensor | None) -> Loops | None:
+    """Return the loops if they take such rows: of one dtype they know, entries side by side."""
+    first = tensors[0]
+    fit = all(
+        t is None
+        or (
+            type(t) in (Tensor, torch.nn.Parameter)  # what is traced has no memory
+            and t.device.type == "cpu"
+            and t.dtype == first.dtype
+            and (t.shape[-1] == 1 or t.stride(-1) == 1)
+        )
+        for t in tensors
+    )
+    # a float32 holds the number of live entries
+    fit = fit and first.dtype in Loops.TYPES and 0 < first.shape[-1] < 2**24
+    return _opened()[0] if fit else None
+
+
+def served_by() -> str:
+    """Return, in words, what computes losses on the CPU; the first call may compile it."""
+    return _opened()[1]
+
+
+_lock = threading.RLock()
+
+
+def _opened() -> tuple[Loops | None, str]:
+    with _lock:  # or two threads would compile
+        return _open()
+
+
+@lru_cache  # decided once: a backward reads what the same way's forward left
+def _open() -> tuple[Loops | None, str]:
+    """Return the loops, or None, and what to tell of it."""
+    if os.environ.get("PALU_CPU_EXTENSION") == "0":
+        return None, "plain PyTorch: PALU_CPU_EXTENSION is 0"
+    try:
+        library, compiler = build.library()
+    except (build.BuildError, OSError) as error:
+        return None, f"plain PyTorch: no compiled loops, {error}"
+    parallel, threads = _openmp()
+    loops = Loops(library, parallel)
+    wrong = verify.differences(loops)
+    if wrong:
+        warnings.warn(
+            f"palu_kernels: the compiled loops ({compiler}) differ from the definition in "
+            f"{', '.join(wrong)}; plain PyTorch serves instead",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, f"plain PyTorch: the compiled loops ({compiler}) were wrong"
+    return loops, f"compiled loops ({compiler}), {threads}"
+
+
+def _openmp() -> tuple[int | None, str]:
+    """Return the address of GOMP_parallel in the OpenMP runtime that PyTorch calls, and what to
+    tell of it. Of a second runtime the threads would spin beside those of the first."""
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    # PyTorch's calls too find what was loaded for all (LD_PRELOAD) before what it came with
+    for path in (None, str(library)):
+        try:
+            runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            address = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        return address, "PyTorch's threads"
+    return None, "one thread"
