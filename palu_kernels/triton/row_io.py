@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palu_kernels import tuned
 from palu_kernels.layout import (
     ALIGNED,
     LANES,
@@ -121,7 +122,8 @@ class RowLaunch:
         the others are copied if they start otherwise.
 
         A row is cut into splits of two blocks at least, until there are about `programs` times as
-        many programs as fill the chip.
+        many programs as fill the chip. What was measured on such a card (`palu_kernels.tuned`) is
+        taken instead, where a row is longer than a block.
 
         Raises:
             ValueError: `out`, which comes last, starts otherwise: what is written into a copy would
@@ -144,8 +146,15 @@ class RowLaunch:
         rows_per_batch = max(rows, 1) if even else shape[-2]
         strides = tuple(s for batch, row in steps for s in (0 if even else batch, row))
         block, warps = block_of(n_cols, first.element_size())
+        programs *= programs_wanted(first.device)
+        if n_cols > block:
+            reads, writes = len(tensors) - (out is not None), int(out is not None)
+            walk = tuned.Walk(reads, writes, first.element_size(), n_cols, rows)
+            if (own := tuned.settings_of(first.device, walk)) is not None:
+                block, warps = own.block, own.warps
+                programs = own.programs * multiprocessors(first.device)
         blocks = triton.cdiv(n_cols + LANES - 1, block)
-        wanted = programs * programs_wanted(first.device) // max(rows, 1)
+        wanted = programs // max(rows, 1)
         each = triton.cdiv(blocks, max(1, min(blocks // 2, wanted)))
         splits = triton.cdiv(blocks, each)
         return cls(
@@ -198,7 +207,11 @@ def sum_four(a, b, c, d):
 
 def programs_wanted(device: torch.device) -> int:
     """Programs that fill the chip: four a multiprocessor."""
-    return 4 * _multiprocessors(device.type, device.index)
+    return 4 * multiprocessors(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return _multiprocessors(device.type, device.index)
 
 
 @lru_cache
