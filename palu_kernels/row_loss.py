@@ -91,7 +91,7 @@ class RowLoss:
             return self.triton_forward(x)
         rows = math.prod(x.logits.shape[:-1])
         losses = x.logits.new_empty(rows, dtype=accum_dtype(x.logits.dtype))
-        kept = x.logits.new_empty(self.kept_shape(x), dtype=torch.int32)
+        kept = x.logits.new_zeros(self.kept_shape(x), dtype=torch.int32)
         state = losses.new_zeros((rows, STATE), dtype=torch.float32)
         for part, block, _ in _blocks(x):
             losses[part] = self.torch_forward(block, state[part], kept[part])
@@ -162,14 +162,14 @@ class LocalEntropy(RowLoss):
         return self.sparse and is_global
 
     def check_values(self, data: Tensor, vocab_size: int) -> None:
-        validation.index_values(data.reshape(-1, data.shape[-1]), vocab_size)
+        torch_backend.check_indices(data.reshape(-1, data.shape[-1]), vocab_size)
 
     def kept_shape(self, x: Operands) -> tuple[int, ...]:
-        """S: from PyTorch its indices unless they were given; from the kernels a bit an entry, or
-        threshold key and tie cut where the logits themselves choose."""
+        """S: from PyTorch its indices, or if they were given its entries; from the kernels a bit an
+        entry, or threshold key and tie cut where the logits themselves choose."""
         rows, vocab_size = math.prod(x.logits.shape[:-1]), x.logits.shape[-1]
         if x.backend == "torch":
-            return rows, 0 if self.select_by == "indices" else min(self.top_k, vocab_size)
+            return rows, min(self.top_k, vocab_size)
         return (2, rows) if self.select_by == "current" else (rows, bitmap_words(vocab_size))
 
     def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
@@ -180,16 +180,15 @@ class LocalEntropy(RowLoss):
         return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
 
     def torch_forward(self, x: Operands, state: Tensor, kept: Tensor) -> Tensor:
-        options = (*self._torch_options, x.softcap, None, None, state)
-        chosen = None if self.select_by == "indices" else kept
-        return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options, chosen)
+        options = (*self._torch_options, x.softcap, None, None, state, kept)
+        return torch_backend.local_entropy(x.logits, x.ref_logits, x.data, *options)
 
     def torch_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        s = x.data if self.select_by == "indices" else kept
-        options = (state, *self._torch_options, x.softcap, grad)
-        torch_backend.local_entropy_backward(weights, x.logits, s, *options)
+        s = (x.data, kept) if self.select_by == "indices" else (kept, None)
+        options = (*s, state, *self._torch_options, x.softcap, grad)
+        torch_backend.local_entropy_backward(weights, x.logits, *options)
 
     @property
     def _torch_options(self) -> tuple[int, str, str | float]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from palu_kernels import cpu, reference
+from palu_kernels import cpu, reference, validation
 from palu_kernels.backend import accum_dtype
 
 TILE_ENTRIES = 2**19  # of a tile: 2 MB in float32
@@ -124,13 +124,15 @@ def local_entropy(
     grad: Tensor | None = None,
     weights: Tensor | None = None,
     state: Tensor | None = None,
-    chosen: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`chosen` int32 `[N, min(top_k, V)]`: where S goes, unless it is given."""
+    """`kept` int32 `[N, min(top_k, V)]` is for backward: of S the indices, or if those are given
+    its entries."""
     work = accum_dtype(logits.dtype)
     losses = logits.new_empty(logits.shape[0], dtype=work)
     if loops := compiled(logits, None if indices is not None else ref_logits, grad):
-        rows = {"logits": logits, "grad": grad, "weights": weights, "chosen": chosen}
+        rows = {"logits": logits, "grad": grad, "weights": weights}
+        rows["chosen" if indices is None else "values"] = kept
         options = _local_entropy_options(logits, ref_logits, indices, top_k, objective, center)
         loops("local_entropy", **rows, losses=losses, state=state, softcap=softcap, **options)
         return losses
@@ -148,8 +150,8 @@ def local_entropy(
             s = topk_indices(scores, top_k).long()
             has_nan = scores.gather(-1, s).isnan().any(-1, keepdim=True)
             total = total.masked_fill(has_nan, torch.nan)
-            if chosen is not None:
-                chosen[tile] = s
+            if kept is not None:
+                kept[tile] = s
         z_s = z.gather(-1, s).to(work)
         rows, on_s, off_s = _on_s(z_s, total, z.shape[1], objective, center)
         if not bool((rows + total[:, 0]).isfinite().all()):
@@ -205,6 +207,7 @@ def local_entropy_backward(
     weights: Tensor,
     logits: Tensor,
     indices: Tensor,
+    values: Tensor | None,
     state: Tensor,
     top_k: int,
     objective: str,
@@ -212,17 +215,29 @@ def local_entropy_backward(
     softcap: float | None,
     grad: Tensor,
 ) -> None:
-    """Write the gradient alone; `state` is that of `local_entropy`, `indices` are its S."""
+    """Write the gradient alone; `state` is that of `local_entropy`, `indices` are its S and
+    `values`, where it kept those, S's entries."""
     if loops := compiled(logits, grad, state=state):
-        rows = {"logits": logits, "grad": grad, "weights": weights, "softcap": softcap}
+        rows = {"logits": logits, "grad": grad, "weights": weights, "values": values}
         options = _local_entropy_options(logits, None, indices, top_k, objective, center)
-        loops("local_entropy", **rows, state=state, **options)
+        loops("local_entropy", **rows, state=state, softcap=softcap, **options)
         return
     # the gradient of a row whose loss is NaN is NaN, also where the reference's row held it
     weights = torch.where(state[:, 0].isnan(), torch.nan, weights)
     local_entropy(
         logits, None, indices, top_k, objective, center, softcap, grad=grad, weights=weights
     )
+
+
+def check_indices(indices: Tensor, columns: int) -> None:
+    """Raise ValueError unless indices `[N, k]` are in range and unique along a row."""
+    bad = None
+    if loops := cpu.loops_for():
+        bad = indices.new_zeros(len(indices), dtype=torch.int32)
+        rows, k = indices.shape
+        loops("indices", indices=indices, bad=bad, rows=rows, columns=columns, k=k)
+    if bad is None or bool(bad.any()):
+        validation.index_values(indices, columns)
 
 
 def _local_entropy_options(

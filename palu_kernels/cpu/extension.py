@@ -22,7 +22,8 @@ class Args(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("logits", "ref_logits", "indices", "labels")]
-        + [(name, ctypes.c_void_p) for name in ("grad", "weights", "losses", "state", "chosen")]
+        + [(name, ctypes.c_void_p) for name in ("grad", "weights", "losses", "state")]
+        + [(name, ctypes.c_void_p) for name in ("chosen", "values", "bad")]
         + [(name, ctypes.c_int64) for name in ("rows", "columns", "k")]
         + [(name, ctypes.c_int64) for name in ("stride", "ref_stride", "grad_stride")]
         + [("ignore_index", ctypes.c_int64)]
@@ -42,20 +43,22 @@ class Loops:
     library: ctypes.CDLL
     parallel: int | None  # the address of GOMP_parallel; None: one thread
 
-    KINDS: ClassVar = {"cross_entropy": 0, "kl": 1, "topk": 2, "local_entropy": 3}
+    KINDS: ClassVar = {"cross_entropy": 0, "kl": 1, "topk": 2, "local_entropy": 3, "indices": 4}
     TYPES: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
     STRIDES: ClassVar = {"logits": "stride", "ref_logits": "ref_stride", "grad": "grad_stride"}
 
     DTYPES: ClassVar = {"weights": torch.float32, "labels": torch.int64}
 
     def __call__(self, kind: str, **values: Tensor | float | None) -> None:
-        """Compute rows `logits [N, V]`; `values` are fields of `Args`, None for what is absent.
+        """Compute rows; `values` are fields of `Args`, None for what is absent.
 
         What is written (`grad`, `losses`, `state`, `chosen`) has the dtype and the place that the
         loops write to; what is only read is made so.
         """
-        logits, kept = values["logits"], []
-        args = Args(type=self.TYPES[logits.dtype], rows=logits.shape[0], columns=logits.shape[1])
+        kept, args = [], Args()
+        if "logits" in values:
+            args.rows, args.columns = values["logits"].shape
+            args.type = self.TYPES[values["logits"].dtype]
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if name in self.STRIDES:
@@ -71,11 +74,13 @@ class Loops:
         threads = torch.get_num_threads()
         parallel = ctypes.c_void_p(self.parallel)
         if self.library.palu_rows(ctypes.byref(args), self.KINDS[kind], parallel, threads):
-            raise MemoryError(f"palu_kernels: no memory for rows of {logits.shape[1]} entries")
+            raise MemoryError(f"palu_kernels: no memory for rows of {args.columns} entries")
 
 
 def loops_for(*tensors: Tensor | None) -> Loops | None:
     """Return the loops if they take such rows: of one dtype they know, entries side by side."""
+    if not tensors:
+        return _opened()[0]
     first = tensors[0]
     fit = all(
         t is None

@@ -16,6 +16,7 @@
 #define SEGMENTS 256 /* entries that leave LANES maxima */
 
 enum { FLOAT32, BFLOAT16, FLOAT16, TYPES };
+enum { CROSS_ENTROPY, KL, TOPK, LOCAL_ENTROPY, INDICES };
 enum { FLATTEN_GLOBAL, FLATTEN_LOCAL, FLATTEN_NUMBER, ENTROPY };
 
 typedef struct {
@@ -25,6 +26,8 @@ typedef struct {
     float *losses;           /* NULL: backward, which reads `state` */
     float *state;            /* [rows, 4]; NULL: nobody wants it */
     int32_t *chosen;         /* [rows, k]: where the chosen indices go */
+    float *values;           /* [rows, k]: entries of S, from forward to backward; may be NULL */
+    int32_t *bad;            /* [rows]: whether its indices are out of range or not unique */
     int64_t rows, columns, k;
     int64_t stride, ref_stride, grad_stride; /* between rows, in entries */
     int64_t ignore_index;
@@ -153,6 +156,10 @@ INLINE double raise(Sum *s, float top, float *shift) {
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE void fill(void *row, int64_t columns, float x, int type) {
+    if (x == 0.0f) {
+        memset(row, 0, bytes(columns, type));
+        return;
+    }
     for (int64_t j = 0; j < columns; j++) store(row, j, x, type);
 }
 
@@ -436,46 +443,55 @@ INLINE int64_t index_of(const Args *a, int64_t i, int64_t j) {
 
 /* Loss of a row and, into `slopes`, what each entry of S has of the gradient by itself. */
 static float flatten_of(const float *z, int64_t k, double center, int local, float *slopes, double *sum) {
-    double live = 0.0, total = 0.0, squares = 0.0;
+    double total = 0.0, squares = 0.0, deviations = 0.0;
+    int32_t masked = 0;
+#pragma omp simd reduction(+ : total, masked)
     for (int64_t j = 0; j < k; j++) {
-        live += z[j] != -INFINITY;
-        total += z[j] == -INFINITY ? 0.0 : z[j];
+        masked += z[j] == -INFINITY;
+        total += z[j] == -INFINITY ? 0.0f : z[j];
     }
-    if (live == 0.0) live = 1.0;
+    double live = k > masked ? (double)(k - masked) : 1.0, share = 2.0 / live;
     if (local) center = total / live;
-    *sum = 0.0;
+#pragma omp simd reduction(+ : squares, deviations)
     for (int64_t j = 0; j < k; j++) {
         double deviation = z[j] == -INFINITY ? 0.0 : z[j] - center;
         squares += deviation * deviation;
-        *sum += deviation * 2.0 / live;
-        slopes[j] = (float)(deviation * 2.0 / live);
+        deviations += deviation;
+        slopes[j] = (float)(deviation * share);
     }
+    *sum = deviations * share;
     return (float)(squares / live);
 }
 
 static float entropy_of(const float *z, int64_t k, float *slopes) {
-    double live = 0.0, total = 0.0, negative = 0.0;
-    float top = -INFINITY;
-    for (int64_t j = 0; j < k; j++) {
-        live += z[j] != -INFINITY;
-        top = z[j] > top ? z[j] : top;
-    }
-    if (live == 0.0) {
-        for (int64_t j = 0; j < k; j++) slopes[j] = 0.0f;
+    double total = 0.0, negative = 0.0;
+    float top = largest(z, 0, k, FLOAT32, 0, 0.0f);
+    int32_t masked = 0;
+    if (top == -INFINITY) { /* S is masked as a whole */
+        memset(slopes, 0, k * sizeof *slopes);
         return 0.0f;
     }
-    for (int64_t j = 0; j < k; j++) slopes[j] = expo(z[j] - top);
-    for (int64_t j = 0; j < k; j++) total += slopes[j];
+#pragma omp simd reduction(+ : total, masked)
+    for (int64_t j = 0; j < k; j++) {
+        masked += z[j] == -INFINITY;
+        slopes[j] = expo(z[j] - top);
+        total += slopes[j];
+    }
     double log_total = log(total);
+    float shift = (float)(top + log_total), rest = (float)(top + log_total - shift);
+#pragma omp simd reduction(+ : negative)
     for (int64_t j = 0; j < k; j++) {
-        double log_q = (double)z[j] - top - log_total, q = slopes[j] / total;
-        negative += z[j] == -INFINITY ? 0.0 : q * log_q;
+        float log_q = (z[j] - shift) - rest, term = slopes[j] * log_q;
+        negative += z[j] == -INFINITY ? 0.0f : term;
     }
+    negative /= total;
+    float share = (float)(1.0 / total), entropy = (float)-negative;
+#pragma omp simd
     for (int64_t j = 0; j < k; j++) {
-        double log_q = (double)z[j] - top - log_total, q = slopes[j] / total;
-        slopes[j] = z[j] == -INFINITY ? 0.0f : (float)(q * (log_q - negative));
+        float log_q = (z[j] - shift) - rest, slope = slopes[j] * share * (log_q + entropy);
+        slopes[j] = z[j] == -INFINITY ? 0.0f : slope;
     }
-    return (float)(log(live) + negative);
+    return (float)(log((double)(k - masked)) + negative);
 }
 
 INLINE void local_entropy_row(const Args *given, int64_t i, void *scratch, int type, int has_cap) {
@@ -493,21 +509,27 @@ INLINE void local_entropy_row(const Args *given, int64_t i, void *scratch, int t
         spoiled = choose_of(scores, V, k, type, chosen, rest + k);
         a->indices = chosen, a->wide_indices = 0, first = 0;
     }
-    for (int64_t j = 0; j < k; j++)
-        z_s[j] = capped(z, index_of(a, first, j), type, has_cap, a->softcap, cap_slopes + j);
     double mean, live;
     if (a->losses) {
         double total = 0.0;
-        int32_t masked = 0;
+        int32_t masked = 0, has_nan = 0;
+        if (a->objective == FLATTEN_GLOBAL) {
 #pragma omp simd reduction(+ : total, masked)
-        for (int64_t j = 0; j < V; j++) {
-            float x = entry(z, j, type, has_cap, a->softcap);
-            masked += x == -INFINITY;
-            total += x == -INFINITY ? 0.0f : x;
+            for (int64_t j = 0; j < V; j++) {
+                float x = entry(z, j, type, has_cap, a->softcap);
+                masked += x == -INFINITY;
+                total += x == -INFINITY ? 0.0f : x;
+            }
+        } else {
+#pragma omp simd reduction(| : has_nan)
+            for (int64_t j = 0; j < V; j++) {
+                float x = load(z, j, type);
+                has_nan |= x != x;
+            }
         }
         live = V - masked;
         mean = total / (live > 0.0 ? live : 1.0);
-        if (spoiled) mean = NAN;
+        if (spoiled || has_nan) mean = NAN;
     } else {
         mean = (double)state[0] + (double)state[1], live = state[2];
     }
@@ -522,6 +544,15 @@ INLINE void local_entropy_row(const Args *given, int64_t i, void *scratch, int t
         if (grad) fill(grad, V, NAN, type);
         return;
     }
+    float *values = a->values ? a->values + i * k : NULL;
+    if (a->losses || !values) { /* after the row was read as a whole, where it was */
+        for (int64_t j = 0; j < k; j++) z_s[j] = load(z, index_of(a, first, j), type);
+        if (values) memcpy(values, z_s, k * sizeof *z_s);
+    } else {
+        memcpy(z_s, values, k * sizeof *z_s);
+    }
+    for (int64_t j = 0; j < k; j++)
+        z_s[j] = capped(z_s, j, FLOAT32, has_cap, a->softcap, cap_slopes + j);
     double sum = 0.0, center = a->objective == FLATTEN_GLOBAL ? mean : a->center;
     float loss = a->objective == ENTROPY
                      ? entropy_of(z_s, k, slopes)
@@ -540,8 +571,27 @@ INLINE void local_entropy_row(const Args *given, int64_t i, void *scratch, int t
     }
     for (int64_t j = 0; j < k; j++) {
         float g = (slopes[j] + off_s) * cap_slopes[j] * w;
-        store(grad, index_of(a, first, j), z_s[j] == -INFINITY ? 0.0f : g, type);
+        slopes[j] = z_s[j] == -INFINITY ? 0.0f : g;
     }
+    for (int64_t j = 0; j < k; j++) store(grad, index_of(a, first, j), slopes[j], type);
+}
+
+INLINE void indices_row(const Args *a, int64_t i, void *scratch, int type, int has_cap) {
+    uint8_t *seen = scratch;
+    int32_t bad = 0;
+    (void)type, (void)has_cap;
+    memset(seen, 0, a->columns / 8 + 1);
+    for (int64_t j = 0; j < a->k; j++) {
+        int64_t column = index_of(a, i, j);
+        if (column < 0 || column >= a->columns) {
+            bad = 1;
+            continue;
+        }
+        uint8_t bit = (uint8_t)(1 << (column & 7));
+        bad |= seen[column >> 3] & bit;
+        seen[column >> 3] |= bit;
+    }
+    a->bad[i] = bad;
 }
 
 /* ---- rows over threads ---- */
@@ -588,6 +638,7 @@ VARIANTS(cross_entropy_row)
 VARIANTS(kl_row)
 VARIANTS(topk_row)
 VARIANTS(local_entropy_row)
+VARIANT(indices_row, FLOAT32, 0)
 
 int64_t palu_args_size(void) { return sizeof(Args); }
 
@@ -595,10 +646,13 @@ int64_t palu_args_size(void) { return sizeof(Args); }
    the OpenMP runtime that PyTorch uses; without one, on this thread. Returns 1 for lack of memory. */
 int palu_rows(const Args *a, int kind, Parallel parallel, int threads) {
     const Row(*tables[])[2] = {cross_entropy_rows, kl_rows, topk_rows, local_entropy_rows};
-    Job job = {.args = a, .row = tables[kind][a->type][a->softcap != 0.0f || a->ref_softcap != 0.0f]};
-    job.step = 1 + 16384 / (a->columns + 1);
-    if (kind == 2) job.scratch = 4 * choose_needs(a->columns);
-    if (kind == 3) job.scratch = 4 * (4 * a->k + (a->indices ? 0 : choose_needs(a->columns)));
+    int has_cap = a->softcap != 0.0f || a->ref_softcap != 0.0f;
+    Job job = {.args = a, .step = 1 + 16384 / (a->columns + 1)};
+    job.row = kind == INDICES ? indices_row_FLOAT32_0 : tables[kind][a->type][has_cap];
+    if (kind == TOPK) job.scratch = 4 * choose_needs(a->columns);
+    if (kind == LOCAL_ENTROPY)
+        job.scratch = 4 * (4 * a->k + (a->indices ? 0 : choose_needs(a->columns)));
+    if (kind == INDICES) job.scratch = a->columns / 8 + 1;
     if (parallel && threads > 1 && a->rows > job.step) {
         parallel(work, &job, (unsigned)threads, 0);
     } else {

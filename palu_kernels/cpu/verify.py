@@ -50,7 +50,13 @@ def _comparisons(loops: Callable) -> Iterator[tuple[str, bool]]:
             if not cap:
                 chosen = torch.empty(9, K, dtype=torch.int32)
                 loops("topk", logits=r, chosen=chosen, k=K)
-                yield f"top-k {dtype}", torch.equal(chosen, reference.topk_indices(r, K))
+                yield f"top-k {str(dtype)[6:]}", torch.equal(chosen, reference.topk_indices(r, K))
+    indices = torch.stack([torch.arange(K) * 35 + i for i in range(4)])
+    indices[1, -1], indices[2, 3], indices[3, 5] = indices[1, 0], -1, COLUMNS
+    bad = torch.empty(4, dtype=torch.int32)
+    for values in (indices, indices.int()):
+        loops("indices", indices=values, bad=bad, rows=4, columns=COLUMNS, k=K)
+        yield "indices", bad.bool().tolist() == [False, True, True, True]
 
 
 def _operators(z: Tensor, r: Tensor, labels: Tensor, cap: float) -> dict[str, tuple]:

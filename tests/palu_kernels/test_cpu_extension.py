@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from palu_kernels import cpu, kl_loss, reference, topk_indices, torch_backend
+from palu_kernels import cpu, kl_loss, local_entropy_loss, reference, topk_indices, torch_backend
 from palu_kernels.check.__main__ import KINDS, cases, compare
 from palu_kernels.cpu import build, extension, verify
 from tests.palu_kernels import test_eager, test_masked_rows, test_operators
@@ -79,6 +79,17 @@ def test_the_operators_use_them(loops, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_indices_are_checked(loops, dtype):
+    z = torch.randn(2, 30)
+    for last, message in ((30, "holds 30"), (-1, "holds -1"), (4, "unique")):
+        indices = torch.tensor([[7, 4, 29], [3, 4, last]], dtype=dtype)
+        with pytest.raises(ValueError, match=message):
+            local_entropy_loss(z, indices=indices, top_k=3)
+    local_entropy_loss(z, indices=indices[:1].repeat(2, 1), top_k=3)
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [None, test_eager.CAP])
 def test_in_place(loops, cap, dtype):
@@ -123,7 +134,7 @@ def test_topk_is_exact(loops, dtype):
 @needs_compiler
 @pytest.mark.parametrize("name", test_operators.NAMES)
 def test_the_number_of_threads_changes_nothing(loops, name):
-    """Also beside a compiled operator's own threads: rows are handed out one by one."""
+    """Rows are handed out one by one."""
     z, ref, labels, indices = test_operators.inputs(40, columns=3001)
     made, before = [], torch.get_num_threads()
     try:
@@ -169,6 +180,8 @@ def test_loops_that_differ_are_refused(again, built, kind):
         true(self, called, **values)
         if called == kind and kind == "topk":
             values["chosen"][4, 3] += 1
+        elif called == kind and kind == "indices":
+            values["bad"][0] = 1
         elif called == kind and values.get("grad") is not None:
             values["grad"][4, 7] = 0.5
 
