@@ -154,16 +154,13 @@ def local_entropy(
                 kept[tile] = s
         z_s = z.gather(-1, s).to(work)
         rows, on_s, off_s = _on_s(z_s, total, z.shape[1], objective, center)
-        if not bool((rows + total[:, 0]).isfinite().all()):
-            z, slope = capped(x, softcap)
-            z = torch.where(total.isnan(), torch.nan, z)
-            options = {"top_k": top_k, "indices": s, "objective": objective, "center": center}
-            rows = reference.local_entropy_loss(z, None, **options)
-            if grad is not None:
-                ones = torch.ones_like(rows)
-                right = reference.local_entropy_gradient(z, None, ones, **options)
-                store(grad[tile], right, slope, w)
-        elif grad is not None and slope is None:
+        spoiled = (~(rows + total[:, 0]).isfinite()).nonzero()[:, 0]
+        fixed = None
+        if len(spoiled):  # before the logits are overwritten
+            options = {"top_k": top_k, "objective": objective, "center": center}
+            by = (x[spoiled], total[spoiled], s[spoiled], None if w is None else w[spoiled])
+            rows[spoiled], fixed = _by_definition(*by, softcap, grad is not None, options)
+        if grad is not None and slope is None:
             on_s += off_s
             if w is not None:
                 on_s, off_s = on_s * w[:, None], off_s * w[:, None]
@@ -171,10 +168,34 @@ def local_entropy(
             grad[tile].scatter_(-1, s, on_s.to(grad.dtype))
         elif grad is not None:
             store(grad[tile], off_s.expand_as(z).scatter(-1, s, on_s + off_s), slope, w)
+        if fixed is not None:
+            grad[tile].index_copy_(0, spoiled, fixed)
         losses[tile] = rows
     if state is not None:
         state[:, 0] = losses
     return losses
+
+
+def _by_definition(
+    logits: Tensor,
+    total: Tensor,
+    s: Tensor,
+    weights: Tensor | None,
+    softcap: float | None,
+    gradient: bool,
+    options: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """Of rows that are not finite or hold masked entries; `total [n, 1]` is NaN where the
+    reference's row is."""
+    z, slope = capped(logits, softcap)
+    z = torch.where(total.isnan(), torch.nan, z)
+    rows = reference.local_entropy_loss(z, None, indices=s, **options)
+    if not gradient:
+        return rows, None
+    ones, out = torch.ones_like(rows), torch.empty_like(logits)
+    right = reference.local_entropy_gradient(z, None, ones, indices=s, **options)
+    store(out, right, slope, weights)
+    return rows, out
 
 
 def _on_s(
