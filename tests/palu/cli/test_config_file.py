@@ -49,6 +49,7 @@ def test_print_config_needs_no_options_and_leaves_out_what_is_not_read(palu):
 def test_names_may_be_written_as_on_the_command_line_and_of_the_trainer(palu, work):
     options = {"model": "model", "forget": "forget.jsonl", "output": "dashes", "device": "cpu"}
     options |= {"epochs": 1, "batch-size": 2, "learning-rate": 1e-3, "gradient-checkpointing": True}
+    options |= {"retain": "none", "checks": "none"}
     options |= {"lora-rank": 2, "lora-target": ["q_proj", "v_proj"], "max_grad_norm": 0.5}
     (work / "run.json").write_text(json.dumps(options))
     status, _, error = palu("unlearn --config run.json")
