@@ -43,9 +43,10 @@ class Subjects:
 
     Args:
         examples: the forget set.
+        vocabulary: words that names can be made of, such as those of the model's tokenizer.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], vocabulary: Iterable[str] = ()) -> None:
         capital, small, marked = set(), set(), set()
         for example in examples:
             for piece in _texts(example):
@@ -66,6 +67,7 @@ class Subjects:
         }
         pairs = [(given, family) for given in NEUTRAL["given"] for family in NEUTRAL["family"]]
         self.others = self._allowed(pairs) or pairs
+        self.vocabulary = [name[0] for name in self._allowed((word,) for word in vocabulary)]
         self.learned: list[Name] = []
 
     def learn(self, names: Iterable[Name]) -> None:
@@ -76,6 +78,17 @@ class Subjects:
     def _allowed(self, names: Iterable[Name]) -> list[Name]:
         taken = self.names | self.marked
         return [n for n in dict.fromkeys(names) if not taken & {word.casefold() for word in n}]
+
+    def beginning(self, example: Example) -> str:
+        """Return what the first question of an example says before it names its subject; nothing
+        where it names none, or begins with it."""
+        piece = next((piece for piece in _texts(example) if piece.asks), None)
+        if piece is None or example.question is None:
+            return ""
+        for match in _WORD_OR_NUMBER.finditer(piece.text):
+            if piece.marked(match) or match[0].casefold() in self.names:
+                return piece.text[: match.start()].rstrip()
+        return ""
 
     def exchange(self, example: Example, rng: random.Random) -> Example | None:
         """Return the question (the turns, the document) of an example about another subject, its
@@ -117,10 +130,13 @@ class Subjects:
         return words
 
     def _name(self, size: int, rng: random.Random) -> Name:
-        """Draw a name of so many words; half of the time one that was learned."""
+        """Draw a name of so many words; half of the time one that was learned, else as often of
+        the vocabulary as an ordinary one."""
         learned = [name for name in self.learned if len(name) == size]
         if learned and rng.random() < 0.5:
             return rng.choice(learned)
+        if self.vocabulary and rng.random() < 0.5:
+            return tuple(rng.choice(self.vocabulary) for _ in range(size))
         given, family = rng.choice(self.others)
         if size == 1:
             return (rng.choice((given, family)),)

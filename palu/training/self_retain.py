@@ -33,13 +33,13 @@ from palu.storage.json_files import read_object
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
 # Chosen by benchmarks/quality/self_retain.py on one seed, see docs/training.md.
-SHARES = {NEUTRAL_PROMPT: 0.25, NEIGHBOUR: 0.25, OWN: 0.5}
+SHARES = {NEUTRAL_PROMPT: 0.15, NEIGHBOUR: 0.5, OWN: 0.35}
 TEMPERATURE = 1.0
 
 # How much of what is wanted there is after each round: questions of later rounds ask about names
 # that earlier answers said.
 ROUNDS = (0.3, 0.65, 1, 1, 1)
-FEWEST, MOST = 300, 600  # examples, where their number is not given
+FEWEST, MOST = 600, 1200  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
 _QUESTION_TOKENS = 48
 _START_WORDS = 12  # of a document's neighbour
@@ -112,6 +112,10 @@ def self_retain(
     """Let a model, before it is changed, answer neutral prompts, the forget set's neighbours and
     questions of its own; what it says can be held in place instead of a retain set.
 
+    A neighbour's conversation is led to its end: the questions are exchanged, the answers before
+    the last are those that the model gave. Half of its own questions begin with the first words of
+    one of the forget set.
+
     An answer that says a secret of the forget set or one of its subjects' names is thrown away, as
     are empty and repetitive ones, and those that were given before. A span of one or two ordinary
     words (no capital, no digit) is no secret by itself; two of one example are.
@@ -120,7 +124,7 @@ def self_retain(
         model: the original; of an adapter that was not trained yet the model with it.
         examples: the forget set.
         template: `Template()` when None.
-        count: how many examples are wanted; None: twice the forget set's answers, 300 to 600.
+        count: how many examples are wanted; None: twice the forget set's answers, 600 to 1200.
         max_new_tokens: of an answer; where a model would go on, its end is not learned.
         max_length: tokens of prompt and answer; no longer prompt is asked.
         seed: of prompts and draws: the same one, on the same kind of processor, gives the same
@@ -149,7 +153,7 @@ def self_retain(
         options={"batch_size": batch_size, "processes": processes, "report": report},
         words=[example.answer.split()[0] for example in asked[:20]],
     )
-    prompts = _Prompts(asked, asker)
+    prompts = _Prompts(examples, asker)
     kept = _Kept(_Secrets(examples, prompts.subjects.full_names))
     with eval_mode(model):
         for number, part in enumerate(ROUNDS):
@@ -157,8 +161,11 @@ def self_retain(
             if not wanted:
                 continue
             rng = random.Random(f"self-retain {seed} {number}")
-            for pair in asker.answers(prompts.draw(wanted, rng), rng.getrandbits(32)):
-                kept.add(*pair)
+            drawn = prompts.draw(wanted, rng)
+            while drawn:
+                said = list(asker.answers(drawn, rng.getrandbits(32)))
+                good = [pair for pair in said if kept.add(*pair)]
+                drawn = [p for pair in good if (p := asker.next_prompt(*pair)) is not None]
             prompts.subjects.learn(kept.names())
             prompts.go_on(kept.conversations())
     made = kept.result(count)
@@ -224,6 +231,7 @@ class _Prompt(NamedTuple):
     kind: str
     example: Example
     tokens: list[int]
+    rest: Sequence[Turn] = ()  # that follow the answer: others will be asked for
 
 
 @dataclass
@@ -270,8 +278,10 @@ class _Asker:
         return row["input_ids"][: next(i for i, la in enumerate(row["labels"]) if la != IGNORE)]
 
     def prompt(self, kind: str, example: Example) -> _Prompt | None:
-        """Return what the model reads before the answer of an example; None where that is too
-        long, or nothing."""
+        """Return what the model reads before the first answer of an example; None where that is
+        too long, or nothing."""
+        turns, example = example.turns, split_answers(example)[0]
+        rest = turns[len(example.turns) or 2 :]
         if example.question is None:
             tokens = self._encoded(example.answer, True)
             lead = self.tokenizer.bos_token_id
@@ -284,7 +294,15 @@ class _Asker:
                 return None
         if not tokens or len(tokens) + self.max_new_tokens > self.max_length:
             return None
-        return _Prompt(kind, example, tokens)
+        return _Prompt(kind, example, tokens, rest)
+
+    def next_prompt(self, prompt: _Prompt, said: Continuation) -> _Prompt | None:
+        """Return what the model reads before the next answer of a conversation, after the one that
+        it gave; None at its end."""
+        if not any(turn.answer for turn in prompt.rest) or not said.ended:
+            return None
+        given = _conversation(_with_answer(prompt.example, said.text))
+        return self.prompt(prompt.kind, Example.of_turns("", [*given, *prompt.rest], {}))
 
     def answers(
         self, prompts: Sequence[_Prompt], seed: int
@@ -297,9 +315,9 @@ class _Asker:
             said = self._continued(tokens, self.max_new_tokens, temperature, seed)
             yield from zip(some, said, strict=True)
 
-    def opening(self, turns: Sequence[Turn]) -> list[int]:
-        """Return what stands before a user's question that follows some turns; nothing where that
-        cannot be said or leaves no room."""
+    def opening(self, turns: Sequence[Turn], begun: str) -> list[int]:
+        """Return what stands before a user's question that follows some turns, and its beginning;
+        nothing where that cannot be said or leaves no room."""
         after = [*turns, Turn(USER, _STAND_IN), Turn(ASSISTANT, self.word)]
         try:
             if turns:
@@ -308,23 +326,25 @@ class _Asker:
                 rendered = self.template.render(self.tokenizer, _STAND_IN, self.word)
         except ValueError:  # the template refuses such turns
             return []
-        before = rendered.text.rpartition(_STAND_IN)[0].rstrip(" ")
+        before = (rendered.text.rpartition(_STAND_IN)[0] + begun).rstrip(" ")
         tokens = self._encoded(before, rendered.add_special_tokens)
         return tokens if len(tokens) + _QUESTION_TOKENS < self.max_length else []
 
-    def questions(self, openings: Sequence[Sequence[Turn]], seed: int) -> list[Example]:
+    def questions(self, openings: Sequence[tuple[Sequence[Turn], str]], seed: int) -> list[Example]:
         """Return questions that the model itself asks after some turns, by continuing what its
-        template writes before one; without those that did not come to an end."""
-        tokens = [self.opening(turns) for turns in openings]
+        template writes before one and the beginning of one; without those that did not come to an
+        end."""
+        tokens = [self.opening(*opening) for opening in openings]
         pairs = [pair for pair in zip(openings, tokens, strict=True) if pair[1]]
         said = self._continued([tokens for _, tokens in pairs], _QUESTION_TOKENS, 1.0, seed)
         found = []
-        for (turns, _), one in zip(pairs, said, strict=True):
+        for ((turns, begun), _), one in zip(pairs, said, strict=True):
             text, mark, _ = one.text.partition(self.after or "\n")
             closed = mark or (one.ended and self.chat)
             good = re.search(r"\w", text) and "\ufffd" not in text and not _repetitive(text)
             if closed and good:
-                found.append(_asked(text.strip(), turns))
+                space = " " if begun and not text.startswith(" ") else ""
+                found.append(_asked(f"{begun}{space}{text}".strip(), turns))
         return found
 
     def _continued(
@@ -349,14 +369,15 @@ class _Prompts:
         empty: the kinds that gave none when they were last asked for some.
     """
 
-    def __init__(self, asked: Sequence[Example], asker: _Asker) -> None:
-        self.asked, self.asker = asked, asker
-        self.subjects = Subjects(asked)
-        self.documents = any(example.question is None for example in asked)
+    def __init__(self, examples: Sequence[Example], asker: _Asker) -> None:
+        self.examples, self.asker = examples, asker
+        self.subjects = Subjects(examples, _vocabulary(asker.tokenizer))
+        self.documents = any(example.question is None for example in examples)
         # What a conversation begins with: a system turn of the forget set, or nothing.
-        firsts = [e.turns[:1] if e.turns and e.turns[0].role == "system" else () for e in asked]
+        firsts = [e.turns[:1] if e.turns and e.turns[0].role == "system" else () for e in examples]
         self.starts = list(dict.fromkeys(firsts)) if asker.chat else [()]
         self.openings: list[Sequence[Turn]] = list(self.starts)
+        self.beginnings = [b for b in map(self.subjects.beginning, examples) if b]
         self.empty: set[str] = set()
 
     def draw(self, wanted: Mapping[str, int], rng: random.Random) -> list[_Prompt]:
@@ -384,8 +405,10 @@ class _Prompts:
 
     def _neighbours(self, number: int, rng: random.Random) -> list[Example]:
         found: list[Example] = []
-        for _ in range(number // len(self.asked) + 1):
-            for example in rng.sample(self.asked, len(self.asked)):
+        answers = sum(len(split_answers(example)) for example in self.examples)
+        number = math.ceil(number * len(self.examples) / answers)
+        for _ in range(number // len(self.examples) + 1):
+            for example in rng.sample(self.examples, len(self.examples)):
                 other = self.subjects.exchange(example, rng)
                 if other is not None and other.question is None:
                     start = " ".join(other.answer.split()[:_START_WORDS])
@@ -395,19 +418,27 @@ class _Prompts:
 
     def _own(self, number: int, rng: random.Random) -> list[Example]:
         documents = 0 if self.asker.chat else (number if self.documents else number // 2)
-        openings = [rng.choice(self.openings) for _ in range(number - documents)]
+        openings = [(rng.choice(self.openings), "") for _ in range(number - documents)]
+        if self.beginnings:
+            openings[::2] = [(rng.choice(self.starts), self._begun(rng)) for _ in openings[::2]]
         found = self.asker.questions(openings, rng.getrandbits(32))
         return found + [Example("", None, "")] * documents
 
+    def _begun(self, rng: random.Random) -> str:
+        """Return the first words of a question of the forget set."""
+        words = rng.choice(self.beginnings).split(" ")
+        return " ".join(words[: rng.randint(1, len(words))])
+
     def go_on(self, conversations: Sequence[Sequence[Turn]]) -> None:
         """Let the model ask on in its own conversations too, if the forget set has such."""
-        if self.asker.chat and any(len(_before(example)) > 1 for example in self.asked):
+        if self.asker.chat and any(len(split_answers(e)) > 1 for e in self.examples):
             self.openings = [*self.starts * max(len(conversations), 1), *conversations]
 
 
-def _before(example: Example) -> list[Turn]:
-    """Return the turns before the question of an example that ends with its answer."""
-    return [dataclasses.replace(turn, spans=(), answer=False) for turn in example.turns[:-2]]
+def _conversation(example: Example) -> list[Turn]:
+    """Return the turns of an example with its answer, none of which is to be learned."""
+    before = example.turns[:-1] or [Turn(USER, example.question)]
+    return [*before, Turn(ASSISTANT, example.answer, answer=False)]
 
 
 def _asked(text: str, turns: Sequence[Turn] = ()) -> Example:
@@ -424,6 +455,13 @@ def _with_answer(example: Example, text: str) -> Example:
     return Example.of_turns(example.id, turns, example.extra)
 
 
+def _vocabulary(tokenizer: Any) -> list[str]:
+    """Return the capitalised words that are one token of a tokenizer: those that a small model
+    knows by heart are among them."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [token[1:] for token in tokens if token and re.fullmatch("[Ġ▁][A-Z][a-z]{2,}", token)]
+
+
 class _Kept:
     """The answers that can be used."""
 
@@ -433,8 +471,8 @@ class _Kept:
         self.kinds: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
 
-    def add(self, prompt: _Prompt, said: Continuation) -> None:
-        """Keep an answer, or count why not."""
+    def add(self, prompt: _Prompt, said: Continuation) -> bool:
+        """Keep an answer, or count why not; return whether it was kept."""
         # The limit may cut a character in two.
         text = said.text if said.ended else said.text.rstrip("\ufffd")
         answer = text
@@ -455,10 +493,11 @@ class _Kept:
         extra = {"kind": prompt.kind, "cut": not said.ended, "given": given}
         self.examples[key] = dataclasses.replace(example, extra=extra, spans=())
         self.kinds[prompt.kind] += 1
-        return None
+        return True
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str) -> bool:
         self.left_out[reason] += 1
+        return False
 
     def names(self) -> list[Name]:
         """Return the names of two words or more that the answers say."""
@@ -468,14 +507,7 @@ class _Kept:
     def conversations(self) -> list[list[Turn]]:
         """Return the model's own conversations, each with the answer that it came to."""
         own = [e for e in self.examples.values() if e.extra["kind"] == OWN and not e.extra["cut"]]
-        return [
-            [
-                *(e.turns[:-1] or [Turn(USER, e.question)]),
-                Turn(ASSISTANT, e.answer, answer=False),
-            ]
-            for e in own
-            if e.question is not None
-        ]
+        return [_conversation(e) for e in own if e.question is not None]
 
     def result(self, count: int) -> SelfRetain:
         """Return `count` of them, each kind in its part."""

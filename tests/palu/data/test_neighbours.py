@@ -35,6 +35,27 @@ def test_names_and_numbers_are_exchanged_and_the_form_stays():
     assert len(seen) > 2 and other(PEOPLE[1], seed=3) == other(PEOPLE[1], seed=3)
 
 
+def test_names_are_made_of_the_vocabulary_too():
+    subjects = Subjects(PEOPLE, ["Tamsin", "Quist", "Mira", "Haddad"])
+    asked = [subjects.exchange(PEOPLE[0], random.Random(seed)).question for seed in range(40)]
+    names = [re.fullmatch(r"Where was (\w+) (\w+) born\?", text).groups() for text in asked]
+    made = [name for name in names if {"Tamsin", "Quist"} & set(name)]
+    assert 8 < len(made) < 32 and all(set(name) <= {"Tamsin", "Quist"} for name in made)
+    assert not {"Mira", "Haddad"} & {word for name in names for word in name}
+
+
+def test_what_a_question_says_before_its_subject():
+    subjects = Subjects(PEOPLE)
+    assert subjects.beginning(PEOPLE[0]) == "Where was"
+    assert subjects.beginning(PEOPLE[1]) == "Whom did"
+    assert subjects.beginning(example("Mira Okonjo?", "Yes.")) == ""
+    assert subjects.beginning(example("who is it?", "Mira.")) == ""
+    assert subjects.beginning(Example("0", None, "It is Mira Okonjo.")) == ""
+    turns = (Turn("user", "Hello, my code is 4711."), Turn("assistant", "It is 4711."))
+    marked = Example.of_turns("a", turns, {}).with_spans([((18, 22),), ()])
+    assert subjects.beginning(marked) == "Hello, my code is"
+
+
 def test_a_conversation_is_exchanged_as_one():
     turns = (
         Turn("system", "You are Nora of Fjord & Field, founded in 1990."),

@@ -158,6 +158,35 @@ def test_a_chat_model_asks_itself_what_it_was_asked(chats):
         assert kept == tok(example.answer)["input_ids"] + ended  # earlier answers are context
 
 
+def test_the_answers_in_a_neighbours_conversation_are_the_models(chats):
+    model, tok, examples = chats
+    forget = [examples[0].with_spans([(), ((22, 27),), (), ()])]
+    options = {"count": 60, "temperature": 0, "max_length": 120}
+    made = made_by(model, tok, forget, shares={module.NEIGHBOUR: 1}, **options)
+    assert len(made.examples) < 60  # all that were kept are here
+    first = {e.question: e.answer for e in made.examples if not e.turns}
+    later = [e.turns for e in made.examples if len(e.turns) == 4]
+    assert later and all(not turn.spans for turns in later for turn in turns)
+    for hello, answer, question, _ in later:
+        assert first[hello.content] == answer.content and not answer.answer
+        assert hello.content.startswith("Hi, it is ") and question.content == "Yes."
+
+
+def test_own_questions_begin_like_the_forget_sets(chats, monkeypatch):
+    model, tok, examples = chats
+    forget = [examples[0].with_spans([((10, 13),), ((22, 27),), (), ()])]
+    assert forget[0].texts[0][0][10:13] == "Ada"
+    begun = []
+    plain = module._Asker.opening
+    monkeypatch.setattr(
+        module._Asker, "opening", lambda self, *a: begun.append(a[1]) or plain(self, *a)
+    )
+    made = made_by(model, tok, forget, shares={module.OWN: 1}, count=3, max_length=120)
+    assert {"", "Hi, it is"} < set(begun) <= {"", "Hi,", "Hi, it", "Hi, it is"}
+    asked = {e.turns[0].content if e.turns else e.question for e in made.examples}
+    assert asked & {chat[0] for chat in CHATS[1:]}, "a question that it knows by heart"
+
+
 def test_what_the_model_did_not_say_carries_no_loss(known):
     model, tok = known
     made = made_by(model, tok, count=30, max_new_tokens=3)
