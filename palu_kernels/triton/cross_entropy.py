@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.triton.kl_div import rescaled
 from palu_kernels.triton.row_io import (
+    LOWEST,
     RowLaunch,
     apply_softcap,
+    by_load,
+    drop,
+    load_row,
     load_row_block,
     row_start,
     store_row_block,
@@ -37,22 +40,22 @@ def _ce_stats_kernel(
     row, split = tl.program_id(0), tl.program_id(1)
     z_row, first = row_start(z_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
     end = first + n_cols
-    top = float("-inf")
-    total = 0.0
+    bits: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth
+    top = tl.full([BLOCK * bits // 128], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK * bits // 128], tl.float32)
     for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = (offsets >= first) & (offsets < end)
         full_block = (begin >= first) & (begin + BLOCK <= end)
-        z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
-        z, _slope = apply_softcap(z, mask, cap)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        _drop, scale = rescaled(top, new_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = scale * total + tl.sum(tl.exp(z - shift), 0)
+        z = by_load(load_row(z_row, offsets, mask, full_block, cap), bits)
+        new_top = tl.maximum(top, tl.max(z, 1))
+        total *= tl.exp(drop(top, new_top))
+        total += tl.sum(tl.exp(z - new_top[:, None]), 1)
         top = new_top
+    row_top = tl.max(top, 0)
     out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * 2
-    tl.store(out, top)
-    tl.store(out + 1, total)
+    tl.store(out, row_top)
+    tl.store(out + 1, tl.sum(total * tl.exp(drop(top, row_top)), 0))
 
 
 @triton.jit
@@ -75,16 +78,16 @@ def _ce_combine_kernel(
     z_row, _ = row_start(z_ptr, row, rows_per_batch, stride_batch, stride_row, False)
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
-    top = float("-inf")
+    top = tl.full((), LOWEST, tl.float32)
     total = 0.0
     for split in range(n_splits):
         slot = partial_ptr + (row.to(tl.int64) * n_splits + split) * 2
         split_top = tl.load(slot)
         new_top = tl.maximum(top, split_top)
-        _drop, scale = rescaled(top, new_top)
-        _drop, split_scale = rescaled(split_top, new_top)
-        total = scale * total + split_scale * tl.load(slot + 1)
+        total *= tl.exp(drop(top, new_top))
+        total += tl.load(slot + 1) * tl.exp(drop(split_top, new_top))
         top = new_top
+    top = tl.where(total == 0, float("-inf"), top)  # nothing but masked entries
     log_total = tl.log(total)
     # a label outside the row is read from nowhere: on an accelerator its value is not checked
     inside = counted & (label >= 0) & (label < n_cols)
@@ -96,6 +99,8 @@ def _ce_combine_kernel(
     state = state_ptr + row.to(tl.int64) * 4
     tl.store(state, top)
     tl.store(state + 1, log_total)
+    tl.store(state + 2, 0.0)
+    tl.store(state + 3, 0.0)
 
 
 @triton.jit
@@ -133,7 +138,7 @@ def _ce_grad_kernel(
         mask = (offsets >= first) & (offsets < end)
         full_block = (begin >= first) & (begin + BLOCK <= end)
         z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
-        z, cap_slope = apply_softcap(z, mask, cap)
+        z, cap_slope = apply_softcap(z, None, cap)
         slope = tl.exp(z - top - log_total) - tl.where(offsets == target, 1.0, 0.0)
         slope = tl.where(counted, slope * cap_slope * weight, 0.0)
         store_row_block(out_row, offsets, mask, full_block, slope.to(out_ptr.dtype.element_ty))
@@ -145,7 +150,7 @@ def forward(
     """-> row losses `[N]` and the state `[N, 4]` for `backward`, both float32."""
     launch = RowLaunch.of(logits)
     losses = logits.new_empty(launch.rows, dtype=torch.float32)
-    state = logits.new_zeros((launch.rows, 4), dtype=torch.float32)
+    state = logits.new_empty((launch.rows, 4), dtype=torch.float32)
     if launch.rows == 0:
         return losses, state
     partial = logits.new_empty((*launch.grid, 2), dtype=torch.float32)

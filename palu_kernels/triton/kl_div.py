@@ -11,8 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from palu_kernels.triton.row_io import (
+    LOWEST,
     RowLaunch,
     apply_softcap,
+    by_load,
+    drop,
+    load_row,
     load_row_block,
     row_start,
     store_row_block,
@@ -22,13 +26,6 @@ from palu_kernels.triton.row_io import (
 PARTIAL_SIZE = tl.constexpr(8)
 MAX_A, SUM_A, MAX_B, SUM_B = (tl.constexpr(i) for i in range(4))
 DOT, LACKING = tl.constexpr(4), tl.constexpr(5)
-
-
-@triton.jit
-def rescaled(top, new_top):
-    """-> (new_top - top as an exponent shift, its exp), both 0 while nothing has been seen."""
-    drop = tl.where(top == float("-inf"), 0.0, top - new_top)
-    return drop, tl.where(top == float("-inf"), 0.0, tl.exp(drop))
 
 
 @triton.jit
@@ -54,44 +51,44 @@ def _kl_stats_kernel(
     a_row, first = row_start(a_ptr, row, rows_per_batch, a_stride_batch, a_stride_row, HAS_OFFSET)
     b_row, _ = row_start(b_ptr, row, rows_per_batch, b_stride_batch, b_stride_row, HAS_OFFSET)
     end = first + n_cols
-    top_a = float("-inf")
-    top_b = float("-inf")
-    sum_a = 0.0
-    sum_b = 0.0
-    dot = 0.0
-    lacking = 0
+    bits: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth
+    top_a = tl.full([BLOCK * bits // 128], LOWEST, tl.float32)
+    top_b = top_a
+    sum_a = tl.zeros([BLOCK * bits // 128], tl.float32)
+    sum_b = sum_a
+    dot = sum_a
+    most = sum_a
     for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = (offsets >= first) & (offsets < end)
         full_block = (begin >= first) & (begin + BLOCK <= end)
-        a = load_row_block(a_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
-        b = load_row_block(b_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
-        a, _slope = apply_softcap(a, mask, a_cap)
-        b, _slope = apply_softcap(b, mask, b_cap)
-        new_a = tl.maximum(top_a, tl.max(a, 0))
-        new_b = tl.maximum(top_b, tl.max(b, 0))
-        # a split may hold nothing but masked entries: 0 stands in for its maximum
-        a -= tl.where(new_a == float("-inf"), 0.0, new_a)
-        b -= tl.where(new_b == float("-inf"), 0.0, new_b)
-        in_a = a != float("-inf")
-        in_b = b != float("-inf")
+        a = by_load(load_row(a_row, offsets, mask, full_block, a_cap), bits)
+        b = by_load(load_row(b_row, offsets, mask, full_block, b_cap), bits)
+        new_a = tl.maximum(top_a, tl.max(a, 1))
+        new_b = tl.maximum(top_b, tl.max(b, 1))
+        drop_a, drop_b = drop(top_a, new_a), drop(top_b, new_b)
+        a -= new_a[:, None]
+        b -= new_b[:, None]
         share = tl.exp(a)
-        drop_a, scale_a = rescaled(top_a, new_a)
-        drop_b, scale_b = rescaled(top_b, new_b)
-        dot = scale_a * (dot + sum_a * (drop_a - drop_b))
-        dot += tl.sum(tl.where(in_a & in_b, share * (a - b), 0.0), 0)
-        sum_a = scale_a * sum_a + tl.sum(share, 0)
-        sum_b = scale_b * sum_b + tl.sum(tl.exp(b), 0)
-        lacking |= tl.max((in_a & (in_b == 0)).to(tl.int32), 0)
+        # 0 where a is masked; infinite where b alone is
+        excess = tl.where(a - b > LOWEST, a - b, 0.0)
+        sum_a *= tl.exp(drop_a)
+        dot = tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b) + tl.sum(share * excess, 1)
+        sum_a += tl.sum(share, 1)
+        sum_b = tl.exp(drop_b) * sum_b + tl.sum(tl.exp(b), 1)
+        most = tl.maximum(most, tl.max(excess, 1))
         top_a = new_a
         top_b = new_b
+    row_a, row_b = tl.max(top_a, 0), tl.max(top_b, 0)
+    drop_a, drop_b = drop(top_a, row_a), drop(top_b, row_b)
+    sum_a *= tl.exp(drop_a)
     out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * PARTIAL_SIZE
-    tl.store(out + MAX_A, top_a)
-    tl.store(out + SUM_A, sum_a)
-    tl.store(out + MAX_B, top_b)
-    tl.store(out + SUM_B, sum_b)
-    tl.store(out + DOT, dot)
-    tl.store(out + LACKING, lacking.to(tl.float32))
+    tl.store(out + MAX_A, row_a)
+    tl.store(out + SUM_A, tl.sum(sum_a, 0))
+    tl.store(out + MAX_B, row_b)
+    tl.store(out + SUM_B, tl.sum(sum_b * tl.exp(drop_b), 0))
+    tl.store(out + DOT, tl.sum(tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b), 0))
+    tl.store(out + LACKING, tl.where(tl.max(most, 0) == float("inf"), 1.0, 0.0))
 
 
 @triton.jit
@@ -100,8 +97,8 @@ def _kl_combine_kernel(partial_ptr, loss_ptr, state_ptr, n_splits, REVERSE: tl.c
     of the reference row, and (reverse) the mean of the shifted logit differences under p or
     (forward) the reference's log sum. A KL that is not finite leaves NaN for the log sum."""
     row = tl.program_id(0).to(tl.int64)
-    top_a = float("-inf")
-    top_b = float("-inf")
+    top_a = tl.full((), LOWEST, tl.float32)
+    top_b = top_a
     sum_a = 0.0
     sum_b = 0.0
     dot = 0.0
@@ -109,18 +106,17 @@ def _kl_combine_kernel(partial_ptr, loss_ptr, state_ptr, n_splits, REVERSE: tl.c
     for split in range(n_splits):
         slot = partial_ptr + (row * n_splits + split) * PARTIAL_SIZE
         split_a, split_b = tl.load(slot + MAX_A), tl.load(slot + MAX_B)
-        split_dot = tl.load(slot + DOT)
         new_a = tl.maximum(top_a, split_a)
         new_b = tl.maximum(top_b, split_b)
-        drop_a, scale_a = rescaled(top_a, new_a)
-        drop_b, scale_b = rescaled(top_b, new_b)
-        split_drop_a, split_scale_a = rescaled(split_a, new_a)
-        split_drop_b, split_scale_b = rescaled(split_b, new_b)
-        split_sum_a = tl.load(slot + SUM_A)
-        dot = scale_a * (dot + sum_a * (drop_a - drop_b))
-        dot += split_scale_a * (split_dot + split_sum_a * (split_drop_a - split_drop_b))
-        sum_a = scale_a * sum_a + split_scale_a * split_sum_a
-        sum_b = scale_b * sum_b + split_scale_b * tl.load(slot + SUM_B)
+        drop_a, drop_b = drop(top_a, new_a), drop(top_b, new_b)
+        split_drop_a, split_drop_b = drop(split_a, new_a), drop(split_b, new_b)
+        split_sum_a = tl.exp(split_drop_a) * tl.load(slot + SUM_A)
+        sum_a *= tl.exp(drop_a)
+        dot = tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b)
+        dot += tl.exp(split_drop_a) * tl.load(slot + DOT)
+        dot += split_sum_a * (split_drop_a - split_drop_b)
+        sum_a += split_sum_a
+        sum_b = tl.exp(drop_b) * sum_b + tl.exp(split_drop_b) * tl.load(slot + SUM_B)
         lacking = tl.maximum(lacking, tl.load(slot + LACKING))
         top_a = new_a
         top_b = new_b
@@ -132,8 +128,8 @@ def _kl_combine_kernel(partial_ptr, loss_ptr, state_ptr, n_splits, REVERSE: tl.c
     kl = tl.where(lacking > 0, float("inf"), kl) + nan_or_zero
     tl.store(loss_ptr + row, kl)
     nan_or_zero = tl.where(lacking > 0, float("nan"), nan_or_zero)
-    top_a = tl.where(top_a == float("-inf"), 0.0, top_a)
-    top_b = tl.where(top_b == float("-inf"), 0.0, top_b)
+    top_a = tl.where(sum_a == 0, 0.0, top_a)
+    top_b = tl.where(sum_b == 0, 0.0, top_b)
     state = state_ptr + row * 4
     if REVERSE:
         tl.store(state, top_a)
@@ -192,8 +188,8 @@ def _kl_grad_kernel(
         full_block = (begin >= first) & (begin + BLOCK <= end)
         z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
         r = load_row_block(r_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
-        z, cap_slope = apply_softcap(z, mask, z_cap)
-        r, _slope = apply_softcap(r, mask, r_cap)
+        z, cap_slope = apply_softcap(z, None, z_cap)
+        r, _slope = apply_softcap(r, None, r_cap)
         z -= top_z
         r -= top_r
         p = tl.exp(z - log_z)

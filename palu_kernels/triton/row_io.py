@@ -54,11 +54,16 @@ def row_start(ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET: tl
     return start, first
 
 
+# Float32's lowest number, which 16-bit types do not have: the maximum of a row before any entry has
+# been seen, so that differences to it need no special case.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
 @triton.jit
 def is_live(z):
-    """Not masked, that is not -inf (a NaN is told apart elsewhere). The bound is float32's lowest
-    number: 16-bit types do not have it, so the comparison stays in float32."""
-    return z >= -3.4028234663852886e38
+    """Not masked, that is not -inf (a NaN is told apart elsewhere); compared in float32, since
+    16-bit types do not have the bound."""
+    return z >= LOWEST
 
 
 @triton.jit
@@ -85,18 +90,53 @@ def apply_softcap(x, mask, cap):
     1).
 
     By exp(-2|x| / cap), so that neither overflows and the slope of a saturated entry keeps its
-    digits.
+    digits. One division serves all entries, and one more each entry, by a number in [1, 2].
     """
     if cap is None:
         z = x
         slope = 1.0
     else:
-        share = x / cap
-        shrunk = tl.exp(-2.0 * tl.abs(share))
-        size = (1.0 - shrunk) / (1.0 + shrunk)
-        z = tl.where(mask, cap * tl.where(share < 0, -size, size), float("-inf"))
-        slope = tl.where(mask, 4.0 * shrunk / ((1.0 + shrunk) * (1.0 + shrunk)), 0.0)
+        shrunk = tl.exp2(tl.abs(x) * (-2.8853900817779268 / cap))
+        share = 1.0 / (1.0 + shrunk)
+        size = (cap - cap * shrunk) * share
+        z = tl.where(x < 0, -size, size)
+        slope = 4.0 * shrunk * share * share
+        if mask is not None:
+            z = tl.where(mask, z, float("-inf"))
+            slope = tl.where(mask, slope, 0.0)
     return z, slope
+
+
+@triton.jit
+def load_row(ptr, offsets, mask, full_block, cap):
+    """A block of a row after its softcap, float32; -inf off the mask. Only the block at a row's end
+    asks the mask."""
+    if full_block:
+        z, _slope = apply_softcap(tl.load(ptr + offsets).to(tl.float32), None, cap)
+    else:
+        z = tl.load(ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        z, _slope = apply_softcap(z, mask, cap)
+    return z
+
+
+# Statistics of a row without a barrier in the loop: a block `[BLOCK]` becomes `[BLOCK / g, g]`,
+# where the g entries of a line lie in one 16-byte load and so in one thread. Accumulators are
+# `[BLOCK / g]`, the loop reduces axis 1 alone, and after it one reduction goes over the threads.
+
+
+@triton.jit
+def by_load(block, ENTRY_BITS: tl.constexpr):
+    """`[BLOCK]` -> `[BLOCK / g, g]`, g entries of so many bits in a load of 16 bytes: a reduction
+    of axis 1 stays within a thread."""
+    g: tl.constexpr = 128 // ENTRY_BITS
+    return tl.reshape(block, [block.shape[0] // g, g])
+
+
+@triton.jit
+def drop(top, new_top):
+    """top - new_top, at least `LOWEST`: finite where nothing has been seen before, whose weight
+    exp(drop) is 0."""
+    return tl.maximum(top - new_top, LOWEST)
 
 
 @dataclass(frozen=True)
