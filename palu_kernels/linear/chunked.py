@@ -1,20 +1,20 @@
 """Hidden rows meet the output head chunk by chunk: the one loop behind every linear operator.
 
 A chunk of logits is made in a buffer, each part's row loss (`row_loss.py`) turns its share of
-it into losses and overwrites it with the gradient, and two products carry the gradient to the
-hidden rows and into the head's accumulator. Buffers are made once a call; no more logits than one
-chunk of the current model, and one of the reference, exist at a time.
+it into losses and overwrites it with the gradient, and a product carries the gradient to the
+hidden rows. What the head's gradient needs is kept or summed as `head_gradient.py` says. Buffers
+are made once a call; unless they are kept, no more logits than one chunk of the current model, and
+one of the reference, exist at a time.
 
 The gradient to the hidden rows is kept unweighted, a row as its own loss gives it; averages,
-weights and whatever comes from upstream are applied in float32 afterwards. Row weights enter the
-head's gradient as a factor of the hidden rows, at most 1 in size, and their common scale after
-the product.
+weights and whatever comes from upstream are applied in float32 afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from palu_kernels.backend import accum_dtype, on_device_of
 from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
 from palu_kernels.row_loss import Operands, RowLoss
+
+if TYPE_CHECKING:
+    from palu_kernels.linear.head_gradient import HeadGradAccumulator
 
 CHUNK_BYTES = 256 * 2**20
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
@@ -118,16 +121,21 @@ def padded(columns: int) -> int:
 def blocks(columns: int, width: int) -> Iterator[slice]:
     """Stretches of the vocabulary of which `width` float32 entries each fit
     `HEAD_BLOCK_BYTES`."""
-    step = max(1, HEAD_BLOCK_BYTES // (4 * width))
+    step = max(1, HEAD_BLOCK_BYTES // (4 * max(width, 1)))
     for start in range(0, columns, step):
         yield slice(start, min(start + step, columns))
 
 
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """`[rows, columns]`, uninitialised, with zeros after every row as far as a product reads."""
+    return whole_buffer(like, rows, columns)[:, :columns]
+
+
+def whole_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """A `buffer` with the zeros that end its rows, `[rows, padded(columns)]`."""
     whole = like.new_empty((rows, padded(columns)))
     whole[:, columns:] = 0
-    return whole[:, :columns]
+    return whole
 
 
 def apart(rows: Tensor) -> Tensor:
@@ -136,46 +144,6 @@ def apart(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.shape[1] % READ == 0:
         return rows
     return buffer(rows, *rows.shape).copy_(rows)
-
-
-class HeadGradAccumulator:
-    """The head's gradient, sums in float32 (float64 for float64), of rows weighted by `weights
-    [R]`; `scale * weight` is the gradient."""
-
-    def __init__(
-        self, head: Head, hidden: Tensor, weights: Tensor, want_weight: bool, want_bias: bool
-    ) -> None:
-        work = accum_dtype(hidden.dtype)
-        self.head = head
-        self.hidden = hidden
-        self.scale = weights.abs().max() if weights.numel() else weights.new_zeros(())
-        self.row_scale = weights / torch.where(self.scale > 0, self.scale, 1)
-        shape = head.weight.shape
-        self.weight = head.weight.new_zeros(shape, dtype=work) if want_weight else None
-        self.bias = head.weight.new_zeros(shape[:1], dtype=work) if want_bias else None
-
-    def add(self, rows: slice, grad: Tensor) -> None:
-        """`grad [n, V]` of the logits before cap and after scale, of the rows `rows`."""
-        row_scale = self.row_scale[rows] * self.head.scale
-        if self.weight is not None:
-            hidden = (self.hidden[rows] * row_scale[:, None]).to(grad.dtype)
-            if grad.dtype == self.weight.dtype:
-                self.weight.addmm_(grad.t(), hidden)
-            else:
-                if self.head.in_float32:
-                    hidden = hidden.float()
-                for block in blocks(len(self.weight), hidden.shape[1]):
-                    self.weight[block] += grad[:, block].t().to(hidden.dtype) @ hidden
-        if self.bias is not None:
-            for block in blocks(len(self.bias), grad.shape[0]):
-                self.bias[block] += row_scale @ grad[:, block].to(row_scale.dtype)
-
-    def results(self) -> tuple[Tensor, Tensor]:
-        """The weight's and the bias's sums, times the common scale; empty where not wanted."""
-        sums = self.weight, self.bias
-        return tuple(
-            [self.row_scale.new_empty(0) if t is None else t.mul_(self.scale) for t in sums]
-        )
 
 
 @dataclass(frozen=True)
@@ -194,26 +162,28 @@ class LoopInputs:
 
 
 def run(
-    rows: LoopInputs, weights: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> losses `[R]`; the gradient of every row's own loss to its hidden row `[R, D]` (dtype
-    of the products); the head's `[V, D]` and `[V]` of the sum of `weights [R]` times losses
-    (float32). Those not wanted are empty."""
-    hidden, head = rows.hidden, rows.head
-    work = accum_dtype(hidden.dtype)
-    losses = hidden.new_empty(hidden.shape[0], dtype=work)
-    grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
-    if weights is None:
-        weights = losses.new_zeros(losses.shape)
-    sums = HeadGradAccumulator(head, hidden, weights.to(work), want_weight, want_bias)
-    gradient = want_hidden or want_weight or want_bias
+    rows: LoopInputs,
+    want_hidden: bool,
+    kept: Tensor | None = None,
+    sums: HeadGradAccumulator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return losses `[R]`, and the gradient of every row's own loss to its hidden row `[R, D]`
+    (dtype of the products), empty where not wanted.
+
+    Args:
+        kept: `[R, V]`, where the gradient of every row's own loss to its logits is left.
+        sums: what the head's gradient is added to, instead.
+    """
+    hidden = rows.hidden
+    losses = hidden.new_empty(hidden.shape[0], dtype=accum_dtype(hidden.dtype))
+    grad_hidden = torch.empty_like(hidden) if want_hidden else None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
         for part in rows.parts:
             if part.loss.sparse and part.stop > part.start:
-                _sparse(rows, part, losses, grad_hidden, sums, want_hidden, gradient)
+                _sparse(rows, part, losses, grad_hidden, sums)
         for parts in _runs(rows.parts):
-            _dense(rows, parts, losses, grad_hidden, sums, want_hidden, gradient)
-    return losses, grad_hidden, *sums.results()
+            _dense(rows, parts, losses, grad_hidden, kept, sums)
+    return losses, hidden.new_empty(0) if grad_hidden is None else grad_hidden
 
 
 def _runs(parts: list[Part]) -> Iterator[list[Part]]:
@@ -234,23 +204,24 @@ def _dense(
     rows: LoopInputs,
     parts: list[Part],
     losses: Tensor,
-    grad_hidden: Tensor,
-    sums: HeadGradAccumulator,
-    want_hidden: bool,
-    gradient: bool,
+    grad_hidden: Tensor | None,
+    kept: Tensor | None,
+    sums: HeadGradAccumulator | None,
 ) -> None:
     hidden, head = rows.hidden, rows.head
+    gradient = any(t is not None for t in (grad_hidden, kept, sums))
     first, last = parts[0].start, parts[-1].stop
     columns = head.weight.shape[0]
     step = chunk_rows(last - first, columns, hidden.element_size(), rows.chunk_bytes)
-    chunk = buffer(hidden, step, columns)
+    chunk = buffer(hidden, step, columns) if kept is None else None
     ref_chunk = None
     if any(part.loss.needs_reference for part in parts):
         longest = max(p.stop - p.start for p in parts if p.loss.needs_reference)
         ref_chunk = buffer(hidden, min(step, longest), columns)
     for start in range(first, last, step):
         stop = min(start + step, last)
-        logits = head.logits(hidden[start:stop], chunk[: stop - start])
+        out = kept[start:stop] if chunk is None else chunk[: stop - start]
+        logits = head.logits(hidden[start:stop], out)
         for part in parts:
             a, b = max(start, part.start), min(stop, part.stop)
             if a >= b:
@@ -268,19 +239,18 @@ def _dense(
                 rows.ref_head.softcap if rows.ref_head else None,
             )
             losses[a:b] = part.loss.fused(operands, gradient)
-        if want_hidden:
+        if grad_hidden is not None:
             head.backward_hidden(logits, grad_hidden[start:stop])
-        sums.add(slice(start, stop), logits)
+        if sums is not None:
+            sums.add(slice(start, stop), logits)
 
 
 def _sparse(
     rows: LoopInputs,
     part: Part,
     losses: Tensor,
-    grad_hidden: Tensor,
-    sums: HeadGradAccumulator,
-    want_hidden: bool,
-    gradient: bool,
+    grad_hidden: Tensor | None,
+    sums: HeadGradAccumulator | None,
 ) -> None:
     head, loss = rows.own_head, part.loss
     part_rows = slice(part.start, part.stop)
@@ -300,22 +270,15 @@ def _sparse(
         center_kind=loss.center_kind,
         center_value=loss.center_value,
         backend=rows.backend,
-        want_hidden=want_hidden,
+        want_hidden=grad_hidden is not None,
     )
     losses[part_rows] = result.losses
-    if want_hidden:
+    if grad_hidden is not None:
         grad_hidden[part_rows] = result.grad_hidden
-    if gradient and (sums.weight is not None or sums.bias is not None):
-        sparse.add_weight_gradient(
-            sums.weight,
-            sums.bias,
-            hidden,
-            head.bias,
-            indices,
-            result.dloss_dx,
-            result.mean_coeff if loss.needs_mean else None,
-            sums.row_scale[part_rows],
-            backend=rows.backend,
+    if sums is not None:
+        mean_coeff = result.mean_coeff if loss.needs_mean else None
+        sums.add_sparse(
+            part_rows, hidden, head.bias, indices, result.dloss_dx, mean_coeff, rows.backend
         )
 
 

@@ -1,9 +1,10 @@
 """The one custom op for losses on hidden rows: one node under `torch.compile`.
 
-Gradients are made in forward and scaled in backward. With `weights` the differentiable output is
-the weighted sum of the losses. Without, it is the losses by row: what each is worth is then known
-in backward only, where the saved gradients of the hidden rows are scaled by row and the head's
-gradient takes the chunks again.
+Gradients of the hidden rows are made in forward and scaled in backward; the head's gradient is made
+in backward from the logits' where those are kept, else summed in forward (`head_gradient.py`). With
+`weights` the differentiable output is the weighted sum of the losses. Without, it is the losses by
+row: what each is worth is then known in backward only, where the head's gradient takes the chunks
+again if the logits' was not kept.
 
 Which rows have which loss: all rows have the one loss (`rows` is None); or `counts` says how many
 rows each loss has, and `rows` `[sum(counts)]` which ones, loss by loss; or `counts` is empty and
@@ -23,9 +24,26 @@ from torch import Tensor
 from palu_kernels import row_loss, validation
 from palu_kernels.backend import accum_dtype, check_values, resolve
 from palu_kernels.linear import sparse
-from palu_kernels.linear.chunked import CHUNK_BYTES, Head, LoopInputs, apart, blocks, parts_of, run
+from palu_kernels.linear.chunked import (
+    CHUNK_BYTES,
+    Head,
+    LoopInputs,
+    apart,
+    padded,
+    parts_of,
+    run,
+    whole_buffer,
+)
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare
+from palu_kernels.linear.head_gradient import (
+    HeadGradAccumulator,
+    bias_gradient,
+    is_kept,
+    largest,
+    scaled,
+    weight_gradient,
+)
 from palu_kernels.logits_op import refuse_higher_order
 from palu_kernels.row_loss import LocalEntropy, RowLoss
 
@@ -139,6 +157,11 @@ def call(
     if ref_head is not None and ref_hidden is not None:
         frozen[1:3] = ref_head.weight, ref_head.bias
         scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
+    # how many rows have a role is not known yet where roles are looked up inside
+    known = rows is None or bool(counts)
+    keep = known and want[1] and not any(loss.sparse for loss in losses)
+    picked = hidden.shape[0] if rows is None else rows.shape[0]
+    keep = keep and is_kept(picked, *head.weight.shape, compute)
     out, sums, *_ = linear_loss(
         hidden,
         head.weight,
@@ -148,6 +171,7 @@ def call(
         [hidden.new_empty(0) if t is None else t.detach() for t in frozen],
         counts,
         want,
+        keep,
         "\n".join([row_loss.encode(loss) for loss in losses]),
         scales,
         compute,
@@ -254,14 +278,15 @@ def linear_loss(
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
+    keep: bool,
     losses: str,
     scales: list[float],
     compute: torch.dtype,
     chunk_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return `call`'s pair, then what backward needs: weights of the rows, and the gradients of
-    hidden rows, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return `call`'s pair, then what backward needs: weights of the rows, the gradient of hidden
+    rows, that of the logits where `keep`, else the sums of weight and bias.
 
     `frozen`: the reference's hidden rows, weight and bias, the mean over the head's rows and of its
     bias, and every loss's integers; what is absent is empty. `losses`: encoded, a line each.
@@ -270,21 +295,25 @@ def linear_loss(
     options = losses, scales, compute, chunk_bytes, backend, any(want[1:])
     given, order = _rows(hidden, weight, bias, rows, frozen, counts, *options)
     sizes = [part.stop - part.start for part in given.parts]
-    by_row = None
+    by_row = kept = sums = None
     if weights is not None:
         by_row = torch.cat([w.expand(n) for w, n in zip(weights, sizes, strict=True)])
-    weighted = by_row is not None
-    losses_by_row, grad_hidden, *grads = run(
-        given, by_row, want[0], want[1] and weighted, want[2] and weighted
-    )
-    sums = torch.stack([part.sum() for part in losses_by_row.split(sizes)])
-    if not weighted:
-        return losses_by_row, sums, losses_by_row.new_empty(0), grad_hidden, *grads
-    total = (by_row * losses_by_row).sum()
+    if keep:
+        kept = whole_buffer(given.hidden, len(given.hidden), len(weight))
+    elif by_row is not None and any(want[1:]):
+        sums = HeadGradAccumulator(given.head, given.hidden, by_row, *want[1:])
+    view = None if kept is None else kept[:, : len(weight)]
+    by_loss, grad_hidden = run(given, want[0], view, sums)
+    sum_by_loss = torch.stack([part.sum() for part in by_loss.split(sizes)])
+    of_head = [grad_hidden.new_empty(0) if kept is None else kept]
+    of_head += [by_loss.new_empty(0) for _ in range(2)] if sums is None else sums.results()
+    if by_row is None:
+        return by_loss, sum_by_loss, by_loss.new_empty(0), grad_hidden, *of_head
+    total = (by_row * by_loss).sum()
     if rows is not None and not counts:  # shapes may not depend on the roles
         by_row = _spread(by_row, order, len(hidden))
         grad_hidden = _spread(grad_hidden, order, len(hidden)) if want[0] else grad_hidden
-    return total, sums, by_row, grad_hidden, *grads
+    return total, sum_by_loss, by_row, grad_hidden, *of_head
 
 
 def _spread(values: Tensor, order: Tensor, rows: int) -> Tensor:
@@ -365,6 +394,7 @@ def _(
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
+    keep: bool,
     losses: str,
     scales: list[float],
     compute: torch.dtype,
@@ -373,13 +403,15 @@ def _(
     work, weighted = accum_dtype(compute), weights is not None
     picked = rows.shape[0] if rows is not None and counts else hidden.shape[0]
     columns, width = weight.shape
+    summed = weighted and not keep
     return (
         hidden.new_empty(() if weighted else picked, dtype=work),
         hidden.new_empty(losses.count("\n") + 1, dtype=work),
         weights.new_empty(picked) if weighted else hidden.new_empty(0, dtype=work),
         hidden.new_empty((picked, width) if want[0] else 0, dtype=compute),
-        weight.new_empty((columns, width) if want[1] and weighted else 0, dtype=work),
-        weight.new_empty(columns if want[2] and weighted else 0, dtype=work),
+        hidden.new_empty((picked, padded(columns)) if keep else 0, dtype=compute),
+        weight.new_empty((columns, width) if want[1] and summed else 0, dtype=work),
+        weight.new_empty(columns if want[2] and summed else 0, dtype=work),
     )
 
 
@@ -387,12 +419,13 @@ def _(
 def linear_loss_backward(
     grad: Tensor,
     by_row: Tensor,
-    forward_grads: list[Tensor],
+    made: list[Tensor],
     rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
     counts: list[int],
     want: list[bool],
+    keep: bool,
     losses: str,
     scales: list[float],
     compute: torch.dtype,
@@ -401,24 +434,34 @@ def linear_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where not wanted.
 
-    `grad`: of the weighted sum (0-dim), or of the losses `[R]`. `forward_grads`: those that forward
-    made. `inputs`: hidden, weight and bias (if there is one), so that a second derivative is
-    refused, and not taken for 0.
+    `grad`: of the weighted sum (0-dim), or of the losses `[R]`. `made`: the gradients and sums that
+    forward made. `inputs`: hidden, weight and bias (if there is one), so that a second derivative
+    is refused, and not taken for 0.
     """
-    grad_hidden, grad_weight, grad_bias = forward_grads
+    grad_hidden, kept, grad_weight, grad_bias = made
     hidden, weight, *bias = inputs
-    if grad.dim() == 0:
-        scale = grad * by_row
-        grad_weight = _scaled(grad_weight, grad, weight.dtype) if want[1] else grad_weight
-        grad_bias = grad_bias * grad
-    else:
-        scale = grad
-        if want[1] or want[2]:
+    weights = grad if grad.dim() else grad * by_row
+    if keep:
+        picked = hidden if rows is None else hidden.index_select(0, rows)
+        of_head = kept[:, : len(weight)], picked.to(compute), weights * scales[0]
+        if want[1]:
+            grad_weight = weight_gradient(*of_head, weight.dtype)
+        if want[2]:
+            grad_bias = bias_gradient(of_head[0], of_head[2])
+    elif any(want[1:]):
+        if grad.dim():
             options = losses, scales, compute, chunk_bytes, backend, True
             given, _ = _rows(hidden, weight, *(bias or [None]), rows, frozen, counts, *options)
-            _, _, grad_weight, grad_bias = run(given, grad, False, want[1], want[2])
+            sums = HeadGradAccumulator(given.head, given.hidden, grad, *want[1:])
+            run(given, False, sums=sums)
+            factor = largest(grad)
+            grad_weight, grad_bias = (t.mul_(factor) for t in sums.results())
+        else:
+            factor = grad * largest(by_row)
+            grad_weight = scaled(grad_weight, factor, weight.dtype) if want[1] else grad_weight
+            grad_bias = grad_bias * factor
     if want[0]:
-        grad_hidden = (grad_hidden * scale[:, None]).to(hidden.dtype)  # in float32: scale is
+        grad_hidden = (grad_hidden * weights[:, None]).to(hidden.dtype)  # in float32: weights are
         if rows is not None and counts:
             grad_hidden = _spread(grad_hidden, rows, len(hidden))
     grads = grad_hidden, grad_weight, grad_bias
@@ -427,20 +470,11 @@ def linear_loss_backward(
     return tuple([t.to(dtype) if w else t.new_empty(0, dtype=dtype) for t, dtype, w in wanted])
 
 
-def _scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(sums * factor).to(dtype)`, a piece at a time: as a whole it would be there in float32
-    once more, and it is the largest tensor of a step."""
-    out = torch.empty_like(sums, dtype=dtype)
-    for block in blocks(*sums.shape):
-        out[block] = sums[block] * factor
-    return out
-
-
 @linear_loss_backward.register_fake
 def _(
     grad: Tensor,
     by_row: Tensor,
-    forward_grads: list[Tensor],
+    made: list[Tensor],
     rows: Tensor | None,
     inputs: list[Tensor],
     frozen: list[Tensor],
@@ -460,22 +494,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, rows, weights, frozen, *plain = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    want = plain[1]
-    again = weights is None and (want[1] or want[2])
-    kept = (hidden, weight) if bias is None else (hidden, weight, bias)
+    want, keep = plain[1:3]
+    again = weights is None and any(want[1:]) and not keep
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
     # roles are looked up in forward only: its gradients are those of the batch
     order = rows if rows is not None and plain[0] else None
-    ctx.kept, ctx.frozen, ctx.plain = len(kept), len(frozen), plain
-    ctx.save_for_backward(*output[2:], order, *kept, *(frozen if again else ()))
+    ctx.inputs, ctx.frozen, ctx.plain = len(given), len(frozen), plain
+    ctx.save_for_backward(*output[2:], order, *given, *(frozen if again else ()))
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     grads: list[Tensor | None] = [None, None, None]
     if grad is not None:
         by_row, *saved = ctx.saved_tensors  # once: a look unpacks them all, checkpoint allows one
-        forward_grads, order, rest = saved[:3], saved[3], saved[4:]
-        kept, frozen = rest[: ctx.kept], rest[ctx.kept :]
-        result = linear_loss_backward(grad, by_row, forward_grads, order, kept, frozen, *ctx.plain)
+        made, order, rest = saved[:4], saved[4], saved[5:]
+        inputs, frozen = rest[: ctx.inputs], rest[ctx.inputs :]
+        result = linear_loss_backward(grad, by_row, made, order, inputs, frozen, *ctx.plain)
         grads = [g if wanted else None for g, wanted in zip(result, ctx.plain[1], strict=True)]
     counts = None if ctx.plain[0] else []  # an empty list might hold tensors, for autograd
     return (*grads, None, None, [None] * ctx.frozen, counts, *(None,) * (len(ctx.plain) - 1))

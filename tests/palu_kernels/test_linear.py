@@ -17,6 +17,7 @@ from palu_kernels import (
 from palu_kernels import torch_backend as eager
 from palu_kernels.check.__main__ import CAPS, EPS
 from palu_kernels.linear import chunked as loop
+from palu_kernels.linear import head_gradient, op
 from palu_kernels.linear.op import linear_loss
 from palu_kernels.roles import linear_role_losses
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, ReferenceArgmaxNLL
@@ -276,17 +277,20 @@ def test_losses_by_role_share_a_call():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
-def test_each_gradient_only_if_asked_for(trained, reduction, monkeypatch):
-    problem = Problem(torch.float64, "scaled")
+@pytest.mark.parametrize("rows", [DIM // 2, ROWS])  # the logits' gradient is kept, or is not
+def test_each_gradient_only_if_asked_for(trained, rows, reduction, monkeypatch):
+    problem = Problem(torch.float64, "scaled", rows=rows)
     for name in ("hidden", "weight", "bias"):
         getattr(problem, name).requires_grad_(name == trained)
-    adds = []
-    add = loop.HeadGradAccumulator.add
-    monkeypatch.setattr(
-        loop.HeadGradAccumulator,
-        "add",
-        lambda self, *a: (adds.append(self.weight is None), add(self, *a)),
-    )
+    made = []
+    product, add = op.weight_gradient, head_gradient.HeadGradAccumulator.add
+    monkeypatch.setattr(op, "weight_gradient", lambda *a: (made.append("kept"), product(*a))[1])
+
+    def counted(self, *args):
+        made.append("summed" if self.want_weight else "")
+        add(self, *args)
+
+    monkeypatch.setattr(head_gradient.HeadGradAccumulator, "add", counted)
     loss = problem.loss("reverse", reduction)
     loss = (loss * problem.row_weights).sum() if reduction == "none" else loss
     (grad,) = torch.autograd.grad(loss, [getattr(problem, trained)])
@@ -294,7 +298,8 @@ def test_each_gradient_only_if_asked_for(trained, reduction, monkeypatch):
     _, right = problem.plain("reverse", reduction, torch.float64)
     place = ["hidden", "weight", "bias"].index(trained)
     torch.testing.assert_close(grad, right[place], rtol=1e-9, atol=1e-12)
-    assert (trained == "weight") == (not all(adds))
+    wanted = {"summed" if rows == ROWS else "kept"} if trained == "weight" else set()
+    assert set(filter(None, made)) == wanted
 
 
 def test_nothing_is_saved_without_gradients():
@@ -321,20 +326,57 @@ def test_no_large_tensor_is_made_beside_the_buffers(monkeypatch):
         assert large == [budget] * (1 if name == "cross_entropy" else 2), name
 
 
-def test_the_heads_gradient_is_scaled_and_cast_in_pieces(monkeypatch):
-    """Beside its sums, which forward made, backward makes the gradient and no float32 copy."""
+@pytest.mark.parametrize("rows", [64, 600])  # the logits' gradient is kept, or is not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_backward_makes_the_heads_gradient_and_nothing_as_large(dtype, rows, monkeypatch):
     monkeypatch.setattr(loop, "HEAD_BLOCK_BYTES", 2**16)
-    problem = Problem(torch.bfloat16, "plain", rows=64, columns=4000, dim=128)
+    problem = Problem(dtype, "plain", rows=rows, columns=4000, dim=128)
     loss = problem.loss("cross_entropy", "mean") * 3
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as run:
         loss.backward()
-    size = 4000 * 128 * 2
+    size = 4000 * 128 * dtype.itemsize
     sizes = [event.self_cpu_memory_usage for event in run.events()]
     assert [made for made in sizes if made >= size / 2] == [size]
     _, right = problem.plain("cross_entropy", "mean", torch.float64)
     off = problem.weight.grad.double() - 3 * right[1]
     assert off.norm() < 2**-6 * (3 * right[1]).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_kept_gradients_of_several_chunks(reduction, head, dtype, monkeypatch):
+    """Forward alone visits the chunks, whatever comes from upstream."""
+    problem = Problem(dtype, head, rows=100, columns=150, dim=128)
+    made = []
+    logits = loop.Head.logits
+    monkeypatch.setattr(
+        loop.Head, "logits", lambda self, h, out: (made.append(len(h)), logits(self, h, out))[1]
+    )
+    check(problem, "forward", reduction, chunk_bytes=1)
+    assert made == [64, 64, 36, 36]
+
+
+@pytest.mark.parametrize("rows", [9, 90])  # the logits' gradient is kept, or is not
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tiny_and_negative_upstream_gradients(dtype, reduction, rows):
+    """Of losses on float32 weights under autocast: nothing is lost on the way to them."""
+    problem = Problem(torch.float32, "scaled", rows=rows)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = problem.loss("reverse", reduction)
+    factors = -1e-9 * (1 + torch.arange(rows) % 5) if reduction == "none" else -1e-9
+    grads = torch.autograd.grad((loss * factors).sum(), problem.inputs)
+    leaves = [t.detach().double().requires_grad_() for t in problem.inputs]
+    z = reference.head_logits(*leaves, *problem.caps)
+    ref = problem.ref_hidden.double(), problem.ref_weight.double(), problem.ref_bias.double()
+    losses = reference.kl_loss(z, reference.head_logits(*ref, *problem.caps))
+    losses = losses if reduction == "none" else losses.mean()
+    right = torch.autograd.grad((losses * factors).sum(), leaves)
+    for ours, exact in zip(grads, right, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - exact).norm() <= CAPS[dtype] * exact.norm()
 
 
 def test_tied_head():
@@ -485,8 +527,6 @@ def test_compiled_once_for_any_number_of_rows():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend, monkeypatch):
     """The calls that the operators make, replayed for torch's own checks of a custom op."""
-    from palu_kernels.linear import op
-
     calls = []
     monkeypatch.setattr(op, "linear_loss", lambda *a: (calls.append(a), linear_loss(*a))[1])
     kinds = [("reverse", "mean"), ("cross_entropy", "none"), ("local", "sum")]
