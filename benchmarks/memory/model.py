@@ -175,6 +175,7 @@ def measure(config: Mapping[str, Any], case: Case) -> Ledger:
         mock.patch.object(eager, "TILE_ENTRIES", 1),
         mock.patch.object(linear, "HEAD_BLOCK_BYTES", 2**12),
         mock.patch.object(master_weights, "SAMPLE", 1),
+        mock.patch.object(master_weights, "_PIECE", 2**12),
     ):
         warnings.simplefilter("ignore")
         steps = _released_steps if case.released else _trainer_steps

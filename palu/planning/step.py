@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from palu.planning.layer import ADAPTERS, PRECISIONS, Layer
 from palu.planning.model import ModelSizes
-from palu_kernels.roles import chunk_shape
+from palu_kernels.roles import chunk_shape, is_kept
 
 REFERENCES = ("live", "adapter_off", "cached")
 # Share of all positions that carry a loss, and of the forget examples' that are preserved: TOFU's
@@ -174,14 +174,25 @@ class Step:
             copies += head * self.precision.products
             yield "end of the forward", {**waiting, **kept, "weight copies": copies}
         if self.full:
-            # The float32 sums, and their product with the gradient of the loss.
-            entry = 4 + self.precision.weights
-            yield "backward of the loss", {**waiting, **kept, "head gradient": entry * head}
+            # Beside what forward left for it.
+            loss = self._loss(with_reference=False)
+            left = loss["chunk buffers"] if self._keeps_logits else 0
+            made = loss["head gradient"] + self.precision.weights * head
+            there = {**waiting, **kept, "head gradient": made, "chunk buffers": left}
+            yield "backward of the loss", there
         yield "backward of a layer", {**waiting, **self.backward_of_layer()}
         yield (
             "backward of the embedding",
             {**waiting, "embedding gradient": self.embedding_gradient},
         )
+
+    @property
+    def _keeps_logits(self) -> bool:
+        """Whether a head that trains gets its gradient from that of all logits, kept until
+        backward, and not from float32 sums."""
+        rows = round(ANSWER_SHARE * self.layer.positions)
+        sizes = self.sizes.vocab, self.sizes.hidden, self.precision.products
+        return self.full and is_kept(rows, *sizes)
 
     def _loss(self, with_reference: bool) -> Items:
         """Return the tensors of the chunk loop over logits of model and reference."""
@@ -190,12 +201,13 @@ class Step:
             round(share * self.layer.positions) for share in (ANSWER_SHARE, PRESERVE_SHARE)
         )
         step, width = chunk_shape(rows, columns, entry) if rows else (0, 0)
-        chunks = step + min(step, preserved) * with_reference
+        chunks = rows if self._keeps_logits else step
+        chunks += min(step, preserved) * with_reference
         second = self.full or self.setup.reference == "live"
         heads = 1 + (with_reference and second)
         head = self.sizes.head_parameters
         return {
             "head copies": heads * head * entry if self.precision.casts else 0,
-            "head gradient": 4 * head if self.full else 0,
+            "head gradient": 4 * head if self.full and not self._keeps_logits else 0,
             "chunk buffers": chunks * width * entry,
         }

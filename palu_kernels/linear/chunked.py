@@ -180,7 +180,7 @@ def run(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
         for part in rows.parts:
             if part.loss.sparse and part.stop > part.start:
-                _sparse(rows, part, losses, grad_hidden, sums)
+                _sparse(rows, part, losses, grad_hidden, kept, sums)
         for parts in _runs(rows.parts):
             _dense(rows, parts, losses, grad_hidden, kept, sums)
     return losses, hidden.new_empty(0) if grad_hidden is None else grad_hidden
@@ -250,6 +250,7 @@ def _sparse(
     part: Part,
     losses: Tensor,
     grad_hidden: Tensor | None,
+    kept: Tensor | None,
     sums: HeadGradAccumulator | None,
 ) -> None:
     head, loss = rows.own_head, part.loss
@@ -275,11 +276,11 @@ def _sparse(
     losses[part_rows] = result.losses
     if grad_hidden is not None:
         grad_hidden[part_rows] = result.grad_hidden
-    if sums is not None:
-        mean_coeff = result.mean_coeff if loss.needs_mean else None
-        sums.add_sparse(
-            part_rows, hidden, head.bias, indices, result.dloss_dx, mean_coeff, rows.backend
-        )
+    made = indices, result.dloss_dx, result.mean_coeff if loss.needs_mean else None
+    if kept is not None:
+        sparse.write_logits_gradient(kept[part_rows], head.bias, head.scale, *made)
+    elif sums is not None:
+        sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend)
 
 
 def _chosen(rows: LoopInputs, part: Part) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,6 @@ class _Costs(NamedTuple):
     multiply: float  # a multiply-add of a product with the whole weight
     logit: float  # a logit: written, read by the row loss, overwritten by its gradient
     gather: float  # an entry of a chosen row, once read and multiplied
-    scatter: float  # an entry added to a chosen row of the weight gradient
-    spread: float  # an entry of the weight gradient, when a vector is added to every row
     row: float  # a row of hidden states, whatever its size
     call: float  # a call
 
@@ -45,10 +43,10 @@ class _Costs(NamedTuple):
 # CUDA: reasoned for an H100, not measured: 2.8 TB/s in order and 2 TB/s gathered, 600 (bfloat16)
 # and 50 (float32) TFLOP/s, five transfers of a logit, 20 launches a sparse call.
 _COSTS = {
-    ("cpu", 4): _Costs(0.18, 0.012, 1.6, 0.27, 0.5, 0.14, 5e4, 1e5),
-    ("cpu", 2): _Costs(0.20, 0.0026, 1.3, 0.42, 0.5, 0.14, 5e4, 1e5),
-    ("cuda", 4): _Costs(1.4e-3, 4e-5, 7e-3, 2e-3, 4e-3, 3e-3, 0.0, 1e5),
-    ("cuda", 2): _Costs(7e-4, 3.3e-6, 3.6e-3, 1e-3, 4e-3, 3e-3, 0.0, 1e5),
+    ("cpu", 4): _Costs(0.18, 0.012, 1.6, 0.27, 5e4, 1e5),
+    ("cpu", 2): _Costs(0.20, 0.0026, 1.3, 0.42, 5e4, 1e5),
+    ("cuda", 4): _Costs(1.4e-3, 4e-5, 7e-3, 2e-3, 0.0, 1e5),
+    ("cuda", 2): _Costs(7e-4, 3.3e-6, 3.6e-3, 1e-3, 0.0, 1e5),
 }
 
 
@@ -75,15 +73,14 @@ def prefer_sparse(
     cost = _COSTS["cpu" if device_type == "cpu" else "cuda", bytes_each]
     weight = vocab_size * hidden_size
     chosen = rows * k * hidden_size
-    products = 2 + train_head
-    dense = products * max(weight * cost.read, rows * weight * cost.multiply)
-    dense += rows * vocab_size * cost.logit
+    product = max(weight * cost.read, rows * weight * cost.multiply)
+    logits = rows * vocab_size * cost.logit
+    dense = (2 + train_head) * product + logits
     fits = k * hidden_size * accum_dtype(dtype).itemsize <= BLOCK_BYTES
     passes = 1 if device_type == "cpu" and fits else 2
     sparse = cost.call + rows * cost.row + passes * chosen * cost.gather
     if train_head:
-        sparse += chosen * cost.scatter
-        sparse += global_mean * weight * (cost.read + cost.spread)
+        sparse += product + logits / 2 + global_mean * weight * cost.read
     return sparse < dense
 
 

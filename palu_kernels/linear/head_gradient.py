@@ -20,10 +20,9 @@ from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import Head, blocks, padded
 
 
-def is_kept(rows: int, columns: int, width: int, compute: torch.dtype) -> bool:
+def is_kept(rows: int, columns: int, width: int, element_size: int) -> bool:
     """Whether the gradient of the logits takes no more bytes than sums of the weight's would."""
-    sums = columns * width * accum_dtype(compute).itemsize
-    return rows * padded(columns) * compute.itemsize <= sums
+    return rows * padded(columns) * element_size <= columns * width * max(element_size, 4)
 
 
 def weight_gradient(grad: Tensor, hidden: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -159,9 +159,8 @@ def call(
         scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
     # how many rows have a role is not known yet where roles are looked up inside
     known = rows is None or bool(counts)
-    keep = known and want[1] and not any(loss.sparse for loss in losses)
     picked = hidden.shape[0] if rows is None else rows.shape[0]
-    keep = keep and is_kept(picked, *head.weight.shape, compute)
+    keep = known and want[1] and is_kept(picked, *head.weight.shape, compute.itemsize)
     out, sums, *_ = linear_loss(
         hidden,
         head.weight,

@@ -235,6 +235,34 @@ class _Gather:
 
 
 @torch.no_grad()
+def write_logits_gradient(
+    out: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    indices: Tensor,
+    dloss_dx: Tensor,
+    mean_coeff: Tensor | None,
+) -> None:
+    """Write the gradient of each row's own loss to its logits (after the scale, before the cap)
+    into `out [N, V]`; the rest as for `add_weight_gradient`."""
+    on_s = dloss_dx / logit_scale
+    # an index out of range has made its row NaN
+    inside = indices.long().clamp(0, out.shape[1] - 1)
+    if mean_coeff is None:
+        out.zero_()
+    else:
+        live = None if bias is None else bias != NEG_INF
+        count = out.shape[1] if live is None else live.sum().clamp(min=1)
+        share = (mean_coeff / (logit_scale * count))[:, None]
+        out.copy_(share)
+        if live is not None:
+            out.masked_fill_(~live, 0)
+            share = torch.where(live[inside], share, 0)
+        on_s = on_s + share
+    out.scatter_(1, inside, on_s.to(out.dtype))
+
+
+@torch.no_grad()
 def add_weight_gradient(
     acc_weight: Tensor | None,
     acc_bias: Tensor | None,
