@@ -1,14 +1,16 @@
 """What does the loss of one batch cost, forward plus backward, from hidden rows to their gradient?
 
     python -m benchmarks.bench_loss
+    python -m benchmarks.bench_loss --heads frozen trained
     python -m benchmarks.bench_loss --forget-only --csv benchmarks/results/loss_step_forget.csv
     python -m benchmarks.bench_loss --scale 8 --calls 0 --repeats 1 \\
         --providers linear sparse+cached --csv benchmarks/results/loss_step_x8.csv
     python -m benchmarks.bench_loss --repo OTHER_CHECKOUT --csv other.csv
 
 A batch `[8, T]` of random hidden rows, of which some carry a forget loss (flatten to the global
-mean) and some a preserve loss (reverse KL), meets a frozen head. The providers, by what they are
-given:
+mean) and some a preserve loss (reverse KL), meets a head that is frozen, or with `--heads trained`
+one whose weight gets its gradient too (the reference's stays frozen). The providers, by what they
+are given:
 
 * `released`: both models' logits of all positions and everything after them over all positions
   (`providers.py`), differentiated by autograd.
@@ -23,8 +25,8 @@ given:
 * `sparse+cached`: `PALULoss.from_hidden` with the forget rows' top-k indices and the preserve rows'
   reference hidden states computed before, as from a `ReferenceCache`.
 * `floor`: no loss. The matrix products that the selected rows cannot avoid, into memory that is
-  already there: both models' logits and the gradient to the hidden rows. (`sparse+cached` avoids
-  those of the forget rows, so it may be below.)
+  already there: both models' logits, the gradient to the hidden rows, and that of a weight that
+  trains. (`sparse+cached` avoids those of the forget rows, so it may be below.)
 
 With `--forget-only` the preserve rows are left out: `dense` and `sparse` are given the top-k
 indices, `dense+live` the reference's hidden rows.
@@ -69,7 +71,8 @@ from palu_kernels import (
 )
 
 BATCH = 8
-LOSS, FORGET_LOSS = "loss_step", "loss_step_forget"
+LOSS, TRAINED_LOSS, FORGET_LOSS = "loss_step", "loss_step_trained", "loss_step_forget"
+HEADS = {"frozen": LOSS, "trained": TRAINED_LOSS}
 # Relative, of a loss and of the gradient in norm: in bfloat16 some providers round the logits of
 # forget rows and some do not. The last is for gradients with S by `torch.topk`.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6, "float16": 2**-9}
@@ -85,7 +88,8 @@ class Batch:
     labels: Tensor  # [B, T]
     hidden: Tensor  # [B, T, D], a leaf that wants its gradient
     ref_hidden: Tensor  # [B, T, D]
-    head: LMHead  # frozen, and the reference's too
+    head: LMHead
+    ref_head: LMHead  # the same weight, frozen
     roles: Tensor  # [B, T - 1]: of the tokens that rows predict
     indices: Tensor  # int32 [forget rows, k], S by the reference
     ref_preserve: Tensor  # [preserve rows, D]
@@ -109,20 +113,20 @@ class Losses(NamedTuple):
 def released(batch: Batch) -> Losses:
     logits = batch.head.logits(batch.hidden)
     with torch.no_grad():
-        ref_logits = batch.head.logits(batch.ref_hidden)
+        ref_logits = batch.ref_head.logits(batch.ref_hidden)
     return Losses(*released_terms(logits, ref_logits, batch.labels, top_k=batch.k))
 
 
 def rows(batch: Batch) -> Losses:
     forget, preserve = map(batch.head.logits, batch.rows(batch.hidden))
-    ref_forget, ref_preserve = map(batch.head.logits, batch.rows(batch.ref_hidden))
+    ref_forget, ref_preserve = map(batch.ref_head.logits, batch.rows(batch.ref_hidden))
     forget_mean = local_entropy_loss(forget, ref_forget, top_k=batch.k)
     return Losses(forget_mean, kl_loss(preserve, ref_preserve))
 
 
 def compiled(batch: Batch) -> Losses:
     forget, preserve = map(batch.head.logits, batch.rows(batch.hidden))
-    ref_forget, ref_preserve = map(batch.head.logits, batch.rows(batch.ref_hidden))
+    ref_forget, ref_preserve = map(batch.ref_head.logits, batch.rows(batch.ref_hidden))
     forget_mean = _compiled(_flatten)(forget, ref_forget, batch.k)
     return Losses(forget_mean, _compiled(_reverse_kl)(preserve, ref_preserve))
 
@@ -132,9 +136,10 @@ def liger(batch: Batch) -> Losses:
 
     forget, preserve = batch.rows(batch.hidden)
     ref_forget, ref_preserve = batch.rows(batch.ref_hidden)
-    forget_mean = _flatten(*map(batch.head.logits, (forget, ref_forget)), batch.k)
-    weight = batch.head.weight
-    jsd = liger_fused_linear_jsd(preserve, weight, ref_preserve, weight, jsd_beta=1.0)
+    logits, ref_logits = batch.head.logits(forget), batch.ref_head.logits(ref_forget)
+    forget_mean = _flatten(logits, ref_logits, batch.k)
+    weight, frozen = batch.head.weight, batch.ref_head.weight
+    jsd = liger_fused_linear_jsd(preserve, weight, ref_preserve, frozen, jsd_beta=1.0)
     return Losses(forget_mean, jsd)
 
 
@@ -161,7 +166,12 @@ def sparse_cached(batch: Batch) -> Losses:
 
 def _from_hidden(batch: Batch, ref_hidden: Tensor, **given: Tensor) -> Losses:
     loss = PALULoss(top_k=batch.k, prefix_length=PREFIX)
-    output = loss.from_hidden(batch.hidden, batch.head, batch.labels, ref_hidden, **given)
+    head = batch.head
+    if head.requires_grad:
+        # A head keeps the mean row of its weight; of one that trains it is taken anew every step.
+        head = LMHead(head.weight)
+    rows = (batch.labels, ref_hidden, batch.ref_head)
+    output = loss.from_hidden(batch.hidden, head, *rows, **given)
     return Losses(output.forget, output.preserve, output.loss)
 
 
@@ -184,10 +194,12 @@ def _forget_alone(batch: Batch, implementation: str, **source: Tensor) -> Losses
 
 
 class Floor:
-    """z = h W^T, r = h_ref W^T and dL/dh = dL/dz W for the selected rows; z stands for dL/dz."""
+    """z = h W^T, r = h_ref W^T, dL/dh = dL/dz W and, where the head trains, dL/dW = (dL/dz)^T h for
+    the selected rows; z stands for dL/dz."""
 
     def __init__(self, batch: Batch) -> None:
-        self.weight = batch.head.weight
+        self.weight = batch.head.weight.detach()
+        self.weight_grad = torch.empty_like(self.weight) if batch.head.requires_grad else None
         self.own, self.ref = (
             torch.cat(batch.rows(h)).detach() for h in (batch.hidden, batch.ref_hidden)
         )
@@ -198,11 +210,13 @@ class Floor:
         torch.mm(self.own, self.weight.t(), out=self.z)
         torch.mm(self.ref, self.weight.t(), out=self.r)
         torch.mm(self.z, self.weight, out=self.grad)
+        if self.weight_grad is not None:
+            torch.mm(self.z.t(), self.own, out=self.weight_grad)
 
 
 def outputs_of(loss: Callable[[Batch], Losses], batch: Batch) -> Outputs:
     """The losses and, for each role, the gradient of its rows."""
-    batch.hidden.grad = None
+    batch.hidden.grad = batch.head.weight.grad = None
     losses = loss(batch)
     total = losses.total
     if total is None:
@@ -210,6 +224,8 @@ def outputs_of(loss: Callable[[Batch], Losses], batch: Batch) -> Outputs:
     total.backward()
     named = {"loss": total, "forget_loss": losses.forget, "preserve_loss": losses.preserve}
     outputs = {name: t.detach().float() for name, t in named.items() if t is not None}
+    if batch.head.requires_grad:
+        outputs["weight_gradient"] = batch.head.weight.grad
     return outputs | by_role(batch.hidden.grad, batch)
 
 
@@ -240,12 +256,14 @@ KERNELS = {
         "sparse+cached": provider(sparse_cached),
         "floor": Provider(lambda case, batch: Call(Floor(batch))),
     },
+    TRAINED_LOSS: {},
     FORGET_LOSS: {
         "dense": provider(dense),
         "sparse": provider(sparse),
         "dense+live": provider(dense_live),
     },
 }
+KERNELS[TRAINED_LOSS] = KERNELS[LOSS]
 
 
 # ---- inputs and truth ----------------------------------------------------------------------------
@@ -313,12 +331,15 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     indices = [topk_indices(head.logits(piece), case.k) for piece in ref_forget.split(64)]
     chosen = torch.cat(indices)
     hidden.requires_grad_()
-    return Batch(case.k, labels, hidden, ref_hidden, head, roles, chosen, ref_preserve)
+    ref_head, head = head, LMHead(head.weight.detach())
+    head.weight.requires_grad_(case.kernel == TRAINED_LOSS)
+    heads = (head, ref_head)
+    return Batch(case.k, labels, hidden, ref_hidden, *heads, roles, chosen, ref_preserve)
 
 
 def truth(case: Case, batch: Batch) -> Outputs:
     """Piece by piece in float64, S as `indices` gives it."""
-    weight = batch.head.weight.double()
+    weight = batch.head.weight.detach().double().requires_grad_(batch.head.requires_grad)
     gradient = torch.zeros_like(batch.hidden, dtype=torch.float64)
     losses = {}
     own_rows, ref_rows = (batch.rows(h.detach()) for h in (batch.hidden, batch.ref_hidden))
@@ -333,14 +354,16 @@ def truth(case: Case, batch: Batch) -> Outputs:
         for start in range(0, len(own_rows[number]), providers.TRUTH_ROWS):
             piece = slice(start, start + providers.TRUTH_ROWS)
             hidden = own_rows[number][piece].double().requires_grad_()
-            source = {"ref_logits": ref_rows[number][piece].double() @ weight.T}
+            source = {"ref_logits": ref_rows[number][piece].double() @ weight.detach().T}
             if role == FORGET_ROLE:
                 source = {"k": case.k, "indices": batch.indices[piece].long()}
             part = row_losses(loss, hidden @ weight.T, **source).sum() / len(own_rows[number])
-            grads += torch.autograd.grad(part, [hidden])
+            part.backward()
+            grads.append(hidden.grad)
             losses[name] = losses[name] + part.detach()
         gradient[:, :-1][batch.roles == role] = torch.cat(grads)
-    return {"loss": sum(losses.values()), **losses, **by_role(gradient, batch)}
+    of_weight = {} if weight.grad is None else {"weight_gradient": weight.grad}
+    return {"loss": sum(losses.values()), **losses, **of_weight, **by_role(gradient, batch)}
 
 
 # ---- the benchmark -------------------------------------------------------------------------------
@@ -358,6 +381,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, (default, words) in sizes.items():
         parser.add_argument(f"--{name}", type=runner.positive, default=default, help=words)
+    heads = {"nargs": "+", "choices": HEADS, "default": ["frozen"]}
+    parser.add_argument("--heads", **heads, help="whether its weight gets a gradient")
     parser.add_argument("--forget-only", action="store_true", help="forget rows alone")
 
 
@@ -365,11 +390,11 @@ def cases(given: argparse.Namespace) -> list[Case]:
     """Raises: ValueError: the rows do not fit into the batch."""
     sizes = {name: given.scale * getattr(given, name) for name in ("forget", "preserve")}
     setting = " ".join(f"{k}={v}" for k, v in {"batch": given.scale * BATCH, **sizes}.items())
-    kernel = FORGET_LOSS if given.forget_only else LOSS
+    kernels = [FORGET_LOSS] if given.forget_only else [HEADS[head] for head in given.heads]
     rows = given.scale * given.positions
-    base = Case(kernel, given.vocab, given.hidden, rows, given.top_k, "", setting)
+    base = Case("", given.vocab, given.hidden, rows, given.top_k, "", setting)
     labels_of(base)
-    return [base._replace(dtype=dtype) for dtype in given.dtype]
+    return [base._replace(kernel=kernel, dtype=d) for kernel in kernels for d in given.dtype]
 
 
 BENCHMARK = runner.Benchmark(

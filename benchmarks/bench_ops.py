@@ -38,6 +38,7 @@ from benchmarks import providers, runner
 from benchmarks.providers import CROSS_ENTROPY, FORGET, KL, normal, untied
 from benchmarks.runner import Call, Case, Outputs, Provider
 from palu_kernels import cross_entropy_loss, kl_loss, local_entropy_loss, reference, topk_indices
+from palu_kernels.backend import Backend
 
 # S comes with the rows, or from the current logits, instead of from the reference's.
 BY_INDICES = {f"{name}_indices": name for name in FORGET}
@@ -84,17 +85,17 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(logits.requires_grad_(), ref_logits, indices, labels)
 
 
-def palu(case: Case, given: Inputs) -> Tensor:
+def palu(case: Case, given: Inputs, backend: Backend = "auto") -> Tensor:
     logits, ref_logits, indices, labels = given
     if case.kernel in KL:
-        return kl_loss(logits, ref_logits, direction=KL[case.kernel])
+        return kl_loss(logits, ref_logits, direction=KL[case.kernel], backend=backend)
     if case.kernel == CROSS_ENTROPY:
-        return cross_entropy_loss(logits, labels)
-    source = {"ref_logits": ref_logits}
+        return cross_entropy_loss(logits, labels, backend=backend)
+    source = {"ref_logits": ref_logits, "backend": backend}
     if case.kernel in BY_INDICES:
-        source = {"indices": indices}
+        source = {"indices": indices, "backend": backend}
     elif case.kernel in BY_CURRENT:
-        source = {}
+        source = {"backend": backend}
     return local_entropy_loss(logits, top_k=case.k, **source, **FORGET[_loss(case)])
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to measure on a GPU machine, in under 9 minutes (benchmarks/gpu.py says what):
+# Everything there is to measure on a GPU machine, in ten minutes (benchmarks/gpu.py says what):
 #
 #     benchmarks/gpu.sh OUT_DIR [--commit ID] [--sections NAME ...]
 #

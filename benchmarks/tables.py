@@ -33,7 +33,6 @@ MORE = {
     "allocated_bytes": ("allocated", 2**20, ".1f"),
     "reference_bytes": ("reference MiB", 2**20, ".1f"),
     "sparse": ("sparse", 1, ".0f"),
-    "of_floor": ("of floor", 1, ".2f"),
 }
 Row = dict[str, Any]
 Processes = Sequence[Sequence[float]]  # the samples of each process

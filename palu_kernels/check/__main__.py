@@ -303,6 +303,9 @@ def main(argv: list[str] | None = None) -> int:
         help="default: triton where it can run on the device",
     )
     parser.add_argument("--quick", action="store_true", help="leave the long rows out")
+    parser.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="of every N cases the I-th"
+    )
     parser.add_argument("--json", metavar="FILE", help="write every comparison there")
     options = parser.parse_args(argv)
     try:
@@ -325,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"served by {served_by()}")
     print(f"{'operator':<64}{'what':<10}{'error':>10}{'allowed':>10}{'worst':>7}")
     results = []
-    for result in comparisons(options.quick, device, backend):
+    for result in comparisons(options.quick, device, backend, *options.shard):
         results.append(result)
         mark = "" if result.passed else "  FAILED"
         print(
@@ -340,10 +343,20 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def comparisons(quick: bool, device: torch.device, backend: str) -> Iterator[Comparison]:
+def shard(text: str) -> tuple[int, int]:
+    """`0/8` -> (0, 8)."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with 0 <= I < N, like 0/8")
+    return int(index), int(count)
+
+
+def comparisons(
+    quick: bool, device: torch.device, backend: str, index: int = 0, count: int = 1
+) -> Iterator[Comparison]:
     """Of the operators on logits and of the linear ones (whose column `worst` is the norm's share
-    of what is allowed)."""
-    for case in (*cases(quick=quick), *linear_cases(DTYPES)):
+    of what is allowed); of every `count` cases the one numbered `index`."""
+    for case in [*cases(quick=quick), *linear_cases(DTYPES)][index::count]:
         try:
             yield from _compared(case, device, backend)
         except Exception as error:  # a kernel that does not compile must not hide the others

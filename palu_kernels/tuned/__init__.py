@@ -18,10 +18,9 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +30,7 @@ LARGEST = {"block": 16384, "warps": 32}
 SMALLEST = {"block": 256}
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """What a kernel does to memory, as far as its launch is concerned."""
 
     reads: int
@@ -42,22 +40,22 @@ class Walk:
     rows: int
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     block: int
     warps: int
     programs: int  # a multiprocessor
 
 
-_tried: list[Settings] = []
+_tried: list[tuple[Settings | None, list[Walk]]] = []
 
 
 @contextlib.contextmanager
-def trying(settings: Settings) -> Iterator[None]:
-    """Give every launch inside the block these settings, as a sweep does."""
-    _tried.append(settings)
+def trying(settings: Settings | None) -> Iterator[list[Walk]]:
+    """Give every launch inside the block these settings (None: the launcher's own), as a sweep
+    does. The list holds the walks that asked, in their order."""
+    _tried.append((settings, []))
     try:
-        yield
+        yield _tried[-1][1]
     finally:
         _tried.pop()
 
@@ -69,7 +67,9 @@ def settings_of(device: torch.device, walk: Walk) -> Settings | None:
         ValueError: the file of the card is not as above; with its name.
     """
     if _tried:
-        return _tried[-1]
+        settings, walks = _tried[-1]
+        walks.append(walk)
+        return settings
     arch = architecture(device)
     return None if arch is None else _nearest(FOLDER / f"{arch}.json", walk)
 
@@ -128,7 +128,7 @@ def _entry(name: str, entry: Any) -> tuple[Walk, Settings]:
     made = []
     for kind in (Walk, Settings):
         numbers = {}
-        for field in (one.name for one in fields(kind)):
+        for field in kind._fields:
             value, where = entry[field], f"{name}.{field}"
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{where} is {value!r}; it must be a number of things")

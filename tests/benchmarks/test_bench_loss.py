@@ -47,13 +47,29 @@ def test_providers_agree(run, capsys):
         if metric == "seconds":
             assert row["p50"] > 0
         if provider == "floor":
-            assert metric in ("seconds", "peak_bytes", "bytes_before", "allocated_bytes")
+            memory = ("peak_bytes", "bytes_before", "allocated_bytes")
+            assert metric in ("seconds", "cpu_seconds", *memory)
     for provider in ("released", "linear", "sparse+cached"):
         assert by["float32", provider, "forget_loss"]["p50"] > 1
         assert by["float32", provider, "preserve_loss"]["p50"] > 0.1
     # logged once a process for calls of a kind
     assert by["float32", "linear", "sparse"]["p50"] in (0, 1)
     assert all(name in capsys.readouterr().out for name in ("of released",))
+
+
+def test_a_head_that_trains(run):
+    """Its gradient is compared too, and the floor makes it."""
+    names = ["--providers", "released", "rows", "linear", "sparse+cached", "floor"]
+    status, rows = run("--heads", "frozen", "trained", "--dtype", "float32", *names)
+    assert status == 0 and {row["status"] for row in rows} == {"ok"}
+    errors = {(row["kernel"], row["provider"]) for row in rows if "weight" in row["metric"]}
+    wanted = {(bench_loss.TRAINED_LOSS, name) for name in names[1:-1]}
+    assert errors == wanted
+    assert {row["kernel"] for row in rows} == {LOSS, bench_loss.TRAINED_LOSS}
+    batch = make_batch(CASE._replace(kernel=bench_loss.TRAINED_LOSS), CPU)
+    floor = bench_loss.Floor(batch)
+    floor()
+    torch.testing.assert_close(floor.weight_grad, floor.z.t() @ floor.own)
 
 
 def test_forget_rows_alone(run):

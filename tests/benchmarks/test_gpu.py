@@ -1,5 +1,5 @@
-"""The run on a GPU machine, as far as it goes without one: arguments, plan, floors, what is left
-out said, and what is wrong found."""
+"""The run on a GPU machine, as far as it goes without one: arguments, plan, what ran out of time
+said, and what is wrong found."""
 
 import os
 import subprocess
@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_loss, bench_ops, gpu, runner, tables
-from benchmarks.gpu import Rates, floor_seconds
+from benchmarks import bench_linear, bench_loss, bench_ops, gpu, gpu_kernels, runner, tables
 from benchmarks.runner import Case
-from benchmarks.static import traffic
 
 SCRIPT = runner.ROOT / "benchmarks" / "gpu.sh"
-RATES = Rates(3e12, 750e12)
 without_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 
 
@@ -87,10 +84,8 @@ def test_shell_without_a_folder(arguments):
 
 
 def cases_of(part):
-    module = {"bench_ops": bench_ops, "bench_linear": bench_linear, "bench_loss": bench_loss}.get(
-        part.module.removeprefix("benchmarks.")
-    )
-    benchmark = gpu.CARD if module is None else module.BENCHMARK
+    modules = {"bench_ops": bench_ops, "bench_linear": bench_linear, "bench_loss": bench_loss}
+    benchmark = modules[part.module.removeprefix("benchmarks.")].BENCHMARK
     given = runner.options(benchmark, [*part.arguments, "--device", "cpu"])
     assert given.together and given.repeats == 1 and given.dtype == ["bfloat16"]
     return [
@@ -101,126 +96,81 @@ def cases_of(part):
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_the_plan_measures_every_operator(tiny, tmp_path):
+def test_the_plan(tiny, tmp_path):
     given = options(tmp_path, "--model", "m", "--data", "d")
     given.tiny = tiny
     parts = list(gpu.plan(given))
     assert list(dict.fromkeys(part.section for part in parts)) == list(gpu.SECTIONS)
     assert [part.end for part in parts] == sorted(part.end for part in parts)
-    assert parts[-2].end < 540
+    assert parts[-2].end <= 580  # of the 600 seconds of a call
+    for part in parts:
+        if part.module == "benchmarks.gpu_kernels":
+            assert part.arguments[0] in ("compile", *gpu_kernels.PARTS)
+    shards = [part for part in parts if part.section == "check"]
+    assert len({part.end for part in shards}) == 1  # at once
+    if not tiny:
+        numbers = [part.arguments[-1] for part in shards]
+        assert numbers == [f"{n}/{len(shards)}" for n in range(len(shards))]
     measured = {
         section: [pair for part in parts if part.section == section for pair in cases_of(part)]
-        for section in ("card", "operators", "linear", "loss")
+        for section in ("operators", "linear", "loss")
     }
     kernels = {name: {case.kernel for case, _ in pairs} for name, pairs in measured.items()}
-    assert kernels["card"] == {"copy", "matmul"}
-    assert kernels["operators"] == set(gpu.TRANSFERS)
-    assert kernels["linear"] == {
-        f"linear_{name}{trained}"
-        for name in ("flatten", "kl_reverse", "cross_entropy")
-        for trained in ("", "_trained")
-    }
-    providers = {name for _, name in measured["linear"]}
-    assert providers == {"palu", "palu sparse", "palu dense", "eager"}
-    vocabularies = {257, 1003} if tiny else {32000, 128256, 262144}
+    assert kernels["operators"] == set(gpu_kernels.FLOORS) and kernels["linear"] == set(gpu.LINEAR)
+    assert kernels["loss"] == {bench_loss.LOSS, bench_loss.TRAINED_LOSS}
     for section in ("operators", "linear"):
-        cases = [case for case, _ in measured[section]]
-        assert {case.V for case in cases} == vocabularies
-        assert max(vocabularies if tiny else {128256}) == cases[0].V  # first, should time be short
-        rows = {5, 300} if tiny else {50, 226, 4096}
-        assert {case.rows for case in cases} == rows
-    ((case, _), *_) = measured["loss"]
-    assert (1003 if tiny else 128256) == case.V
+        names = {name for _, name in measured[section]}
+        assert {"palu", "eager", "liger"} <= names and ("compile" in names) == (not tiny)
+        rows = {5, 300} if tiny else {226, 4096}
+        assert {case.rows for case, _ in measured[section]} == rows
     assert list(gpu.plan(options(tmp_path)))[-1].section != "train_step"
-
-
-def test_floors():
-    def floor(kernel, rows, k=None, D=None, provider="palu"):
-        return floor_seconds(row(kernel, provider, V=128256, D=D, rows=rows, k=k), RATES)
-
-    assert floor("flatten_indices", 50, 1000) == pytest.approx(3.125 * 50 * 128256 * 2 / 3e12)
-    flops = 4 * 2 * 4096 * 128256 * 4096
-    assert floor("linear_kl_reverse_trained", 4096, D=4096) == pytest.approx(flops / 750e12)
-    moved = 2 * 2 * (128256 * 4096 + 226 * 4096 + 226 * 128256)
-    assert floor("linear_cross_entropy", 226, D=4096) == pytest.approx(moved / 3e12)
-    sparse = floor("linear_flatten", 50, 1000, 4096, "palu sparse")
-    assert sparse == pytest.approx(2 * 50 * 1000 * 4096 * 2 / 3e12)
-    more = floor("linear_flatten_trained", 50, 1000, 4096, "palu sparse") - sparse
-    assert more == pytest.approx(2 * 128256 * 4096 * 2 / 3e12)
-    assert floor("copy", 1) is None
-
-
-@without_gpu
-def test_transfers_are_those_that_the_kernels_make():
-    counted = {one.operator: one.transfers for one in traffic.measure(32768, 1, "bfloat16")}
-    names = {
-        "topk_indices": "topk_indices",
-        "reverse kl": "kl_reverse",
-        "forward kl": "kl_forward",
-        "cross-entropy": "cross_entropy",
-    }
-    for name in ("flatten", "entropy"):
-        names |= {f"{name}, S by reference": name, f"{name}, S by indices": f"{name}_indices"}
-        names[f"{name}, S by current"] = f"{name}_current"
-    assert set(names.values()) == set(gpu.TRANSFERS)
-    for name, kernel in names.items():
-        # beside it the histograms of two digits and a few numbers a row
-        assert -0.01 < counted[name] - gpu.TRANSFERS[kernel] < 0.35, name
-
-
-def test_rates():
-    copy = row("copy", "torch", 0.5, rows=2**30, dtype="uint8")
-    products = [
-        row("matmul", "torch", 0.5, V=64, D=64, rows=64, dtype=d) for d in ("bfloat16", "float32")
-    ]
-    found = gpu.rates([copy, *products])
-    assert found == (2 * 2**30 / 0.5, 2 * 64**3 / 0.5)
-    assert gpu.rates([copy]) is None
-    device = [one | {"metric": "device_seconds", "p50": 0.25} for one in (copy, *products)]
-    assert gpu.rates([copy, *products, *device]).bytes_per_second == 2 * found.bytes_per_second
-
-
-def test_shares_of_floor():
-    # 3 million bytes: 1 microsecond
-    rows = [row(p50=0.002), row(provider="eager", p50=0.004), row("copy"), row(metric="loss_error")]
-    shares = gpu.shares_of_floor(rows, RATES)
-    found = {one["provider"]: one["p50"] for one in shares}
-    assert found == pytest.approx({"palu": 0.0005, "eager": 0.00025})
-    assert {one["metric"] for one in shares} == {"of_floor"}
-    assert "of floor" in tables.tables([*rows, *shares])
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path):
-    """From another folder, into one that is new, with settings that must not matter."""
+    """From another folder, into one that is new, with settings that must not matter; without `ncu`
+    that section says so."""
     out = tmp_path / "new" / "out"
-    words = ["--device", "cpu", "--tiny", "--sections", "card", "loss"]
+    words = ["--device", "cpu", "--tiny", "--sections", "head", "ncu", "--commit", "abc"]
     done = shell(out, *words, PALU_BACKEND="nonsense", PALU_CHECK="1")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = tables.read(out / "gpu.csv")
-    assert all(row["processor"] and row["commit"] and row["versions"] for row in rows)
-    assert {row["status"] for row in rows if row["provider"] != "liger"} == {"ok"}
-    assert {row["kernel"] for row in rows} == {"copy", "matmul", "loss_step"}
+    assert all(row["processor"] and row["versions"] for row in rows)
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert {row["kernel"] for row in rows} == {"head_gradient"}
     files = {path.name for path in out.iterdir()}
-    assert files >= {"gpu.csv", "gpu.log", "table.txt", "card.csv", "card.log", "loss_step.csv"}
-    assert "GB/s" in done.stdout and "of released" in done.stdout
+    assert files >= {"gpu.csv", "gpu.log", "table.txt", "head.csv", "head.log", "ncu.log"}
+    assert (
+        "V = 257, D = 16, N = 5: one product" in done.stdout
+        and "nothing was counted" in done.stdout
+    )
     assert done.stdout.strip() == (out / "gpu.log").read_text().strip()
 
 
-def do(run, rows, status, monkeypatch):
-    """A part whose command leaves these rows and this exit status."""
-    part = gpu.Part("operators", "operators", 60, "benchmarks.bench_ops", [])
+@pytest.mark.slow
+def test_the_whole_command(tmp_path):
+    done = shell(tmp_path / "out", "--device", "cpu", "--tiny", "--commit", "abc")
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    for section in gpu.SECTIONS[:-1]:
+        assert f"-- {section} over after" in done.stdout or f"{section}: its time" in done.stdout
 
-    def run_logged(command, seconds, log):
-        if rows:
-            tables.write(Path(command[command.index("--csv") + 1]), rows)
-        return status
+
+def do(run, rows, status, monkeypatch, section="operators", text=""):
+    """A part whose command leaves these rows, this text and this exit status."""
+    part = gpu.Part(section, section, 60, "benchmarks.bench_ops", [])
+
+    def run_logged(commands, seconds, logs):
+        for command, log in zip(commands, logs, strict=True):
+            print("$", file=log)
+            print(text, file=log, flush=True)
+            if rows:
+                tables.write(Path(command[command.index("--csv") + 1]), rows)
+        return [status] * len(commands)
 
     monkeypatch.setattr(gpu, "run_logged", run_logged)
-    run.do(part)
+    run.do([part])
     return run.failures
 
 
@@ -228,41 +178,83 @@ WRONG = "wrong: loss off by 1.0e+00, more than 1.6e-02"
 
 
 @pytest.mark.parametrize(
-    ("rows", "status", "failures"),
+    ("rows", "status", "failures", "late"),
     [
-        ([row(), row("kl_forward", status=runner.NO_TIME)], 0, 0),  # time is no fault
-        ([row(provider="eager", status=WRONG)], 1, 0),
-        ([row(status=WRONG)], 1, 1),
-        ([row(provider="palu sparse", status="failed: no kernel image")], 1, 1),
-        ([row()], None, 0),
-        ([row()], 2, 1),
-        ([], 1, 1),
+        ([row(), row("kl_forward", status=runner.NO_TIME)], 0, 0, 1),
+        ([row(provider="eager", status=WRONG)], 1, 0, 0),
+        ([row(status=WRONG)], 1, 1, 0),
+        ([row(provider="palu sparse", status="failed: no kernel image")], 1, 1, 0),
+        ([row()], None, 0, 1),
+        ([row()], 2, 1, 0),
+        ([], 1, 1, 0),
     ],
 )
-def test_only_this_library_s_failures_count(rows, status, failures, tmp_path, monkeypatch):
+def test_what_is_wrong_and_what_is_late(rows, status, failures, late, tmp_path, monkeypatch):
     run = a_run(tmp_path)
-    assert len(do(run, rows, status, monkeypatch)) == failures
+    assert len(do(run, rows, status, monkeypatch)) == failures and len(run.late) == late
     if rows:
-        assert len(tables.read(tmp_path / "gpu.csv")) == len(rows)
+        assert len(run.rows) == len(rows)
         skipped = sum(row["status"] == runner.NO_TIME for row in rows)
         said = f"{len(rows) - skipped} of {len(rows)} measurements, {skipped} skipped"
         assert said in (tmp_path / "gpu.log").read_text()
 
 
-def test_a_part_without_time_is_not_tried(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("status", "failures", "late"), [(0, 0, 0), (3, 0, 1), (None, 0, 1), (1, 1, 0)]
+)
+def test_a_part_of_kernels(status, failures, late, tmp_path, monkeypatch, capsys):
+    """What it printed is printed, what it measured kept, however it ended."""
     run = a_run(tmp_path)
-    run.start -= 55
+    found = do(run, [row()], status, monkeypatch, "kernels", "kl_reverse: 3 kernels")
+    assert (len(found), len(run.late)) == (failures, late) and len(run.rows) == 1
+    assert "kl_reverse: 3 kernels" in capsys.readouterr().out
+
+
+def test_a_section_without_time_is_not_tried(tmp_path, monkeypatch, capsys):
+    run = a_run(tmp_path)
+    run.start -= 57
     assert do(run, [row()], 0, monkeypatch) == [] and run.rows == []
-    assert "operators: skipped: no time left" in capsys.readouterr().out
+    assert run.late == ["operators"] and "operators: its time was up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("late", "failures", "status"), [([], [], 0), (["a"], [], 3), (["a"], ["b"], 1)]
+)
+def test_the_exit_status(late, failures, status, tmp_path, monkeypatch):
+    """Other sections still run after one that was late."""
+    seen = []
+
+    def do(run, parts):
+        seen.append(parts[0].section)
+        run.late, run.failures = late, failures
+
+    monkeypatch.setattr(gpu.Run, "do", do)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    words = [str(tmp_path / "out"), "--device", "cpu", "--tiny", "--commit", "abc"]
+    assert gpu.main(words) == status
+    assert seen == list(gpu.SECTIONS[:-1])
+
+
+def test_what_the_sweep_wrote_is_used_from_there_on(tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.setattr(gpu.tuned, "FOLDER", folder)
+    for tiny, wanted in ((True, []), (False, ["sm_90.json"])):
+        run = a_run(tmp_path / f"out-{tiny}")
+        run.given.tiny = tiny
+        run.tuned.parent.mkdir()
+        run.tuned.write_text("{}")
+        do(run, [row()], 0, monkeypatch, "sweep")
+        assert [path.name for path in folder.iterdir()] == wanted
 
 
 def test_a_command_out_of_time_ends_with_all_it_started(tmp_path):
-    log = (tmp_path / "log").open("w+")
-    command = ["bash", "-c", "sleep 60 & echo $!; wait"]
+    logs = [(tmp_path / name).open("w+") for name in ("first", "second", "third")]
+    commands = [["bash", "-c", "sleep 60 & echo $!; wait"], ["false"], ["surely-not-here"]]
     start = time.monotonic()
-    assert gpu.run_logged(command, 0.5, log) is None
+    assert gpu.run_logged(commands, 1.0, logs) == [None, 1, 127]
     assert time.monotonic() - start < 10
-    child = int((tmp_path / "log").read_text().splitlines()[1])
+    child = int((tmp_path / "first").read_text().splitlines()[1])
     state = Path(f"/proc/{child}/stat")
     for _ in range(50):
         if not state.exists() or state.read_text().split()[2] == "Z":
@@ -270,7 +262,6 @@ def test_a_command_out_of_time_ends_with_all_it_started(tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("what the command had started still runs")
-    assert gpu.run_logged(["false"], 5, log) == 1
 
 
 @pytest.mark.parametrize(
@@ -284,16 +275,15 @@ def test_a_command_out_of_time_ends_with_all_it_started(tmp_path):
     ],
 )
 def test_what_the_check_said(lines, status, failures, said, tmp_path, monkeypatch, capsys):
-    commands = []
-
-    def run_logged(command, seconds, log):
-        commands.append(command)
-        print(*lines, sep="\n", file=log, flush=True)
-        return status
-
-    monkeypatch.setattr(gpu, "run_logged", run_logged)
     run = a_run(tmp_path)
-    run.do(list(gpu.plan(run.given))[1])
-    assert len(run.failures) == failures and said in capsys.readouterr().out
-    assert commands[0][2] == "palu_kernels.check" and "--quick" in commands[0]
-    assert commands[0][-2:] == ["--json", str(tmp_path / "check.json")]
+    assert len(do(run, [], status, monkeypatch, "check", "\n".join(lines))) == failures
+    assert said in capsys.readouterr().out and (status is None) == bool(run.late)
+
+
+def test_what_the_profiler_counted():
+    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    lines += ['"0","_kl_stats_kernel","dram__throughput.avg.pct","%","71.2"']
+    lines += ['"0","_kl_stats_kernel","gpu__time_duration.sum","us","35.1"']
+    wanted = ["0 _kl_stats_kernel: dram__throughput 71.2 %, gpu__time_duration 35.1 us"]
+    assert gpu.profile(lines) == wanted
+    assert gpu.profile(["==ERROR== ERR_NVGPUCTRPERM"]) == ["==ERROR== ERR_NVGPUCTRPERM"]

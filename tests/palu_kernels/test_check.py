@@ -160,3 +160,22 @@ def test_command_names_a_bad_option(argv, message, capsys):
         check.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_shards_are_all_of_it(monkeypatch):
+    """Every case in exactly one shard, so that processes side by side check what one would."""
+    seen = []
+
+    def compared(case, device, backend):
+        seen.append(case)
+        return iter(())
+
+    monkeypatch.setattr(check, "_compared", compared)
+    list(check.comparisons(True, torch.device("cpu"), "torch"))
+    whole, sharded = list(map(str, seen)), []
+    for index in range(3):
+        seen.clear()
+        list(check.comparisons(True, torch.device("cpu"), "torch", index, 3))
+        assert seen
+        sharded += map(str, seen)
+    assert sorted(sharded) == sorted(whole)
