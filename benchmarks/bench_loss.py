@@ -1,7 +1,7 @@
 """What does the loss of one batch cost, forward plus backward, from hidden rows to their gradient?
 
     python -m benchmarks.bench_loss
-    python -m benchmarks.bench_loss --heads frozen trained
+    python -m benchmarks.bench_loss --heads frozen trained --in-turns --repeats 1 --calls 7
     python -m benchmarks.bench_loss --forget-only --csv benchmarks/results/loss_step_forget.csv
     python -m benchmarks.bench_loss --scale 8 --calls 0 --repeats 1 \\
         --providers linear sparse+cached --csv benchmarks/results/loss_step_x8.csv
@@ -43,13 +43,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import providers, runner
+from benchmarks import providers, runner, tables
 from benchmarks.providers import (
     FORGET_ROLE,
     IGNORE,
@@ -61,6 +62,7 @@ from benchmarks.providers import (
     row_losses,
 )
 from benchmarks.runner import Call, Case, Outputs, Provider
+from benchmarks.tables import Row
 from palu import PALULoss, token_roles
 from palu_kernels import (
     LMHead,
@@ -397,6 +399,24 @@ def cases(given: argparse.Namespace) -> list[Case]:
     return [base._replace(kernel=kernel, dtype=d) for kernel in kernels for d in given.dtype]
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Return ours over the bare products and over the released way: the median over rounds, which
+    are neighbours in time with `--in-turns`."""
+    lines = []
+    for same in tables.grouped(rows, tables.label).values():
+        at = {(row["provider"], row["metric"]): row for row in same}
+        for ours, kind in product(("rows", "linear", "sparse+cached"), ("seconds", "cpu_seconds")):
+            others = {
+                name: tables.round_ratio(at.get((ours, kind)), at.get((name, kind)))
+                for name in ("floor", "released", "compile")
+            }
+            said = [f"{one:.2f} of {name}" for name, one in others.items() if one is not None]
+            if said:
+                words = "wall" if kind == "seconds" else "process"
+                lines.append(f"{tables.label(same[0])}, {words} time: {ours} {', '.join(said)}")
+    return "\n".join(lines)
+
+
 BENCHMARK = runner.Benchmark(
     name="bench_loss",
     description=__doc__,
@@ -408,6 +428,7 @@ BENCHMARK = runner.Benchmark(
     repeats=5,
     calls=2,
     csv="loss_step.csv",
+    summary=summary,
 )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -92,21 +91,13 @@ def measure(given: argparse.Namespace) -> list[Row]:
 # ---- the last table ------------------------------------------------------------------------------
 
 
-def ratio(ours: Row | None, other: Row | None) -> float | None:
-    """Return the median over rounds of our time over the other's."""
-    a, b = ([x for p in tables.by_process(row) for x in p] if row else [] for row in (ours, other))
-    if not a or len(a) != len(b):
-        return None
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
 def ratios(rows: Sequence[Row]) -> dict[str, dict[tuple[str, str], float]]:
     """Return label of a case -> (provider, `wall` or `process`) -> ratio."""
     found = {}
     for same in tables.grouped(rows, lambda row: tuple(row[n] for n in tables.CASE)).values():
         at = {(row["provider"], row["metric"]): row for row in same}
         own = {
-            (name, kind): ratio(at.get((OURS, metric)), at.get((name, metric)))
+            (name, kind): tables.round_ratio(at.get((OURS, metric)), at.get((name, metric)))
             for name in LIMITS
             for kind, metric in METRICS.items()
         }

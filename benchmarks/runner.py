@@ -61,6 +61,7 @@ OK, NO_OPERATION, NO_TIME = "ok", "no such operation", "skipped: no time left"
 PREPARE = ""  # stands for a provider: the worker that computes the truth
 DEVICE_LOST = 3  # exit status: reported, but nothing can run here any more
 STUCK = 60  # seconds after which a measurement with a time limit is given up, with its process
+STUCK_CASE = 300  # the same of a case whose providers take turns, compiling included
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any card
 FLUSH_SECONDS = FLUSH_BYTES / 8e12  # at least, whatever the card
 MOST_FLUSHES = 64
@@ -232,7 +233,7 @@ def work_in_turns(benchmark: Benchmark, task: dict[str, Any]) -> None:
         if task["seconds"] is not None:
             if time.monotonic() - start > task["seconds"]:
                 return
-            faulthandler.dump_traceback_later(STUCK * len(names), exit=True)
+            faulthandler.dump_traceback_later(STUCK_CASE, exit=True)
         for number, result in enumerate(measure_in_turns(benchmark, Case(*values), names, task)):
             print(json.dumps([first + number, result]), flush=True)
         first += len(names)

@@ -71,6 +71,15 @@ def by_process(row: Row) -> list[list[float]]:
     return [] if row["p50"] is None else [[row["p50"]]]
 
 
+def round_ratio(a: Row | None, b: Row | None) -> float | None:
+    """Return the median over rounds of a's time over b's in the same round; None where one has more
+    rounds than the other."""
+    a_rounds, b_rounds = ([x for p in by_process(row) for x in p] if row else [] for row in (a, b))
+    if not a_rounds or len(a_rounds) != len(b_rounds):
+        return None
+    return statistics.median(x / y for x, y in zip(a_rounds, b_rounds, strict=True))
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

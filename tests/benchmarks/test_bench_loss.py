@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import bench_loss, providers, runner
+from benchmarks import bench_loss, providers, runner, tables
 from benchmarks.bench_loss import FORGET_LOSS, LOSS, Losses, make_batch, make_labels
 from benchmarks.providers import released_terms
 from benchmarks.runner import Case
@@ -70,6 +70,15 @@ def test_a_head_that_trains(run):
     floor = bench_loss.Floor(batch)
     floor()
     torch.testing.assert_close(floor.weight_grad, floor.z.t() @ floor.own)
+
+
+def test_the_summary_is_over_products_and_released():
+    rows = []
+    for name, values in (("linear", [3.0, 1.0]), ("floor", [1.5, 1.0]), ("released", [6.0, 4.0])):
+        rows.append(tables.row(CASE._asdict(), name, "seconds", [values], "ok", {}))
+    said = bench_loss.summary(rows)
+    assert said.startswith("loss_step V=1003") and "wall time: linear 1.50 of floor" in said
+    assert said.endswith("0.38 of released")  # of 0.5 and 0.25
 
 
 def test_forget_rows_alone(run):
