@@ -129,7 +129,7 @@ class ReleasedStep(Step):
     """The released code's way: all logits of both models, and one backward for both batches, that
     of the retain rows first, and AdamW on the weights as they are."""
 
-    has_masters = False
+    has_masters = keeps_copies = False
 
     def moments(self) -> Iterator[tuple[str, Items]]:
         p, setup, sizes = self.precision, self.setup, self.sizes

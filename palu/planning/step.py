@@ -116,6 +116,7 @@ class Step:
     """The moments of a step that can be its peak."""
 
     has_masters = True
+    keeps_copies = True  # of frozen heads, in the dtype of autocast
 
     def __init__(self, sizes: ModelSizes, setup: Setup) -> None:
         self.sizes, self.setup = sizes, setup
@@ -136,6 +137,9 @@ class Step:
             "optimizer state": 2 * self.gradients,
             "reference": weights if setup.reference == "live" else frozen_head,
         }
+        frozen = (self.full or setup.reference == "live") + (not self.full)
+        if p.casts and self.keeps_copies:
+            self.base["head copies"] = frozen * sizes.head_parameters * p.products
 
     def activations(self, batches: int = 1) -> Items:
         """Return the activations that `batches` forwards save before a backward."""
@@ -203,11 +207,10 @@ class Step:
         step, width = chunk_shape(rows, columns, entry) if rows else (0, 0)
         chunks = rows if self._keeps_logits else step
         chunks += min(step, preserved) * with_reference
-        second = self.full or self.setup.reference == "live"
-        heads = 1 + (with_reference and second)
         head = self.sizes.head_parameters
+        own = head * entry if self.full and self.precision.casts else 0
         return {
-            "head copies": heads * head * entry if self.precision.casts else 0,
+            "head copies": self.base.get("head copies", 0) + own,
             "head gradient": 4 * head if self.full and not self._keeps_logits else 0,
             "chunk buffers": chunks * width * entry,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,10 @@ class LMHead:
     """`logits = cap(logit_scale * (hidden @ weight.T + bias))`, `cap(x) = softcap * tanh(x /
     softcap)`.
 
-    The tensors are held, not copied: a head may be tied to an embedding, trained or frozen.
+    The tensors are held, not copied: a head may be tied to an embedding, trained or frozen. A
+    frozen one keeps what is made of it (its mean row; under autocast its weight in that dtype, 2
+    bytes an entry) while it lives, and makes it anew when a tensor of it is written to. After a
+    write that PyTorch does not count (into `weight.data`, or by a raw pointer) take a new `LMHead`.
 
     Args:
         weight: `[V, D]`, float32, bfloat16, float16 or float64.
@@ -35,7 +39,7 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    _mean: dict[str, Any] = field(default_factory=dict, init=False)
+    _made: dict[str, tuple[list, Any]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         validation.matrix("weight", self.weight, "[V, D]")
@@ -85,24 +89,41 @@ class LMHead:
         return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
 
     def mean_row(self) -> tuple[Tensor, Tensor]:
-        """Means of the weight's rows `[D]` and of the bias (`sparse.mean_row`), kept until one
-        of them is written to."""
-        stamps = [
-            (t.data_ptr(), None if t.is_inference() else t._version)
-            for t in (self.weight, self.bias)
-            if t is not None
-        ]
-        if self._mean.get("stamps") != stamps or any(version is None for _, version in stamps):
-            self._mean["row"] = sparse.mean_row(
-                self.weight.detach(), None if self.bias is None else self.bias.detach()
-            )
-            self._mean["stamps"] = stamps
-        return self._mean["row"]
+        """Return the means of the weight's rows `[D]` and of the bias (`sparse.mean_row`)."""
+        head = self.detach()
+        return self._once("mean row", lambda: sparse.mean_row(head.weight, head.bias))
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in `dtype`, detached."""
+        head = self.detach()
+        if dtype == head.weight.dtype:
+            return head.weight, head.bias
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return self._once(str(dtype), lambda: (head.weight.to(dtype), bias))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes, kept while the head is as it was.
+
+        Not of a head that trains: some optimizers write where no version counts it. Not in a CUDA
+        graph, which would go on reading what was kept when the head has changed.
+        """
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if self.requires_grad or _capturing(self.weight) or any(t.is_inference() for t in tensors):
+            return make()
+        stamps = [(t.data_ptr(), t._version) for t in tensors]
+        if self._made.get(name, (None,))[0] != stamps:
+            self._made.pop(name, None)  # before there are two of them
+            self._made[name] = stamps, make()
+        return self._made[name][1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]` by the definition, differentiable: what the linear
         operators compute without holding it."""
         return reference.head_logits(hidden, self.weight, self.bias, self.logit_scale, self.softcap)
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_hidden(name: str, value: object, head: object) -> None:

@@ -12,6 +12,8 @@ float64 is summed in float64, everything else in float32.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,19 @@ def _makes_float32(left: Tensor) -> bool:
     return half and left.device.type == "cuda" and torch.version.hip is None
 
 
+@cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch adds a half-precision product to float32 sums in one call; not every release
+    that has `out_dtype` does."""
+    half = torch.ones(16, 16, dtype=dtype, device=device)
+    sums = half.float()
+    try:
+        torch.addmm(sums, half, half, out_dtype=torch.float32, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def largest(weights: Tensor) -> Tensor:
     """The largest size of weights `[R]`, 0-dim."""
     return weights.abs().max() if weights.numel() else weights.new_zeros(())
@@ -121,7 +136,7 @@ class HeadGradAccumulator:
         beta = 0 if first else 1
         if left.dtype == self.work:
             torch.addmm(self.weight, left, right, beta=beta, out=self.weight)
-        elif _makes_float32(left):
+        elif _makes_float32(left) and _adds_in_float32(left.device, left.dtype):
             options = {"out_dtype": self.work, "beta": beta, "out": self.weight}
             torch.addmm(self.weight, left, right, **options)
         else:

@@ -149,13 +149,17 @@ def call(
     """
     grad = torch.is_grad_enabled()
     want = [grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)]
+    eager = not torch.compiler.is_compiling() and not hidden.is_meta
     mean: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not torch.compiler.is_compiling() and not hidden.is_meta and _need_mean(losses):
+    cast: tuple[Tensor | None, Tensor | None] = (None, None)
+    if eager and _need_mean(losses):
         mean = head.mean_row()
+    if eager and not head.requires_grad and _need_all_of_head(losses):
+        cast = head.cast(compute)
     scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
-    frozen = [ref_hidden, None, None, *mean, *data]
+    frozen = [ref_hidden, None, None, *mean, *cast, *data]
     if ref_head is not None and ref_hidden is not None:
-        frozen[1:3] = ref_head.weight, ref_head.bias
+        frozen[1:3] = ref_head.cast(compute) if eager else (ref_head.weight, ref_head.bias)
         scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
     # how many rows have a role is not known yet where roles are looked up inside
     known = rows is None or bool(counts)
@@ -288,7 +292,8 @@ def linear_loss(
     rows, that of the logits where `keep`, else the sums of weight and bias.
 
     `frozen`: the reference's hidden rows, weight and bias, the mean over the head's rows and of its
-    bias, and every loss's integers; what is absent is empty. `losses`: encoded, a line each.
+    bias, the head in the dtype of the products, and every loss's integers; what is absent is empty.
+    `losses`: encoded, a line each.
     `scales`: logit scale and softcap of the head and of the reference's, 0 for no softcap.
     """
     options = losses, scales, compute, chunk_bytes, backend, any(want[1:])
@@ -324,6 +329,11 @@ def _need_mean(losses: Sequence[RowLoss]) -> bool:
     return any(loss.needs_mean for loss in losses)
 
 
+def _need_all_of_head(losses: Sequence[RowLoss]) -> bool:
+    """Whether products with the whole head are made, or may be with that of the reference."""
+    return any(not loss.sparse or loss.needs_reference for loss in losses)
+
+
 def _rows(
     hidden: Tensor,
     weight: Tensor,
@@ -342,7 +352,9 @@ def _rows(
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
     present = [None if t.numel() == 0 else t for t in frozen]
-    ref_hidden, ref_weight, ref_bias, mean_weight, mean_bias, *data = present
+    ref_hidden, ref_weight, ref_bias, mean_weight, mean_bias, cast_weight, cast_bias, *data = (
+        present
+    )
     scale, softcap, ref_scale, ref_softcap = scales
     decoded = [row_loss.decode(line) for line in losses.split("\n")]
     order = rows
@@ -363,7 +375,9 @@ def _rows(
         return None if t is None else t.detach().to(compute)
 
     head = own_head = Head(weight, bias, scale, softcap or None)
-    if any(not loss.sparse or loss.needs_reference for loss in decoded):
+    if cast_weight is not None:
+        head = replace(head, weight=cast_weight, bias=cast_bias)
+    elif _need_all_of_head(decoded):
         head = replace(head, weight=cast(weight), bias=cast(bias))
     ref_head = head
     if ref_weight is not None and ref_hidden is not None:

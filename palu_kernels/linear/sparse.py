@@ -28,7 +28,7 @@ from palu_kernels.backend import accum_dtype, on_device_of
 from palu_kernels.linear.cost_model import BLOCK_BYTES, needs_mean
 from palu_kernels.reference import NEG_INF
 
-NEAR_ROWS = 256  # of the head, whose mean is taken for a number near the mean of all
+GROUP_ROWS = 64  # of the head, whose sum is taken in float32
 
 
 class SparseResult(NamedTuple):
@@ -46,26 +46,32 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     float64 where the device has it: what rows have in common may be thousands of times what they
     differ by, and cancels in the deviations.
 
-    Taken piece by piece, without a copy of the weight. Entries that the bias masks are left out.
+    Entries that the bias masks are left out. Without a bias an accelerator reads the weight once;
+    otherwise it is taken piece by piece, without a copy of the whole.
     """
-    dtype = accum_dtype(weight.dtype)
-    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else dtype
-    parts = _parts_of_mean(weight.shape[0], bias, weight)
-    total = weight.new_zeros(weight.shape[1], dtype=dtype)
-    step = min(max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)), weight.shape[0])
-    block = weight.new_empty((step, weight.shape[1]), dtype=dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        live = parts[:NEAR_ROWS] > 0
-        first = torch.where(live[:, None], weight[:NEAR_ROWS].to(dtype), 0)
-        near = first.sum(0) / live.sum().clamp(min=1)
-        for piece, part in zip(weight.split(step), parts.split(step), strict=True):
-            total.addmv_(torch.sub(piece, near, out=block[: len(piece)]).T, part)
-        mean = near.to(wide) * (parts > 0).any() + total
-        if bias is None:
-            return mean, mean.new_zeros(())
-        live = bias != NEG_INF
-        count = live.sum().clamp(min=1)
-        return mean, torch.where(live, bias, 0).sum(dtype=wide) / count
+    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else accum_dtype(weight.dtype)
+    total = weight.new_zeros(weight.shape[1], dtype=wide)
+    whole = bias is None and weight.device.type != "cpu"  # there a sum in another dtype copies
+    step = max(1, BLOCK_BYTES // (weight.shape[1] * accum_dtype(weight.dtype).itemsize))
+    for start in range(0, len(weight), len(weight) if whole else step):
+        piece = weight[start:] if whole else weight[start : start + step]
+        if bias is not None:
+            piece = torch.where(bias[start : start + step, None] == NEG_INF, 0, piece)
+        total += _sum_of_rows(piece, wide)
+    if bias is None:
+        return total / len(weight), total.new_zeros(())
+    live = bias != NEG_INF
+    count = live.sum().clamp(min=1)
+    return total / count, torch.where(live, bias, 0).sum(dtype=wide) / count
+
+
+def _sum_of_rows(rows: Tensor, wide: torch.dtype) -> Tensor:
+    """`[n, D]` -> `[D]`: groups of few rows in float32, whose sums lose no more than one rounding
+    or two, and those in `wide`."""
+    groups = len(rows) // GROUP_ROWS
+    work, first = accum_dtype(rows.dtype), groups * GROUP_ROWS
+    sums = rows[:first].view(groups, GROUP_ROWS, rows.shape[1]).sum(1, dtype=work)
+    return sums.sum(0, dtype=wide) + rows[first:].sum(0, dtype=work)
 
 
 def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palu_kernels import (
     LMHead,
@@ -17,6 +18,7 @@ from palu_kernels import (
 from palu_kernels import torch_backend as eager
 from palu_kernels.check.__main__ import CAPS, EPS
 from palu_kernels.linear import chunked as loop
+from palu_kernels.linear import head as head_module
 from palu_kernels.linear import head_gradient, op
 from palu_kernels.linear.op import linear_loss
 from palu_kernels.roles import linear_role_losses
@@ -474,6 +476,60 @@ def test_autocast_follows_f_linear():
         error = (ours.double() - exact).norm()
         assert 1e-5 * exact.norm() < error  # it did run in bfloat16
         assert error <= 1.2 * (plain.double() - exact).norm()
+
+
+@pytest.mark.parametrize("what", ["cast", "mean_row"])
+def test_what_a_frozen_head_keeps(what, monkeypatch):
+    weight, bias = torch.randn(7, 5), torch.randn(7)
+    head = LMHead(weight, bias)
+    make = {"cast": lambda: head.cast(torch.bfloat16), "mean_row": head.mean_row}[what]
+    first = make()
+    assert make()[0] is first[0] and make()[1] is first[1]
+    for written in (weight, bias):
+        with torch.no_grad():
+            written.mul_(2)
+        second = make()
+        assert second[0] is not first[0] and make()[0] is second[0]
+        right = LMHead(weight.clone(), bias.clone())
+        fresh = {"cast": lambda h=right: h.cast(torch.bfloat16), "mean_row": right.mean_row}[what]()
+        assert all(map(torch.equal, second, fresh))
+        first = second
+    # a graph would read what was kept when the head has changed
+    with monkeypatch.context() as patch:
+        patch.setattr(head_module, "_capturing", lambda _: True)
+        assert make()[0] is not second[0]
+    assert make()[0] is second[0]
+    weight.requires_grad_()  # some optimizers write by raw pointers
+    assert make()[0] is not make()[0] and not make()[0].requires_grad
+    with torch.inference_mode():
+        head = LMHead(torch.randn(7, 5))  # its writes are not counted
+        assert make()[0] is not make()[0]
+
+
+def test_a_frozen_head_is_cast_once():
+    """Under autocast, that of the reference too; one that trains in every call."""
+    problem = Problem(torch.float32, "scaled", rows=9)
+    frozen, trained, ref = problem.head.detach(), problem.head, problem.ref_head
+    weight, casts = problem.weight, []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "palu_kernels":
+                with self:
+                    made = torch._library.custom_ops.OPDEFS[func._schema.name]
+                    return made._init_fn(*args, **kwargs or {})
+            result = func(*args, **kwargs or {})
+            is_cast = func._schema.name in ("aten::to", "aten::_to_copy")
+            if is_cast and args[0].shape == weight.shape and result.dtype != weight.dtype:
+                casts.append(result.dtype)
+            return result
+
+    for head, expected in ((frozen, [2, 0, 0]), (trained, [1, 1, 1])):
+        for count in expected:
+            casts.clear()
+            with torch.autocast("cpu", torch.bfloat16), Casts():
+                linear_kl_loss(problem.hidden, head, problem.ref_hidden, ref)
+            assert casts == [torch.bfloat16] * count
 
 
 # --- torch.compile, higher orders --------------------------------------------------------------

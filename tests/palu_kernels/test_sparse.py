@@ -85,6 +85,13 @@ def ours(hidden, weight, bias, indices, weights, loss, scale=1.0, softcap=None, 
         weights,
         backend=backend,
     )
+    if acc_weight.isfinite().all():
+        kept = torch.full((len(hidden), len(weight)), torch.nan, dtype=work, device=DEVICE)
+        made = indices, rows.dloss_dx, shares
+        sparse.write_logits_gradient(kept, bias, scale, *made)
+        kept = kept.double() * scale * weights[:, None]
+        assert relative(kept.T @ hidden.double(), acc_weight) <= TOLERANCE[torch.float32]
+        assert bias is None or relative(kept.sum(0), acc_bias) <= TOLERANCE[torch.float32]
     assert {t.dtype for t in rows} == {work}
     found = dict(zip(NAMES, (rows.losses, rows.grad_hidden, acc_weight, acc_bias), strict=True))
     return {name: t for name, t in found.items() if t is not None}
