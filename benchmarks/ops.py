@@ -53,13 +53,19 @@ def parts(given: argparse.Namespace) -> Iterator[tuple[Benchmark, list[str]]]:
     for V, rows in zip(given.vocab, given.rows, strict=True):
         ours = ["--vocab", str(V), "--rows", str(rows), *few]
         k = ["--top-k", *map(str, given.top_k)]
-        names = ["--kernels", *ON_LOGITS, "--providers", OURS, "eager", "compile", "topk"]
+        others = asked(given, "eager", "compile", "topk")
+        names = ["--kernels", *ON_LOGITS, "--providers", OURS, *others]
         yield bench_ops.BENCHMARK, [*ours, *k, *names, "--calls", str(given.calls)]
     for V in given.vocab:
         ours = ["--vocab", str(V), "--rows", str(given.linear_rows), *few]
         k = ["--top-k", str(given.top_k[-1]), "--hidden", str(given.hidden)]
-        names = ["--kernels", *LINEAR, "--providers", OURS, "eager", "compile", "torch", "products"]
+        others = asked(given, "eager", "compile", "torch", "products")
+        names = ["--kernels", *LINEAR, "--providers", OURS, *others]
         yield bench_linear.BENCHMARK, [*ours, *k, *names, "--calls", str(given.linear_calls)]
+
+
+def asked(given: argparse.Namespace, *names: str) -> list[str]:
+    return [name for name in names if name in given.providers]
 
 
 def compile_all(given: argparse.Namespace, end: float) -> None:
@@ -79,7 +85,7 @@ def compile_all(given: argparse.Namespace, end: float) -> None:
 def measure(given: argparse.Namespace) -> list[Row]:
     """Measure all parts in the time there is; the CSV holds what is done so far."""
     end, rows = time.monotonic() + given.seconds, []
-    if not given.cached:
+    if "compile" in given.providers and not given.cached:
         compile_all(given, end)
     for benchmark, words in parts(given):
         left = max(end - time.monotonic(), 0)
@@ -152,6 +158,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", **several, default=[50, 1000], help="k; the last one for the linear operators")
     add("--linear-rows", type=runner.positive, default=128, help="of the linear operators")
     add("--hidden", type=runner.positive, default=1024, help="D")
+    others = {"nargs": "+", "choices": LIMITS, "default": list(LIMITS)}
+    add("--providers", **others, help="beside ours")
     add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     add("--calls", type=runner.positive, default=9, help="rounds on logits")
     add("--linear-calls", type=runner.positive, default=5, help="rounds on hidden rows")

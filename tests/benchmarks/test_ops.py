@@ -46,6 +46,10 @@ def test_every_operator_is_measured():
         wanted = {"topk"} if operator == "topk_indices" else {"eager", "compile"}
         assert others == wanted | ({"torch", "products"} if "linear" in operator else set())
     assert {case.kernel for case in measured} == operators
+    fewer = ops.options(["--device", "cpu", "--providers", "eager", "torch"])
+    for benchmark, words in ops.parts(fewer):
+        given = runner.options(benchmark, words)
+        assert given.providers[0] == ops.OURS and "compile" not in given.providers
 
 
 def test_a_run(tmp_path, capsys, monkeypatch):
