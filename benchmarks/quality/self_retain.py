@@ -1,7 +1,7 @@
 """What `--retain self` holds: the real retain answers after unlearning with no retain set, with the
 model's own answers, and with the real retain set, everything else the same.
 
-    python -m benchmarks.quality.self_retain --testbed people --seeds 1,2 --work /tmp/self-retain
+    python -m benchmarks.quality.self_retain --testbed people --seeds 1,2 --work people-runs
     python -m benchmarks.quality.self_retain --testbed chat --chat FOLDER --seeds 1,2 ...
 
 `people` are the demo's, learned anew for each seed. `chat` is a folder with the model `original`,

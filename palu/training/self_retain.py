@@ -33,7 +33,7 @@ from palu.storage.json_files import read_object
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
 # Chosen by benchmarks/quality/self_retain.py on one seed, see docs/training.md.
-SHARES = {NEUTRAL_PROMPT: 0.15, NEIGHBOUR: 0.5, OWN: 0.35}
+SHARES = {NEUTRAL_PROMPT: 0.15, NEIGHBOUR: 0.6, OWN: 0.25}
 TEMPERATURE = 1.0
 
 # How much of what is wanted there is after each round: questions of later rounds ask about names
