@@ -130,8 +130,6 @@ def main() -> None:
     if options.shares:
         parts = [float(part) for part in options.shares.split(",")]
         options.shares = {k: p / sum(parts) for k, p in zip(SHARES, parts, strict=True)}
-    else:
-        options.shares = dict(SHARES)
     for seed in map(int, options.seeds.split(",")):
         loaded = load(people(options.work, seed) if options.testbed == "people" else options.chat)
         for retain in options.retain.split(","):

@@ -33,7 +33,9 @@ from palu.storage.json_files import read_object
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
 # Chosen by benchmarks/quality/self_retain.py on one seed, see docs/training.md.
+# A model that was taught conversations asks well itself; what others begin says less.
 SHARES = {NEUTRAL_PROMPT: 0.15, NEIGHBOUR: 0.6, OWN: 0.25}
+CHAT_SHARES = {NEUTRAL_PROMPT: 0.1, NEIGHBOUR: 0.4, OWN: 0.5}
 TEMPERATURE = 1.0
 
 # How much of what is wanted there is after each round: questions of later rounds ask about names
@@ -104,7 +106,7 @@ def self_retain(
     max_length: int = 512,
     batch_size: int = 8,
     seed: int = 0,
-    shares: Mapping[str, float] = SHARES,
+    shares: Mapping[str, float] | None = None,
     temperature: float = TEMPERATURE,
     processes: Processes = ALONE,
     report: Callable[..., None] | None = None,
@@ -129,7 +131,8 @@ def self_retain(
         max_length: tokens of prompt and answer; no longer prompt is asked.
         seed: of prompts and draws: the same one, on the same kind of processor, gives the same
             texts, with any number of processes.
-        shares: how much of each kind is wanted; what one kind does not give, others do.
+        shares: how much of each kind is wanted; what one kind does not give, others do. None:
+            `SHARES`, or `CHAT_SHARES` for a model with a chat template.
         temperature: at which answers are drawn. Questions of its own are drawn at 1, and the
             answers to them are its likeliest.
         processes: those that share the work; all of them get all examples.
@@ -154,6 +157,8 @@ def self_retain(
         words=[example.answer.split()[0] for example in asked[:20]],
     )
     prompts = _Prompts(examples, asker)
+    if shares is None:
+        shares = CHAT_SHARES if asker.chat else SHARES
     kept = _Kept(_Secrets(examples, prompts.subjects.full_names))
     with eval_mode(model):
         for number, part in enumerate(ROUNDS):
