@@ -253,7 +253,7 @@ def local_entropy_backward(
 def check_indices(indices: Tensor, columns: int) -> None:
     """Raise ValueError unless indices `[N, k]` are in range and unique along a row."""
     bad = None
-    if loops := cpu.loops_for():
+    if loops := cpu.loops_for_indices(indices):
         bad = indices.new_zeros(len(indices), dtype=torch.int32)
         rows, k = indices.shape
         loops("indices", indices=indices, bad=bad, rows=rows, columns=columns, k=k)

@@ -4,6 +4,12 @@ Without one, on another platform than Linux, or with `PALU_CPU_EXTENSION=0`, `to
 computes the same in plain PyTorch; `served_by` tells.
 """
 
-from palu_kernels.cpu.extension import OBJECTIVES, Loops, loops_for, served_by
+from palu_kernels.cpu.extension import (
+    OBJECTIVES,
+    Loops,
+    loops_for,
+    loops_for_indices,
+    served_by,
+)
 
-__all__ = ["OBJECTIVES", "Loops", "loops_for", "served_by"]
+__all__ = ["OBJECTIVES", "Loops", "loops_for", "loops_for_indices", "served_by"]

@@ -116,9 +116,8 @@ def _cache() -> Path | None:
 def _load(folder: Path, key: str) -> ctypes.CDLL | None:
     """Return a library that is whole: its name ends with the hash of its content."""
     for path in sorted(folder.glob(f"{key}-*.so")):
-        with contextlib.suppress(OSError):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-            if path.name == f"{key}-{content}.so":
-                return ctypes.CDLL(str(path))
-            path.unlink()
+        content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        if path.name == f"{key}-{content}.so":
+            return ctypes.CDLL(str(path))
+        path.unlink()
     return None

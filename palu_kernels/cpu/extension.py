@@ -47,13 +47,15 @@ class Loops:
     TYPES: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
     STRIDES: ClassVar = {"logits": "stride", "ref_logits": "ref_stride", "grad": "grad_stride"}
 
-    DTYPES: ClassVar = {"weights": torch.float32, "labels": torch.int64}
+    DTYPES: ClassVar = {
+        "weights": torch.float32,
+        "labels": torch.int64,
+    }
 
     def __call__(self, kind: str, **values: Tensor | float | None) -> None:
         """Compute rows; `values` are fields of `Args`, None for what is absent.
 
-        What is written (`grad`, `losses`, `state`, `chosen`) has the dtype and the place that the
-        loops write to; what is only read is made so.
+        Weights and integers are made what the loops read; all else must be, and lie row by row.
         """
         kept, args = [], Args()
         if "logits" in values:
@@ -63,8 +65,10 @@ class Loops:
             if isinstance(value, Tensor):
                 if name in self.STRIDES:
                     setattr(args, self.STRIDES[name], value.stride(0))
-                else:
+                elif name in ("weights", "labels", "indices"):
                     value = value.to(self.DTYPES.get(name, value.dtype)).contiguous()
+                elif not value.is_contiguous():  # what is written to a copy would be lost
+                    raise ValueError(f"{name} has strides {value.stride()}; it must be contiguous")
                 if name == "indices":
                     args.wide_indices = int(value.dtype == torch.int64)
                 kept.append(value)
@@ -79,22 +83,25 @@ class Loops:
 
 def loops_for(*tensors: Tensor | None) -> Loops | None:
     """Return the loops if they take such rows: of one dtype they know, entries side by side."""
-    if not tensors:
-        return _opened()[0]
     first = tensors[0]
     fit = all(
         t is None
-        or (
-            type(t) in (Tensor, torch.nn.Parameter)  # what is traced has no memory
-            and t.device.type == "cpu"
-            and t.dtype == first.dtype
-            and (t.shape[-1] == 1 or t.stride(-1) == 1)
-        )
+        or (in_memory(t) and t.dtype == first.dtype and (t.shape[-1] == 1 or t.stride(-1) == 1))
         for t in tensors
     )
     # a float32 holds the number of live entries
     fit = fit and first.dtype in Loops.TYPES and 0 < first.shape[-1] < 2**24
     return _opened()[0] if fit else None
+
+
+def loops_for_indices(indices: Tensor) -> Loops | None:
+    """Return the loops if they can check integers."""
+    return _opened()[0] if in_memory(indices) else None
+
+
+def in_memory(t: Tensor) -> bool:
+    """Whether a tensor's entries can be read at its address: what is traced has none."""
+    return type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
 
 
 def served_by() -> str:

@@ -15,6 +15,8 @@
 #define LANES 16   /* entries side by side whose maxima are kept apart when the largest are sought */
 #define SEGMENTS 256 /* entries that leave LANES maxima */
 
+#define WORTH_THREADS 131072 /* entries: fewer take no longer than threads need to wake */
+
 enum { FLOAT32, BFLOAT16, FLOAT16, TYPES };
 enum { CROSS_ENTROPY, KL, TOPK, LOCAL_ENTROPY, INDICES };
 enum { FLATTEN_GLOBAL, FLATTEN_LOCAL, FLATTEN_NUMBER, ENTROPY };
@@ -128,14 +130,18 @@ INLINE float entry(const void *row, int64_t j, int type, int has_cap, float cap)
     return capped(row, j, type, has_cap, cap, &slope);
 }
 
+/* By integers that order as the entries do: compilers start a maximum of floats at the lowest finite
+   number, or at -inf, or do not vectorise it. A NaN may be passed over; it shows in the sum. */
 INLINE float largest(const void *row, int64_t from, int64_t to, int type, int has_cap, float cap) {
-    float top = -INFINITY;
+    int32_t top = INT32_MIN;
 #pragma omp simd reduction(max : top)
     for (int64_t j = from; j < to; j++) {
-        float x = entry(row, j, type, has_cap, cap);
-        top = x > top ? x : top; /* a NaN shows in the sum */
+        Bits b = {.f = entry(row, j, type, has_cap, cap)};
+        int32_t key = b.i ^ ((b.i >> 31) & 0x7fffffff);
+        top = key > top ? key : top;
     }
-    return top;
+    Bits b = {.i = top ^ ((top >> 31) & 0x7fffffff)};
+    return b.f;
 }
 
 /* A maximum and a sum of exponentials less it, block by block. */
@@ -229,15 +235,18 @@ static void look(const void *a, const void *b, int64_t V, int type, int a_has, f
 INLINE float kl_statistics(const void *a, const void *b, int64_t V, int type, int a_has,
                            float a_cap, int b_has, float b_cap, Sum *p, Sum *q, float *mean) {
     double dot = 0.0;
-    float center = 0.0f; /* near a - b: their difference may be far from 0 */
+    float center = 0.0f; /* near a - b, which may be far from 0, where p is large */
     *p = *q = (Sum){-INFINITY, 0.0};
     for (int64_t from = 0; from < V; from += BLOCK) {
         int64_t to = smaller(from + BLOCK, V);
         float p_shift, q_shift, p_part = 0.0f, q_part = 0.0f, part = 0.0f;
-        int first = p->top == -INFINITY || q->top == -INFINITY;
         dot *= raise(p, largest(a, from, to, type, a_has, a_cap), &p_shift);
         raise(q, largest(b, from, to, type, b_has, b_cap), &q_shift);
-        if (first && p->top != -INFINITY && q->top != -INFINITY) center = p->top - q->top;
+        if (p->top != -INFINITY && q->top != -INFINITY && p->top - q->top != center) {
+            float next = p->top - q->top;
+            dot += p->sum * ((double)center - next);
+            center = next;
+        }
 #pragma omp simd reduction(+ : p_part, q_part, part)
         for (int64_t j = from; j < to; j++) {
             float x = entry(a, j, type, a_has, a_cap), y = entry(b, j, type, b_has, b_cap);
@@ -653,7 +662,7 @@ int palu_rows(const Args *a, int kind, Parallel parallel, int threads) {
     if (kind == LOCAL_ENTROPY)
         job.scratch = 4 * (4 * a->k + (a->indices ? 0 : choose_needs(a->columns)));
     if (kind == INDICES) job.scratch = a->columns / 8 + 1;
-    if (parallel && threads > 1 && a->rows > job.step) {
+    if (parallel && threads > 1 && a->rows > job.step && a->rows * a->columns > WORTH_THREADS) {
         parallel(work, &job, (unsigned)threads, 0);
     } else {
         work(&job);

@@ -19,19 +19,20 @@ def differences(loops: Callable) -> list[str]:
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 logits and reference `[9, COLUMNS]`, and labels."""
+    """Return float32 logits and reference `[10, COLUMNS]`, and labels."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(9, COLUMNS, generator=generator) * 2
-    r = z + torch.randn(9, COLUMNS, generator=generator)
+    z = torch.randn(10, COLUMNS, generator=generator) * 2
+    r = z + torch.randn(10, COLUMNS, generator=generator)
     z[1], r[1] = z[1].round(), r[1].round()  # ties
     z[2, ::3] = r[2, ::3] = -torch.inf
     z[3, 700] = torch.nan
     z[4], r[4] = 300 + 100 * z[4], 100 * r[4]
-    r[5, 1200] = -torch.inf
+    z[5, 1200], r[5, 1200] = -200, -torch.inf  # +inf, though p is 0 there
     r[6] = -torch.inf
     r[7, 5] = torch.nan
     z[8, 1100] = torch.inf
-    labels = torch.arange(9) * 100
+    z[9, :1100], r[9, :1100] = -60000, -30000  # masks that are finite, longer than a block
+    labels = torch.arange(10) * 130
     labels[1] = -100
     return z, r, labels
 
@@ -48,7 +49,7 @@ def _comparisons(loops: Callable) -> Iterator[tuple[str, bool]]:
                 right = _agrees(loops, kind, values, loss, gradient, bound)
                 yield f"{name} {str(dtype)[6:]}", right
             if not cap:
-                chosen = torch.empty(9, K, dtype=torch.int32)
+                chosen = torch.empty(len(z), K, dtype=torch.int32)
                 loops("topk", logits=r, chosen=chosen, k=K)
                 yield f"top-k {str(dtype)[6:]}", torch.equal(chosen, reference.topk_indices(r, K))
     indices = torch.stack([torch.arange(K) * 35 + i for i in range(4)])
@@ -125,9 +126,12 @@ def _agrees(
 
 def _close(found: Tensor, right: Tensor, bound: float) -> bool:
     found, finite = found.double(), right.isfinite()
-    if not torch.equal(found.isfinite(), finite):
+    losses = found.dim() == 1  # of which +inf and NaN are told apart
+    if not torch.equal(found.isfinite(), finite) or (
+        losses and not torch.equal(found.isnan(), right.isnan())
+    ):
         return False
     error, right = (torch.where(finite, t, 0) for t in (found - right, right))
-    if found.dim() == 1:
+    if losses:
         return bool((error.abs() <= bound * (right.abs() + 1)).all())
     return bool((error.norm(dim=-1) <= bound * right.norm(dim=-1) + 1e-6).all())
