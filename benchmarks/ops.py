@@ -162,7 +162,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--providers", **others, help="beside ours")
     add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     add("--calls", type=runner.positive, default=9, help="rounds on logits")
-    add("--linear-calls", type=runner.positive, default=5, help="rounds on hidden rows")
+    add("--linear-calls", type=runner.positive, default=4, help="rounds on hidden rows")
     add("--threads", type=runner.positive, help="default: PyTorch's own choice")
     add("--busy", type=int, default=0, help="processes beside that never rest")
     add("--device", default="auto")
