@@ -520,7 +520,7 @@ def test_a_frozen_head_is_cast_once():
                     return made._init_fn(*args, **kwargs or {})
             result = func(*args, **kwargs or {})
             is_cast = func._schema.name in ("aten::to", "aten::_to_copy")
-            if is_cast and args[0].shape == weight.shape and result.dtype != weight.dtype:
+            if is_cast and args[0].shape == weight.shape and result.dtype != args[0].dtype:
                 casts.append(result.dtype)
             return result
 
