@@ -256,7 +256,12 @@ class PALULoss(nn.Module):
             _denominator("num_forget", num_forget, counts[0]),
             _denominator("num_preserve", num_preserve, counts[1]),
         )
-        made = [torch.as_tensor(n, dtype=work, device=like.device) for n in found]
+        made = [
+            n.to(like.device, work, non_blocking=True)
+            if isinstance(n, Tensor)
+            else like.new_full((), n, dtype=work)
+            for n in found
+        ]
         return counts, torch.stack(made)
 
     def _terms(
@@ -286,7 +291,8 @@ class PALULoss(nn.Module):
         """Weights of the losses' means in the total."""
         weights = [self.forget_weight, self.preserve_weight]
         terms = 1 if self.preserve is None else 2
-        return denominators.new_tensor(weights[:terms])
+        # filled on the device: a tensor made of a list is copied there, which waits
+        return torch.stack([denominators.new_full((), weight) for weight in weights[:terms]])
 
     def _score_source(self, ref_hidden: Tensor | None, ref_indices: Tensor | None) -> str:
         """Whose scores choose S, of what `from_hidden` is given."""

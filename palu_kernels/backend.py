@@ -14,6 +14,7 @@ Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
 # Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch backend.
 _TRITON_DEVICES = ("cuda", "xpu")
+_sources: list[Tensor] = []  # of copies in CUDA graphs, which read them again
 
 
 def triton_runs_on(device: torch.device | str) -> bool:
@@ -73,6 +74,16 @@ def check_values(device: torch.device) -> bool:
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
     return device.type == "cpu" or os.environ.get("PALU_CHECK") == "1"
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """Copy what is on the host to `device` without a wait for the device: a copy from memory that
+    is not pinned may wait for all that the device has to do."""
+    if t.device.type == "cpu" and device.type == "cuda":
+        t = t.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _sources.append(t)
+    return t.to(device, non_blocking=True)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:

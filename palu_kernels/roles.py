@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from palu_kernels import row_loss as row_losses
-from palu_kernels.backend import accum_dtype, on_device_of, resolve
+from palu_kernels.backend import accum_dtype, moved, on_device_of, resolve
 from palu_kernels.layout import empty_rows_like, gradient_rows_like
 from palu_kernels.linear.chunked import CHUNK_BYTES, chunk_shape
 from palu_kernels.linear.head import prepare
@@ -111,7 +111,8 @@ def _pieces(
     """Yield the number of a loss, the loss and the indices of some of its rows, until all are."""
     step = max(1, PIECE_BYTES // (logits.shape[-1] * logits.element_size()))
     for number, line in enumerate(losses.split("\n")):
-        rows = (roles == number + 1).nonzero(as_tuple=True)
+        # roles may be on the host, where looking them up waits for no device
+        rows = [moved(n, logits.device) for n in (roles == number + 1).nonzero(as_tuple=True)]
         for start in range(0, len(rows[0]), step):
             yield number, row_losses.decode(line), tuple(n[start : start + step] for n in rows)
 

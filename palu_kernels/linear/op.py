@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from palu_kernels import row_loss, validation
-from palu_kernels.backend import accum_dtype, check_values, resolve
+from palu_kernels.backend import accum_dtype, check_values, moved, resolve
 from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import (
     CHUNK_BYTES,
@@ -199,8 +199,7 @@ def pick(
     """
     flat = roles.flatten()
     rows_by_loss = [
-        (flat == i + 1).nonzero()[:, 0].to(hidden.device, non_blocking=True)  # else it would wait
-        for i in range(len(losses))
+        moved((flat == i + 1).nonzero()[:, 0], hidden.device) for i in range(len(losses))
     ]
     counts = [len(rows_of_loss) for rows_of_loss in rows_by_loss]
     own_data, refs = [], []
