@@ -107,8 +107,8 @@ def test_half_precision_rows_and_a_float32_head_under_autocast(trains):
     torch.testing.assert_close(found, wanted)
     pairs = zip(*(torch.autograd.grad(out, leaves) for out in (found, wanted)), strict=True)
     for a, b in pairs:
-        assert b.any()
-        torch.testing.assert_close(a, b)
+        # compiled, the head's gradient is added up: how many rows it has is not known there
+        assert (a - b).norm() <= 2**-8 * b.norm() > 0
 
 
 def test_denominators_that_change(monkeypatch):
