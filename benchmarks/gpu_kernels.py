@@ -34,7 +34,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -217,7 +216,7 @@ class Part:
         self.device = torch.device(given.device)
         self.clock = Clock(self.device)
         self.rows: list[Row] = []
-        self.late = False
+        self.written, self.late = 0.0, False
         self.place = runner.environment(self.device) | {"commit": given.commit}
 
     def out_of_time(self) -> bool:
@@ -227,7 +226,12 @@ class Part:
     def add(self, case: Case, provider: str, metric: str, samples: Sequence[float]) -> None:
         row = tables.row(case._asdict(), provider, metric, [samples], runner.OK, self.place)
         self.rows.append(row)
+        if time.monotonic() > self.written + 1:  # not each time: a sweep has thousands
+            self.write()
+
+    def write(self) -> None:
         tables.write(self.given.csv, self.rows)
+        self.written = time.monotonic()
 
     def case(self, name: str, V: int, N: int, setting: str = "") -> Case:
         k = None if name in (*bench_ops.KL, bench_ops.CROSS_ENTROPY) else self.sizes.k
@@ -493,14 +497,13 @@ def compile_all(given: argparse.Namespace) -> int:
                     operator_call(name, rows, sizes.k)()
     tasks = [v for v in variants.values() if v.backend == target.backend]
     failed, end = 0, time.monotonic() + given.seconds
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(compile_variant, variant, target) for variant in tasks]
-        for number, one in enumerate(as_completed(done), 1):
-            if error := one.result():
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:  # its end stops all of it
+        work = partial(compile_variant, target=target)
+        for number, error in enumerate(pool.imap_unordered(work, tasks), 1):
+            if error:
                 failed += 1
                 print(error, flush=True)
-            if time.monotonic() > end:
-                pool.shutdown(wait=False, cancel_futures=True)
+            if time.monotonic() > end and number < len(tasks):
                 print(f"{number} of {len(tasks)} variants before the time was up", flush=True)
                 return OUT_OF_TIME
     print(f"{len(tasks)} variants compiled for {given.arch}, {failed} refused")
@@ -543,6 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compile_all(given)
     part = Part(given)
     PARTS[given.part](part)
+    part.write()
     return OUT_OF_TIME if part.late else 0
 
 

@@ -54,6 +54,7 @@ def test_kernels(part, capsys, monkeypatch):
     sizes = part.sizes._replace(kernels=[(300, 2)], operators=("cross_entropy",))
     part.sizes = sizes
     gpu_kernels.kernels(part)
+    part.write()
     said = capsys.readouterr().out
     assert "V = 300, N = 2" in said and "cross_entropy:" in said and not part.late
     rows = tables.read(part.given.csv)
@@ -78,6 +79,7 @@ def test_the_sweep_keeps_what_is_fastest(part, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_kernels.Clock, "seconds", seconds)
     gpu_kernels.sweep(part)
+    part.write()
     found = dict(tuned.read(part.given.tuned))
     walks = {(walk.reads, walk.writes) for walk in found}
     assert walks == {(2, 0), (2, 1)}
