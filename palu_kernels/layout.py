@@ -70,8 +70,3 @@ def gradient_rows_like(t: Tensor) -> Tensor:
         if batches > 1:
             out.as_strided((batches - 1, outer - last), (outer, 1), last).zero_()
     return out
-
-
-def bitmap_words(columns: int) -> int:
-    """32-bit words for a bit a lane: a row starts up to 7 lanes after the first."""
-    return (columns + LANES - 1 + 31) // 32

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from palu_kernels import reference, torch_backend, validation
 from palu_kernels.backend import accum_dtype
-from palu_kernels.layout import bitmap_words, gradient_rows_like
+from palu_kernels.layout import gradient_rows_like
 
 STATE = 4  # float32 values a row that a forward leaves for its backward
 
@@ -165,12 +165,10 @@ class LocalEntropy(RowLoss):
         torch_backend.check_indices(data.reshape(-1, data.shape[-1]), vocab_size)
 
     def kept_shape(self, x: Operands) -> tuple[int, ...]:
-        """S: from PyTorch its indices, or if they were given its entries; from the kernels a bit an
-        entry, or threshold key and tie cut where the logits themselves choose."""
-        rows, vocab_size = math.prod(x.logits.shape[:-1]), x.logits.shape[-1]
-        if x.backend == "torch":
-            return rows, min(self.top_k, vocab_size)
-        return (2, rows) if self.select_by == "current" else (rows, bitmap_words(vocab_size))
+        """S: from PyTorch its indices, or if they were given its entries; from the kernels indices
+        and the gradient there."""
+        rows, k = math.prod(x.logits.shape[:-1]), min(self.top_k, x.logits.shape[-1])
+        return (rows, k) if x.backend == "torch" else (rows, 2, k)
 
     def saved(self, x: Operands) -> tuple[Tensor | None, Tensor | None]:
         return None, x.data if x.backend == "torch" else None
@@ -202,8 +200,7 @@ class LocalEntropy(RowLoss):
     def triton_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        options = (self.select_by == "current", state, kept, self.objective, grad, x.softcap)
-        _kernels("local_entropy").backward(weights, x.logits, *options)
+        _kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,14 @@ BOUNDS = {
     "cross_entropy._ce_grad_kernel": (24, 66, 0),
     "kl_div._kl_stats_kernel": (53, 110, 18),
     "kl_div._kl_grad_kernel": (32, 102, 0),
-    "local_entropy._local_entropy_stats_kernel": (84, 106, 22),
-    "local_entropy._local_entropy_grad_kernel": (41, 80, 2),
-    "radix_select._digit_histogram_kernel": (90, 0, 3),
-    "radix_select._write_indices_kernel": (34, 0, 15),
+    "local_entropy._row_sums_kernel": (15, 40, 0),
+    "local_entropy._local_entropy_grad_kernel": (25, 45, 6),
+    "radix_select._segment_maxima_kernel": (14, 0, 3),
+    "radix_select._search_kernel": (110, 0, 14),
     "gathered_matmul._gathered_matmul_kernel": (15, 15, 0),
 }
 FEW_ENTRIES = 8
-HIDDEN = ("HAS_OFFSET", "IS_16BIT", "INFINITY")  # the same in all rows of a type
+HIDDEN = ("HAS_OFFSET", "INFINITY")  # the same in all rows of a type
 
 
 def variants(dtypes: list[str], only: str = "") -> list[report.Variant]:

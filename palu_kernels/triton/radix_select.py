@@ -1,15 +1,18 @@
-"""Radix select: the k largest entries of every row as (threshold key, number of ties to take).
+"""The k largest entries of every row as ascending indices, ties to the lowest index.
 
-A digit of the key takes two steps. `_digit_histogram_kernel` counts the digit among the entries
-whose higher digits are the threshold's; `_pick_digit_kernel` finds the bin that holds the k-th
-largest entry.
-After the last digit the threshold is the k-th largest key itself: greater keys are in S, and of
-the equal ones the first `need`. Whoever streams the row next finds where they end (the tie cut),
-so no index is ever stored. The histogram is a step of its own because its counts are all that
-ranks have to exchange when the vocabulary is sharded.
+A row is read once, which leaves the largest entry of every segment of 8 or 32 neighbouring lanes.
+Of the k-th largest of these maxima it is known that k entries are as large, so S lies among the
+lanes that reach it, and they lie in the few segments whose maximum does. `_pick_kernel`, a program
+a row, searches the bound, lists those segments and then those lanes (about 1.1 k of them), and
+searches the k-th largest key among them. A search halves an interval of integer keys (`bisect`):
+no histogram, and no sort.
 
-Bytes: one read of the row a digit, two rows for 16-bit types and four for float32; histograms are
-1 KiB a split of a row.
+Short rows are their own list. Where a list has no room (many ties at the bound) or k is too large
+for a bound, `_search_kernel` searches the row itself, a read of it every step: slower, and as
+exact.
+
+Bytes, in transfers of a row: 1 and the maxima (an eighth, or a 32nd for small k), written and
+read again.
 """
 
 from __future__ import annotations
@@ -21,199 +24,440 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.triton.radix_keys import digit_shifts, key_format, order_keys
-from palu_kernels.triton.row_io import (
-    RowLaunch,
-    as_integers,
-    load_row_block,
-    row_start,
-)
+from palu_kernels.layout import LANES
+from palu_kernels.triton.radix_keys import LOWEST, infinity, order_keys
+from palu_kernels.triton.row_io import RowLaunch, as_integers, load_row_block, row_start
 
-BINS = 256
+SHORT = 4096  # rows of so many entries are searched as a whole, in registers
+MOST = 16384  # keys that a program holds in registers, 32 a thread
+CHUNK = 512  # lanes that are listed or written together: with more some variants spill
 
 
 @triton.jit
-def _digit_histogram_kernel(
-    bits_ptr,
-    threshold_ptr,
-    counts_ptr,
+def _segment_maxima_kernel(
+    scores_ptr,
+    maxima_ptr,
     n_cols,
     rows_per_batch,
     stride_batch,
     stride_row,
     split_size,
-    DIGIT: tl.constexpr,
-    FIRST: tl.constexpr,
-    IS_16BIT: tl.constexpr,
+    n_maxima,
+    SEGMENT: tl.constexpr,
     INFINITY: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts of one digit over one split of a row, among keys that share the threshold's prefix."""
+    """The key of the largest entry of every segment; a NaN counts as +inf, so no maximum is above
+    the largest key of its segment."""
     row, split = tl.program_id(0), tl.program_id(1)
-    start, first = row_start(bits_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
+    start, first = row_start(scores_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
     end = first + n_cols
-    prefix = tl.load(threshold_ptr + row).to(tl.uint32, bitcast=True)
-    counts = tl.zeros([256], tl.int32)
+    maxima_ptr += row.to(tl.int64) * n_maxima
     for begin in range(split * split_size, min((split + 1) * split_size, end), BLOCK):
         offsets = begin + tl.arange(0, BLOCK)
         mask = (offsets >= first) & (offsets < end)
         full_block = (begin >= first) & (begin + BLOCK <= end)
-        bits = load_row_block(start, offsets, mask, full_block, 0)
-        key, _ = order_keys(bits, IS_16BIT, INFINITY)
-        if not FIRST:
-            mask &= (key >> (DIGIT + 8)) == (prefix >> (DIGIT + 8))
-        digit = ((key >> DIGIT) & 255).to(tl.int32)
-        counts += tl.histogram(digit, 256, mask=mask)
-    out = (row.to(tl.int64) * tl.num_programs(1) + split) * 256 + tl.arange(0, 256)
-    tl.store(counts_ptr + out, counts)
+        entries = load_row_block(start, offsets, mask, full_block, float("-inf")).to(tl.float32)
+        entries = tl.where(entries != entries, float("inf"), entries)
+        top = tl.max(tl.reshape(entries, [BLOCK // SEGMENT, SEGMENT]), 1)
+        top = top.to(scores_ptr.dtype.element_ty)
+        if INFINITY < 0x8000:
+            key = order_keys(top.to(tl.int16, bitcast=True), INFINITY)
+        else:
+            key = order_keys(top.to(tl.int32, bitcast=True), INFINITY)
+        segment = begin // SEGMENT + tl.arange(0, BLOCK // SEGMENT)
+        tl.store(
+            maxima_ptr + segment, key.to(maxima_ptr.dtype.element_ty), mask=segment * SEGMENT < end
+        )
 
 
 @triton.jit
-def _pick_digit_kernel(
-    counts_ptr,
-    threshold_ptr,
-    need_ptr,
-    seen_ptr,
-    n_splits,
-    DIGIT: tl.constexpr,
-    LAST: tl.constexpr,
+def bisect(keys, low, high, reach, k, enough):
+    """-> (low, high, keys that reach low, keys that reach high).
+
+    `reach` keys, at least k, reach `low`, and none `high`. The interval is halved, so that k still
+    reach `low` and fewer than k `high`, until no more than `enough` reach `low` or it holds one.
+    """
+    above = 0
+    while (reach > enough) & (low + 1 < high):
+        middle = (low & high) + ((low ^ high) >> 1)
+        found = tl.sum((keys >= middle).to(tl.int32), 0)
+        if found >= k:
+            low = middle
+            reach = found
+        else:
+            high = middle
+            above = found
+    return low, high, reach, above
+
+
+@triton.jit
+def row_keys(bits_row, lane, first, end, INFINITY: tl.constexpr):
+    """Keys of the entries at these lanes; of lanes beside the row a number below every key."""
+    inside = (lane >= first) & (lane < end)
+    key = order_keys(tl.load(bits_row + lane, mask=inside, other=0), INFINITY)
+    return tl.where(inside, key, LOWEST)
+
+
+@triton.jit
+def bisect_row(
+    bits_row, low, high, reach, k, first, end, INFINITY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The digit whose bin holds the need-th largest key; need becomes its rank inside that bin.
-
-    After the last digit also how many ties lie in the splits before each one.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    bins = tl.arange(0, 256)
-    counts = tl.zeros([256], tl.int32)
-    for split in range(n_splits):
-        counts += tl.load(counts_ptr + (row * n_splits + split) * 256 + bins)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    need = tl.load(need_ptr + row)
-    digit = tl.sum((at_least >= need).to(tl.int32), 0) - 1
-    need -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
-    tl.store(need_ptr + row, need)
-    tl.store(threshold_ptr + row, tl.load(threshold_ptr + row) | (digit << DIGIT))
-    if LAST:
-        seen = 0
-        for split in range(n_splits):
-            tl.store(seen_ptr + row * n_splits + split, seen)
-            seen += tl.load(counts_ptr + (row * n_splits + split) * 256 + digit)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """S of every row: keys above `threshold`, and the first `need` keys equal to it."""
-
-    threshold: Tensor  # int32 [N], the bits of a uint32 key
-    need: Tensor  # int32 [N]
-    seen: Tensor  # int32 [N, splits], ties in the splits before each one
-
-
-def select(scores: Tensor, k: int, threshold: Tensor) -> Selection:
-    """The k largest entries of every row of `scores`, `[N, V]` or `[B, T, V]`.
-
-    `threshold`: int32 `[N]`, zeros; the keys are left in it. Splits are those of any launch over
-    rows of this shape and width.
-    """
-    launch = RowLaunch.of(as_integers(scores))
-    seen = scores.new_zeros(launch.grid, dtype=torch.int32)
-    if k >= launch.n_cols:
-        # the zero key is below every entry's: all of them are in S, and nothing is a tie
-        return Selection(threshold, torch.zeros_like(threshold), seen)
-    need = torch.full_like(threshold, k)
-    counts = scores.new_empty((*launch.grid, BINS), dtype=torch.int32)
-    shifts = digit_shifts(scores)
-    for digit in shifts:
-        _digit_histogram_kernel[launch.grid](
-            *launch.tensors,
-            threshold,
-            counts,
-            *launch.sizes,
-            DIGIT=digit,
-            FIRST=digit == shifts[0],
-            **launch.constants,
-            **key_format(scores),
+    """`bisect` of a row that is read anew every step, until exactly k keys reach `low` or `high` is
+    `low + 1`; `low` is tried first, which many entries may equal, and a step quarters the rest."""
+    above = 0
+    while (reach > k) & (low + 1 < high):
+        middle = (low & high) + ((low ^ high) >> 1)
+        upper = (middle & high) + ((middle ^ high) >> 1)
+        at_middle = tl.zeros([BLOCK], tl.int32)
+        at_upper = tl.zeros([BLOCK], tl.int32)
+        beyond = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, end, BLOCK):
+            place = begin + tl.arange(0, BLOCK)
+            key = row_keys(bits_row, place, first, end, INFINITY)
+            beyond += (key > low).to(tl.int32)
+            at_middle += (key >= middle).to(tl.int32)
+            at_upper += (key >= upper).to(tl.int32)
+        found_beyond, found_middle, found_upper = (
+            tl.sum(beyond, 0),
+            tl.sum(at_middle, 0),
+            tl.sum(at_upper, 0),
         )
-        _pick_digit_kernel[(launch.rows,)](
-            counts, threshold, need, seen, launch.splits, DIGIT=digit, LAST=digit == 0, num_warps=2
-        )
-    return Selection(threshold, need, seen)
+        if found_beyond < k:
+            high = low + 1
+            above = found_beyond
+        elif found_upper >= k:
+            low = upper
+            reach = found_upper
+        elif found_middle >= k:
+            low = middle
+            high = upper
+            reach = found_middle
+            above = found_upper
+        else:
+            low += 1
+            high = middle
+            reach = found_beyond
+            above = found_middle
+    return low, high, above
 
 
 @triton.jit
-def take_ties(tie, seen, need, offsets, cut):
-    """-> (lane of the last tie in S, ties seen), after a block that began with `seen` ties.
-
-    `cut` stays where it is unless the need-th tie lies in this block, which it does in one
-    block of the row: only there the ties are ranked.
-    """
-    if seen < need:
-        here = tl.sum(tie.to(tl.int32), 0)
-        if seen + here >= need:
-            rank = seen + tl.cumsum(tie.to(tl.int32), 0)
-            cut = tl.max(tl.where(tie & (rank == need), offsets, -1), 0)
-        seen += here
-    return cut, seen
+def write_members(
+    bits_row,
+    list_ptr,
+    out_ptr,
+    room,
+    count,
+    low,
+    high,
+    need,
+    first,
+    INFINITY: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The columns of keys that reach `high`, and of the first `need` of those that reach `low`:
+    of a list of keys and their lanes, or of the row."""
+    seen = 0
+    written = 0
+    for begin in range(0, count, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        if LISTED:
+            key = tl.load(list_ptr + place, mask=place < count, other=LOWEST)
+            lane = tl.load(list_ptr + room + place, mask=place < count, other=0)
+        else:
+            key = row_keys(bits_row, place, first, count, INFINITY)
+            lane = place
+        tie = (key >= low) & (key < high)
+        rank = seen + tl.cumsum(tie.to(tl.int32), 0)
+        member = (key >= high) | (tie & (rank <= need))
+        position = written + tl.cumsum(member.to(tl.int32), 0)
+        tl.store(out_ptr + position - 1, lane - first, mask=member)
+        seen += tl.sum(tie.to(tl.int32), 0)
+        written += tl.sum(member.to(tl.int32), 0)
 
 
 @triton.jit
-def _write_indices_kernel(
+def list_segments(maxima_ptr, list_ptr, count, low, room, BLOCK: tl.constexpr):
+    """-> how many maxima reach `low`; the first `room` of their segments are listed."""
+    written = 0
+    for begin in range(0, count, BLOCK):
+        segment = begin + tl.arange(0, BLOCK)
+        key = tl.load(maxima_ptr + segment, mask=segment < count, other=0).to(tl.int32)
+        hit = (segment < count) & (key >= low)
+        position = written + tl.cumsum(hit.to(tl.int32), 0)
+        tl.store(list_ptr + position - 1, segment, mask=hit & (position <= room))
+        written += tl.sum(hit.to(tl.int32), 0)
+    return written
+
+
+@triton.jit
+def list_lanes(
+    bits_row,
+    segments_ptr,
+    list_ptr,
+    count,
+    low,
+    room,
+    first,
+    end,
+    INFINITY: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> how many lanes of the listed segments reach `low`; of the first `room` the key is listed,
+    and behind the keys the lane."""
+    written = 0
+    for begin in range(0, count, BLOCK // SEGMENT):
+        place = begin + tl.arange(0, BLOCK // SEGMENT)
+        segment = tl.load(segments_ptr + place, mask=place < count, other=0)
+        lane = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+        lane = tl.reshape(tl.where((place < count)[:, None], lane, end), [BLOCK])
+        key = row_keys(bits_row, lane, first, end, INFINITY)
+        hit = key >= low
+        position = written + tl.cumsum(hit.to(tl.int32), 0)
+        hit_in_room = hit & (position <= room)
+        tl.store(list_ptr + position - 1, key, mask=hit_in_room)
+        tl.store(list_ptr + room + position - 1, lane, mask=hit_in_room)
+        written += tl.sum(hit.to(tl.int32), 0)
+    return written
+
+
+@triton.jit
+def list_candidates(
+    bits_row,
+    maxima_ptr,
+    segments_ptr,
+    list_ptr,
+    n_maxima,
+    k,
+    enough,
+    room,
+    first,
+    end,
+    INFINITY: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> (a bound that k entries reach, how many do; more than `room`: too many to be listed)."""
+    place = tl.arange(0, MAXIMA)
+    count = tl.cdiv(end, SEGMENT)
+    # a multiple of 16, so the load is wide; what is read beyond the row's own is dropped
+    maxima = tl.load(maxima_ptr + place, mask=place < n_maxima, other=0).to(tl.int32)
+    maxima = tl.where(place < count, maxima, LOWEST)
+    least = tl.min(tl.where(maxima == LOWEST, INFINITY, maxima), 0)
+    bound, _high, _reach, _above = bisect(maxima, least, tl.max(maxima, 0) + 1, count, k, enough)
+    segments = list_segments(maxima_ptr, segments_ptr, count, bound, enough, 4 * BLOCK)
+    listed = room + 1
+    if segments <= enough:
+        tl.debug_barrier()  # other threads read what one lists
+        listed = list_lanes(
+            bits_row,
+            segments_ptr,
+            list_ptr,
+            segments,
+            bound,
+            room,
+            first,
+            end,
+            INFINITY,
+            SEGMENT,
+            BLOCK,
+        )
+        tl.debug_barrier()
+    return bound, listed
+
+
+@triton.jit
+def _pick_kernel(
     bits_ptr,
-    threshold_ptr,
-    need_ptr,
+    maxima_ptr,
+    lists_ptr,
+    bounds_ptr,
+    out_ptr,
+    n_cols,
+    rows_per_batch,
+    stride_batch,
+    stride_row,
+    n_maxima,
+    enough,
+    room,
+    k,
+    SEGMENT: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    KEYS: tl.constexpr,
+    INFINITY: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """S as ascending indices, int32 [N, k]. MAXIMA and KEYS: room in registers for the keys of
+    maxima (0: there are none) and of candidates. Where these have no room, the row's `bounds`
+    receives what k entries reach, for `_search_kernel`; else a number below every key."""
+    row = tl.program_id(0)
+    start, first = row_start(bits_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
+    end = first + n_cols
+    row = row.to(tl.int64)
+    low = tl.full((), LOWEST + 1, tl.int32)
+    high = tl.full((), INFINITY + 2, tl.int32)
+    reach = n_cols
+    listed = end
+    if MAXIMA:
+        lists_ptr += row * (enough + 2 * room)
+        low, listed = list_candidates(
+            start,
+            maxima_ptr + row * n_maxima,
+            lists_ptr + 2 * room,
+            lists_ptr,
+            n_maxima,
+            k,
+            enough,
+            room,
+            first,
+            end,
+            INFINITY,
+            SEGMENT,
+            MAXIMA,
+            BLOCK,
+        )
+        reach = listed
+        tl.store(bounds_ptr + row, tl.where(listed > room, low, LOWEST))
+    if listed <= room:
+        place = tl.arange(0, KEYS)
+        if MAXIMA:
+            keys = tl.load(lists_ptr + place, mask=place < listed, other=LOWEST)
+        else:
+            keys = row_keys(start, place, first, end, INFINITY)
+        low, high, _reach, above = bisect(keys, low, high, reach, k, k)
+        write_members(
+            start,
+            lists_ptr,
+            out_ptr + row * k,
+            room,
+            listed,
+            low,
+            high,
+            k - above,
+            first,
+            INFINITY,
+            MAXIMA > 0,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _search_kernel(
+    bits_ptr,
+    bounds_ptr,
     out_ptr,
     n_cols,
     rows_per_batch,
     stride_batch,
     stride_row,
     k,
-    IS_16BIT: tl.constexpr,
     INFINITY: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """S as ascending indices, int32 [N, k]: one more read of the row, a program a row."""
+    """S of rows that have a bound, as `_pick_kernel`; the others are left alone."""
     row = tl.program_id(0)
-    start, first = row_start(bits_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET)
-    end = first + n_cols
-    threshold = tl.load(threshold_ptr + row).to(tl.uint32, bitcast=True)
-    need = tl.load(need_ptr + row)
-    out_ptr += row.to(tl.int64) * k
-    seen = 0
-    written = 0
-    cut = end
-    for begin in range(0, end, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        mask = (offsets >= first) & (offsets < end)
-        full_block = (begin >= first) & (begin + BLOCK <= end)
-        bits = load_row_block(start, offsets, mask, full_block, 0)
-        key, _ = order_keys(bits, IS_16BIT, INFINITY)
-        tie = mask & (key == threshold)
-        cut, seen = take_ties(tie, seen, need, offsets, cut)
-        member = (mask & (key > threshold)) | (tie & (offsets <= cut))
-        found = tl.sum(member.to(tl.int32), 0)
-        if found > 0:
-            place = written + tl.cumsum(member.to(tl.int32), 0) - 1
-            tl.store(out_ptr + place, offsets - first, mask=member)
-        written += found
+    low = tl.full((), LOWEST + 1, tl.int32)
+    high = tl.full((), INFINITY + 2, tl.int32)
+    if bounds_ptr is not None:
+        low = tl.load(bounds_ptr + row)
+    if low > LOWEST:
+        start, first = row_start(
+            bits_ptr, row, rows_per_batch, stride_batch, stride_row, HAS_OFFSET
+        )
+        end = first + n_cols
+        low, high, above = bisect_row(start, low, high, n_cols, k, first, end, INFINITY, BLOCK)
+        out_ptr += row.to(tl.int64) * k
+        write_members(
+            start, bits_ptr, out_ptr, 0, end, low, high, k - above, first, INFINITY, False, BLOCK
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows of so many columns are searched for their k largest entries."""
+
+    segment: int  # lanes of a maximum
+    maxima: int  # of a row; 0: none are taken
+    enough: int  # segments that may be listed
+    room: int  # candidates that may be; without maxima the row itself is the list, if it has room
+
+    @classmethod
+    def of(cls, n_cols: int, k: int) -> Plan:
+        lanes = n_cols + LANES - 1
+        # a long segment leaves fewer maxima to search, and more lanes to look into
+        segment = 32 if 512 * k <= n_cols else 8
+        while triton.cdiv(lanes, segment) > MOST:
+            segment *= 2
+        maxima = triton.cdiv(lanes, 16 * segment) * 16
+        # k of n random segments hold 1.0 k entries that reach the bound where k is small, 1.7 k
+        # where it is three quarters of n; a cluster of large entries holds more
+        room = min(MOST, max(2048, triton.next_power_of_2(2 * k)))
+        if n_cols > SHORT and 4 * k <= 3 * maxima and 3 * k <= 2 * room:
+            return cls(segment, maxima, k + k // 64 + 16, room)
+        return cls(segment, 0, 0, lanes if lanes <= MOST else 0)
+
+    @property
+    def maxima_held(self) -> int:
+        return triton.next_power_of_2(self.maxima) if self.maxima else 0
+
+    @property
+    def keys_held(self) -> int:
+        return triton.next_power_of_2(self.room)
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """int32 `[..., min(k, V)]`, ascending, ties to the lowest index."""
     k = min(k, scores.shape[-1])
     out = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int32)
-    launch = RowLaunch.of(as_integers(scores))
-    if launch.rows > 0:
-        chosen = select(scores, k, scores.new_zeros(launch.rows, dtype=torch.int32))
-        _write_indices_kernel[(launch.rows,)](
+    launch = RowLaunch.of(scores)
+    if launch.rows == 0:
+        return out
+    plan = Plan.of(launch.n_cols, k)
+    kind = {"INFINITY": infinity(scores), "HAS_OFFSET": launch.has_offset}
+    bits, sizes = as_integers(launch.tensors[0]), launch.sizes[:-1]
+    bounds = maxima = lists = None
+    if plan.maxima:
+        bounds = out.new_empty(launch.rows)
+        lists = out.new_empty((launch.rows, plan.enough + 2 * plan.room))
+        maxima = scores.new_empty((launch.rows, plan.maxima), dtype=bits.dtype)
+        _segment_maxima_kernel[launch.grid](
             *launch.tensors,
-            chosen.threshold,
-            chosen.need,
-            out,
-            *launch.sizes[:-1],
-            k,
+            maxima,
+            *launch.sizes,
+            plan.maxima,
+            SEGMENT=plan.segment,
+            INFINITY=infinity(scores),
             **launch.constants,
-            **key_format(scores),
+        )
+    if plan.room:
+        held = max(plan.maxima_held, plan.keys_held)
+        _pick_kernel[(launch.rows,)](
+            bits,
+            maxima,
+            lists,
+            bounds,
+            out,
+            *sizes,
+            plan.maxima,
+            plan.enough,
+            plan.room,
+            k,
+            SEGMENT=plan.segment,
+            MAXIMA=plan.maxima_held,
+            KEYS=plan.keys_held,
+            **kind,
+            BLOCK=min(CHUNK, plan.keys_held),
+            num_warps=16 if held > MOST // 2 else min(8, max(1, held // 256)),
+        )
+    if plan.maxima or not plan.room:
+        _search_kernel[(launch.rows,)](
+            bits, bounds, out, *sizes, k, **kind, BLOCK=2048, num_warps=8
         )
     return out

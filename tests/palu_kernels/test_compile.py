@@ -17,15 +17,9 @@ from benchmarks.static import instructions
 
 ROOT = Path(__file__).parents[2]
 MAKERS = (("sm_80", "sm_90", "sm_100"), ("gfx942",))
-REFERENCE = 1  # MEMBERS where another row says what is in S, so that two rows are read
-MEMBERS = {
-    "local_entropy._local_entropy_stats_kernel": {0, 1, 2},
-    "local_entropy._local_entropy_grad_kernel": {0, 2},
-}
 ROWS_READ = {
-    "radix_select._digit_histogram_kernel": 1,
-    "radix_select._write_indices_kernel": 1,
-    "local_entropy._local_entropy_stats_kernel": 1,
+    "radix_select._segment_maxima_kernel": 1,
+    "local_entropy._row_sums_kernel": 1,
     "local_entropy._local_entropy_grad_kernel": 1,
     "kl_div._kl_stats_kernel": 2,
     "kl_div._kl_grad_kernel": 2,
@@ -115,8 +109,7 @@ def wide(row: dict, kind: str) -> int:
 def narrow_rows(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
-        read = ROWS_READ[row["kernel"]] + (row["constants"].get("SELECT_BY") == REFERENCE)
-        short = wide(row, "loads") < read * bytes_a_thread(row)
+        short = wide(row, "loads") < ROWS_READ[row["kernel"]] * bytes_a_thread(row)
         if row["kernel"].endswith(WRITERS):
             short |= wide(row, "stores") < bytes_a_thread(row)
         if short:
@@ -145,8 +138,6 @@ def test_report_is_complete(report, streaming, archs):
                 own = [row for row in rows if row["arch"] == arch]
                 assert dtypes(own) == DTYPES, (kernel, arch)
                 assert {row["walk"] for row in own} >= {"aligned", anywhere}, (kernel, arch)
-                members = {row["constants"].get("SELECT_BY") for row in own}
-                assert members == MEMBERS.get(kernel, {None})
         for arch in own_archs:
             assert {row["kernel"] for row in report if row["arch"] == arch} == launched
 

@@ -307,10 +307,9 @@ def test_kernels_may_write_over_their_input():
     z, ref, labels, _ = inputs(3, columns=5000)
     weights = torch.rand(3, device=DEVICE)
     _, state, chosen = local_entropy.forward(z, ref, None, 9, "flatten", "global_mean", 0.0)
-    apart = (weights, z, False, state, chosen, "flatten")
-    expected = local_entropy.backward(*apart, torch.empty_like(z))
+    expected = local_entropy.backward(weights, z, state, chosen, torch.empty_like(z))
     buffer = z.clone()
-    local_entropy.backward(weights, buffer, *apart[2:], buffer)
+    local_entropy.backward(weights, buffer, state, chosen, buffer)
     assert torch.equal(buffer, expected)
 
     _, state = divergence.forward(z, ref, "reverse")
@@ -353,7 +352,7 @@ def test_a_buffer_that_cannot_be_walked_is_refused():
     weights, elsewhere = torch.ones(3, device=DEVICE), torch.empty(3, 102, device=DEVICE)[:, :101]
     _, state, chosen = local_entropy.forward(z, ref, None, 9, "flatten", "global_mean", 0.0)
     calls = [
-        lambda: local_entropy.backward(weights, z, False, state, chosen, "flatten", elsewhere),
+        lambda: local_entropy.backward(weights, z, state, chosen, elsewhere),
         lambda: divergence.backward(weights, z, ref, state, "reverse", elsewhere),
         lambda: cross_entropy.backward(weights, z, labels, state, -100, elsewhere),
     ]
