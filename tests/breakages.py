@@ -294,16 +294,16 @@ FAULTS = [
         "slices of a KL are added without their scales",
         [
             (
-                "sum_b = scale_b * sum_b + tl.sum(tl.exp(b), 0)",
-                "sum_b = sum_b + tl.sum(tl.exp(b), 0)",
+                "sum_b = tl.exp(drop_b) * sum_b + tl.sum(tl.exp(b), 1)",
+                "sum_b += tl.sum(tl.exp(b), 1)",
             )
         ],
         "operators check masked_rows",
     ),
     Fault(
-        "the radix select forgets what larger digits took",
-        [("need -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)", "need -= 0")],
-        "operators check",
+        "ties at the k-th largest forget what is larger",
+        [("low, high, _reach, above = bisect(keys", "above, (low, high, _r, _a) = 0, bisect(keys")],
+        "select operators check",
     ),
     Fault(
         "an ignored label has a loss",
@@ -311,8 +311,8 @@ FAULTS = [
         "operators linear check",
     ),
     Fault(
-        "given indices mark their neighbours",
-        [("<< (lane & 31)", "<< ((lane + 1) & 31)")],
+        "the gradient on S goes to the neighbours",
+        [("lane = index + first\n", "lane = index + first + 1\n")],
         "operators linear sparse check",
     ),
     # data

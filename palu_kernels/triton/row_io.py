@@ -235,16 +235,6 @@ def block_of(n_cols: int, element_size: int) -> tuple[int, int]:
     return next((block, warps) for most, block, warps in BLOCKS[element_size] if offsets <= most)
 
 
-@triton.jit
-def sum_four(a, b, c, d):
-    """Four sums over a block in one reduction, so with one barrier."""
-    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0)
-    ab, cd = tl.split(sums)
-    a, b = tl.split(ab)
-    c, d = tl.split(cd)
-    return a, b, c, d
-
-
 def programs_wanted(device: torch.device) -> int:
     """Programs that fill the chip: four a multiprocessor."""
     return 4 * multiprocessors(device)
