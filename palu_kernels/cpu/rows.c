@@ -662,7 +662,8 @@ int palu_rows(const Args *a, int kind, Parallel parallel, int threads) {
     if (kind == LOCAL_ENTROPY)
         job.scratch = 4 * (4 * a->k + (a->indices ? 0 : choose_needs(a->columns)));
     if (kind == INDICES) job.scratch = a->columns / 8 + 1;
-    if (parallel && threads > 1 && a->rows > job.step && a->rows * a->columns > WORTH_THREADS) {
+    int64_t entries = a->rows * (kind == INDICES ? a->k : a->columns);
+    if (parallel && threads > 1 && a->rows > job.step && entries > WORTH_THREADS) {
         parallel(work, &job, (unsigned)threads, 0);
     } else {
         work(&job);
