@@ -1,4 +1,5 @@
-"""Public losses on hidden rows and an output head: no tensor of all their logits exists."""
+"""Public losses on hidden rows and an output head: no tensor of all their logits exists, but for
+few rows and a head that trains that of their gradient."""
 
 from __future__ import annotations
 
@@ -44,13 +45,16 @@ def linear_local_entropy_loss(
         ref_head: the reference's frozen head, of any dtype; None takes `head`, which must not
             train then.
         top_k, indices, objective, center: as in `local_entropy_loss`.
-        reduction: `mean` over rows (0 without rows), `sum` or `none`. With `none` and a
-            head that trains, backward goes through the chunks once more.
+        reduction: `mean` over rows (0 without rows), `sum` or `none`. With `none` and a head that
+            trains, backward goes through the chunks once more where there are many rows: more than
+            2 D in half precision, D in float32.
         implementation: `sparse` computes only the k logits of S and, for `global_mean`, the
             mean logit by the mean row of the weight; `dense` all of them; `auto` what is
             cheaper by a cost model. Only `dense` can serve `global_mean` under a softcap, and S
             chosen by the current logits.
         chunk_bytes: size of a buffer of logits; a chunk has whole tiles of 64 rows, at least one.
+            With a head that trains the gradient of all logits is kept until backward where it is
+            no larger than float32 sums of the weight's gradient (`linear/head_gradient.py`).
         backend: `auto`, `triton` or `torch`.
 
     Returns:
