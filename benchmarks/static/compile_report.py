@@ -122,8 +122,11 @@ Task = tuple[Variant, str]  # for an architecture
 
 
 @contextlib.contextmanager
-def recording(variants: dict[str, Variant], dtype: str, columns: int) -> Iterator[None]:
-    """Launches inside the block are noted in `variants`, one entry a backend, and not made."""
+def recording(
+    variants: dict[str, Variant], dtype: str, columns: int, launches: list[tuple] | None = None
+) -> Iterator[None]:
+    """Launches inside the block are noted in `variants`, one entry a backend, and not made; each
+    one, with its grid and its argument `n_cols`, in `launches`."""
     backends = {t.backend: make_backend(t) for t in TARGETS.values()}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -136,6 +139,8 @@ def recording(variants: dict[str, Variant], dtype: str, columns: int) -> Iterato
             variant = variants.setdefault(repr(variant), variant)
             variant.dtypes.add(dtype)
             variant.columns.add(columns)
+            if launches is not None:
+                launches.append((variant, grid, bound.get("n_cols", 0)))
 
     launch, jit.JITFunction.run = jit.JITFunction.run, record
     try:

@@ -65,14 +65,19 @@ def variants(dtypes: list[str], only: str = "") -> list[report.Variant]:
     return sorted(once.values(), key=lambda v: (v.kernel, str(v.named)))
 
 
+def words_of(named: dict[str, Any], signature: dict[str, str]) -> str:
+    """The constants that tell variants of long, aligned rows apart."""
+    caps = [name for name in signature if name.endswith("cap")]
+    words = [f"{k}={v}" for k, v in named.items() if k.isupper() and k not in HIDDEN]
+    # a cap that is None is a constant
+    return " ".join(words + ["softcap"] * any(signature[name] != "constexpr" for name in caps))
+
+
 def cells_of(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table, from one of the compile report's."""
-    caps = [name for name in row["signature"] if name.endswith("cap")]
-    named = {k: v for k, v in row["constants"].items() if k not in (*HIDDEN, *caps)}
-    words = [f"{name}={value}" for name, value in named.items()]
-    words += ["softcap"] * any(name not in row["constants"] for name in caps)
     cells = {"triton": triton.__version__, "arch": row["arch"], "dtype": "/".join(row["dtypes"])}
-    cells |= {"kernel": row["kernel"], "constants": " ".join(words)}
+    cells |= {"kernel": row["kernel"]}
+    cells |= {"constants": words_of(row["constants"], row["signature"])}
     cells |= {"registers": row["registers"], "spills": row["spills"]}
     cells |= {"widest": max(row["loads"], default=0)}
     return cells | {name: (row["loop"] or {}).get(name, "") for name in OF_LOOP}

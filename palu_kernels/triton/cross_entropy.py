@@ -16,6 +16,7 @@ from palu_kernels.triton.row_io import (
     apply_softcap,
     by_load,
     drop,
+    exp,
     load_row,
     load_row_block,
     row_start,
@@ -49,13 +50,13 @@ def _ce_stats_kernel(
         full_block = (begin >= first) & (begin + BLOCK <= end)
         z = by_load(load_row(z_row, offsets, mask, full_block, cap), bits)
         new_top = tl.maximum(top, tl.max(z, 1))
-        total *= tl.exp(drop(top, new_top))
-        total += tl.sum(tl.exp(z - new_top[:, None]), 1)
+        total *= exp(drop(top, new_top))
+        total += tl.sum(exp(z - new_top[:, None]), 1)
         top = new_top
     row_top = tl.max(top, 0)
     out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * 2
     tl.store(out, row_top)
-    tl.store(out + 1, tl.sum(total * tl.exp(drop(top, row_top)), 0))
+    tl.store(out + 1, tl.sum(total * exp(drop(top, row_top)), 0))
 
 
 @triton.jit
@@ -84,8 +85,8 @@ def _ce_combine_kernel(
         slot = partial_ptr + (row.to(tl.int64) * n_splits + split) * 2
         split_top = tl.load(slot)
         new_top = tl.maximum(top, split_top)
-        total *= tl.exp(drop(top, new_top))
-        total += tl.load(slot + 1) * tl.exp(drop(split_top, new_top))
+        total *= exp(drop(top, new_top))
+        total += tl.load(slot + 1) * exp(drop(split_top, new_top))
         top = new_top
     top = tl.where(total == 0, float("-inf"), top)  # nothing but masked entries
     log_total = tl.log(total)
@@ -139,7 +140,7 @@ def _ce_grad_kernel(
         full_block = (begin >= first) & (begin + BLOCK <= end)
         z = load_row_block(z_row, offsets, mask, full_block, float("-inf")).to(tl.float32)
         z, cap_slope = apply_softcap(z, None, cap)
-        slope = tl.exp(z - top - log_total) - tl.where(offsets == target, 1.0, 0.0)
+        slope = exp(z - top - log_total) - tl.where(offsets == target, 1.0, 0.0)
         slope = tl.where(counted, slope * cap_slope * weight, 0.0)
         store_row_block(out_row, offsets, mask, full_block, slope.to(out_ptr.dtype.element_ty))
 

@@ -16,6 +16,7 @@ from palu_kernels.triton.row_io import (
     apply_softcap,
     by_load,
     drop,
+    exp,
     load_row,
     load_row_block,
     row_start,
@@ -69,25 +70,25 @@ def _kl_stats_kernel(
         drop_a, drop_b = drop(top_a, new_a), drop(top_b, new_b)
         a -= new_a[:, None]
         b -= new_b[:, None]
-        share = tl.exp(a)
+        share = exp(a)
         # 0 where a is masked; infinite where b alone is
         excess = tl.where(a - b > LOWEST, a - b, 0.0)
-        sum_a *= tl.exp(drop_a)
-        dot = tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b) + tl.sum(share * excess, 1)
+        sum_a *= exp(drop_a)
+        dot = exp(drop_a) * dot + sum_a * (drop_a - drop_b) + tl.sum(share * excess, 1)
         sum_a += tl.sum(share, 1)
-        sum_b = tl.exp(drop_b) * sum_b + tl.sum(tl.exp(b), 1)
+        sum_b = exp(drop_b) * sum_b + tl.sum(exp(b), 1)
         most = tl.maximum(most, tl.max(excess, 1))
         top_a = new_a
         top_b = new_b
     row_a, row_b = tl.max(top_a, 0), tl.max(top_b, 0)
     drop_a, drop_b = drop(top_a, row_a), drop(top_b, row_b)
-    sum_a *= tl.exp(drop_a)
+    sum_a *= exp(drop_a)
     out = partial_ptr + (row.to(tl.int64) * tl.num_programs(1) + split) * PARTIAL_SIZE
     tl.store(out + MAX_A, row_a)
     tl.store(out + SUM_A, tl.sum(sum_a, 0))
     tl.store(out + MAX_B, row_b)
-    tl.store(out + SUM_B, tl.sum(sum_b * tl.exp(drop_b), 0))
-    tl.store(out + DOT, tl.sum(tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b), 0))
+    tl.store(out + SUM_B, tl.sum(sum_b * exp(drop_b), 0))
+    tl.store(out + DOT, tl.sum(exp(drop_a) * dot + sum_a * (drop_a - drop_b), 0))
     tl.store(out + LACKING, tl.where(tl.max(most, 0) == float("inf"), 1.0, 0.0))
 
 
@@ -110,13 +111,13 @@ def _kl_combine_kernel(partial_ptr, loss_ptr, state_ptr, n_splits, REVERSE: tl.c
         new_b = tl.maximum(top_b, split_b)
         drop_a, drop_b = drop(top_a, new_a), drop(top_b, new_b)
         split_drop_a, split_drop_b = drop(split_a, new_a), drop(split_b, new_b)
-        split_sum_a = tl.exp(split_drop_a) * tl.load(slot + SUM_A)
-        sum_a *= tl.exp(drop_a)
-        dot = tl.exp(drop_a) * dot + sum_a * (drop_a - drop_b)
-        dot += tl.exp(split_drop_a) * tl.load(slot + DOT)
+        split_sum_a = exp(split_drop_a) * tl.load(slot + SUM_A)
+        sum_a *= exp(drop_a)
+        dot = exp(drop_a) * dot + sum_a * (drop_a - drop_b)
+        dot += exp(split_drop_a) * tl.load(slot + DOT)
         dot += split_sum_a * (split_drop_a - split_drop_b)
         sum_a += split_sum_a
-        sum_b = tl.exp(drop_b) * sum_b + tl.exp(split_drop_b) * tl.load(slot + SUM_B)
+        sum_b = exp(drop_b) * sum_b + exp(split_drop_b) * tl.load(slot + SUM_B)
         lacking = tl.maximum(lacking, tl.load(slot + LACKING))
         top_a = new_a
         top_b = new_b
@@ -192,8 +193,8 @@ def _kl_grad_kernel(
         r, _slope = apply_softcap(r, None, r_cap)
         z -= top_z
         r -= top_r
-        p = tl.exp(z - log_z)
-        slope = p * (z - r - last) if REVERSE else p - tl.exp(r - last)
+        p = exp(z - log_z)
+        slope = p * (z - r - last) if REVERSE else p - exp(r - last)
         slope = tl.where(z == float("-inf"), nan_or_zero, slope * cap_slope * weight)
         store_row_block(out_row, offsets, mask, full_block, slope.to(out_ptr.dtype.element_ty))
 

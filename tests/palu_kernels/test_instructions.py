@@ -1,10 +1,18 @@
 """Instructions of a hot loop are counted along its main path."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.static import instructions, machine_code
+from benchmarks.static import instructions, machine_code, predict
+
+ROOT = Path(__file__).parents[2]
+# predicted at most for 4,096 rows of 128,256 in bfloat16 on an H100 with Triton 3.6
+MILLISECONDS = {"cross-entropy": 1.1, "kl": 1.8, "flatten": 7, "entropy": 7, "topk": 5.5}
 
 # a block inside a row is loaded whole, one at its end under a mask; a rare branch lies behind
 SASS = """
@@ -89,3 +97,42 @@ def test_bounds():
     assert instructions.over(row_of(kernel, softcap)) is None
     assert "at most" in instructions.over(row_of(kernel, softcap + 0.1))
     assert "no bound" in instructions.over(row_of("a_new.one", 1))
+
+
+def launch_of(kernel: str, rows: int, columns: int, **constants: object) -> tuple:
+    variant = SimpleNamespace(kernel=kernel, named=constants, signature={})
+    return variant, (rows, 1), columns
+
+
+def test_a_prediction_is_the_longer_of_bytes_and_clocks():
+    card = predict.CARDS["H100"]
+    place = (card.arch, "kl_div._kl_stats_kernel", "BLOCK=4096")
+    launch = launch_of(place[1], 4096, 128256, BLOCK=4096, n_cols=1)
+    moved = {place: {"clocks": "0.1", "bytes": "4.0"}}
+    seconds = predict.seconds(card, launch, moved)
+    assert seconds == pytest.approx(4 * 4096 * 128256 / card.bandwidth + predict.LAUNCH)
+    busy = {place: {"clocks": "1.0", "bytes": "4.0"}}
+    clocks = 4096 * 128256 / card.multiprocessors / predict.REACHED
+    assert predict.seconds(card, launch, busy) == pytest.approx(clocks / card.hertz, rel=1e-2)
+    assert predict.seconds(card, launch_of("kl_div._kl_combine_kernel", 9, 0), {}) == predict.LAUNCH
+    assert predict.cell(card, [launch], 0, {}) == "-"
+
+
+def test_predictions_follow_from_the_committed_table():
+    """In a process of its own: the interpreter, which the tests run under, records no launch."""
+    names = ("cross-entropy", "entropy", "flatten", "kl", "topk")
+    command = [sys.executable, "-m", "benchmarks.static.predict", "--columns", "128256"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PALU_"))}
+    done = subprocess.run(
+        [*command, "--rows", "4096", "--versions", "3.6.0"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    cells = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
+    assert set(cells) == set(names)
+    for name in names:
+        floor, predicted = (int(cells[name][at]) for at in (6, 7))  # of the H100
+        assert floor < predicted < MILLISECONDS[name] * 1000
