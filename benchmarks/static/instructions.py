@@ -38,10 +38,10 @@ FIELDS = (*KEYS, *OF_LOOP, "registers", "spills", "widest")
 # Of a thread with eight entries or more, on NVIDIA's chips: instructions an entry without and with
 # a softcap, barriers a block. A tenth more than what was counted on any of the Tritons.
 BOUNDS = {
-    "cross_entropy._ce_stats_kernel": (19, 47, 6),
-    "cross_entropy._ce_grad_kernel": (24, 66, 0),
-    "kl_div._kl_stats_kernel": (53, 110, 18),
-    "kl_div._kl_grad_kernel": (32, 102, 0),
+    "cross_entropy._ce_stats_kernel": (12, 28, 0),
+    "cross_entropy._ce_grad_kernel": (21, 42, 0),
+    "kl_div._kl_stats_kernel": (28, 62, 0),
+    "kl_div._kl_grad_kernel": (26, 62, 0),
     "local_entropy._row_sums_kernel": (15, 40, 0),
     "local_entropy._local_entropy_grad_kernel": (25, 45, 6),
     "radix_select._segment_maxima_kernel": (14, 0, 3),
