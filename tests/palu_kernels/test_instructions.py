@@ -85,7 +85,8 @@ def test_without_a_disassembler_nothing_is_counted(monkeypatch):
 def row_of(kernel: str, least: float, **constants: object) -> dict:
     loop = {"least": least, "barriers": 0}
     parts = {"constants": {"BLOCK": 4096, **constants}, "threads": 256, "arch": "sm_90"}
-    parts |= {"signature": {"z": "*bf16", "cap": "fp32"}, "dtypes": ["bf16"], "loads": {}}
+    cap = "constexpr" if "cap" in constants else "fp32"
+    parts |= {"signature": {"z": "*bf16", "cap": cap}, "dtypes": ["bf16"], "loads": {}}
     return {"kernel": kernel, "loop": loop, "registers": 32, "spills": 0, **parts}
 
 
