@@ -25,13 +25,15 @@ from benchmarks.static import before_triton
 if __name__ == "__main__":
     before_triton()
 
+import torch
 import triton
 
 from benchmarks import tables
 from benchmarks.static import compile_report as report
 from benchmarks.static import machine_code
+from palu_kernels import functional as operators
 
-COLUMNS = 128256
+COLUMNS, TOP_K = 128256, 1000
 OF_LOOP = ("least", "most", "alu", "fma", "xu", "lsu", "other", "clocks", "bytes", "barriers")
 KEYS = ("triton", "arch", "dtype", "kernel", "constants")
 FIELDS = (*KEYS, *OF_LOOP, "registers", "spills", "widest")
@@ -59,6 +61,10 @@ def variants(dtypes: list[str], only: str = "") -> list[report.Variant]:
         with report.recording(found, name, COLUMNS):
             report.call_operators(report.DTYPES[name], COLUMNS)
             report.call_capped(report.DTYPES[name], COLUMNS)
+            # the select's segments depend on k
+            operators.topk_indices(
+                torch.zeros(1, COLUMNS, dtype=report.DTYPES[name]), TOP_K, backend="triton"
+            )
     walks = [v for v in found.values() if "BLOCK" in v.named and only in v.kernel]
     # the launch on int32 and int64 labels or indices is counted once
     once = {(v.backend, v.kernel, str(v.named), str(v.dtypes)): v for v in walks}
