@@ -250,7 +250,7 @@ def list_candidates(
     maxima = tl.where(place < count, maxima, LOWEST)
     least = tl.min(tl.where(maxima == LOWEST, INFINITY, maxima), 0)
     bound, _high, _reach, _above = bisect(maxima, least, tl.max(maxima, 0) + 1, count, k, enough)
-    segments = list_segments(maxima_ptr, segments_ptr, count, bound, enough, 4 * BLOCK)
+    segments = list_segments(maxima_ptr, segments_ptr, count, bound, enough, 2 * BLOCK)
     listed = room + 1
     if segments <= enough:
         tl.debug_barrier()  # other threads read what one lists
