@@ -454,7 +454,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
             KEYS=plan.keys_held,
             **kind,
             BLOCK=min(CHUNK, plan.keys_held),
-            num_warps=16 if held > MOST // 2 else min(8, max(1, held // 256)),
+            num_warps=16 if held > MOST // 2 else min(8, max(1, held // 512)),
         )
     if plan.maxima or not plan.room:
         _search_kernel[(launch.rows,)](
