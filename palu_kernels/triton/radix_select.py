@@ -29,7 +29,7 @@ from palu_kernels.triton.radix_keys import LOWEST, infinity, order_keys
 from palu_kernels.triton.row_io import RowLaunch, as_integers, load_row_block, row_start
 
 SHORT = 4096  # rows of so many entries are searched as a whole, in registers
-MOST = 16384  # keys that a program holds in registers, 32 a thread
+MOST = 16384  # keys that a program holds in registers, 64 a thread
 CHUNK = 512  # lanes that are listed or written together: with more some variants spill
 
 
@@ -454,7 +454,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
             KEYS=plan.keys_held,
             **kind,
             BLOCK=min(CHUNK, plan.keys_held),
-            num_warps=16 if held > MOST // 2 else min(8, max(1, held // 512)),
+            num_warps=min(8, max(1, held // 512)),
         )
     if plan.maxima or not plan.room:
         _search_kernel[(launch.rows,)](
