@@ -52,6 +52,7 @@ def test_every_operator_is_measured():
         assert given.providers[0] == ops.OURS and "compile" not in given.providers
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, capsys, monkeypatch):
     """Both benchmarks leave their rows in one file; nothing is compiled, which takes long."""
     benchmarks = {f"benchmarks.{b.name}": b for b in (bench_ops.BENCHMARK, bench_linear.BENCHMARK)}

@@ -42,7 +42,9 @@ def launch(launcher, target, folder):
     return found, done.stderr
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"]
+)
 def launched(request, alone, tmp_path_factory):
     """(folder, what every process found, what was said)."""
     folder = tmp_path_factory.mktemp(request.param)
