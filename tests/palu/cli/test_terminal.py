@@ -138,6 +138,15 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys, error):
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted: stopped by Ctrl-C\n"
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     "place", ["palu.unlearn.unlearn", "palu.unlearn.save_model", "palu.models.loading.load_model"]
 )
