@@ -145,6 +145,14 @@ def noted(walks: Sequence[Walk] = ()) -> Iterator[list[Launch]]:
         KernelInterface.__getitem__ = original
 
 
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """Return the launches of a call; one before compiles its kernels."""
+    call()
+    with noted() as launches:
+        call()
+    return launches
+
+
 def operator_call(name: str, given: Inputs, k: int) -> Callable[[], None]:
     """Return a function that runs an operator, forward and backward, by its kernels."""
     case = Case(name, given.logits.shape[-1], None, len(given.logits), k, "bfloat16")
@@ -255,10 +263,7 @@ def kernels(part: Part) -> None:
         for name in part.sizes.operators:
             if part.out_of_time():
                 return
-            call = operator_call(name, given, part.sizes.k)
-            call()
-            with noted() as launches:
-                call()
+            launches = launches_of(operator_call(name, given, part.sizes.k))
             total = 0.0
             for number, launch in enumerate(launches):
                 seconds = part.clock.seconds(launch.again)
@@ -356,10 +361,7 @@ def loops(part: Part) -> None:
             for name in names:
                 if part.out_of_time():
                     return
-                call = operator_call(name, given, part.sizes.k)
-                call()
-                with noted() as launches:
-                    call()
+                launches = launches_of(operator_call(name, given, part.sizes.k))
                 seconds = [
                     sum(statistics.median(part.clock.seconds(one.again)) for one in launches)
                 ]
