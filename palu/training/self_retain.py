@@ -376,6 +376,7 @@ class _Prompts:
 
     def __init__(self, examples: Sequence[Example], asker: _Asker) -> None:
         self.examples, self.asker = examples, asker
+        self.answers = [len(split_answers(example)) for example in examples]
         self.subjects = Subjects(examples, _vocabulary(asker.tokenizer))
         self.documents = any(example.question is None for example in examples)
         # What a conversation begins with: a system turn of the forget set, or nothing.
@@ -410,8 +411,7 @@ class _Prompts:
 
     def _neighbours(self, number: int, rng: random.Random) -> list[Example]:
         found: list[Example] = []
-        answers = sum(len(split_answers(example)) for example in self.examples)
-        number = math.ceil(number * len(self.examples) / answers)
+        number = math.ceil(number * len(self.examples) / sum(self.answers))
         for _ in range(number // len(self.examples) + 1):
             for example in rng.sample(self.examples, len(self.examples)):
                 other = self.subjects.exchange(example, rng)
@@ -436,7 +436,7 @@ class _Prompts:
 
     def go_on(self, conversations: Sequence[Sequence[Turn]]) -> None:
         """Let the model ask on in its own conversations too, if the forget set has such."""
-        if self.asker.chat and any(len(split_answers(e)) > 1 for e in self.examples):
+        if self.asker.chat and max(self.answers) > 1:
             self.openings = [*self.starts * max(len(conversations), 1), *conversations]
 
 
