@@ -72,6 +72,12 @@ class StepLoss:
         self.router = RouterLoss()
         self._add_router_loss: bool | None = None  # asked at the first call
 
+    def choose_path_again(self) -> None:
+        """Find out with the next batch how losses are computed: the model is another one, or is
+        going to be wrapped."""
+        self.head, self._path_chosen, self._add_router_loss = None, False, None
+        self._hidden.clear()
+
     def state(self) -> dict[str, float]:
         """Return what training changes and checkpoints keep: nothing, unless a subclass does."""
         return {}

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,6 +33,7 @@ from palu.storage.fingerprint import (
     model_fingerprint,
     tensor_fingerprint,
 )
+from palu.training.sharding import ShardingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +358,7 @@ class LogAtCheckpoints(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(ShardingTrainer):
     """A Trainer whose checkpoints are whole or absent, and are resumed from by the run they are of.
     A subclass says what its run is made of, and calls `begin_run` before it trains."""
 

@@ -9,14 +9,18 @@ random, by how near it is to either: right in the mean, and exact where nothing 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from palu.training.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 # From this share on it is said aloud that rounding takes a part of what training changed back.
@@ -183,6 +187,23 @@ def warn_rounded_back(share: float, dtype: torch.dtype) -> None:
             "that training made: most weights moved by less than half a spacing. float32 weights "
             "keep it, and so does an adapter (LoRA)",
             stacklevel=3,
+        )
+
+
+def warn_without_masters(accelerator: Any) -> None:
+    """Warn that 16-bit weights train as they are, where a wrapper owns the optimizer's weights.
+
+    Args:
+        accelerator: of DeepSpeed, which makes masters of its own, of Megatron-LM, or of FSDP, which
+            trains in float32 where the products are 16-bit ones.
+    """
+    kind = accelerator.distributed_type
+    mixed = kind == DistributedType.FSDP and accelerator.mixed_precision != "no"
+    if kind != DistributedType.DEEPSPEED and not mixed:
+        logger.warning(
+            "weights of 16 bits train under %s, without float32 masters: small steps are rounded "
+            "away; load the model with dtype float32 and set bf16=True",
+            kind.value,
         )
 
 

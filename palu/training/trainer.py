@@ -77,6 +77,7 @@ from palu.training.master_weights import (
     refuse_optimizer,
     trains_in_half,
     warn_rounded_back,
+    warn_without_masters,
 )
 from palu.training.outcome import RunOutcome
 from palu.training.step_log import TERMS, StepLog, row_means
@@ -384,6 +385,8 @@ class PALUTrainer(CheckpointTrainer):
         self.open_cache(checkpoint, **(cache_options or {}))
         if self._started is None:
             self._started = StartingWeights(self.model)
+        if self.is_fsdp_enabled:  # an evaluation before has seen the whole model
+            self.step_loss.choose_path_again()
         result = super().train(checkpoint, *args, **kwargs)
         if half := trains_in_half(self.model):
             warn_rounded_back(self.rounded_back(), self.model.get_parameter(half[0]).dtype)
@@ -427,13 +430,7 @@ class PALUTrainer(CheckpointTrainer):
         if self._masters is not None or not trains_in_half(self.model):
             return super().create_optimizer(*args, **kwargs)
         if self.accelerator.distributed_type in _ONE_BACKWARD:
-            # DeepSpeed makes its own where its config has bf16 or fp16.
-            if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-                logger.warning(
-                    "weights of 16 bits train under %s, without float32 masters: small steps are "
-                    "rounded away; load the model with dtype float32 and set bf16=True",
-                    self.accelerator.distributed_type.value,
-                )
+            warn_without_masters(self.accelerator)
             return super().create_optimizer(*args, **kwargs)
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError(

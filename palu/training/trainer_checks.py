@@ -11,6 +11,7 @@ import torch
 from palu.data.roles import FORGET, token_roles
 from palu.methods import PDU
 from palu.training.config import PALUConfig
+from palu.training.sharding import check_launch
 
 
 def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
@@ -22,6 +23,7 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
     """
     if not isinstance(args, PALUConfig):
         raise TypeError(f"args must be a PALUConfig, not {type(args).__name__}")
+    check_launch(args)
     unused = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
     for name in unused:
         if kwargs.get(name) is not None:

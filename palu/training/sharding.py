@@ -1,0 +1,127 @@
+"""Models sharded by FSDP under accelerate: turning it on, also on CPUs.
+
+accelerate turns FSDP on for accelerators alone: on CPUs a run that asks for it would be DDP, with
+the whole model in every process, and without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+_ENVIRONMENT = "ACCELERATE_USE_FSDP"  # set by `accelerate launch --use_fsdp`
+_START = "start it with `torchrun --nproc-per-node N` or `accelerate launch --use_fsdp`"
+
+
+def asked_by(args: Any) -> str | None:
+    """Return what asks for FSDP, in words; None where nothing does.
+
+    Args:
+        args: a `PALUConfig`.
+    """
+    config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    if args.fsdp and not config.get("xla"):
+        return f"fsdp={args.fsdp!r}"
+    if os.environ.get(_ENVIRONMENT, "false").lower() == "true":
+        return f"{_ENVIRONMENT}=true"
+    return None
+
+
+def check_launch(args: Any) -> None:
+    """Check, before anything is loaded, that a run which asks for FSDP can be sharded.
+
+    Raises:
+        ValueError: it is one process that no launcher started; or it is to run on CPUs, with FSDP1,
+            or beside an accelerator that PyTorch would shard on.
+    """
+    asked = asked_by(args)
+    if asked is None or args.deepspeed:
+        return
+    device = args.device  # makes the process group
+    if PartialState().distributed_type == DistributedType.NO:
+        raise ValueError(
+            f"{asked} and there is one process without a process group, whose model cannot be "
+            f"sharded: {_START}, or leave FSDP out"
+        )
+    if device.type != "cpu":
+        return
+    if _version(args) == 1:
+        raise ValueError(
+            f"{asked} with version 1 of FSDP, which accelerate has for accelerators alone; on CPUs "
+            "set fsdp_config={'version': 2}, or start with `accelerate launch --use_fsdp "
+            "--fsdp_version 2`"
+        )
+    if torch.accelerator.is_available():
+        name = torch.accelerator.current_accelerator().type
+        raise ValueError(
+            f"{asked} on the CPU, and PyTorch would shard on the {name} device of this machine: "
+            "hide it (CUDA_VISIBLE_DEVICES='' for NVIDIA and AMD), or leave use_cpu out"
+        )
+
+
+def _version(args: Any) -> int:
+    given = (args.fsdp_plugin_args or {}).get("fsdp_version")
+    return int(given or os.environ.get("FSDP_VERSION", 1))
+
+
+@contextmanager
+def on_cpus_too(args: Any) -> Iterator[None]:
+    """Let accelerate turn FSDP on for CPUs while its `Accelerator` is made inside the block.
+
+    `AcceleratorState` looks at FSDP where its processes have GPUs; for that moment those of a CPU
+    are named so. Whatever it makes of them, it is an error if that is not FSDP.
+
+    Raises:
+        RuntimeError: this accelerate has other ways, and the model would not be sharded.
+    """
+    asked = asked_by(args)
+    state = PartialState()
+    if asked is None or args.deepspeed or state.distributed_type != DistributedType.MULTI_CPU:
+        yield
+        return
+    shared = PartialState._shared_state
+    try:
+        # Anything else would be a state of accelerate that is laid out in another way.
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        yield
+    finally:
+        if shared.get("distributed_type") == DistributedType.MULTI_GPU:
+            shared["distributed_type"] = DistributedType.MULTI_CPU
+    made = AcceleratorState()
+    if made.distributed_type != DistributedType.FSDP or made.device.type != "cpu":
+        import accelerate
+
+        raise RuntimeError(
+            f"{asked}, and accelerate {accelerate.__version__} cannot be told to shard on CPUs (it "
+            f"made {made.distributed_type.value} of it, every process with the whole model): leave "
+            "FSDP out, or use another version of accelerate (1.15 can)"
+        )
+
+
+class ShardingTrainer(Trainer):
+    """A Trainer that shards on CPUs too where FSDP is asked for, and evaluates before training."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Hugging Face's, within `on_cpus_too`."""
+        with on_cpus_too(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's. accelerate shards a model together with its optimizer alone, so before
+        training every process evaluates the whole model, which is sharded later."""
+        prepared = self.accelerator._models
+        if not self.is_fsdp_enabled or prepared:
+            return super().evaluation_loop(*args, **kwargs)
+        prepared.append(self.model.to(self.args.device))
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            prepared.clear()
