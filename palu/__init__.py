@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from palu.data.template import Template
     from palu.loss import PALULoss, PALUOutput
     from palu.models.forward import model_hidden_states
+    from palu.models.in_head import loss_in_head, whole_head
     from palu.models.lm_head import LMHead, check_head
     from palu.reference.cache import ReferenceCache
     from palu.training.config import PALUConfig
@@ -32,9 +33,11 @@ __all__ = [
     "check_head",
     "label_example",
     "load_examples",
+    "loss_in_head",
     "model_hidden_states",
     "token_roles",
     "tokenize_examples",
+    "whole_head",
 ]
 
 # Where each name lives. Nothing is imported before it is asked for: the loss and the labels do not
@@ -52,9 +55,11 @@ _HOMES = {
     "check_head": "palu.models.lm_head",
     "label_example": "palu.data.labels",
     "load_examples": "palu.data.files",
+    "loss_in_head": "palu.models.in_head",
     "model_hidden_states": "palu.models.forward",
     "token_roles": "palu.data.roles",
     "tokenize_examples": "palu.data.examples",
+    "whole_head": "palu.models.in_head",
 }
 
 

@@ -18,6 +18,7 @@ from palu.models.wrappers import (
     incompatible_wrapper,
     output_embedding,
     refuse_compiled,
+    refuse_wrapper,
     text_only_inputs,
     unwrap,
     wants_token_types,
@@ -109,7 +110,7 @@ def model_hidden_states(
         UnsupportedHead: the model is compiled (compiled code does not see the hook), has no output
             embedding, does not call it exactly once with `[B, T, D]`, switches gradients on or off
             before it does, or fails when no row reaches it; or gradients are on and a wrapper waits
-            for them at the model's outputs (FSDP, DDP with `static_graph`).
+            for them at the model's outputs (FSDP, DDP with `static_graph`): `palu.loss_in_head`.
     """
     return HiddenStates(model)(input_ids, attention_mask, **model_inputs)
 
@@ -139,7 +140,7 @@ class HiddenStates:
         entered: list[Tensor] = []
         with_grad = torch.is_grad_enabled()
         if with_grad and self.incompatible is not None:
-            raise UnsupportedHead(self.incompatible)
+            refuse_wrapper(self.model)
 
         def take(module: nn.Module, args: tuple) -> tuple | None:
             if not args:

@@ -20,11 +20,13 @@ from torch.nn.utils import parametrize
 import palu_kernels
 from palu.models.forward import model_hidden_states
 from palu.models.wrappers import (
+    FSDP2,
     UnsupportedHead,
     eval_mode,
     head_pre_hook,
-    incompatible_wrapper,
+    is_a,
     output_embedding,
+    refuse_wrapper,
     unwrap,
 )
 
@@ -62,12 +64,28 @@ class LMHead(palu_kernels.LMHead):
                 plain parameters: adapter, quantization, shards, parametrization, hooks, offloading.
         """
         module = output_embedding(model)
-        reason = incompatible_wrapper(model) or _why_not_linear(module)
+        refuse_wrapper(model)
+        refuse_not_linear(module)
+        return cls.of_layer(module, *scale_and_cap(unwrap(model)))
+
+    @classmethod
+    def of_layer(
+        cls, layer: nn.Linear, scale: float, cap: float | None, *, views: bool = False
+    ) -> LMHead:
+        """Return a head of a layer's parameters as they are now: FSDP makes them whole for the time
+        of a forward.
+
+        Args:
+            views: whether views of a larger parameter, as FSDP1 makes them, will do.
+
+        Raises:
+            UnsupportedHead: they are not plain tensors of the layer's size.
+        """
+        reason = _why_not_whole(layer, views)
         if reason is not None:
             raise UnsupportedHead(reason)
-        scale, cap = _scale_and_cap(unwrap(model))
         try:
-            return cls(module.weight, module.bias, scale, cap)
+            return cls(layer.weight, layer.bias, scale, cap)
         except (TypeError, ValueError) as error:
             raise UnsupportedHead(f"the output head is none of an LMHead: {error}") from error
 
@@ -180,24 +198,39 @@ def _few_tokens(
     return few(input_ids), more
 
 
-def _why_not_linear(module: nn.Module) -> str | None:
-    """Return why the output embedding is not a plain linear layer, else None."""
+def refuse_not_linear(module: nn.Module) -> None:
+    """Raise UnsupportedHead unless the output embedding is an `nn.Linear` and nothing more; that
+    FSDP shards it is no matter."""
     if parametrize.is_parametrized(module):
-        return f"the output embedding has parametrizations ({', '.join(module.parametrizations)})"
-    if type(module) is not nn.Linear:
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        return f"the output embedding is a {kind}, not a plain torch.nn.Linear"
-    hooks = [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
+        names = ", ".join(module.parametrizations)
+        raise UnsupportedHead(f"the output embedding has parametrizations ({names})")
+    # FSDP2 puts a class of its own before a module's.
+    kind = type(module).__mro__[2] if is_a(module, FSDP2) else type(module)
+    if kind is not nn.Linear:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        raise UnsupportedHead(f"the output embedding is a {name}, not a plain torch.nn.Linear")
+    hooks = [name.strip("_").replace("_", " ") for name in _HOOKS if _foreign(module, name)]
     if hooks:
-        return f"the output embedding has {' and '.join(hooks)}"
+        raise UnsupportedHead(f"the output embedding has {' and '.join(hooks)}")
     if "forward" in vars(module):  # accelerate's dispatch and offloading
-        return "the forward of the output embedding was replaced"
-    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+        raise UnsupportedHead("the forward of the output embedding was replaced")
+
+
+def _foreign(module: nn.Module, hooks: str) -> bool:
+    """Return whether the module has such hooks, but for FSDP's."""
+    origins = [getattr(hook, "__module__", None) or "" for hook in getattr(module, hooks).values()]
+    return any(not origin.startswith("torch.distributed.fsdp") for origin in origins)
+
+
+def _why_not_whole(layer: nn.Linear, views: bool) -> str | None:
+    """Return why the parameters of a linear layer are not whole and plain, else None."""
+    shapes = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    kinds = (nn.Parameter, Tensor) if views else (nn.Parameter,)
     for name, shape in shapes.items():
-        value = getattr(module, name)
+        value = getattr(layer, name)
         if name == "bias" and value is None:
             continue
-        if type(value) is not nn.Parameter:
+        if type(value) not in kinds:
             return f"the {name} of the output embedding is a {type(value).__name__}"
         if value.is_meta:
             return f"the {name} of the output embedding is offloaded (on the meta device)"
@@ -209,7 +242,8 @@ def _why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def _scale_and_cap(model: nn.Module) -> tuple[float, float | None]:
+def scale_and_cap(model: nn.Module) -> tuple[float, float | None]:
+    """Return what the config says that logits are multiplied with, and their cap."""
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FSDP = {"FullyShardedDataParallel", "FSDPModule"}  # by name: importing them takes a second
+# By name: importing them takes a second.
+FSDP1, FSDP2 = "FullyShardedDataParallel", "FSDPModule"
+
+_OWN_LOGITS = "the logits of the model itself have to be used"
+_IN_HEAD = (
+    "use palu.loss_in_head(model, loss, ...) to train it, and palu.whole_head(model) for the head "
+    "of a frozen one"
+)
 
 
 class UnsupportedHead(ValueError):
     """The logits of a model cannot be computed from its hidden states and output embedding."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}: the logits of the model itself have to be used")
+    def __init__(self, reason: str, instead: str = _OWN_LOGITS) -> None:
+        super().__init__(f"{reason}: {instead}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -116,16 +123,26 @@ def wants_token_types(model: nn.Module) -> bool:
 def incompatible_wrapper(model: nn.Module) -> str | None:
     """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
     loss uses hidden states instead of the model's outputs, else None."""
-    kinds = set()  # a model has thousands of modules, of few kinds, and this is asked every step
+    kinds = {}  # a model has thousands of modules, of few kinds, and this is asked every step
     for module in model.modules():
-        kinds.add(type(module))
+        kinds[type(module)] = module
         if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
             return "the model is wrapped in DistributedDataParallel with static_graph=True"
-    for kind in kinds:
-        for base in kind.__mro__:
-            if base.__name__ in _FSDP:
-                return "the model is sharded by FSDP"
+    if any(is_a(module, FSDP1, FSDP2) for module in kinds.values()):
+        return "the model is sharded by FSDP"
     return None
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raise UnsupportedHead for a model of which `incompatible_wrapper` has something to say."""
+    reason = incompatible_wrapper(model)
+    if reason is not None:
+        raise UnsupportedHead(reason, _IN_HEAD)
+
+
+def is_a(module: nn.Module, *names: str) -> bool:
+    """Return whether a class of the module has one of these names."""
+    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
@@ -141,10 +158,13 @@ def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
-    """Return the module that makes logits. Raises UnsupportedHead where the model names none."""
+    """Return the module that makes logits, inside FSDP's wrapper where it has one of its own.
+    Raises UnsupportedHead where the model names none."""
     inner = unwrap(model)
     getter = getattr(inner, "get_output_embeddings", None)
     module = getter() if getter is not None else None
+    while isinstance(module, nn.Module) and is_a(module, FSDP1):
+        module = module.module
     if not isinstance(module, nn.Module):
         raise UnsupportedHead(f"{type(inner).__name__} names no output embedding")
     return module
@@ -155,6 +175,17 @@ def refuse_compiled(model: nn.Module, module: nn.Module) -> None:
     a hook, and what is compiled now may keep it."""
     if is_compiled(model, module):
         raise UnsupportedHead("the model is compiled, and compiled code does not see a hook")
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have `forward` run in the place of the module's own inside the block: after its pre-hooks and
+    before its forward hooks, which is where FSDP has made its parameters whole."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager

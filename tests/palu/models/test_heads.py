@@ -250,7 +250,7 @@ def test_ddp_with_a_static_graph_is_refused(one_process):
 
 def test_fsdp_is_refused():
     sharded = type("FullyShardedDataParallel", (families.Wrapper,), {})(families.make("llama"))
-    with pytest.raises(UnsupportedHead, match="sharded by FSDP"):
+    with pytest.raises(UnsupportedHead, match=r"sharded by FSDP: use palu.loss_in_head"):
         LMHead.from_model(sharded)
 
 
@@ -259,7 +259,7 @@ def test_sharded_weights_are_refused(one_process):
     model = families.make("llama")
     mesh = dist.init_device_mesh("cpu", (1,))
     fsdp.fully_shard(model, mesh=mesh)
-    with pytest.raises(UnsupportedHead, match="sharded by FSDP"):
+    with pytest.raises(UnsupportedHead, match=r"sharded by FSDP: use palu.loss_in_head"):
         LMHead.from_model(model)
     model = families.make("llama")
     model.lm_head.weight = nn.Parameter(dist.tensor.distribute_tensor(model.lm_head.weight, mesh))

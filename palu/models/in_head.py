@@ -1,0 +1,255 @@
+"""A loss that is computed where a model computes its logits: inside its output embedding's forward.
+
+Wrappers that shard a model (FSDP), or reduce gradients when they reach its outputs (DDP with
+`static_graph`), do their work in hooks around the forward of modules. There the head's parameters
+are whole, and a gradient that comes in by the model's outputs finds every hook in its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from palu.models.lm_head import LMHead, refuse_not_linear, scale_and_cap
+from palu.models.wrappers import (
+    FSDP1,
+    FSDP2,
+    UnsupportedHead,
+    forward_replaced,
+    is_a,
+    output_embedding,
+    refuse_compiled,
+    text_only_inputs,
+    unwrap,
+)
+
+Result = TypeVar("Result", Tensor, tuple)
+
+
+def loss_in_head(
+    model: nn.Module,
+    loss: Callable[[Tensor, LMHead], Result],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **model_inputs: Any,
+) -> Result:
+    """Call a model and return `loss(hidden, head)` of the rows that enter its output embedding and
+    of the head as it is there, without computing logits.
+
+    For models in any wrapper: under FSDP the head's parameters are whole inside the forward alone,
+    and gradients must come back through the model's outputs. The module that the caller holds is
+    the one that is called. All processes have to call it, with a batch of no rows if need be; a
+    loss that depends on no row then has a gradient of zeros. Of a model in no wrapper the results
+    are those of `model_hidden_states` and `LMHead.from_model`, bit for bit.
+
+    Args:
+        model: a causal language model, wrapped or not; its layers may be compiled.
+        loss: called once, with hidden rows `[B, T, D]` and the head, under the model's own autocast
+            and whether or not gradients are on. Gives the loss, or a tuple that begins with it
+            (`palu.PALUOutput`); tensors behind it come back detached.
+        input_ids: int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 for real tokens, or None when nothing is padded.
+        **model_inputs: more arguments of the model's forward (`position_ids`, ...); no `labels`.
+
+    Returns:
+        what `loss` gave; backward of the loss runs the hooks of every wrapper.
+
+    Raises:
+        UnsupportedHead: the model is compiled as a whole; its output embedding is anything but an
+            `nn.Linear` with plain parameters (but for FSDP's shards), is not called exactly once
+            with `[B, T, D]`, or is not what its logits come from; the model switches gradients on
+            or off before it, or fails when no logits leave it.
+        TypeError: `loss` gives anything else.
+    """
+    return LossInHead(model)(loss, input_ids, attention_mask, **model_inputs)
+
+
+class LossInHead:
+    """`loss_in_head` of one model, whose modules are looked through once and not at every call.
+
+    Raises:
+        UnsupportedHead: as `loss_in_head`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.inner = model, unwrap(model)
+        self.layer = output_embedding(model)
+        refuse_compiled(model, self.layer)
+        refuse_not_linear(self.layer)
+        self.scale, self.cap = scale_and_cap(self.inner)
+        self.views = any(is_a(module, FSDP1) for module in model.modules())
+
+    def __call__(
+        self,
+        loss: Callable[[Tensor, LMHead], Result],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **model_inputs: Any,
+    ) -> Result:
+        """See `loss_in_head`."""
+        if self.model._compiled_call_impl or self.inner._compiled_call_impl:  # since then
+            refuse_compiled(self.model, self.layer)
+        call = _Call(self, loss, list(input_ids.shape))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs |= text_only_inputs(self.model, input_ids) | model_inputs
+        try:
+            with forward_replaced(self.layer, call):
+                output = self.model(**inputs)
+        except Exception as error:
+            if not call.given or isinstance(error, (UnsupportedHead, torch.OutOfMemoryError)):
+                raise  # the loss's own fault, or the model's
+            line = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise UnsupportedHead(
+                f"the model fails when no logits leave its output embedding ({line})"
+            ) from error
+        if not call.given:
+            raise UnsupportedHead("the model does not call its output embedding")
+        return call.result(getattr(output, "logits", None))
+
+    def head(self) -> LMHead:
+        """Return the head; only in the layer's forward."""
+        return LMHead.of_layer(self.layer, self.scale, self.cap, views=self.views)
+
+
+class _Call:
+    """What stands in for the output embedding's forward in one call of a model."""
+
+    def __init__(self, owner: LossInHead, loss: Callable, shape: list[int]) -> None:
+        self.owner, self.loss, self.shape = owner, loss, shape
+        self.with_grad = torch.is_grad_enabled()
+        self.entered = False
+        self.given: list[Any] = []  # what the loss gave
+        self.gradient: list[Tensor] = []  # on its way from the anchor to the carrier
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute the loss of the rows, and hand on logits of no row, on which it depends."""
+        if self.entered:
+            raise UnsupportedHead("the model calls its output embedding more than once")
+        self.entered = True
+        # Under a checkpoint around the whole model the rows would come without a gradient.
+        if torch.is_grad_enabled() != self.with_grad:
+            raise UnsupportedHead("the model switches gradients on or off inside its forward")
+        if hidden.dim() != 3 or list(hidden.shape[:2]) != self.shape:
+            raise UnsupportedHead(
+                f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of "
+                f"shape {self.shape}"
+            )
+        head = self.owner.head()
+        result = self.loss(hidden, head)
+        value = result[0] if isinstance(result, tuple) and result else result
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"loss gave a {type(result).__name__}; it must give a tensor, or a tuple that "
+                "begins with one"
+            )
+        if self.with_grad and not value.requires_grad:
+            value = _with_zero_gradients(value, hidden, head)
+        self.given = [result, value]
+        return _Carrier.apply(value, self.gradient, (hidden.shape[0], 0, head.vocab_size), hidden)
+
+    def result(self, logits: Tensor | None) -> Any:
+        """Return what the loss gave, so that its gradient comes in by the model's logits."""
+        result, value = self.given
+        if (
+            not isinstance(logits, Tensor)
+            or logits.numel()
+            or (value.requires_grad and not logits.requires_grad)
+        ):
+            raise UnsupportedHead("the logits of the model are not made of its output embedding's")
+        if value.requires_grad:
+            value = _Anchor.apply(value.detach(), self.gradient, logits)
+        if isinstance(result, Tensor):
+            return value
+        rest = [x.detach() if isinstance(x, Tensor) else x for x in result[1:]]
+        return result._make([value, *rest]) if hasattr(result, "_make") else (value, *rest)
+
+
+def _with_zero_gradients(loss: Tensor, hidden: Tensor, head: LMHead) -> Tensor:
+    """Return the loss as one whose gradient is zero for all that trains: processes that reduce
+    gradients together must all have some."""
+    for tensor in (hidden, head.weight, head.bias):
+        if tensor is not None and tensor.requires_grad:
+            loss = loss + tensor[:0].sum().to(loss.dtype)
+    return loss
+
+
+class _Carrier(torch.autograd.Function):
+    """An empty output of the head. Its backward gives the loss the gradient that `_Anchor` left."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradient: list[Tensor], shape: tuple[int, ...], like: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient = gradient
+        return like.new_empty(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple:
+        return ctx.gradient.pop() if ctx.gradient else None, None, None, None
+
+
+class _Anchor(torch.autograd.Function):
+    """The value of the loss, on the model's empty logits. Its backward leaves the gradient for
+    `_Carrier` and sends an empty one through the model's outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: list[Tensor], logits: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient, ctx.empty = gradient, logits.detach()
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple:
+        if gradient is None:
+            return None, None, None
+        ctx.gradient[:] = [gradient]
+        return None, None, torch.zeros_like(ctx.empty)
+
+
+# ---- a frozen model ------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[LMHead]:
+    """Yield the head of a frozen model, detached, which is whole for the time of the block where
+    FSDP shards it. All processes have to enter.
+
+    Raises:
+        UnsupportedHead: as `LMHead.from_model`.
+    """
+    layer = output_embedding(model)
+    refuse_not_linear(layer)
+    scale, cap = scale_and_cap(unwrap(model))
+    with _whole(model, layer) as views:
+        head = LMHead.of_layer(layer, scale, cap, views=views)
+        yield LMHead(head.weight.detach(), _detached(head.bias), scale, cap)
+
+
+@contextmanager
+def _whole(model: nn.Module, layer: nn.Module) -> Iterator[bool]:
+    """Make the parameters of a layer whole inside; yield whether they are then views."""
+    around = [m for m in model.modules() if is_a(m, FSDP1, FSDP2) and layer in set(m.modules())]
+    if not around:
+        yield False
+    elif is_a(around[-1], FSDP2):  # the innermost one has them
+        around[-1].unshard()
+        try:
+            yield False
+        finally:
+            around[-1].reshard()
+    else:
+        whole = around[-1].summon_full_params
+        with whole(around[-1], recurse=False, writeback=False):
+            yield True
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
