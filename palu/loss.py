@@ -13,7 +13,7 @@ from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, Backend, check_values
-from palu_kernels.roles import linear_role_losses, prepare, role_losses
+from palu_kernels.roles import linear_role_losses, prepare, role_losses, together
 from palu_kernels.row_loss import KL, LocalEntropy, ReferenceArgmaxNLL, RowLoss
 from palu_kernels.validation import Center, Objective
 
@@ -171,6 +171,7 @@ class PALULoss(nn.Module):
         self._check_reference(logits, ref_logits)
         return self._terms(logits, row_roles, ref_logits, num_forget, num_preserve)
 
+    @together
     def from_hidden(
         self,
         hidden: Tensor,

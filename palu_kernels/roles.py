@@ -19,13 +19,21 @@ from palu_kernels import row_loss as row_losses
 from palu_kernels.backend import accum_dtype, moved, on_device_of, resolve
 from palu_kernels.layout import empty_rows_like, gradient_rows_like
 from palu_kernels.linear.chunked import CHUNK_BYTES, chunk_shape
-from palu_kernels.linear.head import prepare
+from palu_kernels.linear.head import prepare, together
 from palu_kernels.linear.head_gradient import is_kept
 from palu_kernels.linear.op import linear_role_losses
 from palu_kernels.logits_op import refuse_higher_order
 from palu_kernels.row_loss import Operands, RowLoss
 
-__all__ = ["CHUNK_BYTES", "chunk_shape", "is_kept", "linear_role_losses", "prepare", "role_losses"]
+__all__ = [
+    "CHUNK_BYTES",
+    "chunk_shape",
+    "is_kept",
+    "linear_role_losses",
+    "prepare",
+    "role_losses",
+    "together",
+]
 
 PIECE_BYTES = 64 * 2**20  # of the rows that are copied out at a time
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from palu_kernels import reference, torch_backend, validation
 from palu_kernels.backend import accum_dtype
+from palu_kernels.distributed import Vocabulary
 from palu_kernels.layout import gradient_rows_like
 
 STATE = 4  # float32 values a row that a forward leaves for its backward
@@ -37,6 +38,7 @@ class Operands:
     backend: str  # triton or torch
     softcap: float | None = None
     ref_softcap: float | None = None
+    vocabulary: Vocabulary | None = None  # of which the logits are this rank's slice
 
 
 class RowLoss:
@@ -77,6 +79,12 @@ class RowLoss:
 
     def fused(self, x: Operands, gradient: bool, weights: Tensor | None = None) -> Tensor:
         """Return losses `[N]`; with `gradient`, overwrite the logits with theirs."""
+        if x.vocabulary is not None:
+            losses, made = self.slice_forward(x)
+            if gradient and x.logits.shape[-1]:
+                weights = torch.ones_like(losses) if weights is None else weights
+                self.slice_backward(weights, x, made, x.logits)
+            return losses
         if x.backend == "torch":
             return self.torch_tiles(x, x.logits if gradient else None, weights)
         losses, state, kept = self.triton_forward(x)
@@ -116,6 +124,18 @@ class RowLoss:
     ) -> None:
         """Write the gradient, times `weights [N]`, into `grad`."""
         self.torch_tiles(x, grad, weights)
+
+    def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return losses `[N]` of rows `[N, V]` whose slices are on the ranks of `x.vocabulary`, and
+        what `slice_backward` needs (`slices.py`)."""
+        raise NotImplementedError(f"{type(self).__name__} is not defined over a sharded vocabulary")
+
+    def slice_backward(
+        self, weights: Tensor, x: Operands, made: tuple[Tensor, ...], grad: Tensor
+    ) -> None:
+        """Write the gradient of this slice, times `weights [N]`, into `grad`, which may be the
+        logits."""
+        raise NotImplementedError
 
 
 def _blocks(
@@ -202,6 +222,14 @@ class LocalEntropy(RowLoss):
     ) -> None:
         _kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
 
+    def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _slices().local_entropy_forward(x, self)
+
+    def slice_backward(
+        self, weights: Tensor, x: Operands, made: tuple[Tensor, ...], grad: Tensor
+    ) -> None:
+        _slices().local_entropy_backward(weights, x, made, grad)
+
 
 @dataclass(frozen=True)
 class KL(RowLoss):
@@ -238,6 +266,14 @@ class KL(RowLoss):
     ) -> None:
         options = (state, self.direction, grad, x.softcap, x.ref_softcap)
         _kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
+
+    def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _slices().kl_forward(x, self.direction)
+
+    def slice_backward(
+        self, weights: Tensor, x: Operands, made: tuple[Tensor, ...], grad: Tensor
+    ) -> None:
+        _slices().kl_backward(weights, x, self.direction, made, grad)
 
 
 @dataclass(frozen=True)
@@ -277,6 +313,14 @@ class CrossEntropy(RowLoss):
         options = (state, self.ignore_index, grad, x.softcap)
         _kernels("cross_entropy").backward(weights, x.logits, x.data, *options)
 
+    def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _slices().cross_entropy_forward(x, self.ignore_index)
+
+    def slice_backward(
+        self, weights: Tensor, x: Operands, made: tuple[Tensor, ...], grad: Tensor
+    ) -> None:
+        _slices().cross_entropy_backward(weights, x, self.ignore_index, made, grad)
+
 
 @dataclass(frozen=True)
 class ReferenceArgmaxNLL(RowLoss):
@@ -286,11 +330,15 @@ class ReferenceArgmaxNLL(RowLoss):
     needs_reference: ClassVar[bool] = True
 
     def fused(self, x: Operands, gradient: bool, weights: Tensor | None = None) -> Tensor:
-        top = topk_indices(x.ref_logits, 1, x.backend)
-        largest = x.ref_logits.gather(-1, top.long())[:, 0]  # a NaN ranks first
-        labels = torch.where(largest == reference.NEG_INF, -100, top[:, 0])
-        first = x.logits[:, 0]
-        first.copy_(torch.where(largest.isnan(), torch.nan, first))
+        if x.vocabulary is not None:
+            labels, has_nan = _slices().most_likely(x)
+        else:
+            top = topk_indices(x.ref_logits, 1, x.backend)
+            largest = x.ref_logits.gather(-1, top.long())[:, 0]  # a NaN ranks first
+            labels = torch.where(largest == reference.NEG_INF, -100, top[:, 0])
+            has_nan = largest.isnan()
+        first = x.logits[:, :1]
+        first.copy_(torch.where(has_nan[:, None], torch.nan, first))
         return CrossEntropy().fused(replace(x, data=labels), gradient, weights)
 
 
@@ -299,6 +347,11 @@ def topk_indices(scores: Tensor, k: int, backend: str) -> Tensor:
     return (torch_backend if backend == "torch" else _kernels("radix_select")).topk_indices(
         scores, k
     )
+
+
+def _slices() -> ModuleType:
+    """What only a sharded vocabulary needs is imported where there is one."""
+    return importlib.import_module("palu_kernels.slices")
 
 
 def _kernels(name: str) -> ModuleType:

@@ -73,6 +73,18 @@ def matrix(name: str, value: object, shape: str) -> None:
         )
 
 
+def slice_of_head(weight: object, start: object) -> None:
+    """Rows `[start, start + len(weight))` of a head, maybe none."""
+    floats("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [rows, D]")
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(
+            f"vocab_start is {start!r}; with a process_group it must be the index in the whole "
+            "vocabulary of this rank's first row"
+        )
+
+
 def reference(name: str, value: object, logits: Tensor) -> None:
     """A frozen second row for every row of `logits`: same shape and device, no gradient."""
     scores(name, value)

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from palu_kernels import row_loss as row_losses
 from palu_kernels.backend import accum_dtype, on_device_of
+from palu_kernels.distributed import Vocabulary
 from palu_kernels.layout import READ
 from palu_kernels.linear import sparse
 from palu_kernels.row_loss import Operands, RowLoss
 
 if TYPE_CHECKING:
     from palu_kernels.linear.head_gradient import HeadGradAccumulator
+    from palu_kernels.slices import Chosen
 
 CHUNK_BYTES = 256 * 2**20
 TILE_ROWS = 64  # of a matrix product: a chunk is a whole number of them
@@ -159,6 +161,12 @@ class LoopInputs:
     mean: tuple[Tensor, Tensor] | None  # of the head's rows, where a sparse part needs it
     chunk_bytes: int
     backend: str
+    vocabulary: Vocabulary | None  # of which the heads have this rank's rows
+
+    @property
+    def columns(self) -> int:
+        """What the number of chunks is decided by, the same on all ranks."""
+        return self.head.weight.shape[0] if self.vocabulary is None else self.vocabulary.largest
 
 
 def run(
@@ -180,10 +188,17 @@ def run(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
         for part in rows.parts:
             if part.loss.sparse and part.stop > part.start:
-                _sparse(rows, part, losses, grad_hidden, kept, sums)
+                compute = _sparse if rows.vocabulary is None else _sparse_slices
+                compute(rows, part, losses, grad_hidden, kept, sums)
         for parts in _runs(rows.parts):
             _dense(rows, parts, losses, grad_hidden, kept, sums)
-    return losses, hidden.new_empty(0) if grad_hidden is None else grad_hidden
+    if grad_hidden is None:
+        return losses, hidden.new_empty(0)
+    if rows.vocabulary is not None:
+        work = accum_dtype(hidden.dtype)
+        whole = rows.vocabulary.sum(grad_hidden.to(work), "hidden gradient")
+        grad_hidden = whole.to(hidden.dtype)
+    return losses, grad_hidden
 
 
 def _runs(parts: list[Part]) -> Iterator[list[Part]]:
@@ -212,7 +227,7 @@ def _dense(
     gradient = any(t is not None for t in (grad_hidden, kept, sums))
     first, last = parts[0].start, parts[-1].stop
     columns = head.weight.shape[0]
-    step = chunk_rows(last - first, columns, hidden.element_size(), rows.chunk_bytes)
+    step = chunk_rows(last - first, rows.columns, hidden.element_size(), rows.chunk_bytes)
     chunk = buffer(hidden, step, columns) if kept is None else None
     ref_chunk = None
     if any(part.loss.needs_reference for part in parts):
@@ -237,6 +252,7 @@ def _dense(
                 rows.backend,
                 head.softcap,
                 rows.ref_head.softcap if rows.ref_head else None,
+                rows.vocabulary,
             )
             losses[a:b] = part.loss.fused(operands, gradient)
         if grad_hidden is not None:
@@ -283,17 +299,81 @@ def _sparse(
         sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend)
 
 
+def _sparse_slices(
+    rows: LoopInputs,
+    part: Part,
+    losses: Tensor,
+    grad_hidden: Tensor | None,
+    kept: Tensor | None,
+    sums: HeadGradAccumulator | None,
+) -> None:
+    """Every rank computes the entries of S that are among its own rows of the head."""
+    head, loss, vocabulary = rows.own_head, part.loss, rows.vocabulary
+    part_rows = slice(part.start, part.stop)
+    hidden = rows.hidden[part_rows]
+    chosen = _chosen_slices(rows, part)
+    result = sparse.forward_of_slices(
+        hidden,
+        head.weight,
+        head.bias,
+        head.scale,
+        head.softcap,
+        chosen,
+        rows.mean,
+        vocabulary,
+        objective=loss.objective,
+        center_kind=loss.center_kind,
+        center_value=loss.center_value,
+        backend=rows.backend,
+        want_hidden=grad_hidden is not None,
+    )
+    losses[part_rows] = result.losses
+    if grad_hidden is not None:
+        grad_hidden[part_rows] = result.grad_hidden
+    if kept is None and sums is None:
+        return
+    count = sparse.live_entries(head.bias, vocabulary) if loss.needs_mean else None
+    made = chosen.indices, result.dloss_dx, result.mean_coeff if loss.needs_mean else None
+    if vocabulary.rows and kept is not None:
+        options = head.bias, head.scale, *made, chosen.mine, count
+        sparse.write_logits_gradient(kept[part_rows], *options)
+    elif vocabulary.rows:
+        sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend, count)
+
+
+def _chosen_slices(rows: LoopInputs, part: Part) -> Chosen:
+    """S of a part's rows as far as this rank has it, in no more columns than it takes."""
+    from palu_kernels import slices
+
+    if part.loss.select_by == "reference":
+        options = part.loss.top_k, rows.vocabulary, rows.backend
+        made = [slices.select(logits, *options) for logits in _ref_logits(rows, part)]
+        chosen = slices.Chosen(*map(torch.cat, zip(*made, strict=True)))
+    else:
+        chosen = slices.given(part.data, rows.vocabulary)
+    first = (~chosen.mine).int().argsort(dim=-1, stable=True)[:, : int(chosen.mine.sum(-1).max())]
+    mine = chosen.mine.gather(-1, first)
+    indices = torch.where(mine, chosen.indices.gather(-1, first), 0)
+    return slices.Chosen(indices, mine, chosen.has_nan)
+
+
 def _chosen(rows: LoopInputs, part: Part) -> tuple[Tensor, Tensor]:
-    """S of a part's rows by the reference's logits, chunk by chunk; and which rows hold a NaN."""
-    count, columns = part.stop - part.start, rows.ref_head.weight.shape[0]
-    step = chunk_rows(count, columns, rows.hidden.element_size(), rows.chunk_bytes)
-    chunk = buffer(rows.hidden, step, columns)
+    """S of a part's rows by the reference's logits, and which rows hold a NaN."""
     chosen, has_nan = [], []
-    for start in range(part.start, part.stop, step):
-        stop = min(start + step, part.stop)
-        ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
-        logits = rows.ref_head.logits(ref_rows, chunk[: stop - start])
+    for logits in _ref_logits(rows, part):
         chosen.append(row_losses.topk_indices(logits, part.loss.top_k, rows.backend))
         # a NaN ranks first, so it is in S
         has_nan.append(logits.gather(-1, chosen[-1].long()).isnan().any(-1))
     return torch.cat(chosen), torch.cat(has_nan)
+
+
+def _ref_logits(rows: LoopInputs, part: Part) -> Iterator[Tensor]:
+    """Yield the reference's logits of a part's rows chunk by chunk, in one buffer."""
+    step = chunk_rows(
+        part.stop - part.start, rows.columns, rows.hidden.element_size(), rows.chunk_bytes
+    )
+    chunk = buffer(rows.hidden, step, rows.ref_head.weight.shape[0])
+    for start in range(part.start, part.stop, step):
+        stop = min(start + step, part.stop)
+        ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
+        yield rows.ref_head.logits(ref_rows, chunk[: stop - start])

@@ -11,12 +11,13 @@ from palu_kernels import validation as arguments
 from palu_kernels.backend import Backend, accum_dtype
 from palu_kernels.linear.chunked import CHUNK_BYTES
 from palu_kernels.linear.cost_model import IMPLEMENTATIONS, Implementation
-from palu_kernels.linear.head import LMHead, check_hidden, prepare, product_dtype
+from palu_kernels.linear.head import LMHead, check_hidden, prepare, product_dtype, together
 from palu_kernels.linear.op import call, settle
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss
 from palu_kernels.validation import Center, Direction, Objective, Reduction
 
 
+@together
 def linear_local_entropy_loss(
     hidden: Tensor,
     head: LMHead,
@@ -82,6 +83,7 @@ def linear_local_entropy_loss(
         [LocalEntropy(top_k, objective, kind, number, select_by)],
         [math.prod(hidden.shape[:-1])],
         head.weight,
+        head.vocab_size,
         head.softcap,
         train_head=head.requires_grad,
         compute=product_dtype(hidden),
@@ -92,6 +94,7 @@ def linear_local_entropy_loss(
     )
 
 
+@together
 def linear_kl_loss(
     hidden: Tensor,
     head: LMHead,
@@ -125,6 +128,7 @@ def linear_kl_loss(
     )
 
 
+@together
 def linear_cross_entropy_loss(
     hidden: Tensor,
     head: LMHead,

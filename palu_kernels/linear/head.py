@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from palu_kernels import reference, validation
+from palu_kernels.distributed import (
+    Vocabulary,
+    compares,
+    dtensor,
+    join,
+    local_rows,
+    local_slice,
+    raised_together,
+    resolve_group,
+)
 from palu_kernels.linear import sparse
 
 
@@ -30,24 +42,76 @@ class LMHead:
         logit_scale: finite, not 0. Cohere's `logit_scale`, one over Granite's
             `logits_scaling`.
         softcap: finite, above 0 (Gemma's `final_logit_softcapping`), or None for no cap.
+        process_group: a `torch.distributed` group whose ranks have the rows of one head between
+            them, every rank `weight` and `bias` of its own (none, or of different number); every
+            rank makes the head and calls the losses, with the same hidden rows. None: the whole
+            head is here. Weight and bias that are DTensors with placement `Shard(0)` bring theirs.
+        vocab_start: the index in the whole vocabulary of this rank's first row.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above; on every rank, where they disagree.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    process_group: Any = None
+    vocab_start: int | None = None
     _made: dict[str, tuple[list, Any]] = field(default_factory=dict, init=False)
+    vocabulary: Vocabulary | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        validation.matrix("weight", self.weight, "[V, D]")
+        if dtensor(self.weight) is not None or dtensor(self.bias) is not None:
+            self._take_shards()
+        if self.process_group is None:
+            self._check()
+            return
+        device = self.weight.device if isinstance(self.weight, Tensor) else torch.device("cpu")
+        with raised_together(self.process_group, device):
+            self._check()
+            facts = {
+                "hidden size": self.hidden_size,
+                "dtype": str(self.weight.dtype),
+                "bias": self.bias is not None,
+                "logit_scale": self.logit_scale,
+                "softcap": self.softcap,
+                "requires_grad": self.requires_grad,
+            }
+            rows = self.weight.shape[0]
+            made = join(self.process_group, self.vocab_start, rows, facts, device)
+        object.__setattr__(self, "vocabulary", made)
+
+    def _take_shards(self) -> None:
+        """Hold the local rows of DTensors, and their group."""
+        if self.process_group is not None or self.vocab_start is not None:
+            raise ValueError(
+                "process_group or vocab_start is given and weight is a DTensor, which brings them; "
+                "they must be None"
+            )
+        weight, group, start = local_slice("weight", self.weight, 0, False)
+        bias, bias_group, bias_start = local_slice("bias", self.bias, 0, False)
+        if self.bias is not None and (bias_group, bias_start) != (group, start):
+            raise ValueError("bias is not sharded as weight is; it must have its placements")
+        parts = {"weight": weight, "bias": bias, "process_group": group, "vocab_start": start}
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        if self.process_group is None:
+            validation.matrix("weight", self.weight, "[V, D]")
+            if self.vocab_start is not None:
+                raise ValueError(
+                    f"vocab_start is {self.vocab_start!r} and process_group is None; vocab_start "
+                    "must be None where the whole head is here"
+                )
+        else:
+            validation.slice_of_head(self.weight, self.vocab_start)
         if self.bias is not None:
             validation.dense("bias", self.bias)
-            if list(self.bias.shape) != [self.vocab_size]:
+            if list(self.bias.shape) != [self.weight.shape[0]]:
                 raise ValueError(
-                    f"bias has shape {list(self.bias.shape)}; it must be [{self.vocab_size}] "
+                    f"bias has shape {list(self.bias.shape)}; it must be [{self.weight.shape[0]}] "
                     f"beside weight {list(self.weight.shape)}"
                 )
             if self.bias.dtype != self.weight.dtype or self.bias.device != self.weight.device:
@@ -67,12 +131,19 @@ class LMHead:
         bias = None if self.bias is None else list(self.bias.shape)
         return (
             f"{type(self).__name__}(weight={list(self.weight.shape)} {self.weight.dtype}, "
-            f"bias={bias}, logit_scale={self.logit_scale}, softcap={self.softcap})"
+            f"bias={bias}, logit_scale={self.logit_scale}, softcap={self.softcap}"
+            + (")" if self.vocabulary is None else f", {self.vocabulary})")
         )
 
     @property
     def vocab_size(self) -> int:
-        return self.weight.shape[0]
+        """V, of the whole head."""
+        return self.weight.shape[0] if self.vocabulary is None else self.vocabulary.size
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows of a rank, V where the whole head is here."""
+        return self.weight.shape[0] if self.vocabulary is None else self.vocabulary.largest
 
     @property
     def hidden_size(self) -> int:
@@ -86,12 +157,21 @@ class LMHead:
     def detach(self) -> LMHead:
         """The same head without gradients; the tensors are shared."""
         bias = None if self.bias is None else self.bias.detach()
-        return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
+        head = LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
+        # not as arguments: the ranks have agreed before
+        object.__setattr__(head, "process_group", self.process_group)
+        object.__setattr__(head, "vocab_start", self.vocab_start)
+        object.__setattr__(head, "vocabulary", self.vocabulary)
+        return head
 
     def mean_row(self) -> tuple[Tensor, Tensor]:
         """Return the means of the weight's rows `[D]` and of the bias (`sparse.mean_row`)."""
         head = self.detach()
-        return self._once("mean row", lambda: sparse.mean_row(head.weight, head.bias))
+        if self.vocabulary is None:
+            return self._once("mean row", lambda: sparse.mean_row(head.weight, head.bias))
+        # what is kept may not decide whether a rank takes part in a sum
+        sums = self._once("sums of rows", lambda: sparse.sums_of_rows(head.weight, head.bias))
+        return sparse.mean_of_sums(sums, self.vocabulary)
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias in `dtype`, detached."""
@@ -118,12 +198,52 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]` by the definition, differentiable: what the linear
-        operators compute without holding it."""
+        operators compute without holding it. Of a sharded head those of this rank's rows."""
         return reference.head_logits(hidden, self.weight, self.bias, self.logit_scale, self.softcap)
 
 
 def _capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def together(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of an `LMHead` take DTensors of rows, and let every rank of a sharded head
+    raise what one of them finds wrong."""
+
+    @wraps(loss)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return loss(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        head = next((value for value in given if isinstance(value, LMHead)), None)
+        vocabulary = None if head is None else head.vocabulary
+        if vocabulary is None or not compares(vocabulary, head.weight.device):
+            return loss(**_local(loss, args, kwargs))
+        with raised_together(resolve_group(vocabulary.group), head.weight.device):
+            return loss(**_local(loss, args, kwargs))
+
+    return call
+
+
+def _local(loss: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, DTensors among them as what is here."""
+    named = signature(loss).bind(*args, **kwargs).arguments
+    head = named.get("head")
+    for name, value in named.items():
+        if dtensor(value) is None:
+            continue
+        named[name] = local_rows(name, value)
+        if (
+            isinstance(head, LMHead)
+            and head.requires_grad
+            and any(p.is_shard() for p in value.placements)
+        ):
+            raise ValueError(
+                f"{name} is a DTensor with placements {tuple(value.placements)} and head trains; "
+                f"{name} must be Replicate(), or a plain tensor ({name}.to_local()), and the "
+                "gradients of the head be added up by what shards the rows"
+            )
+    return named
 
 
 def check_hidden(name: str, value: object, head: object) -> None:
@@ -199,6 +319,11 @@ def frozen_head(head: LMHead, ref_head: LMHead | None) -> None:
         return
     if ref_head.requires_grad:
         raise ValueError("ref_head requires grad; it must be frozen (pass ref_head.detach())")
+    if ref_head.vocabulary is not None and ref_head.vocabulary != head.vocabulary:
+        raise ValueError(
+            f"ref_head is sharded as {ref_head.vocabulary} and head as {head.vocabulary}; it must "
+            "be sharded as head is, or whole"
+        )
     if ref_head.vocab_size != head.vocab_size:
         raise ValueError(
             f"ref_head has {ref_head.vocab_size} rows of weight; it must have those of head, "

@@ -153,8 +153,9 @@ class HeadGradAccumulator:
         dloss_dx: Tensor,
         mean_coeff: Tensor | None,
         backend: str,
+        count: Tensor | int | None = None,
     ) -> None:
-        """What `sparse.forward` left of the rows `rows`."""
+        """What `sparse.forward` left of the rows `rows`; `count` as in `add_weight_gradient`."""
         self._zeros()
         row_scale = self.row_scale[rows]
         sparse.add_weight_gradient(
@@ -167,6 +168,7 @@ class HeadGradAccumulator:
             mean_coeff,
             row_scale,
             backend=backend,
+            count=count,
         )
 
     def _zeros(self) -> None:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palu_kernels import row_loss, validation
+from palu_kernels import distributed, row_loss, validation
 from palu_kernels.backend import accum_dtype, check_values, moved, resolve
+from palu_kernels.distributed import agree_on_call
 from palu_kernels.linear import sparse
 from palu_kernels.linear.chunked import (
     CHUNK_BYTES,
@@ -35,7 +36,7 @@ from palu_kernels.linear.chunked import (
     whole_buffer,
 )
 from palu_kernels.linear.cost_model import choose
-from palu_kernels.linear.head import LMHead, prepare
+from palu_kernels.linear.head import LMHead, prepare, together
 from palu_kernels.linear.head_gradient import (
     HeadGradAccumulator,
     bias_gradient,
@@ -48,6 +49,7 @@ from palu_kernels.logits_op import refuse_higher_order
 from palu_kernels.row_loss import LocalEntropy, RowLoss
 
 
+@together
 def linear_role_losses(
     hidden: Tensor,
     head: LMHead,
@@ -93,7 +95,7 @@ def linear_role_losses(
             roles, losses, flat, head.vocab_size, ref_hidden, data
         )
         options = {"train_head": head.requires_grad, "compute": compute}
-        losses = settle(losses, counts, head.weight, head.softcap, **options)
+        losses = settle(losses, counts, head.weight, head.vocab_size, head.softcap, **options)
     total, sums = call(
         hidden.flatten(0, 1),
         head,
@@ -158,13 +160,34 @@ def call(
         cast = head.cast(compute)
     scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
     frozen = [ref_hidden, None, None, *mean, *cast, *data]
+    vocabulary = head.vocabulary
     if ref_head is not None and ref_hidden is not None:
-        frozen[1:3] = ref_head.cast(compute) if eager else (ref_head.weight, ref_head.bias)
+        made = ref_head.cast(compute) if eager else (ref_head.weight, ref_head.bias)
+        if vocabulary is not None and ref_head.vocabulary is None:
+            made = tuple(None if t is None else vocabulary.of_rank(t) for t in made)
+        frozen[1:3] = made
         scales[2:] = float(ref_head.logit_scale), float(ref_head.softcap or 0)
     # how many rows have a role is not known yet where roles are looked up inside
     known = rows is None or bool(counts)
     picked = hidden.shape[0] if rows is None else rows.shape[0]
-    keep = known and want[1] and is_kept(picked, *head.weight.shape, compute.itemsize)
+    width = head.hidden_size
+    keep = known and want[1] and is_kept(picked, head.most_rows, width, compute.itemsize)
+    encoded = "\n".join([row_loss.encode(loss) for loss in losses])
+    backend = resolve(backend, hidden.device, compute)
+    if vocabulary is not None:
+        facts = {
+            "losses": encoded,
+            "rows of the losses": counts,
+            "shape of hidden": list(hidden.shape),
+            "gradients wanted": want,
+            "reduction": "none" if weights is None else "summed",
+            "reference": [None if t is None else list(t.shape) for t in (ref_hidden, frozen[0])],
+            "scales": scales,
+            "dtype of the products": str(compute),
+            "chunk_bytes": chunk_bytes,
+            "backend": backend,
+        }
+        agree_on_call(vocabulary, facts, hidden, [rows, *data])
     out, sums, *_ = linear_loss(
         hidden,
         head.weight,
@@ -175,11 +198,12 @@ def call(
         counts,
         want,
         keep,
-        "\n".join([row_loss.encode(loss) for loss in losses]),
+        encoded,
         scales,
         compute,
         chunk_bytes,
-        resolve(backend, hidden.device, compute),
+        backend,
+        "" if vocabulary is None else vocabulary.encode(),
     )
     return out, sums
 
@@ -230,13 +254,15 @@ def settle(
     losses: Sequence[RowLoss],
     counts: Sequence[int],
     weight: Tensor,
+    vocab_size: int,
     softcap: float | None,
     *,
     train_head: bool,
     compute: torch.dtype,
     implementation: str = "auto",
 ) -> list[RowLoss]:
-    """Make each `LocalEntropy` sparse where that is asked for or cheaper.
+    """Make each `LocalEntropy` sparse where that is asked for or cheaper (of the whole head, where
+    `weight` is a rank's part of it: all ranks go one way).
 
     Raises:
         ValueError: sparse is asked for where only dense is right.
@@ -258,8 +284,8 @@ def settle(
             loss.center_kind,
             softcap,
             rows=rows,
-            k=min(loss.top_k, weight.shape[0]),
-            vocab_size=weight.shape[0],
+            k=min(loss.top_k, vocab_size),
+            vocab_size=vocab_size,
             hidden_size=weight.shape[1],
             device_type=weight.device.type,
             dtype=compute,
@@ -286,6 +312,7 @@ def linear_loss(
     compute: torch.dtype,
     chunk_bytes: int,
     backend: str,
+    vocabulary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `call`'s pair, then what backward needs: weights of the rows, the gradient of hidden
     rows, that of the logits where `keep`, else the sums of weight and bias.
@@ -294,8 +321,9 @@ def linear_loss(
     bias, the head in the dtype of the products, and every loss's integers; what is absent is empty.
     `losses`: encoded, a line each.
     `scales`: logit scale and softcap of the head and of the reference's, 0 for no softcap.
+    `vocabulary`: of which the weight holds a part, encoded; empty where it is whole.
     """
-    options = losses, scales, compute, chunk_bytes, backend, any(want[1:])
+    options = losses, scales, compute, chunk_bytes, backend, vocabulary, any(want[1:])
     given, order = _rows(hidden, weight, bias, rows, frozen, counts, *options)
     sizes = [part.stop - part.start for part in given.parts]
     by_row = kept = sums = None
@@ -345,6 +373,7 @@ def _rows(
     compute: torch.dtype,
     chunk_bytes: int,
     backend: str,
+    vocabulary: str,
     train_head: bool,
 ) -> tuple[LoopInputs, Tensor | None]:
     """Return what the chunk loop takes, in the dtype of the products, and the rows' order."""
@@ -356,19 +385,21 @@ def _rows(
     )
     scale, softcap, ref_scale, ref_softcap = scales
     decoded = [row_loss.decode(line) for line in losses.split("\n")]
+    sharded = distributed.decode(vocabulary)
+    vocab_size = len(weight) if sharded is None else sharded.size
     order = rows
     if rows is None:
         counts = [len(hidden)]
     elif not counts:
-        order, counts, ref_hidden, data = pick(rows, decoded, hidden, len(weight), ref_hidden, data)
+        order, counts, ref_hidden, data = pick(rows, decoded, hidden, vocab_size, ref_hidden, data)
         options = {"train_head": train_head, "compute": compute}
-        decoded = settle(decoded, counts, weight, softcap or None, **options)
+        decoded = settle(decoded, counts, weight, vocab_size, softcap or None, **options)
     for loss, values in zip(decoded, data, strict=True):
         if values is not None and check_values(values.device):
-            loss.check_values(values, len(weight))
+            loss.check_values(values, vocab_size)
     mean = None if mean_weight is None else (mean_weight, mean_bias)
     if mean is None and _need_mean(decoded):
-        mean = sparse.mean_row(weight, bias)
+        mean = sparse.mean_of_sums(sparse.sums_of_rows(weight, bias), sharded)
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(compute)
@@ -392,6 +423,7 @@ def _rows(
         mean,
         chunk_bytes,
         backend,
+        sharded,
     )
     return given, order
 
@@ -443,6 +475,7 @@ def linear_loss_backward(
     compute: torch.dtype,
     chunk_bytes: int,
     backend: str,
+    vocabulary: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where not wanted.
 
@@ -462,7 +495,7 @@ def linear_loss_backward(
             grad_bias = bias_gradient(of_head[0], of_head[2])
     elif any(want[1:]):
         if grad.dim():
-            options = losses, scales, compute, chunk_bytes, backend, True
+            options = losses, scales, compute, chunk_bytes, backend, vocabulary, True
             given, _ = _rows(hidden, weight, *(bias or [None]), rows, frozen, counts, *options)
             sums = HeadGradAccumulator(given.head, given.hidden, grad, *want[1:])
             run(given, False, sums=sums)

@@ -18,15 +18,20 @@ then takes no part in a mean, a sum or a count, as everywhere in this package.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from palu_kernels import reference
+from palu_kernels import reference, torch_backend
 from palu_kernels.backend import accum_dtype, on_device_of
+from palu_kernels.distributed import Vocabulary
 from palu_kernels.linear.cost_model import BLOCK_BYTES, needs_mean
 from palu_kernels.reference import NEG_INF
+
+if TYPE_CHECKING:
+    from palu_kernels.slices import Chosen
 
 GROUP_ROWS = 64  # of the head, whose sum is taken in float32
 
@@ -42,9 +47,23 @@ class SparseResult(NamedTuple):
 
 @torch.no_grad()
 def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean over the vocabulary of `weight [V, D]` and `bias [V]`: `[D]` and 0-dim, in
-    float64 where the device has it: what rows have in common may be thousands of times what they
-    differ by, and cancels in the deviations.
+    """The mean over the vocabulary of `weight [V, D]` and `bias [V]`: `[D]` and 0-dim."""
+    return mean_of_sums(sums_of_rows(weight, bias))
+
+
+def mean_of_sums(sums: Tensor, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Tensor]:
+    """What `sums_of_rows` makes -> the two means; of a sharded head, those of all its rows."""
+    if vocabulary is not None:
+        sums = vocabulary.sum(sums.clone(), "mean row")
+    means = sums[:-1] / sums[-1].clamp(min=1)
+    return means[:-1], means[-1]
+
+
+@torch.no_grad()
+def sums_of_rows(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The sums over the vocabulary of `weight [V, D]` and `bias [V]`, and how many rows that is,
+    `[D + 2]`, in float64 where the device has it: what rows have in common may be thousands of
+    times what they differ by, and cancels in the deviations.
 
     Entries that the bias masks are left out. Without a bias an accelerator reads the weight once;
     otherwise it is taken piece by piece, without a copy of the whole.
@@ -53,16 +72,16 @@ def mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     total = weight.new_zeros(weight.shape[1], dtype=wide)
     whole = bias is None and weight.device.type != "cpu"  # there a sum in another dtype copies
     step = max(1, BLOCK_BYTES // (weight.shape[1] * accum_dtype(weight.dtype).itemsize))
-    for start in range(0, len(weight), len(weight) if whole else step):
+    for start in range(0, len(weight), max(len(weight), 1) if whole else step):
         piece = weight[start:] if whole else weight[start : start + step]
         if bias is not None:
             piece = torch.where(bias[start : start + step, None] == NEG_INF, 0, piece)
         total += _sum_of_rows(piece, wide)
     if bias is None:
-        return total / len(weight), total.new_zeros(())
+        return torch.cat([total, total.new_zeros(1), total.new_full((1,), len(weight))])
     live = bias != NEG_INF
-    count = live.sum().clamp(min=1)
-    return total / count, torch.where(live, bias, 0).sum(dtype=wide) / count
+    of_bias = torch.where(live, bias, 0).sum(dtype=wide)
+    return torch.cat([total, torch.stack([of_bias, live.sum().to(wide)])])
 
 
 def _sum_of_rows(rows: Tensor, wide: torch.dtype) -> Tensor:
@@ -74,13 +93,24 @@ def _sum_of_rows(rows: Tensor, wide: torch.dtype) -> Tensor:
     return sums.sum(0, dtype=wide) + rows[first:].sum(0, dtype=work)
 
 
-def _parts_of_mean(vocab_size: int, bias: Tensor | None, like: Tensor) -> Tensor:
+def _parts_of_mean(
+    vocab_size: int, bias: Tensor | None, like: Tensor, count: Tensor | int | None
+) -> Tensor:
     """What each entry's share in the mean is: one over the number of live ones, or 0. `[V]`."""
     dtype = accum_dtype(like.dtype)
     if bias is None:
-        return torch.full((vocab_size,), 1 / vocab_size, dtype=dtype, device=like.device)
+        share = 1 / (vocab_size if count is None else count)
+        return torch.full((vocab_size,), share, dtype=dtype, device=like.device)
     live = (bias != NEG_INF).to(dtype)
-    return live / live.sum().clamp(min=1)
+    return live / (live.sum().clamp(min=1) if count is None else count)
+
+
+def live_entries(bias: Tensor | None, vocabulary: Vocabulary) -> Tensor | int:
+    """How many entries of the whole vocabulary the bias does not mask, at least 1."""
+    if bias is None:
+        return vocabulary.size
+    live = (bias != NEG_INF).sum()[None].to(torch.int32)
+    return vocabulary.sum(live, "mean row")[0].clamp(min=1)
 
 
 @torch.no_grad()
@@ -241,6 +271,93 @@ class _Gather:
 
 
 @torch.no_grad()
+def forward_of_slices(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    chosen: Chosen,
+    mean: tuple[Tensor, Tensor] | None,
+    vocabulary: Vocabulary,
+    *,
+    objective: str,
+    center_kind: str,
+    center_value: float,
+    backend: str,
+    want_hidden: bool,
+) -> SparseResult:
+    """What `forward` does, from this rank's rows of the head: `dloss_dx` and `grad_hidden` are this
+    rank's part (0 where an entry is not `chosen.mine`), all else is of the whole row."""
+    from palu_kernels import slices
+
+    wide = slices.wide_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False), on_device_of(hidden):
+        x = _products(hidden, weight, bias, chosen.indices, backend)
+        z, cap_slope = torch_backend.capped(x * logit_scale, softcap)
+        z = z.to(wide) if softcap is not None else x.to(wide) * logit_scale
+        row = None
+        if needs_mean(objective, center_kind):
+            # as a slice of one entry, the mean: it is that of the whole row already
+            first = float(vocabulary.place == 0)
+            center = hidden.to(mean[0].dtype) @ mean[0] + mean[1]
+            row = torch.full_like(z[:, :1].sum(-1), first), center.to(wide) * logit_scale * first
+        center = center_value if center_kind == "number" else center_kind
+        found = slices.forget(z, chosen, row, vocabulary, objective, center, chosen.has_nan)
+        slope = logit_scale if cap_slope is None else cap_slope * logit_scale
+        slopes = (found.slopes + found.spoiled[:, None]).to(x.dtype)
+        dloss_dx = torch.where(chosen.mine, slopes * slope, 0)
+        mean_coeff = (logit_scale * (found.off_s + found.spoiled)).to(x.dtype)
+        grad = None
+        if want_hidden:
+            grad = _combine(dloss_dx, weight, chosen.indices, backend)
+            if row is not None and vocabulary.place == 0:
+                grad.addr_(mean_coeff, mean[0].to(grad.dtype))
+    return SparseResult(found.losses.to(x.dtype), dloss_dx, mean_coeff, grad)
+
+
+def _products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, backend: str
+) -> Tensor:
+    """h W_S^T + b_S, `[N, m]` in the dtype that is worked in."""
+    dtype = accum_dtype(hidden.dtype)
+    if indices.numel() and backend == "triton":
+        from palu_kernels.triton import gathered_matmul as gathered
+
+        return gathered.products(hidden, weight, bias, indices)
+    x = torch.zeros(indices.shape, dtype=dtype, device=hidden.device)
+    for row, first, block in _blocks(weight, dtype, indices):
+        torch.mv(block, hidden[row].to(dtype), out=x[row, first : first + len(block)])
+    return x if bias is None else x + (bias[indices] if indices.numel() else 0)
+
+
+def _combine(slopes: Tensor, weight: Tensor, indices: Tensor, backend: str) -> Tensor:
+    """Sum over S of slope_i W_i, `[N, D]`."""
+    if indices.numel() and backend == "triton":
+        from palu_kernels.triton import gathered_matmul as gathered
+
+        return gathered.combine(slopes, weight, indices)
+    grad = slopes.new_zeros((len(slopes), weight.shape[1]))
+    for row, first, block in _blocks(weight, slopes.dtype, indices):
+        grad[row].addmv_(block.T, slopes[row, first : first + len(block)])
+    return grad
+
+
+def _blocks(
+    weight: Tensor, dtype: torch.dtype, indices: Tensor
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield rows of the weight that a row of indices `[N, m]` names: which row, from which of its
+    indices on, and `[n, D]` until the next."""
+    if indices.numel() == 0:
+        return
+    step = max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
+    gather = _Gather(weight, dtype, min(step, indices.shape[1]))
+    for row, own in enumerate(indices):
+        for first in range(0, len(own), step):
+            yield row, first, gather(own[None, first : first + step])[0]
+
+
+@torch.no_grad()
 def write_logits_gradient(
     out: Tensor,
     bias: Tensor | None,
@@ -248,9 +365,12 @@ def write_logits_gradient(
     indices: Tensor,
     dloss_dx: Tensor,
     mean_coeff: Tensor | None,
+    mine: Tensor | None = None,
+    count: Tensor | int | None = None,
 ) -> None:
     """Write the gradient of each row's own loss to its logits (after the scale, before the cap)
-    into `out [N, V]`; the rest as for `add_weight_gradient`."""
+    into `out [N, V]`; the rest as for `add_weight_gradient`. Of `indices` that are not `mine
+    [N, k]` nothing is written."""
     on_s = dloss_dx / logit_scale
     # an index out of range has made its row NaN
     inside = indices.long().clamp(0, out.shape[1] - 1)
@@ -258,14 +378,19 @@ def write_logits_gradient(
         out.zero_()
     else:
         live = None if bias is None else bias != NEG_INF
-        count = out.shape[1] if live is None else live.sum().clamp(min=1)
+        if count is None:
+            count = out.shape[1] if live is None else live.sum().clamp(min=1)
         share = (mean_coeff / (logit_scale * count))[:, None]
         out.copy_(share)
         if live is not None:
             out.masked_fill_(~live, 0)
             share = torch.where(live[inside], share, 0)
         on_s = on_s + share
-    out.scatter_(1, inside, on_s.to(out.dtype))
+    if mine is None:
+        out.scatter_(1, inside, on_s.to(out.dtype))
+    else:
+        row, place = mine.nonzero(as_tuple=True)
+        out[row, inside[row, place]] = on_s[row, place].to(out.dtype)
 
 
 @torch.no_grad()
@@ -280,6 +405,7 @@ def add_weight_gradient(
     row_weights: Tensor,
     *,
     backend: str,
+    count: Tensor | int | None = None,
 ) -> None:
     """Adds the gradient of the sum of row_weights * losses, in place; the same sums every time.
 
@@ -291,14 +417,15 @@ def add_weight_gradient(
             which spares every row of the accumulator a visit.
         row_weights: `[N]`.
         backend: `triton` or `torch`.
+        count: of a sharded head, how many of all its entries the bias does not mask.
     """
     accumulators = [t for t in (acc_weight, acc_bias) if t is not None]
-    if not accumulators or indices.numel() == 0:
+    if not accumulators or (indices.numel() == 0 and mean_coeff is None):
         return
     vocab_size = accumulators[0].shape[0]
     coefficients = dloss_dx * row_weights.to(dloss_dx.dtype)[:, None]
     with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "triton":
+        if backend == "triton" and indices.numel():
             from palu_kernels.triton import gathered_matmul as gathered
 
             with on_device_of(hidden):
@@ -307,7 +434,7 @@ def add_weight_gradient(
             _scatter(acc_weight, acc_bias, hidden, indices, coefficients)
         if mean_coeff is not None:
             weighted = mean_coeff * row_weights.to(mean_coeff.dtype)
-            parts = _parts_of_mean(vocab_size, bias, dloss_dx)
+            parts = _parts_of_mean(vocab_size, bias, dloss_dx, count)
             if acc_weight is not None:
                 acc_weight.addr_(parts, weighted @ hidden.to(dloss_dx.dtype))
             if acc_bias is not None:

@@ -154,10 +154,7 @@ def forward(
     state = logits.new_empty((launch.rows, 4), dtype=torch.float32)
     if launch.rows == 0:
         return losses, state
-    partial = logits.new_empty((*launch.grid, 2), dtype=torch.float32)
-    _ce_stats_kernel[launch.grid](
-        *launch.tensors, partial, *launch.sizes, softcap, **launch.constants
-    )
+    partial = _statistics(launch, softcap)
     _ce_combine_kernel[(launch.rows,)](
         *launch.tensors,
         labels.reshape(-1).contiguous(),
@@ -173,6 +170,20 @@ def forward(
         num_warps=1,
     )
     return losses, state
+
+
+def statistics(logits: Tensor, softcap: float | None = None) -> Tensor:
+    """-> maximum and sum of exponentials of every split of the rows, float32 `[N, splits, 2]`."""
+    return _statistics(RowLaunch.of(logits), softcap)
+
+
+def _statistics(launch: RowLaunch, softcap: float | None) -> Tensor:
+    partial = launch.tensors[0].new_empty((*launch.grid, 2), dtype=torch.float32)
+    if launch.rows > 0:
+        _ce_stats_kernel[launch.grid](
+            *launch.tensors, partial, *launch.sizes, softcap, **launch.constants
+        )
+    return partial
 
 
 def backward(

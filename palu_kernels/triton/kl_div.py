@@ -208,25 +208,28 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> row divergences `[N]` and the state `[N, 4]` for `backward`, both float32."""
     reverse = direction == "reverse"
-    launch = RowLaunch.of(*((logits, ref_logits) if reverse else (ref_logits, logits)))
-    losses = logits.new_empty(launch.rows, dtype=torch.float32)
-    state = logits.new_empty((launch.rows, 4), dtype=torch.float32)
-    if launch.rows == 0:
-        return losses, state
-    partial = logits.new_empty((*launch.grid, PARTIAL_SIZE.value), dtype=torch.float32)
-    # eight entries a thread: with sixteen of either row bfloat16 spills on sm_100
-    block = min(launch.block, 256 * launch.warps)
-    _kl_stats_kernel[launch.grid](
-        *launch.tensors,
-        partial,
-        *launch.sizes,
-        *((softcap, ref_softcap) if reverse else (ref_softcap, softcap)),
-        **launch.constants | {"BLOCK": block},
-    )
-    _kl_combine_kernel[(launch.rows,)](
-        partial, losses, state, launch.splits, REVERSE=reverse, num_warps=1
-    )
+    pair = (logits, softcap), (ref_logits, ref_softcap)
+    (a, a_cap), (b, b_cap) = pair if reverse else pair[::-1]
+    partial = statistics(a, b, a_cap, b_cap)
+    rows, splits, _ = partial.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    state = logits.new_empty((rows, 4), dtype=torch.float32)
+    if rows > 0:
+        _kl_combine_kernel[(rows,)](partial, losses, state, splits, REVERSE=reverse, num_warps=1)
     return losses, state
+
+
+def statistics(a: Tensor, b: Tensor, a_cap: float | None, b_cap: float | None) -> Tensor:
+    """-> what every split of the rows leaves, float32 `[N, splits, PARTIAL_SIZE]`."""
+    launch = RowLaunch.of(a, b)
+    partial = a.new_empty((*launch.grid, PARTIAL_SIZE.value), dtype=torch.float32)
+    # eight entries a thread: with sixteen of either row bfloat16 spills on sm_100
+    constants = launch.constants | {"BLOCK": min(launch.block, 256 * launch.warps)}
+    if launch.rows > 0:
+        _kl_stats_kernel[launch.grid](
+            *launch.tensors, partial, *launch.sizes, a_cap, b_cap, **constants
+        )
+    return partial
 
 
 def backward(

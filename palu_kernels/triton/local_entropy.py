@@ -306,10 +306,7 @@ def forward(
     kept = logits.new_empty((launch.rows, 2, k), dtype=torch.int32)
     if launch.rows == 0:
         return losses, state, kept
-    partial = logits.new_empty((*launch.grid, PARTIAL_SIZE.value), dtype=torch.float32)
-    _row_sums_kernel[launch.grid](
-        *launch.tensors, partial, *launch.sizes, softcap, **launch.constants
-    )
+    partial = _row_sums(launch, softcap)
     kind = ENTROPY.value if objective == "entropy" else CENTERS[center_kind]
     block = min(CHUNK, triton.next_power_of_2(k))
     _loss_kernel[(launch.rows,)](
@@ -334,6 +331,20 @@ def forward(
         num_warps=max(1, min(4, block // 64)),
     )
     return losses, state, kept
+
+
+def row_sums(logits: Tensor, softcap: float | None = None) -> Tensor:
+    """-> what every split of the rows leaves, float32 `[N, splits, PARTIAL_SIZE]`."""
+    return _row_sums(RowLaunch.of(logits), softcap)
+
+
+def _row_sums(launch: RowLaunch, softcap: float | None) -> Tensor:
+    partial = launch.tensors[0].new_empty((*launch.grid, PARTIAL_SIZE.value), dtype=torch.float32)
+    if launch.rows > 0:
+        _row_sums_kernel[launch.grid](
+            *launch.tensors, partial, *launch.sizes, softcap, **launch.constants
+        )
+    return partial
 
 
 def backward(

@@ -1,0 +1,318 @@
+"""A vocabulary whose rows are spread over the ranks of a process group: who has which, what they
+exchange, and whether they agree.
+
+No collective here depends on what a rank's own tensors hold. What a rank finds wrong with its
+arguments is gathered before anybody raises, so that none waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palu_kernels.backend import check_values
+
+FACT_BYTES = 4096  # of what a rank says of itself, as JSON
+# Of what this rank has handed to collectives over a vocabulary: calls, and bytes by purpose.
+traffic: Counter[str] = Counter()
+_called: set[str] = set()  # groups whose ranks have compared a call
+
+
+class Disagreement(ValueError):
+    """What one rank of a group, or the ranks together, got wrong; raised on all of them."""
+
+    def __init__(self, message: str, errors: tuple[str | None, ...] = ()) -> None:
+        super().__init__(message)
+        self.errors = errors  # of every rank, in its own words
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows `[start, start + rows)` of a head, or entries of every row of logits, lie here."""
+
+    group: str  # name of the process group: a custom op takes no objects
+    rank: int  # in the group
+    starts: tuple[int, ...]  # of every rank of the group
+    counts: tuple[int, ...]  # rows of every rank
+
+    @property
+    def start(self) -> int:
+        return self.starts[self.rank]
+
+    @property
+    def rows(self) -> int:
+        return self.counts[self.rank]
+
+    @property
+    def size(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def largest(self) -> int:
+        """The most rows of a rank: what is decided alike everywhere is decided by it."""
+        return max(self.counts)
+
+    @property
+    def order(self) -> list[int]:
+        """Ranks of the group as their rows follow one another."""
+        return sorted(range(len(self.counts)), key=lambda r: (self.starts[r], self.counts[r]))
+
+    @property
+    def place(self) -> int:
+        """Where this rank stands in `order`."""
+        return self.order.index(self.rank)
+
+    def encode(self) -> str:
+        return json.dumps([self.group, self.rank, self.starts, self.counts])
+
+    def gather(self, t: Tensor, purpose: str) -> Tensor:
+        """Return every rank's `t`, of one shape and dtype, as `[ranks, ...]` in `order`."""
+        out = t.new_empty((len(self.counts), *t.shape))
+        if t.numel():
+            _count(t, purpose)
+            _all_gather(out.flatten(0, 1), t.contiguous(), resolve_group(self.group))
+        if self.order == list(range(len(self.counts))):
+            return out
+        return torch.stack([out[rank] for rank in self.order])
+
+    def sum(self, t: Tensor, purpose: str) -> Tensor:
+        """Return the sum of every rank's `t`; a contiguous one is overwritten."""
+        from torch import distributed
+
+        t = t.contiguous()
+        if t.numel():
+            _count(t, purpose)
+            distributed.all_reduce(t, group=resolve_group(self.group))
+        return t
+
+    def of_rank(self, t: Tensor) -> Tensor:
+        """Return this rank's rows of a whole `t [size, ...]`, a view."""
+        return t[self.start : self.start + self.rows]
+
+
+@lru_cache
+def decode(text: str) -> Vocabulary | None:
+    """Return the vocabulary that `encode` was called on; None for an empty text."""
+    if not text:
+        return None
+    group, rank, starts, counts = json.loads(text)
+    return Vocabulary(group, rank, tuple(starts), tuple(counts))
+
+
+def resolve_group(name: str) -> Any:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def _all_gather(out: Tensor, own: Tensor, group: Any) -> None:
+    from torch import distributed
+
+    # PyTorch 2.13 calls it `all_gather_single`, and warns of the name that 2.12 knows
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(out, own, group=group)
+
+
+def _count(t: Tensor, purpose: str) -> None:
+    traffic["calls"] += 1
+    traffic[purpose] += t.numel() * t.element_size()
+
+
+def agree(group: Any, facts: dict[str, Any], device: torch.device, own: tuple = ()) -> list[dict]:
+    """Return what every rank of `group` says of itself, once all say the same.
+
+    Args:
+        facts: names and values that JSON knows; `error` is what a rank found wrong.
+        own: names whose values may differ.
+
+    Raises:
+        Disagreement: on every rank, with the ranks and what differs.
+    """
+    from torch import distributed
+
+    # all that is gathered here has one size, so that ranks at different calls meet too
+    facts = {name: _short(value) for name, value in facts.items()}
+    text = json.dumps(facts).encode()
+    said = torch.zeros(FACT_BYTES, dtype=torch.uint8)
+    said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    ranks = distributed.get_process_group_ranks(group)
+    gathered = torch.empty(len(ranks) * FACT_BYTES, dtype=torch.uint8, device=device)
+    _all_gather(gathered, said.to(device), group)
+    rows = gathered.cpu().view(len(ranks), FACT_BYTES)
+    everyone = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in rows]
+    errors = tuple(one.get("error") for one in everyone)
+    if any(errors):
+        lines = [f"rank {r}: {error}" for r, error in zip(ranks, errors, strict=True) if error]
+        raise Disagreement("; ".join(lines[:4]), errors)
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        values = [one.get(name) for one in everyone]
+        if name not in own and any(value != values[0] for value in values):
+            pairs = [f"rank {r} has {value!r}" for r, value in zip(ranks, values, strict=True)]
+            raise Disagreement(
+                f"the ranks that share a vocabulary differ in {name}: {', '.join(pairs)}; they "
+                "must call with the same arguments, in the same order"
+            )
+    return everyone
+
+
+def _short(value: Any) -> Any:
+    """Keep what is gathered within its size; a long text is told apart by its hash."""
+    text = str(value)
+    return (
+        value
+        if len(text) <= 160
+        else f"{text[:120]}... ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    )
+
+
+def join(group: Any, start: int, rows: int, facts: dict[str, Any], device: torch.device) -> Any:
+    """Return the `Vocabulary` that the ranks of `group` make together.
+
+    Raises:
+        Disagreement: on every rank, where facts differ, or rows overlap or are missing.
+    """
+    from torch import distributed
+
+    version = sys.modules["palu_kernels"].__version__
+    versions = {"the version of palu_kernels": version, "torch's version": torch.__version__}
+    checks = {"PALU_CHECK": os.environ.get("PALU_CHECK", "")}
+    facts = {"the call": "a head", "start": start, "rows": rows, **facts, **versions, **checks}
+    everyone = agree(group, facts, device, ("start", "rows"))
+    starts = tuple(one["start"] for one in everyone)
+    counts = tuple(one["rows"] for one in everyone)
+    made = Vocabulary(group.group_name, distributed.get_rank(group), starts, counts)
+    ranks = distributed.get_process_group_ranks(group)
+    end = 0
+    for rank in made.order:
+        if starts[rank] != end and counts[rank]:
+            what = "are on no rank" if starts[rank] > end else "are on two ranks"
+            low, high = sorted((starts[rank], end))
+            have = [
+                f"rank {ranks[r]} has [{starts[r]}, {starts[r] + counts[r]})" for r in made.order
+            ]
+            raise Disagreement(f"rows {low} to {high} of the head {what}: {', '.join(have)}")
+        end = max(end, starts[rank] + counts[rank])
+    if end == 0:
+        raise Disagreement("no rank has a row of the head; one of them must")
+    return made
+
+
+def compares(vocabulary: Vocabulary, device: torch.device) -> bool:
+    """Whether the ranks compare this call: every one on the CPU; elsewhere, where it waits for the
+    device, the first one and those under `PALU_CHECK=1`."""
+    return vocabulary.group not in _called or check_values(device)
+
+
+def agree_on_call(
+    vocabulary: Vocabulary,
+    facts: dict[str, Any],
+    rows: Tensor,
+    integers: Sequence[Tensor | None] = (),
+) -> None:
+    """Compare what every rank of a sharded vocabulary calls a loss with: `facts`, and the entries
+    of `rows` and `integers`.
+
+    Raises:
+        Disagreement: on every rank.
+    """
+    if torch.compiler.is_compiling() or rows.is_meta or not compares(vocabulary, rows.device):
+        return
+    facts = {"the call": "a loss", **facts, "integers": [_fingerprint(t) for t in integers]}
+    # not to the last bit: each rank may have added up its own rows
+    weights = torch.arange(1, len(rows) + 1, device=rows.device, dtype=torch.float32)
+    size = float(
+        (rows.detach().float().abs().mean(-1) * weights).sum() / weights.sum().clamp(min=1)
+    )
+    facts["rows"] = f"{size:.2e}" if math.isfinite(size) else None
+    agree(resolve_group(vocabulary.group), facts, rows.device)
+    _called.add(vocabulary.group)
+
+
+@contextmanager
+def raised_together(group: Any, device: torch.device) -> Iterator[None]:
+    """Let every rank of `group` raise what one of them finds wrong in here; all of them `agree` at
+    the end of it, or where it is left by an error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(error, Disagreement) or getattr(error, "told", False):
+            raise
+        error.told = True  # where this is called within itself
+        try:
+            agree(group, {"error": f"{type(error).__name__}: {error}"}, device)
+        except Disagreement as together:
+            if len(set(together.errors)) > 1:
+                raise together from error
+        raise
+
+
+def _fingerprint(t: Tensor | None) -> str | None:
+    """What tells integers apart that differ in an entry or in their order."""
+    if t is None:
+        return None
+    flat = t.reshape(-1).long()
+    weights = torch.arange(1, len(flat) + 1, device=t.device) * 2654435761 % 4294967291
+    return f"{list(t.shape)}, sum {int((flat * weights).sum())}"
+
+
+def dtensor(t: Any) -> Any:
+    """Return `t` if it is a DTensor, else None."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return t if module is not None and isinstance(t, module.DTensor) else None
+
+
+def local_slice(name: str, t: Any, dim: int | None, by_row: bool) -> tuple[Any, Any, int | None]:
+    """Return what of `t` is here, and if it is spread along `dim`, over which group and from where;
+    None and plain tensors as they are. What is computed from the local part has its gradient.
+
+    Args:
+        dim: the dimension of the vocabulary; None: it has none.
+        by_row: whether `t` are rows, of which every rank may have its own.
+
+    Raises:
+        ValueError: the placements are none that a loss can be computed from.
+    """
+    if dtensor(t) is None:
+        return t, None, None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    last = t.dim() - 1
+    spread = [n for n, p in enumerate(t.placements) if type(p) is Shard and p.dim == dim]
+    rows = [n for n, p in enumerate(t.placements) if type(p) is Shard and p.dim not in (dim, last)]
+    served = len(spread) + len(rows) + sum(isinstance(p, Replicate) for p in t.placements)
+    if served < len(t.placements) or len(spread) > 1 or (rows and not by_row):
+        allowed = [] if dim is None else [f"Shard({dim}) over one dimension of the mesh at most"]
+        allowed += ["Replicate()", "Shard() of its rows"] if by_row else ["Replicate()"]
+        raise ValueError(
+            f"{name} is a DTensor with placements {tuple(t.placements)} over a mesh of shape "
+            f"{tuple(t.device_mesh.shape)}; they must be {' or '.join(allowed)}: call "
+            f"{name}.redistribute(placements=...) before"
+        )
+    with torch.enable_grad():  # a view of a parameter, whatever a head is made under
+        local = t.to_local()
+    if not spread:
+        return local, None, None
+    _, offsets = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return local, t.device_mesh.get_group(spread[0]), offsets[dim]
+
+
+def local_rows(name: str, t: Any) -> Any:
+    """Return what of rows `t` is here; a plain tensor and anything else as it is.
+
+    Raises:
+        ValueError: the placements are none that a loss can be computed from.
+    """
+    return local_slice(name, t, None, True)[0]

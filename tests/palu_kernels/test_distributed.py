@@ -1,0 +1,106 @@
+"""A vocabulary spread over gloo processes gives what the whole head does.
+
+Processes are started once (`workers/vocabulary.py`); the tests look at what they found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from palu_kernels import LMHead
+from tests.support import ROOT, WORKERS
+from tests.support.workers import vocabulary
+
+TWO = pytest.param((2, False), id="2 processes")
+FOUR = pytest.param((4, False), id="4 processes", marks=pytest.mark.slow)
+WIDE = [pytest.param((n, True), id=f"{n} processes, all", marks=pytest.mark.slow) for n in (2, 4)]
+
+
+@pytest.fixture(scope="module", params=[TWO, FOUR, *WIDE])
+def found(request, tmp_path_factory):
+    """What every rank found."""
+    ranks, wide = request.param
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(WORKERS / "vocabulary.py"), str(folder)]
+    logs = [folder / f"log-{rank}" for rank in range(ranks)]
+    started = []
+    for rank, log in enumerate(logs):
+        own = [*words, str(rank), str(ranks), *(["wide"] if wide else [])]
+        with log.open("w") as out:
+            started.append(subprocess.Popen(own, env=environment, stdout=out, stderr=out))
+    try:
+        codes = [process.wait(timeout=900 if wide else 400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def test_losses_and_gradients_are_those_of_the_whole_head(found):
+    for rank in found:
+        assert len(rank["grid"]) > 500
+        apart = {
+            name: error
+            for name, error in rank["grid"].items()
+            if not error <= (1e-12 if "float64" in name else 2e-6)
+        }
+        assert not apart
+
+
+NAMED = {
+    "softcap": "softcap: rank 0 has None, rank 1 has 30.0",
+    "dtype": "dtype: rank 0 has 'torch.float32', rank 1 has 'torch.float64'",
+    "hidden size": "hidden size: rank 0 has 24, rank 1 has 23",
+    "bias": "bias: rank 0 has False, rank 1 has True",
+    "gap": "are on no rank: rank 0 has [0, ",
+    "overlap": "are on two ranks: rank 0 has [0, ",
+    "start": "rank 1: ValueError: vocab_start is '1'; ",
+    "shape of bias": "rank 1: ValueError: bias has shape",
+    "direction": "losses: rank 0 has \"KL,'reverse'\", rank 1 has \"KL,'forward'\"",
+    "unknown direction": "rank 1: ValueError: direction is 'backward'",
+    "rows": "rows of the losses: rank 0 has [14], rank 1 has [12]",
+    "hidden": "rank 1: ValueError: hidden has shape [2, 7, 23]",
+    "values": "differ in rows: rank 0 has ",
+    "labels": "differ in integers: rank 0 has ",
+    "out of range": "differ in integers: rank 0 has ",
+    "call": "losses: rank 0 has 'CrossEntropy,-100', rank 1 has \"KL,'reverse'\"",
+    "head and loss": "the call: rank 0 has 'a loss', rank 1 has 'a head'",
+}
+
+
+def test_every_rank_is_told_which_rank_differs_in_what(found):
+    assert found[0]["faults"].keys() == NAMED.keys()
+    for rank in found:
+        for name, message in NAMED.items():
+            assert message in rank["faults"][name], name
+
+
+def test_bytes_a_row(found):
+    """No part of what is exchanged grows with V: 24 bytes of a KL, 16 of cross-entropy, 24 or 40 of
+    a forget loss, 4 k (or 8 rounds of 15 counts, and two more) of the select, D float32 of the
+    hidden gradient; and D + 2 float64 a call for the mean row."""
+    rows = vocabulary.BATCH * vocabulary.LENGTH
+    for rank in found:
+        for name, moved in rank["traffic"].items():
+            statistics = 24 if "kl" in name or "entropy global" in name else 40
+            wanted = {"statistics": 16 if name.startswith("cross") else statistics}
+            if "by reference" in name or "by current" in name:
+                wanted["select"] = 4 * 5 if " 5 " in name else 8 * 15 * 4 + 2 * 4
+            wanted["hidden gradient"] = 4 * vocabulary.D
+            wanted = {purpose: rows * size for purpose, size in wanted.items()}
+            if "flatten global_mean" in name and "sparse" in name:
+                wanted["mean row"] = 8 * (vocabulary.D + 2)
+            searched = "select" in wanted and " 5 " not in name
+            assert moved == wanted | {"calls": len(wanted) + 8 * searched}, name
+
+
+def test_a_start_without_a_group_is_refused():
+    with pytest.raises(ValueError, match="vocab_start is 3 and process_group is None"):
+        LMHead(torch.ones(4, 2), vocab_start=3)

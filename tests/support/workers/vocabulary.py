@@ -1,0 +1,296 @@
+"""A rank of a sharded vocabulary: computes every case with its rows of the head and with the whole
+head, and writes how far the two are apart.
+
+`python vocabulary.py FOLDER RANK RANKS [wide]`
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import palu_kernels as kernels
+from palu import PALULoss
+from palu_kernels import LMHead, slices
+from palu_kernels.distributed import traffic
+from palu_kernels.linear import cost_model
+
+V, D, BATCH, LENGTH = 43, 24, 2, 7
+
+
+def layouts(ranks, wide):
+    """How many rows each rank has: V is divisible by none of them."""
+    some = {2: [[22, 21]], 4: [[11, 11, 11, 10]]}[ranks]
+    if wide:
+        some += {2: [[0, 43], [40, 3]], 4: [[20, 0, 3, 20], [0, 0, 43, 0]]}[ranks]
+    return some
+
+
+def tensors(dtype, seed=0):
+    """Hidden rows, reference's, weights and biases, labels; rows with ties among them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def new(*shape):  # sixteenths: a logit is exact, in whatever order it is added up
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * 5).round() / 16
+
+    hidden, weight, bias = new(BATCH, LENGTH, D) * 3, new(V, D), new(V)
+    weight[30:38] = weight[3:11]  # ties between ranks
+    bias[30:38] = bias[3:11]
+    bias[5] = bias[20] = -torch.inf
+    ref_hidden = hidden + new(BATCH, LENGTH, D)
+    ref_weight = weight + new(V, D) / 2
+    ref_weight[30:38] = ref_weight[3:11]
+    labels = torch.randint(0, V, (BATCH, LENGTH), generator=g)
+    labels[labels == 5], labels[labels == 20] = 6, 6
+    labels[0, 1] = -100
+    made = (t.to(dtype) for t in (hidden, weight, bias, ref_hidden, ref_weight))
+    return [*made, labels]
+
+
+def calls(wide, backend="auto"):
+    """(name, function of hidden, head, reference's rows and head, labels)."""
+    reductions = ("none", "mean", "sum") if wide else ("none", "mean")
+    for reduction in reductions:
+        more = {"reduction": reduction, "backend": backend}
+        for direction in ("reverse", "forward"):
+            yield (
+                f"{direction} kl {reduction}",
+                lambda h, head, rh, rhead, labels, o=more, d=direction: kernels.linear_kl_loss(
+                    h, head, rh, rhead, direction=d, **o
+                ),
+            )
+        yield (
+            f"cross-entropy {reduction}",
+            lambda h, head, rh, rhead, labels, o=more: kernels.linear_cross_entropy_loss(
+                h, head, labels, **o
+            ),
+        )
+        kinds = [("entropy", "global_mean")]
+        kinds += [("flatten", c) for c in ("global_mean", "local_mean", 0.25)]
+        ks = (1, 5, 30, 100) if wide else (5, 70)
+        for (objective, center), k, way in itertools.product(kinds, ks, ("dense", "sparse")):
+            yield from forget_calls(objective, center, k, way, more)
+
+
+def forget_calls(objective, center, k, way, more):
+    options = {"top_k": k, "objective": objective, "center": center, "implementation": way, **more}
+    name = f"{objective} {center} {k} {way} {more['reduction']}"
+
+    def by_reference(h, head, rh, rhead, labels):
+        return kernels.linear_local_entropy_loss(h, head, rh, rhead, **options)
+
+    def by_indices(h, head, rh, rhead, labels):
+        spread = torch.arange(BATCH * LENGTH)[:, None] + 7 * torch.arange(min(k, V))
+        indices = (spread % V).view(BATCH, LENGTH, -1)
+        return kernels.linear_local_entropy_loss(h, head, indices=indices, **options)
+
+    def by_current(h, head, rh, rhead, labels):
+        return kernels.linear_local_entropy_loss(h, head, **options)
+
+    yield f"by reference {name}", by_reference
+    yield f"by indices {name}", by_indices
+    if way == "dense":
+        yield f"by current {name}", by_current
+
+
+def gradients(function, given, head, reference):
+    """Losses and gradients of hidden, weight and bias, `None` where there are none."""
+    hidden, ref_hidden, labels = given
+    hidden = hidden.detach().clone().requires_grad_()
+    losses = function(hidden, head, ref_hidden, reference, labels)
+    weights = torch.linspace(0.5, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    (losses * weights).sum().backward()
+    return (
+        losses.detach(),
+        hidden.grad,
+        head.weight.grad,
+        None if head.bias is None else head.bias.grad,
+    )
+
+
+def heads(weight, bias, ref_weight, trained, cap, rows=None):
+    """The head and its reference, of these rows or whole."""
+    part = slice(None) if rows is None else slice(rows[0], rows[0] + rows[1])
+    group = None if rows is None else distributed.group.WORLD
+    place = {} if rows is None else {"process_group": group, "vocab_start": rows[0]}
+    own = [
+        t[part].clone().requires_grad_(trained) if t is not None else None for t in (weight, bias)
+    ]
+    return LMHead(*own, 0.5, cap, **place), LMHead(
+        ref_weight[part].clone(), None, 0.25, cap, **place
+    )
+
+
+def apart(found, right):
+    """The largest distance of entries, relative to 1 and their size; infinite where one is NaN or
+    infinite and the other not."""
+    if found is None or right is None:
+        return 0.0 if found is right else float("inf")
+    if found.shape != right.shape:
+        return float("inf")
+    found, right = found.double(), right.double()
+    if not torch.equal(found.nan_to_num(0, 1, -1).isfinite() & found.isfinite(), right.isfinite()):
+        return float("inf")
+    finite = right.isfinite()
+    if not finite.any():
+        return 0.0
+    return float(((found - right).abs() / (1 + right.abs()))[finite].max())
+
+
+def compare(name, function, made, rows, trained, cap, whole_reference=False):
+    hidden, weight, bias, ref_hidden, ref_weight, labels = made
+    bias = None if cap else bias
+    given = hidden, ref_hidden, labels
+    right = gradients(function, given, *heads(weight, bias, ref_weight, trained, cap))
+    head, reference = heads(weight, bias, ref_weight, trained, cap, rows)
+    if whole_reference:
+        reference = LMHead(ref_weight.clone(), None, 0.25, cap)
+    found = gradients(function, given, head, reference)
+    part = slice(rows[0], rows[0] + rows[1])
+    right = [*right[:2], *(None if t is None else t[part] for t in right[2:])]
+    return {name: max(map(apart, found, right))}
+
+
+def palu_calls():
+    """PALULoss on hidden rows."""
+    some = torch.tensor([[-100, 3, 9, -200, 11, -200, -200], [-100, -200, 1, 2, 4, 30, -200]])
+    settings = {
+        "by reference": {"preserve": "reverse_kl"},
+        "by reference, entropy": {"objective": "entropy", "preserve": "forward_kl"},
+        "nll, local mean": {"preserve": "nll", "center": "local_mean"},
+        "by current": {"preserve": "reverse_kl", "select_from": "current"},
+    }
+    for name, options in settings.items():
+
+        def loss(h, head, rh, rhead, labels, o=options):
+            out = PALULoss(top_k=7, prefix_length=2, **o).from_hidden(h, head, some, rh, rhead)
+            return torch.stack(out[:3])
+
+        yield name, loss
+
+    def cached(h, head, rh, rhead, labels):
+        palu = PALULoss(top_k=7, prefix_length=2)
+        roles = palu._row_roles(some)
+        indices = (torch.arange(int((roles == 1).sum()))[:, None] * 5 + torch.arange(7)) % V
+        rows = rh[roles == 2]
+        out = palu.from_hidden(h, head, some, rows, rhead, ref_indices=indices)
+        return torch.stack(out[:3])
+
+    yield "cached", cached
+
+
+def run_grid(rank, ranks, wide):
+    found = {}
+    for counts in layouts(ranks, wide):
+        rows = sum(counts[:rank]), counts[rank]
+        kinds = itertools.product((torch.float64, torch.float32), (False, True), (None, 4.0))
+        some = (torch.float64, True, None), (torch.float64, False, 4.0), (torch.float32, True, 4.0)
+        for dtype, trained, cap in kinds if wide else some:
+            made = tensors(dtype)
+            about = f"{counts} {str(dtype)[6:]} {'trained' if trained else 'frozen'} cap {cap}"
+            for name, function in calls(wide):
+                if cap and "flatten global_mean" in name and "sparse" in name:
+                    continue
+                found |= compare(f"{name} {about}", function, made, rows, trained, cap)
+            for (name, function), sparse in itertools.product(palu_calls(), (False, True)):
+                cost_model.prefer_sparse = lambda *_, sparse=sparse, **__: sparse
+                name = f"palu {name} {'sparse' if sparse else 'dense'} {about}"
+                found |= compare(name, function, made, rows, trained, cap, whole_reference=sparse)
+    return found
+
+
+def run_faults(rank, ranks):
+    """What every rank is told where rank 1 differs."""
+    group, other = distributed.group.WORLD, rank == 1
+    hidden, weight, bias, ref_hidden, _, labels = tensors(torch.float32)
+    cut = [V * n // ranks for n in range(ranks + 1)]
+    start, rows = cut[rank], cut[rank + 1] - cut[rank]
+    own = weight[start : start + rows]
+
+    def head(weight=own, bias=None, at=start, **options):
+        return LMHead(weight, bias, process_group=group, vocab_start=at, **options)
+
+    def kl(h=hidden, r=ref_hidden, **options):
+        return kernels.linear_kl_loss(h, head(), r, **options)
+
+    def entropy(**options):
+        return kernels.linear_cross_entropy_loss(hidden, head(), **options)
+
+    shared = head()
+    faults = {
+        "softcap": lambda: head(softcap=30.0 if other else None),
+        "dtype": lambda: head(own.double() if other else own),
+        "hidden size": lambda: head(own[:, 1:] if other else own),
+        "bias": lambda: head(own, bias[:rows] if other else None),
+        "gap": lambda: head(at=start + other),
+        "overlap": lambda: head(at=start - other),
+        "start": lambda: head(at="1" if other else start),
+        "shape of bias": lambda: head(own, bias[: rows - other]),
+        "direction": lambda: kl(direction="forward" if other else "reverse"),
+        "unknown direction": lambda: kl(direction="backward" if other else "reverse"),
+        "rows": lambda: kl(hidden[:, other:], ref_hidden[:, other:]),
+        "hidden": lambda: kl(hidden[:, :, : D - other]),
+        "values": lambda: kl(hidden + other),
+        "labels": lambda: entropy(labels=labels.flip(-1) if other else labels),
+        "out of range": lambda: entropy(labels=labels + V if other else labels),
+        "call": lambda: kl() if other else entropy(labels=labels),
+        "head and loss": lambda: (
+            head() if other else kernels.linear_kl_loss(hidden, shared, ref_hidden)
+        ),
+    }
+    found = {}
+    for name, fault in faults.items():
+        try:
+            fault()
+            found[name] = "nothing"
+        except (TypeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        distributed.barrier()
+    return found
+
+
+def run_traffic(rank, ranks):
+    """Bytes by purpose that this rank hands over for every loss, of 14 rows."""
+    hidden, weight, _, ref_hidden, ref_weight, labels = tensors(torch.float32)
+    cut = [V * n // ranks for n in range(ranks + 1)]
+    rows = cut[rank], cut[rank + 1] - cut[rank]
+    head, reference = heads(weight, None, ref_weight, True, None, rows)
+    found = {}
+    for name, function in calls(False):
+        if name.endswith("mean"):
+            traffic.clear()
+            given = hidden.clone().requires_grad_(), head, ref_hidden, reference, labels
+            function(*given).backward()
+            found[name] = dict(traffic)
+    return found
+
+
+def main(folder, rank, ranks, wide=""):
+    rank, ranks = int(rank), int(ranks)
+    torch.set_num_threads(1)
+    slices.GATHERED_K = 20  # so that both ways to select are gone
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=5),
+    )
+    found = {
+        "grid": run_grid(rank, ranks, bool(wide)),
+        "faults": run_faults(rank, ranks),
+        "traffic": run_traffic(rank, ranks),
+    }
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
