@@ -13,7 +13,8 @@ is taken off when the last tensor that uses it is gone. Views and in-place opera
 
 Custom operators (`torch.library.custom_op`: all of `palu_kernels`) are looked into: their Python
 implementation runs under the ledger, so that their buffers count while they exist, like anybody
-else's.
+else's. Of a DTensor its local tensor counts, and a storage that is freed and allocated again by
+`resize_`, as FSDP does with its unsharded parameters, counts by its size of the moment.
 
 Not seen is what never is a tensor: scratch space inside one operator of PyTorch or of a Triton
 kernel, workspaces of BLAS libraries, what an allocator holds back, the CUDA context.
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_iter
 
 
@@ -56,7 +57,32 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, Entry] = {}
         self._references: dict[int, weakref.ref] = {}
         self._ignored: set[int] = set()
+        self._depth = 0
         self.start()
+
+    def __enter__(self) -> Ledger:
+        if not self._depth:  # else inside an operator
+            self._resize = torch.UntypedStorage.resize_
+            torch.UntypedStorage.resize_ = self._resized
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*raised)
+
+    @property
+    def _resized(self) -> Callable:
+        ledger, resize = self, self._resize
+
+        def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            ledger._count(storage, "resize_", (), torch.uint8)
+            return storage
+
+        return resized
 
     def start(self) -> None:
         """Forgets the peak so far."""
@@ -88,6 +114,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # a DTensor: what it does with its local tensors comes back here
         kwargs = kwargs or {}
         name = func.name()
         for value in tree_iter((args, kwargs)):
@@ -105,7 +133,15 @@ class Ledger(TorchDispatchMode):
     def _see(self, value: Any, operator: str) -> None:
         if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
             return
-        storage = value.untyped_storage()
+        self._count(value.untyped_storage(), operator, tuple(value.shape), value.dtype)
+
+    def _count(
+        self,
+        storage: torch.UntypedStorage,
+        operator: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._ignored:
             return
@@ -114,7 +150,7 @@ class Ledger(TorchDispatchMode):
             return
         if known is None:
             self._references[key] = weakref.ref(storage, partial(self._gone, key))
-        self._change(key, Entry(size, operator, tuple(value.shape), value.dtype))
+        self._change(key, Entry(size, operator, shape, dtype))
 
     def _gone(self, key: int, _: weakref.ref) -> None:
         self._references.pop(key, None)

@@ -192,7 +192,7 @@ def _model(config: Mapping[str, Any], setup: Setup) -> PreTrainedModel:
     return model
 
 
-def _examples(vocab: int, setup: Setup, seed: int) -> Rows:
+def examples(vocab: int, setup: Setup, seed: int) -> Rows:
     """Two batches; of an example the prompt, the forget rows and the preserve rows, in this order.
     Every second example is a token shorter, so that there is padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -217,7 +217,7 @@ class _FromSecondStep(TrainerCallback):
 
 
 def _trainer_steps(model: PreTrainedModel, setup: Setup, ledger: Ledger) -> None:
-    forget, retain = (_examples(model.config.vocab_size, setup, seed) for seed in (0, 1))
+    forget, retain = (examples(model.config.vocab_size, setup, seed) for seed in (0, 1))
     with tempfile.TemporaryDirectory() as folder:
         settings = PALUConfig(
             output_dir=folder,
@@ -256,7 +256,7 @@ def _released_steps(model: PreTrainedModel, setup: Setup, ledger: Ledger) -> Non
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     collate, size = Collator(0), setup.batch_size
-    sets = [_examples(model.config.vocab_size, setup, seed) for seed in (0, 1)]
+    sets = [examples(model.config.vocab_size, setup, seed) for seed in (0, 1)]
     for step in (0, 1):
         pair = [collate(rows[step * size : (step + 1) * size]) for rows in sets]
         if step == 1:

@@ -45,6 +45,7 @@ class Layer(NamedTuple):
     batch_size: int
     length: int
     adapters: bool
+    adapter_entry: int = ADAPTERS  # bytes
 
     @property
     def positions(self) -> int:
@@ -93,8 +94,8 @@ class Layer(NamedTuple):
         for every layer that reads float32, PEFT one in float32 for every one that reads
         bfloat16."""
         sizes, p = self.sizes, self.precision
-        copied = p.casts or (self.adapters and p.weights != ADAPTERS)
-        entry = ADAPTERS if self.adapters and not p.casts else p.products
+        copied = p.casts or (self.adapters and p.weights != self.adapter_entry)
+        entry = self.adapter_entry if self.adapters and not p.casts else p.products
         width = (5 if copied else 2) * sizes.hidden + sizes.intermediate
         if sizes.family.eager or (self.adapters and copied):  # else sdpa keeps it anyway
             width += sizes.queries
@@ -106,8 +107,8 @@ class Layer(NamedTuple):
         the product of the MLP's two factors, or at the softmax of eager attention."""
         sizes, p = self.sizes, self.precision
         largest = self.positions * 2 * p.products * sizes.intermediate
-        if self.adapters and p.copy:  # those that return from PEFT's copies
-            largest += self.positions * sizes.hidden * (2 * ADAPTERS + p.copy)
+        if self.adapters and self.adapter_entry != p.products:  # that return from PEFT's copies
+            largest += self.positions * sizes.hidden * (2 * self.adapter_entry + p.copy)
         if sizes.family.eager:
             scores = self.positions * self.length * sizes.heads * (8 - p.copy)
             freed = sum(self.kept[name] for name in ("norms", "mlp", "linear inputs"))
@@ -121,7 +122,7 @@ class Layer(NamedTuple):
         sizes, p = self.sizes, self.precision
         entry = p.products
         if self.adapters:
-            entry = 2 * (p.products if p.casts else ADAPTERS)
+            entry = 2 * (p.products if p.casts else self.adapter_entry)
         largest = self.positions * (2 * p.products + entry) * sizes.intermediate
         if sizes.family.eager:
             scores = self.positions * self.length * sizes.heads

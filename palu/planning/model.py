@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ class ModelSizes:
     intermediate: int
     layers: int
     heads: int
+    key_value_heads: int
     queries: int  # width of all heads together
     tied: bool
     final_softcap: bool
@@ -89,7 +90,8 @@ class ModelSizes:
             _size(config, name) for name in ("num_hidden_layers", "num_attention_heads")
         )
         head_dim = _size(config, "head_dim", hidden // heads)
-        q, kv = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
+        key_value_heads = _size(config, "num_key_value_heads", heads)
+        q, kv = heads * head_dim, key_value_heads * head_dim
         bias, mlp = (bool(getattr(config, f"{n}_bias", False)) for n in ("attention", "mlp"))
         qkv = bias or family.qkv_bias
         return cls(
@@ -99,6 +101,7 @@ class ModelSizes:
             wide,
             layers,
             heads,
+            key_value_heads,
             q,
             bool(config.tie_word_embeddings),
             getattr(config, "final_logit_softcapping", None) is not None,
@@ -122,10 +125,56 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
+        return self.root_parameters + self.layers * self.layer_parameters
+
+    def tensor_parallel(self, ranks: int) -> ModelSizes:
+        """Return the sizes of the largest part that a rank holds.
+
+        The vocabulary (embedding and head) and the outputs of queries, keys, values and the MLP's
+        first products are split, and the inputs of the products that follow them; the residual
+        stream, norms, masks and the biases after a split input are whole on every rank.
+
+        Raises:
+            ValueError: a count that must be split evenly is not divisible by `ranks`.
+        """
+        for name, count in (
+            ("attention heads", self.heads),
+            ("key-value heads", self.key_value_heads),
+            ("entries of the MLP", self.intermediate),
+        ):
+            if count % ranks:
+                raise ValueError(
+                    f"tensor_parallel is {ranks}; it must divide the model's {count} {name}"
+                )
+        if ranks > self.vocab:
+            raise ValueError(
+                f"tensor_parallel is {ranks}; it must be at most the vocabulary, {self.vocab}"
+            )
+        *columns, output, gate, up, down = self.linears
+        by_output = [
+            Linear(one.inputs, one.outputs // ranks, one.bias) for one in (*columns, gate, up)
+        ]
+        by_input = [Linear(one.inputs // ranks, one.outputs, one.bias) for one in (output, down)]
+        return replace(
+            self,
+            vocab=-(-self.vocab // ranks),
+            intermediate=self.intermediate // ranks,
+            heads=self.heads // ranks,
+            key_value_heads=self.key_value_heads // ranks,
+            queries=self.queries // ranks,
+            linears=(*by_output[:3], by_input[0], *by_output[3:], by_input[1]),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Number of parameters of one decoder layer."""
         biases = sum(linear.outputs for linear in self.linears if linear.bias)
-        layer = self.linear_weights + biases + self.family.norms * self.hidden
-        embeddings = self.head_parameters * (1 if self.tied else 2)
-        return embeddings + self.layers * layer + self.hidden
+        return self.linear_weights + biases + self.family.norms * self.hidden
+
+    @property
+    def root_parameters(self) -> int:
+        """Number of parameters outside the decoder layers: embedding, last norm and head."""
+        return self.head_parameters * (1 if self.tied else 2) + self.hidden
 
     def lora_parameters(self, rank: int) -> int:
         """Return the number of parameters of adapters on every linear layer of the decoder."""

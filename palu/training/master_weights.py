@@ -121,7 +121,10 @@ class MasterWeights:
 @torch.no_grad()
 def round_into(out: Tensor, values: Tensor, generator: torch.Generator) -> None:
     """Write float32 values into a tensor of another dtype: bfloat16 at random, up with the
-    probability of how near the upper neighbour is; others to the nearest."""
+    probability of how near the upper neighbour is; others to the nearest. Of DTensors each process
+    rounds its own shards."""
+    if hasattr(out, "to_local") and hasattr(values, "to_local"):
+        out, values = out.to_local(), values.to_local()
     if out.dtype != torch.bfloat16 or values.dtype != torch.float32:
         out.copy_(values)
         return

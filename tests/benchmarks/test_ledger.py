@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory.ledger import Ledger
@@ -88,6 +89,32 @@ def test_resized_by_out():
         a, out = kib(2), kib(0)
         torch.add(a, 1, out=out)
         assert ledger.total == 4 * KIB
+
+
+def test_a_storage_that_is_freed_and_allocated_again():
+    """As FSDP does with what it gathers; outside no ledger hears of it."""
+    a = kib(3)
+    with Ledger() as ledger:
+        a.add_(1)
+        storage = a.untyped_storage()
+        storage.resize_(0)
+        assert ledger.total == 0
+        storage.resize_(5 * KIB)
+        assert ledger.total == ledger.peak == 5 * KIB
+    a.untyped_storage().resize_(9 * KIB)
+    assert ledger.total == 5 * KIB
+
+
+def test_a_tensor_of_tensors_counts_by_what_is_in_it():
+    """As a DTensor by its local tensor."""
+    with Ledger() as ledger:
+        both = TwoTensor(kib(2), kib(2))
+        both.add_(1)
+        assert ledger.total == 4 * KIB
+        more = both + 1
+        assert ledger.total == 8 * KIB
+        del both, more
+        assert ledger.total == 0
 
 
 def test_ignored_is_never_counted():

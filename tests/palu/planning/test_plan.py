@@ -122,7 +122,9 @@ def test_largest_batch_is_the_largest():
         ({"length": 8.0}, "length is 8.0"),
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, autocast, not 'int8'"),
-        ({"reference": "none"}, "reference must be one of live, adapter_off, cached, not 'none'"),
+        ({"reference": "off"}, "must be one of live, adapter_off, cached, none, not 'off'"),
+        ({"devices": 0}, "devices is 0; it must be an integer of at least 1"),
+        ({"devices": 6, "tensor_parallel": 4}, "tensor_parallel is 4; it must divide devices, 6"),
         ({"reference": "adapter_off"}, "lora_rank 0; it must be at least 1"),
     ],
 )
