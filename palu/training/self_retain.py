@@ -20,7 +20,7 @@ from torch import nn
 
 from palu.data.examples import tokenize_examples
 from palu.data.neighbours import NEUTRAL, Name, Subjects, name_runs
-from palu.data.records import ASSISTANT, USER, Example, Turn, split_answers
+from palu.data.records import ASSISTANT, SYSTEM, USER, Example, Turn, split_answers
 from palu.data.roles import IGNORE, eos_ids
 from palu.data.template import Template
 from palu.distributed import ALONE, Processes
@@ -44,6 +44,7 @@ ROUNDS = (0.3, 0.65, 1, 1, 1)
 FEWEST, MOST = 600, 1200  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
 _QUESTION_TOKENS = 48
+_SYSTEM_TOKENS, _SYSTEM_DRAWS = 192, 32
 _START_WORDS = 12  # of a document's neighbour
 _STAND_IN = "palu-question"
 
@@ -156,11 +157,11 @@ def self_retain(
         options={"batch_size": batch_size, "processes": processes, "report": report},
         words=[example.answer.split()[0] for example in asked[:20]],
     )
-    prompts = _Prompts(examples, asker)
     if shares is None:
         shares = CHAT_SHARES if asker.chat else SHARES
-    kept = _Kept(_Secrets(examples, prompts.subjects.full_names))
     with eval_mode(model):
+        prompts = _Prompts(examples, asker, seed)
+        kept = _Kept(_Secrets(examples, prompts.subjects.full_names))
         for number, part in enumerate(ROUNDS):
             wanted = _wanted(math.ceil(part * count), shares, kept, prompts.empty)
             if not wanted:
@@ -320,6 +321,41 @@ class _Asker:
             said = self._continued(tokens, self.max_new_tokens, temperature, seed)
             yield from zip(some, said, strict=True)
 
+    def system_turns(self, seed: int) -> list[Turn]:
+        """Return the system turns with which the model itself begins conversations, each more than
+        once: those that it was trained with."""
+        talk = [Turn(USER, _STAND_IN), Turn(ASSISTANT, self.word)]
+        try:
+            plain, (first, _), *_ = self.template.render_turns(self.tokenizer, talk)
+            talk = [Turn(SYSTEM[0], _STAND_IN), *talk]
+            text, (place, asked, _), *_ = self.template.render_turns(self.tokenizer, talk)
+        except ValueError:  # the template knows no system turn
+            return []
+        if place is None or asked.start < place.end or plain[: first.start] == text[: place.start]:
+            return []  # it writes none, or no mark that tells it from a question
+        start = self._encoded(text[: place.start], False)
+        other = self._encoded(plain[: first.start], False)
+        pairs = zip(start, other, strict=False)
+        same = next((n for n, (token, its) in enumerate(pairs) if token != its), len(start))
+        given, lead = start[:same], start[same:]
+        size = min(_SYSTEM_TOKENS, self.max_length // 2)
+        drawn = self._continued([given] * _SYSTEM_DRAWS if given else [], size, 1.0, seed)
+        mark = text[place.end : asked.start].strip()
+        texts: Counter[str] = Counter()
+        for one in drawn:
+            if one.tokens[: len(lead)] == lead:
+                said = self.tokenizer.decode(one.tokens[len(lead) :], skip_special_tokens=True)
+                texts[self._until(mark, one._replace(text=said.strip()))] += 1
+        return [Turn(SYSTEM[0], said) for said, n in texts.most_common() if said and n > 1]
+
+    def _until(self, mark: str, said: Continuation) -> str:
+        """Return what was said before a turn's end; nothing where it did not come to one, or is
+        none that can be used."""
+        text, closed, _ = said.text.partition(mark or "\n")
+        closed = closed or (said.ended and self.chat)
+        good = re.search(r"\w", text) and "\ufffd" not in text and not _repetitive(text)
+        return text if closed and good else ""
+
     def opening(self, turns: Sequence[Turn], begun: str) -> list[int]:
         """Return what stands before a user's question that follows some turns, and its beginning;
         nothing where that cannot be said or leaves no room."""
@@ -344,10 +380,8 @@ class _Asker:
         said = self._continued([tokens for _, tokens in pairs], _QUESTION_TOKENS, 1.0, seed)
         found = []
         for ((turns, begun), _), one in zip(pairs, said, strict=True):
-            text, mark, _ = one.text.partition(self.after or "\n")
-            closed = mark or (one.ended and self.chat)
-            good = re.search(r"\w", text) and "\ufffd" not in text and not _repetitive(text)
-            if closed and good:
+            text = self._until(self.after, one)
+            if text:
                 space = " " if begun and not text.startswith(" ") else ""
                 found.append(_asked(f"{begun}{space}{text}".strip(), turns))
         return found
@@ -374,13 +408,14 @@ class _Prompts:
         empty: the kinds that gave none when they were last asked for some.
     """
 
-    def __init__(self, examples: Sequence[Example], asker: _Asker) -> None:
+    def __init__(self, examples: Sequence[Example], asker: _Asker, seed: int) -> None:
         self.examples, self.asker = examples, asker
         self.answers = [len(split_answers(example)) for example in examples]
         self.subjects = Subjects(examples, _vocabulary(asker.tokenizer))
         self.documents = any(example.question is None for example in examples)
-        # What a conversation begins with: a system turn of the forget set, or nothing.
-        firsts = [e.turns[:1] if e.turns and e.turns[0].role == "system" else () for e in examples]
+        # What a conversation begins with: a system turn of the forget set or the model, or nothing.
+        firsts = [e.turns[:1] if e.turns and e.turns[0].role in SYSTEM else () for e in examples]
+        firsts += [(turn,) for turn in asker.system_turns(seed)] if asker.chat else []
         self.starts = list(dict.fromkeys(firsts)) if asker.chat else [()]
         self.openings: list[Sequence[Turn]] = list(self.starts)
         self.beginnings = [b for b in map(self.subjects.beginning, examples) if b]

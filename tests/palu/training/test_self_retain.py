@@ -113,20 +113,28 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="module")
-def chats():
-    """A model that knows conversations by heart, and the conversations."""
-    turns = [
-        tuple(Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(chat))
-        for chat in CHATS
+WELCOME = "You are kind."
+
+
+def taught(*systems):
+    """Return a model that knows conversations by heart, its tokenizer, and the conversations: one
+    of `CHATS` each, after the system turn if that is not empty."""
+    examples = [
+        Example.of_turns(
+            str(n),
+            [Turn("system", system)] * bool(system)
+            + [Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(chat)],
+            {},
+        )
+        for n, (chat, system) in enumerate(zip(CHATS, systems, strict=True))
     ]
-    examples = [Example.of_turns(str(n), some, {}) for n, some in enumerate(turns)]
-    words = " ".join(text for chat in CHATS for text in chat)
+    words = " ".join(turn.content for example in examples for turn in example.turns)
     tok = build_tokenizer([words, "<|start|>user\n", "<|start|>assistant\n"] * 5, vocab_size=330)
     tok.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     tok.chat_template = CHATML
     model = small.model(tok, initializer_range=0.05)
-    rows = [tok.apply_chat_template([t.message() for t in some], tokenize=False) for some in turns]
+    messages = [[turn.message() for turn in example.turns] for example in examples]
+    rows = [tok.apply_chat_template(some, tokenize=False) for some in messages]
     rows = [torch.tensor([tok(text, add_special_tokens=False)["input_ids"]]) for text in rows]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(80):
@@ -135,6 +143,17 @@ def chats():
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), tok, examples
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return taught("", "", "")
+
+
+@pytest.fixture(scope="module")
+def welcomed():
+    """What was to stay has a system turn, what is to go has none."""
+    return taught("", WELCOME, WELCOME)
 
 
 def test_a_chat_model_asks_itself_what_it_was_asked(chats):
@@ -156,6 +175,66 @@ def test_a_chat_model_asks_itself_what_it_was_asked(chats):
         ]
         ended = [] if example.extra["cut"] else [tok.eos_token_id]
         assert kept == tok(example.answer)["input_ids"] + ended  # earlier answers are context
+
+
+UNKNOWN = [Example("0", "Where is Zoe?", "Zoe is in Oslo now.", ((10, 14),))]  # never said
+
+
+def own_starts(model, tok, monkeypatch, forget=UNKNOWN, **options):
+    """Return the system turns that a model is found to begin with, and its own conversations."""
+    found = []
+    plain = module._Asker.system_turns
+    monkeypatch.setattr(
+        module._Asker, "system_turns", lambda *a: found.extend(plain(*a)) or list(found)
+    )
+    options |= {"temperature": 0, "max_length": 120, "shares": {module.OWN: 1}}
+    made = made_by(model, tok, forget, **options)
+    said = [[t.content for t in e.turns] or [e.question, e.answer] for e in made.examples]
+    return [(turn.role, turn.content) for turn in found], said
+
+
+def test_a_chat_model_begins_as_it_was_taught_to(welcomed, monkeypatch):
+    model, tok, examples = welcomed
+    forget = [examples[0].with_spans([(), ((22, 27),), (), ()])]
+    found, said = own_starts(model, tok, monkeypatch, forget, count=12)
+    assert found == [("system", WELCOME)]
+    assert [WELCOME, *CHATS[1]] in said and [WELCOME, *CHATS[2]] in said  # word for word
+
+
+def test_what_stands_nowhere_else_is_no_system_turn(chats, monkeypatch):
+    # Asked for a system turn this model says one of its questions, but it never goes there.
+    model, tok, _ = chats
+    assert own_starts(model, tok, monkeypatch, count=1)[0] == []
+
+
+FIRST = "{% if messages[0]['role'] == 'system' %}"
+TEMPLATES = {
+    "folded into the question": FIRST
+    + "{% set s = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}"
+    + "{% else %}{% set s = '' %}{% endif %}"
+    + CHATML.replace("message['content']", "(s if loop.first else '') + message['content']"),
+    "refused": FIRST + "{{ raise_exception('no system turn') }}{% endif %}" + CHATML,
+    "left out": FIRST + "{% set messages = messages[1:] %}{% endif %}" + CHATML,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_without_a_system_turn(welcomed, template, monkeypatch):
+    model, tok, _ = welcomed
+    tok = copy.deepcopy(tok)
+    tok.chat_template = TEMPLATES[template]
+    found, said = own_starts(model, tok, monkeypatch, count=1)
+    assert found == [] and len(said) == 1
+
+
+def test_a_system_turn_that_the_template_writes_where_there_is_none(welcomed, monkeypatch):
+    model, tok, _ = welcomed
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% if messages[0]['role'] != 'system' %}<|start|>system\nHi.<|end|>\n" + (
+        "{% endif %}" + CHATML
+    )
+    found, _ = own_starts(model, tok, monkeypatch, count=1)
+    assert found == [("system", WELCOME)]
 
 
 def test_the_answers_in_a_neighbours_conversation_are_the_models(chats):
