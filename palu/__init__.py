@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from palu.data.template import Template
     from palu.loss import PALULoss, PALUOutput
     from palu.models.forward import model_hidden_states
+    from palu.models.head_check import check_head
     from palu.models.in_head import loss_in_head, whole_head
-    from palu.models.lm_head import LMHead, check_head
+    from palu.models.lm_head import LMHead
     from palu.reference.cache import ReferenceCache
     from palu.training.config import PALUConfig
     from palu.training.trainer import PALUTrainer
@@ -52,7 +53,7 @@ _HOMES = {
     "PALUTrainer": "palu.training.trainer",
     "ReferenceCache": "palu.reference.cache",
     "Template": "palu.data.template",
-    "check_head": "palu.models.lm_head",
+    "check_head": "palu.models.head_check",
     "label_example": "palu.data.labels",
     "load_examples": "palu.data.files",
     "loss_in_head": "palu.models.in_head",

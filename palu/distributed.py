@@ -70,6 +70,29 @@ def main_first(make: Callable[[], T], take: Callable[[], T], *, failed: type[Exc
     return take()
 
 
+def in_group() -> bool:
+    """Return whether this process is one of a process group."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def agreed(reason: str | None) -> str | None:
+    """Return the reason that the first of all processes has, naming it where it is not this one's
+    too; None where none has one. All processes of the group have to call, so that none goes on
+    while another stops."""
+    if not in_group():
+        return reason
+    import torch.distributed as dist
+
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, reason)
+    number = next((number for number, one in enumerate(found) if one is not None), None)
+    if number is None or found[number] == reason:
+        return reason
+    return f"in process {number} {found[number]}"
+
+
 class Processes(NamedTuple):
     """The rank of this process and the number of those that share the work."""
 

@@ -19,10 +19,11 @@ from palu.methods.micro_batch import (
     next_tokens,
     part_for_reference,
 )
-from palu.methods.step_loss import StepLoss
+from palu.methods.step_loss import StepLoss, Terms
 from palu.models.forward import logits_at
 from palu.reference.cached import CachedReference
 from palu.storage.fingerprint import example_ids
+from palu_kernels import LMHead
 from palu_kernels.roles import linear_role_losses
 from palu_kernels.row_loss import KL, CrossEntropy, RowLoss
 
@@ -38,19 +39,16 @@ class PALUStepLoss(StepLoss):
         super().__init__(*args, **kwargs)
         self._by_source: dict[str, list[RowLoss]] = {}
 
-    def terms(
-        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor) -> Terms:
         """See `StepLoss`."""
-        if self.head is None:
+        if not self.without_logits:
             return self._from_logits(model, batch, denominators)
         return self._from_hidden(model, batch, denominators)
 
     def _from_hidden(
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        roles, inputs = batch[ROLES], model_inputs(batch)
-        hidden = self.hidden_states(model, inputs)
+    ) -> Terms:
+        roles = batch[ROLES]
         losses, weights, which = self._losses(batch)
         data: list[Tensor | None] = [None] * len(losses)
         if roles.retain and not self.retain_kl:
@@ -63,22 +61,26 @@ class PALUStepLoss(StepLoss):
             ref_hidden = self._reference_hidden(model, batch, asking)
         shares = torch.stack([denominators[term] for term in which])
         weights = torch.tensor(weights, dtype=shares.dtype).to(shares.device, non_blocking=True)
-        with self.autocast():
-            total, sums = linear_role_losses(
-                hidden,
-                self.head,
-                _numbered(roles.at, which),
-                losses,
-                weights * shares.reciprocal(),
-                ref_hidden=None if ref_hidden is None else ref_hidden.to(hidden.dtype),
-                ref_head=None if ref_hidden is None else self.reference.head,
-                data=data,
-                backend=self.method.backend,
-            )
-        means = [denominators.new_zeros(())] * 3
-        for term, mean in zip(which, sums / shares, strict=True):
-            means[term] = mean
-        return total, torch.stack(means).float()
+        with self.reference_head(ref_hidden is not None) as ref_head:
+
+            def compute(hidden: Tensor, head: LMHead) -> Terms:
+                total, sums = linear_role_losses(
+                    hidden,
+                    head,
+                    _numbered(roles.at, which),
+                    losses,
+                    weights * shares.reciprocal(),
+                    ref_hidden=None if ref_hidden is None else ref_hidden.to(hidden.dtype),
+                    ref_head=ref_head,
+                    data=data,
+                    backend=self.method.backend,
+                )
+                means = [denominators.new_zeros(())] * 3
+                for term, mean in zip(which, sums / shares, strict=True):
+                    means[term] = mean
+                return total, torch.stack(means).float()
+
+            return self.over_head(model, model_inputs(batch), compute)
 
     def _reference_hidden(
         self, model: nn.Module, batch: Mapping[str, Any], terms: list[int]
@@ -134,16 +136,17 @@ class PALUStepLoss(StepLoss):
 
     def _from_logits(
         self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Terms:
         roles, at = batch[ROLES], self._roles_with_logits(batch)
-        own = int((at[: roles.forget] != 0).sum())
-        logits, ref = self._logits(model, batch), None
+        own, ref = int((at[: roles.forget] != 0).sum()), None
         for_forget = self.method.needs_reference and roles.forget > 0
         for_retain = self.retain_kl and roles.retain > 0
         if for_forget or for_retain:
             part = part_for_reference(batch, forget=for_forget, retain=for_retain)
             with self.autocast():
-                ref = self.reference.of(model, lambda m: self._logits(m, part)).to(logits.dtype)
+                ref = self.reference.of(model, lambda m: self._logits(m, part))
+        logits = self._logits(model, batch)
+        ref = None if ref is None else ref.to(logits.dtype)
         zero = logits.new_zeros((), dtype=denominators.dtype)
         total, means = zero, [zero] * 3
         if roles.forget:
@@ -157,7 +160,8 @@ class PALUStepLoss(StepLoss):
             total, means = output.loss, [output.forget, output.preserve, zero]
         if roles.retain:
             ref_retain = ref[own if for_forget else 0 :] if for_retain else None
-            means[2] = self.retain_sum(batch, logits[own:], ref_retain) / denominators[2]
+            kept = self.retain_sum(batch, logits[own:], None, ref_retain, None)
+            means[2] = kept / denominators[2]
             total = total + self.retain_weight * means[2]
         return total, torch.stack(means).detach().float()
 

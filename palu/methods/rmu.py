@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +20,9 @@ from palu.methods.micro_batch import (
     model_inputs,
     part_for_reference,
 )
-from palu.methods.step_loss import StepLoss
-from palu.models.layers import decoder_layers, layer_output
-from palu.models.wrappers import unwrap
+from palu.methods.step_loss import StepLoss, Terms
+from palu.models.layers import decoder_layers, layer_output, loss_at_layer
+from palu.models.wrappers import incompatible_wrapper, unwrap
 from palu_kernels.backend import accum_dtype
 
 USUAL_LAYER = 7  # the default of the paper's code and of open-unlearning
@@ -35,39 +36,44 @@ class RMUStepLoss(StepLoss):
     def _choose_path(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """There is one: no head is needed."""
 
-    def terms(
-        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor) -> Terms:
         """See `StepLoss`."""
-        roles = batch[ROLES]
-        rows = self._activations(model, batch)
-        own = roles.count(FORGET)
-        forget = kept = rows.new_zeros((), dtype=denominators.dtype)
-        # Without any rows too: DDP waits for a gradient.
-        if roles.forget or not roles.retain:
-            target = self.method.target(rows.shape[1]).to(rows.dtype)
-            target = target.to(rows.device, non_blocking=True)
-            forget = _sum_of_means(rows[:own] - target, roles.lengths(FORGET))
+        roles, original = batch[ROLES], None
         if roles.retain:
             part = part_for_reference(batch, forget=False, retain=True)
             with self.autocast():
                 original = self.reference.of(model, lambda m: self._activations(m, part))
-            difference = rows[own:] - original.to(rows)
-            kept = _sum_of_means(difference, roles.lengths(RETAINED))
-        means = forget / denominators[0], kept / denominators[2]
-        total = self.method.forget_weight * means[0] + self.retain_weight * means[1]
-        return total, torch.stack([means[0], means[0] * 0, means[1]]).detach().float()
+
+        def compute(rows: Tensor) -> Terms:
+            own = roles.count(FORGET)
+            forget = kept = rows.new_zeros((), dtype=denominators.dtype)
+            # Without any rows too: DDP waits for a gradient.
+            if roles.forget or not roles.retain:
+                target = self.method.target(rows.shape[1]).to(rows.dtype)
+                target = target.to(rows.device, non_blocking=True)
+                forget = _sum_of_means(rows[:own] - target, roles.lengths(FORGET))
+            if roles.retain:
+                kept = _sum_of_means(rows[own:] - original.to(rows), roles.lengths(RETAINED))
+            means = forget / denominators[0], kept / denominators[2]
+            total = self.method.forget_weight * means[0] + self.retain_weight * means[1]
+            return total, torch.stack([means[0], means[0] * 0, means[1]]).detach().float()
+
+        if incompatible_wrapper(model) is None:
+            return compute(self._activations(model, batch))
+        call = partial(loss_at_layer, model, self.method.layer_id)
+        return call(lambda output: compute(_picked(output, batch)), **model_inputs(batch))
 
     def _activations(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return `[answer tokens, D]`, at least float32: forget tokens, then retained ones."""
-        roles = batch[ROLES]
-        inputs = model_inputs(batch)
-        positional = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        output = layer_output(model, self.method.layer_id, *positional, **inputs)
-        # Roles are those of the rows before the tokens; here the tokens themselves count.
-        order = torch.cat([roles.order(FORGET), roles.order(RETAINED)]) + 1
-        rows = output.flatten(0, 1).index_select(0, order.to(output.device, non_blocking=True))
-        return rows.to(accum_dtype(rows.dtype))
+        output = layer_output(model, self.method.layer_id, **model_inputs(batch))
+        return _picked(output, batch)
+
+
+def _picked(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    # Roles are those of the rows before the tokens; here the tokens themselves count.
+    order = torch.cat([batch[ROLES].order(role) for role in (FORGET, RETAINED)]) + 1
+    rows = output.flatten(0, 1).index_select(0, order.to(output.device, non_blocking=True))
+    return rows.to(accum_dtype(rows.dtype))
 
 
 def _sum_of_means(difference: Tensor, lengths: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from palu.models.wrappers import (
     UnsupportedHead,
     forward_replaced,
     is_a,
+    is_sharded,
     output_embedding,
     refuse_compiled,
     text_only_inputs,
@@ -72,17 +73,25 @@ def loss_in_head(
 class LossInHead:
     """`loss_in_head` of one model, whose modules are looked through once and not at every call.
 
+    Args:
+        model: as for `loss_in_head`.
+        takes_head: whether the losses want the head. If not they are given None, and it may be of
+            any kind.
+
     Raises:
         UnsupportedHead: as `loss_in_head`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, takes_head: bool = True) -> None:
         self.model, self.inner = model, unwrap(model)
         self.layer = output_embedding(model)
+        self.takes_head = takes_head
         refuse_compiled(model, self.layer)
-        refuse_not_linear(self.layer)
-        self.scale, self.cap = scale_and_cap(self.inner)
-        self.views = any(is_a(module, FSDP1) for module in model.modules())
+        if takes_head:
+            refuse_not_linear(self.layer)
+            self.scale, self.cap = scale_and_cap(self.inner)
+        self.sharded = is_sharded(model)
+        self._kept: LMHead | None = None
 
     def __call__(
         self,
@@ -112,8 +121,14 @@ class LossInHead:
         return call.result(getattr(output, "logits", None))
 
     def head(self) -> LMHead:
-        """Return the head; only in the layer's forward."""
-        return LMHead.of_layer(self.layer, self.scale, self.cap, views=self.views)
+        """Return the head; of a sharded model only in the layer's forward."""
+        kept, layer = self._kept, self.layer
+        # What a head keeps of itself (`LMHead`) goes by addresses, where shards come and go.
+        if kept is None or kept.weight is not layer.weight or kept.bias is not layer.bias:
+            head = LMHead.of_layer(layer, self.scale, self.cap, views=self.sharded)
+            self._kept = None if self.sharded else head
+            return head
+        return kept
 
 
 class _Call:
@@ -126,7 +141,7 @@ class _Call:
         self.given: list[Any] = []  # what the loss gave
         self.gradient: list[Tensor] = []  # on its way from the anchor to the carrier
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """Compute the loss of the rows, and hand on logits of no row, on which it depends."""
         if self.entered:
             raise UnsupportedHead("the model calls its output embedding more than once")
@@ -134,13 +149,13 @@ class _Call:
         # Under a checkpoint around the whole model the rows would come without a gradient.
         if torch.is_grad_enabled() != self.with_grad:
             raise UnsupportedHead("the model switches gradients on or off inside its forward")
-        if hidden.dim() != 3 or list(hidden.shape[:2]) != self.shape:
+        if input.dim() != 3 or list(input.shape[:2]) != self.shape:
             raise UnsupportedHead(
-                f"rows of shape {list(hidden.shape)} enter the output embedding for input_ids of "
+                f"rows of shape {list(input.shape)} enter the output embedding for input_ids of "
                 f"shape {self.shape}"
             )
-        head = self.owner.head()
-        result = self.loss(hidden, head)
+        head = self.owner.head() if self.owner.takes_head else None
+        result = self.loss(input, head)
         value = result[0] if isinstance(result, tuple) and result else result
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -148,9 +163,10 @@ class _Call:
                 "begins with one"
             )
         if self.with_grad and not value.requires_grad:
-            value = _with_zero_gradients(value, hidden, head)
+            value = _with_zero_gradients(value, input, head)
         self.given = [result, value]
-        return _Carrier.apply(value, self.gradient, (hidden.shape[0], 0, head.vocab_size), hidden)
+        columns = 1 if head is None else head.vocab_size
+        return _Carrier.apply(value, self.gradient, (input.shape[0], 0, columns), input)
 
     def result(self, logits: Tensor | None) -> Any:
         """Return what the loss gave, so that its gradient comes in by the model's logits."""
@@ -169,10 +185,10 @@ class _Call:
         return result._make([value, *rest]) if hasattr(result, "_make") else (value, *rest)
 
 
-def _with_zero_gradients(loss: Tensor, hidden: Tensor, head: LMHead) -> Tensor:
+def _with_zero_gradients(loss: Tensor, hidden: Tensor, head: LMHead | None) -> Tensor:
     """Return the loss as one whose gradient is zero for all that trains: processes that reduce
     gradients together must all have some."""
-    for tensor in (hidden, head.weight, head.bias):
+    for tensor in (hidden, *(() if head is None else (head.weight, head.bias))):
         if tensor is not None and tensor.requires_grad:
             loss = loss + tensor[:0].sum().to(loss.dtype)
     return loss

@@ -47,7 +47,8 @@ class RouterLoss:
         """Return coefficient times loss, a float32 scalar, of the rows after the forget rows.
 
         Args:
-            outputs: of `watching`, whose first one counts.
+            outputs: of `watching`, whose last one counts (the original with the adapter off is
+                called before the model).
             mask: `[B, T]`, the attention mask of the call.
             forget_rows: of the call.
 
@@ -55,7 +56,7 @@ class RouterLoss:
             ValueError: the model gives no such loss, or none of some of its rows.
         """
         inner = unwrap(model)
-        loss = getattr(outputs[0] if outputs else None, "aux_loss", None)
+        loss = getattr(outputs[-1] if outputs else None, "aux_loss", None)
         coefficient = _coefficient(inner)
         if not isinstance(loss, Tensor) or coefficient is None:
             raise ValueError(
@@ -64,7 +65,7 @@ class RouterLoss:
                 "False to train without"
             )
         if forget_rows:
-            loss = _of_rows(inner, outputs[0], mask, forget_rows, loss)
+            loss = _of_rows(inner, outputs[-1], mask, forget_rows, loss)
         if model.training:
             self._seen.append(loss.detach().float())
         return coefficient * loss.float()

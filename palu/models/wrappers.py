@@ -123,14 +123,16 @@ def wants_token_types(model: nn.Module) -> bool:
 def incompatible_wrapper(model: nn.Module) -> str | None:
     """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
     loss uses hidden states instead of the model's outputs, else None."""
-    kinds = {}  # a model has thousands of modules, of few kinds, and this is asked every step
     for module in model.modules():
-        kinds[type(module)] = module
         if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
             return "the model is wrapped in DistributedDataParallel with static_graph=True"
-    if any(is_a(module, FSDP1, FSDP2) for module in kinds.values()):
-        return "the model is sharded by FSDP"
-    return None
+    return "the model is sharded by FSDP" if is_sharded(model) else None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP shards the model, or a part of it."""
+    # A model has thousands of modules, of few kinds.
+    return any(is_a(m, FSDP1, FSDP2) for m in {type(m): m for m in model.modules()}.values())
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -181,26 +183,12 @@ def refuse_compiled(model: nn.Module, module: nn.Module) -> None:
 def forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Have `forward` run in the place of the module's own inside the block: after its pre-hooks and
     before its forward hooks, which is where FSDP has made its parameters whole."""
+    own = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
-
-
-@contextmanager
-def head_pre_hook(
-    model: nn.Module, hook: Callable[[nn.Module, tuple], tuple | None]
-) -> Iterator[None]:
-    """Run `hook` before the output embedding inside the block.
-
-    Raises:
-        UnsupportedHead: the model is compiled.
-    """
-    module = output_embedding(model)
-    refuse_compiled(model, module)
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+        if own is None:
+            del module.forward
+        else:  # accelerate's dispatch and offloading
+            module.forward = own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,13 @@ class CachedReference:
         self.cache.to(device)
         return self
 
-    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
-        """Return True: only such models can be cached."""
-        return True
+    def why_not_fusable(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return None: only models that allow it can be cached."""
+        return None
+
+    def whole_head(self) -> AbstractContextManager[palu_kernels.LMHead | None]:
+        """Yield `head`."""
+        return nullcontext(self.head)
 
 
 Reference = LiveReference | AdapterOffReference | CachedReference

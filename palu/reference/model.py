@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import palu_kernels
-from palu.models.lm_head import fusable_head
-from palu.models.wrappers import adapters_off
+from palu.models.head_check import why_not_fusable
+from palu.models.in_head import whole_head
+from palu.models.lm_head import LMHead
+from palu.models.wrappers import adapters_off, is_sharded
 
 REFERENCES = ("live", "adapter_off", "cached")
 
@@ -57,10 +60,16 @@ class LiveReference:
         self.model.to(device)
         return self
 
-    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether losses may be computed from the reference's hidden states."""
-        self.head = fusable_head(self.model, **inputs)
-        return self.head is not None
+    def why_not_fusable(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return why losses cannot be computed from the reference's hidden states, else None."""
+        reason = why_not_fusable(self.model, **inputs)
+        if reason is None and not is_sharded(self.model):
+            self.head = LMHead.from_model(self.model)
+        return None if reason is None else f"of the reference, {reason}"
+
+    def whole_head(self) -> AbstractContextManager[palu_kernels.LMHead]:
+        """Yield its head, whole for the time of the block where it is sharded."""
+        return whole_head(self.model) if self.head is None else nullcontext(self.head)
 
     @torch.no_grad()
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -77,8 +86,6 @@ class AdapterOffReference:
     Raises:
         ValueError: it is not, or something else in it trains as well.
     """
-
-    head = None  # the model's own, which no adapter touches
 
     def __init__(self, model: nn.Module) -> None:
         if not hasattr(model, "disable_adapter"):
@@ -105,9 +112,13 @@ class AdapterOffReference:
         """Do nothing: the model is where it is."""
         return self
 
-    def has_fusable_head(self, inputs: Mapping[str, Any]) -> bool:
-        """Return True: the head is the model's."""
-        return True
+    def why_not_fusable(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return None: the head is the model's."""
+        return None
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Yield None: it is the model's, which no adapter touches."""
+        return nullcontext()
 
     def of(self, model: nn.Module, take: Callable[[nn.Module], Tensor]) -> Tensor:
         with adapters_off(model):

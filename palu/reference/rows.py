@@ -11,8 +11,9 @@ import palu_kernels
 from palu.data.roles import FORGET, IGNORE, PRESERVE
 from palu.loss import PALULoss
 from palu.models.forward import model_hidden_states, shift_to_logits
+from palu.models.head_check import check_head
 from palu.models.inputs import is_default, more_inputs
-from palu.models.lm_head import LMHead, check_head
+from palu.models.lm_head import LMHead
 from palu.models.wrappers import UnsupportedHead, unwrap
 from palu.reference.store import CacheError
 from palu_kernels import topk_indices

@@ -16,11 +16,11 @@ from palu.distributed import Processes
 from palu.evaluation.inference import continuations
 from palu.evaluation.leaks import leaks, sort_secrets
 from palu.models.checks import is_whole
-from palu.models.forward import logits_at, model_hidden_states, shift_to_logits
+from palu.models.forward import logits_at, shift_to_logits
 from palu.models.inputs import more_inputs
 from palu.models.wrappers import eos_token_ids, eval_mode
 from palu.training.trainer_checks import marks_something
-from palu_kernels import cross_entropy_loss, linear_cross_entropy_loss
+from palu_kernels import LMHead, cross_entropy_loss, linear_cross_entropy_loss
 
 if TYPE_CHECKING:
     from palu.training.trainer import PALUTrainer
@@ -73,13 +73,17 @@ def token_scores(
     first = None
     # `trainer.model` is inside DDP, whose forward makes processes wait for one another.
     with trainer.compute_loss_context_manager():
-        if trainer.step_loss.head is None or likeliest:
+        if likeliest or not trainer.step_loss.without_logits:
             logits = logits_at(trainer.model, ids, mask, keep, **more)
             nll = cross_entropy_loss(logits, targets, **options)
             first = (logits.argmax(-1) == targets).cpu() if likeliest else None
         else:
-            hidden = model_hidden_states(trainer.model, ids, mask, **more)[keep]
-            nll = linear_cross_entropy_loss(hidden, trainer.step_loss.head, targets, **options)
+
+            def of_rows(hidden: Tensor, head: LMHead) -> Tensor:
+                return linear_cross_entropy_loss(hidden[keep], head, targets, **options)
+
+            inputs = {"input_ids": ids, "attention_mask": mask, **more}
+            nll = trainer.step_loss.over_head(trainer.model, inputs, of_rows)
     return nll.double().cpu(), first
 
 

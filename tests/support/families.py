@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 
+from palu.models.head_check import why_not_fusable
+from palu.models.lm_head import LMHead
 from palu_kernels.reference import head_logits
 
 VOCAB = 101  # odd
@@ -119,6 +121,11 @@ class Wrapper(nn.Module):
     def forward(self, *args, **kwargs):
         self.calls += 1
         return self.module(*args, **kwargs)
+
+
+def fusable_head(model: nn.Module, *batch: torch.Tensor, **more: torch.Tensor) -> LMHead | None:
+    """The head, where losses may be computed from the rows that enter it."""
+    return LMHead.from_model(model) if why_not_fusable(model, *batch, **more) is None else None
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from palu.data.template import Template
-from palu.models.lm_head import fusable_head
+from palu.models.head_check import why_not_fusable
 from palu.models.loading import load_model, load_tokenizer
 from palu.models.lora import LoRASettings, add_lora, fold_in, fold_in_measured
 from palu.run_record import RECORD
@@ -354,4 +354,4 @@ def test_merge_refuses_what_it_must(palu, work, monkeypatch):
 def test_a_plain_head_is_found_in_a_loaded_adapter(palu, work):
     adapter(palu)
     given = inputs(small.tokenizer())
-    assert fusable_head(load_model(work / "adapter", device="cpu"), **given) is not None
+    assert why_not_fusable(load_model(work / "adapter", device="cpu"), **given) is None

@@ -182,7 +182,7 @@ def test_loss_and_gradients_are_the_formula(tok, tmp_path, name, retain_loss, pl
     weighted = {"forget_weight": 0.7, "retain_weight": 2.0, "retain_loss": retain_loss}
     made = made_by(tok, tmp_path, name, plain=plain, **weighted)
     terms = made._terms(made.model, batch_of(tok, name))
-    assert (made.step_loss.head is not None) == plain
+    assert made.step_loss.without_logits == plain
     terms.loss.backward()
     got = gradients(made.model)
 

@@ -43,7 +43,7 @@ def both_roads(tok, tmp_path, model=None, **options):
         batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
         terms = made._terms(made.model, batch)
         terms.loss.backward()
-        assert (made.step_loss.head is None) == hook
+        assert made.step_loss.without_logits != hook
         grads = [p.grad for p in made.model.parameters() if p.grad is not None]
         found.append((terms.loss.detach(), terms.means, torch.cat([g.flatten() for g in grads])))
     return found
@@ -201,7 +201,7 @@ def test_adapters_off_is_the_model_without_them(tok, tmp_path, hidden):
         batch = dict(Collator(tok)(rows[:3]), palu_retain=Collator(tok)(rows[3:]))
         terms = made._terms(made.model, batch)
         terms.loss.backward()
-        assert made.model.training and (made.step_loss.head is not None) == hidden
+        assert made.model.training and made.step_loss.without_logits == hidden
         grads = [p.grad.flatten() for p in made.model.parameters() if p.grad is not None]
         found.append((terms.means, torch.cat(grads)))
     assert isinstance(made.reference, AdapterOffReference)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import palu_kernels
 from palu.models.forward import model_hidden_states
-from palu.models.lm_head import LMHead, check_head, fusable_head
+from palu.models.head_check import check_head
+from palu.models.lm_head import LMHead
 from palu.models.wrappers import UnsupportedHead
 from tests.support import families
 
@@ -45,13 +46,12 @@ def assert_same_gradients(got, want):
 
 @every_family
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_logits_are_those_of_the_model(name, left, caplog):
+def test_logits_are_those_of_the_model(name, left):
     model = families.make(name)
     ids, mask = families.batch(left)
     want = model(input_ids=ids, attention_mask=mask).logits
-    head = fusable_head(model, ids, mask)
+    head = families.fusable_head(model, ids, mask)
     assert isinstance(head, LMHead) and isinstance(head, palu_kernels.LMHead)
-    assert not [record for record in caplog.records if record.name.startswith("palu")]
     hidden = model_hidden_states(model, ids, mask)
     assert hidden.shape == (3, 9, head.hidden_size)
     torch.testing.assert_close(head.logits(hidden), want, rtol=1e-5, atol=1e-5)
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_the_model(name):
 def test_half_precision(name, dtype):
     model = families.make(name).to(dtype)
     ids, mask = families.batch()
-    head = fusable_head(model, ids, mask)
+    head = families.fusable_head(model, ids, mask)
     assert head is not None
     got = head.logits(model_hidden_states(model, ids, mask)).float()
     want = model(input_ids=ids, attention_mask=mask).logits.float()
@@ -167,7 +167,7 @@ def test_gradient_checkpointing():
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
-        head = fusable_head(model, ids, mask)
+        head = families.fusable_head(model, ids, mask)
         logits = head.logits(model_hidden_states(model, ids, mask))
         assert_same_gradients(gradients(model, cross_entropy(logits, ids, mask)), want)
 
@@ -196,7 +196,7 @@ def test_the_wrapper_is_what_gets_called():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gptj"])
 def test_autocast_inside_the_wrapper(name):
     wrapper, (ids, mask) = Autocast(families.make(name)), families.batch()
-    head = fusable_head(wrapper, ids, mask)
+    head = families.fusable_head(wrapper, ids, mask)
     assert head is not None
     hidden = model_hidden_states(wrapper, ids, mask)
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +230,7 @@ def test_ddp(one_process):
     for unused in (False, True):
         ddp = DistributedDataParallel(model, find_unused_parameters=unused)
         ddp.register_comm_hook(None, double)
-        head = fusable_head(ddp, ids, mask)
+        head = families.fusable_head(ddp, ids, mask)
         logits = head.logits(model_hidden_states(ddp, ids, mask))
         got = gradients(model, cross_entropy(logits, ids, mask))
         assert_same_gradients({name: gradient / 2 for name, gradient in got.items()}, want)
@@ -280,14 +280,14 @@ def test_compiled_models_are_refused(how):
     assert LMHead.from_model(compiled).weight is model.lm_head.weight
     with pytest.raises(UnsupportedHead, match="the model is compiled"):
         model_hidden_states(compiled, ids, mask)
-    assert fusable_head(compiled, ids, mask) is None
+    assert families.fusable_head(compiled, ids, mask) is None
     assert families.hooks_of(model) == 0
 
 
 def test_compiled_layers_are_no_matter():
     model, (ids, mask) = families.make("llama"), families.batch()
     model.model.layers[0].compile(backend="eager")
-    assert fusable_head(model, ids, mask) is not None
+    assert families.fusable_head(model, ids, mask) is not None
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_lora_on_attention(name):
     model, (ids, mask) = families.make(name), families.batch()
     base = model(input_ids=ids, attention_mask=mask).logits
     adapted = lora(model)
-    head = fusable_head(adapted, ids, mask)
+    head = families.fusable_head(adapted, ids, mask)
     logits = adapted(input_ids=ids, attention_mask=mask).logits
     want = gradients(adapted, cross_entropy(logits, ids, mask))
     got = head.logits(model_hidden_states(adapted, ids, mask))
@@ -324,7 +324,7 @@ def test_peft_on_the_head_is_refused(targets, settings):
     adapted, (ids, mask) = lora(families.make("llama"), targets, **settings), families.batch()
     with pytest.raises(UnsupportedHead, match=r"is a peft\..*, not a plain torch\.nn\.Linear"):
         LMHead.from_model(adapted)
-    assert fusable_head(adapted, ids, mask) is None
+    assert families.fusable_head(adapted, ids, mask) is None
     # The rows themselves are still right.
     got = adapted.get_output_embeddings()(model_hidden_states(adapted, ids, mask))
     torch.testing.assert_close(got, adapted(input_ids=ids, attention_mask=mask).logits)
@@ -336,4 +336,4 @@ def test_prompt_tuning_is_refused():
     tuned, (ids, mask) = peft.get_peft_model(families.make("llama"), config), families.batch()
     with pytest.raises(UnsupportedHead, match=r"rows of shape \[3, 11, 16\] enter"):
         model_hidden_states(tuned, ids, mask)
-    assert fusable_head(tuned, ids, mask) is None
+    assert families.fusable_head(tuned, ids, mask) is None

@@ -14,6 +14,7 @@ from palu import LMHead, PALULoss, PALUOutput, loss_in_head, model_hidden_states
 from palu.models.wrappers import UnsupportedHead
 from tests.support import ROOT, WORKERS, families
 from tests.support.workers import in_head as worker
+from tests.support.workers import step_losses
 
 LOSS = PALULoss(top_k=7, objective="entropy", eos_token_id=2)
 
@@ -46,6 +47,26 @@ def test_steps_are_those_of_one_process(launched, name):
         assert found["moved"] > 1e-3
         assert found["together"] == pytest.approx(found["alone"], rel=near)
         assert found["far"] <= (0.05 * found["moved"] if half else near)
+
+
+@pytest.mark.parametrize("name", step_losses.CASES)
+def test_step_losses_are_those_of_one_process(launched, name):
+    """In float64; the means of the terms are float32."""
+    case = step_losses.CASES[name]
+    for one in launched:
+        found = one[f"step: {name}"]
+        assert found["without_logits"] == (case["method"] != "rmu" and "hooked" not in case)
+        assert found["together"][0] == pytest.approx(found["alone"][0], rel=1e-13)
+        assert found["together"][1:] == pytest.approx(found["alone"][1:], rel=1e-6)
+        assert found["moved"] > 0.02 and found["far"] < 1e-14
+
+
+def test_what_one_process_finds_holds_in_all(launched):
+    where = f"in process {len(launched) - 1} "
+    found = [[text.removeprefix(where) for text in one["disagreement"]] for one in launched]
+    assert found == [found[0]] * len(launched)
+    assert "has forward hooks" in found[0][0] and "with scale 2 and softcap None" in found[0][1]
+    assert all(text.startswith(where) for text in launched[0]["disagreement"])
 
 
 def test_an_error_in_one_process_is_its_own(launched):

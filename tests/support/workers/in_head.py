@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from palu import LMHead, PALULoss, PALUOutput, loss_in_head, model_hidden_states, whole_head
+from palu.models.head_check import why_not_fusable
 from palu.models.layers import decoder_layers
 from palu.models.wrappers import adapters_off, output_embedding, unwrap
 from palu_kernels import topk_indices
 from tests.support import families
+from tests.support.workers import step_losses
 
 ROWS = 8  # of a step, in all processes together
 STEPS, RATE = 2, 0.005  # the second step runs in wrappers that know their modules' order
@@ -301,12 +303,32 @@ def run_error(rank: int, processes: int) -> list[Any]:
     return [said, "forward" in vars(model.lm_head)]
 
 
+def run_disagreement(rank: int, processes: int) -> list[str | None]:
+    """What all processes find where one of them has another head, or other settings."""
+    found = []
+    for wrong in ("hook", "scale"):
+        model, _ = made({})
+        if rank == processes - 1 and wrong == "hook":
+            model.lm_head.register_forward_hook(lambda *_: None)
+        elif rank == processes - 1:
+            model.config.logit_scale = 2.0
+        mask = torch.full((2, 9), int(rank > 0))  # no token of the first one's is real
+        model = wrapped(model, {}, "head")
+        found.append(why_not_fusable(model, batch({}, processes)[0][:2], mask))
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     rank, processes = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {n: run_case(case, rank, processes) for n, case in CASES.items()}
     found["error"] = run_error(rank, processes)
+    found["disagreement"] = run_disagreement(rank, processes)
+    for name, case in step_losses.CASES.items():
+        found[f"step: {name}"] = step_losses.run_case(
+            case, rank, processes, folder, wrapped, trained
+        )
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     sys.stderr.flush()
