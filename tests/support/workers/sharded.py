@@ -49,8 +49,9 @@ def run_case(folder: Path, processes: int, name: str, **more) -> dict:
     trainer = distributed.build(small.tokenizer(), folder, processes, name, CASES[name], **more)
     before = numbers(trainer.evaluate()) if name == "live" else None
     trainer.train()
+    found = outcome(trainer)
     after = numbers(trainer.evaluate()) if name == "live" else None
-    return {**outcome(trainer), "before": before, "after": after}
+    return {**found, "before": before, "after": after}
 
 
 def refused(folder: Path, processes: int, **more) -> str:
