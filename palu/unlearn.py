@@ -32,6 +32,7 @@ from palu.training.config import PALUConfig
 from palu.training.master_weights import round_into, warn_rounded_back
 from palu.training.nonfinite import check_weights
 from palu.training.outcome import RunOutcome
+from palu.training.sharding import skeleton
 from palu.training.trainer import TERMS, PALUTrainer
 
 # What the Trainer logs for each step and `palu.json` keeps.
@@ -62,8 +63,9 @@ _CHECKPOINTING = (
 
 
 class Outcome(NamedTuple):
-    """What a run leaves beside the model."""
+    """What a run leaves."""
 
+    model: PreTrainedModel  # trained; where FSDP shards it, whole in the main process alone
     curve: list[dict[str, float]]  # one dict a step with the names in `CURVE`
     master_weights: bool  # whether float32 masters were trained (`palu.training.master_weights`)
     rounded_back: float  # share of the change that rounding takes back
@@ -157,8 +159,8 @@ def unlearn(
     resume: str | None = None,
     saved: Mapping[str, torch.dtype] | None = None,
 ) -> Outcome:
-    """Train `model` in place to forget the sensitive tokens (or the answers, see
-    `PALUConfig.method`) of `forget_rows`.
+    """Train `model` to forget the sensitive tokens (or the answers, see `PALUConfig.method`) of
+    `forget_rows`: in place, unless FSDP shards it (see `Outcome`).
 
     Args:
         forget_rows, retain_rows: as `palu.data.examples.tokenize_examples` makes them.
@@ -192,11 +194,14 @@ def unlearn(
         trainer.remove_callback(PrinterCallback)
         if report is not None:
             trainer.add_callback(TrainingBar(report))
+        bare = skeleton(model) if trainer.is_fsdp_enabled else None
         building = None if report is None else partial(report, note="building the reference cache")
         trainer.train(resume, cache_options={"report": building, **(cache_options or {})})
         if not isinstance(trainer.reference, CachedReference):
             config.reference_cache = None
-    check_weights(model, trainer.state.global_step)
+    check_weights(trainer.model, trainer.state.global_step)
+    if bare is not None:
+        model = trainer.gather_into(bare)
     kinds = {saved[n] for n, p in model.named_parameters() if p.dtype != saved[n]} if saved else ()
     kind = next(iter(kinds), None)  # one: a checkpoint's
     share = trainer.rounded_back(kind)
@@ -210,7 +215,7 @@ def unlearn(
         model.config.use_cache = use_cache
     model.eval()
     curve = _curve(trainer.state.log_history)
-    return Outcome(curve, trainer.has_masters, share, trainer.outcome)
+    return Outcome(model, curve, trainer.has_masters, share, trainer.outcome)
 
 
 def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:

@@ -153,6 +153,7 @@ class Run:
         from palu.models.loading import check_precision, model_folder, resolve_device
         from palu.reference.cache import cache_info
         from palu.training import auto, checkpoints
+        from palu.training.sharding import check_launch
         from palu_kernels.backend import resolve as resolve_backend
 
         quiet()
@@ -180,6 +181,7 @@ class Run:
         settings = self._settings()
         with blamed_on(options.set, ImportError):  # deepspeed
             self.config = run.make_config(self.device, **settings)
+        check_launch(self.config)
         check_read(options, options.given)  # defaults too, where they were given
         run.check_method(self.config, options.model, retain=self.kept != NONE)
         _check_reports(self.config, options.output)
@@ -364,6 +366,7 @@ class Run:
                 resume=self.resume_from,
                 saved=self.saved,
             )
+        self.model = self.outcome.model
 
     def _write(self, folder: Path) -> None:
         from palu import unlearn as run

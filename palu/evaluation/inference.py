@@ -17,7 +17,7 @@ from palu.data.labels import LabeledExample
 from palu.data.roles import IGNORE
 from palu.distributed import ALONE, Processes
 from palu.models.forward import logits_at, shift_to_logits
-from palu.models.wrappers import unwrap
+from palu.models.wrappers import is_sharded, unwrap
 from palu_kernels import cross_entropy_loss
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ def in_batches(
     *,
     processes: Processes = ALONE,
     report: Callable[[int, int], None] | None = None,
+    level: bool = False,
 ) -> list[T]:
     """Call `work` on batches of examples of similar length, longest first: what does not fit in
     memory fails at once.
@@ -44,14 +45,19 @@ def in_batches(
         lengths: one an example.
         work: returns one result for each example number of the batch.
         report: called with (examples done, of how many), this process's only.
+        level: whether every process calls `work` equally often, if need be on the first batch
+            again: of a sharded model all wait for each.
 
     Returns:
         one result an example, in the order of `lengths`.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rounds, first = -(-len(batches) // processes.count), batches[:1]
     batches = batches[processes.rank :: processes.count]
     total = sum(map(len, batches))
+    if level:
+        batches += first * (rounds - len(batches))
     results: dict[int, T] = {}
     for batch in batches:
         results.update(zip(batch, work(batch), strict=True))
@@ -204,9 +210,9 @@ def continuations(
         seed: of the draws, which depend on it, the prompts and `batch_size` alone: not on the
             number of processes, nor on what was drawn before. They leave the global state of the
             random numbers as it was.
-        **sharing: `processes` and `report` of `in_batches`.
+        **sharing: `processes` and `report` of `in_batches`. A sharded model needs all `processes`.
     """
-    device = next(model.parameters()).device
+    device, sharded = next(model.parameters()).device, is_sharded(model)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos_token_ids[0] if eos_token_ids else 0
@@ -222,11 +228,12 @@ def continuations(
             mask[row, start:] = 1
         with _seeded(device, f"{seed} {chosen[0]}"):
             new = _generate(
-                model, ids.to(device), mask.to(device), ends, max_new_tokens, temperature
+                model, ids.to(device), mask.to(device), ends, max_new_tokens, temperature, sharded
             )
         return [_continuation(tokenizer, tokens, ends) for tokens in new.tolist()]
 
-    return in_batches([len(prompt) for prompt in prompts], batch_size, work, **sharing)
+    lengths = [len(prompt) for prompt in prompts]
+    return in_batches(lengths, batch_size, work, **sharing, level=sharded)
 
 
 def _continuation(tokenizer: Any, tokens: list[int], ends: set[int]) -> Continuation:
@@ -247,9 +254,20 @@ def _seeded(device: torch.device, seed: str) -> Iterator[None]:
 
 
 def _generate(
-    model: nn.Module, ids: Tensor, mask: Tensor, eos: set[int], limit: int, temperature: float
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    eos: set[int],
+    limit: int,
+    temperature: float,
+    together: bool,
 ) -> Tensor:
-    """Return the continuation, int64 `[B, new]`, whatever sampling settings are stored."""
+    """Return the continuation, int64 `[B, new]`, whatever sampling settings are stored.
+
+    Args:
+        together: all processes generate, and none ends before the others (else transformers
+            looks whether that is so).
+    """
     from transformers import GenerationConfig
 
     how: dict[str, Any] = {"do_sample": False}
@@ -271,7 +289,12 @@ def _generate(
         # `generate` fills in what `settings` leaves out (temperature, penalties) from the stored
         # ones: an empty config has none.
         inner.generation_config = GenerationConfig()
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            synced_gpus=together or None,
+        )
     finally:
         inner.generation_config = stored
     return out[:, ids.shape[1] :]

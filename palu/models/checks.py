@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.wrappers import adapters_off, eval_mode, peft_model, unwrap
+from palu.models.wrappers import adapters_off, eval_mode, is_sharded, peft_model, unwrap
 
 _ROWS, _TOKENS = 2, 64  # of the data, to check the model on
 
@@ -48,8 +48,9 @@ def refuse_encoder(model: nn.Module) -> None:
 
 def is_whole(model: nn.Module) -> bool:
     """Return whether this process has all weights and may call the model by itself: not so on
-    the meta device and where DeepSpeed (ZeRO 3) keeps a part."""
-    return not any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
+    the meta device, under FSDP and where DeepSpeed (ZeRO 3) keeps a part."""
+    parts = any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
+    return not parts and not is_sharded(model)
 
 
 def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:

@@ -120,6 +120,12 @@ def wants_token_types(model: nn.Module) -> bool:
     return getattr(getattr(unwrap(model), "config", None), "model_type", None) == "gemma3"
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP shards the model: all processes have to call it, equally often."""
+    kinds = {type(module) for module in model.modules()}
+    return any(base.__name__ in _FSDP for kind in kinds for base in kind.__mro__)
+
+
 def incompatible_wrapper(model: nn.Module) -> str | None:
     """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
     loss uses hidden states instead of the model's outputs, else None."""

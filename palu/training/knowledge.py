@@ -18,7 +18,7 @@ from palu.evaluation.leaks import leaks, sort_secrets
 from palu.models.checks import is_whole
 from palu.models.forward import logits_at, shift_to_logits
 from palu.models.inputs import more_inputs
-from palu.models.wrappers import eos_token_ids, eval_mode
+from palu.models.wrappers import eos_token_ids, eval_mode, is_sharded
 from palu.training.trainer_checks import marks_something
 from palu_kernels import LMHead, cross_entropy_loss, linear_cross_entropy_loss
 
@@ -141,13 +141,13 @@ class KnowledgeMeter:
 
     def leaked(self) -> tuple[int, int] | None:
         """Return how many secrets the model says in greedy answers, and how many were asked for;
-        None where a process has only a part of the model.
+        None where DeepSpeed keeps parts of the model.
 
         Every answer, and every sensitive place of another turn, is generated from the true text
         before it.
         """
         trainer, tokenizer = self.trainer, self.trainer.processing_class
-        if tokenizer is None or not is_whole(trainer.model):
+        if tokenizer is None or not (is_whole(trainer.model) or is_sharded(trainer.model)):
             return None
         asked = [one for i in range(len(trainer.train_dataset)) for one in self._asked(i)]
         asked = [asked[i] for i in _spread(len(asked), ANSWERS)]

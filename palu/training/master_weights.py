@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from palu.training.checkpoints import CheckpointError
+from palu.training.sharding import gather
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +230,7 @@ def refuse_optimizer(optimizer: Any, optim: Any) -> None:
 
 
 def _sample(values: Tensor) -> Tensor:
-    values = values.detach()
-    values = (values.to_local() if hasattr(values, "to_local") else values).reshape(-1)
+    values = gather(values.detach()).reshape(-1)
     return values[:: max(1, values.numel() // SAMPLE)].cpu().clone()
 
 

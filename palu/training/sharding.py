@@ -1,4 +1,4 @@
-"""Models sharded by FSDP under accelerate: turning it on, also on CPUs.
+"""Models sharded by FSDP under accelerate: turning it on, also on CPUs, and making them whole.
 
 accelerate turns FSDP on for accelerators alone: on CPUs a run that asks for it would be DDP, with
 the whole model in every process, and without a word.
@@ -6,14 +6,16 @@ the whole model in every process, and without a word.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from transformers import Trainer
 
 _ENVIRONMENT = "ACCELERATE_USE_FSDP"  # set by `accelerate launch --use_fsdp`
@@ -44,6 +46,8 @@ def check_launch(args: Any) -> None:
     asked = asked_by(args)
     if asked is None or args.deepspeed:
         return
+    # The reference, a cache and the checks before training need the weights in every process.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     device = args.device  # makes the process group
     if PartialState().distributed_type == DistributedType.NO:
         raise ValueError(
@@ -106,6 +110,77 @@ def on_cpus_too(args: Any) -> Iterator[None]:
         )
 
 
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 keeps whole after a forward pass, so that all parameters are shards."""
+    for module in model.modules():
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.reshard()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return a whole tensor; of a shard (a DTensor) all processes have to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def spread(target: Tensor, whole: Tensor | None) -> None:
+    """Write the main process's tensor into a parameter, or a shard of one, of every process.
+
+    Args:
+        target: the parameter.
+        whole: its new value in the main process; None elsewhere.
+    """
+    value = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    if whole is not None:
+        value.copy_(whole)
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(value, 0)
+    target.copy_(value)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of a whole model, whose tensors are shapes without memory.
+
+    Parameters that are one stay one.
+    """
+    tensors = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, tensor.requires_grad)
+        tensors[id(tensor)] = empty
+    return copy.deepcopy(model, tensors)
+
+
+def fill(bare: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a `skeleton` the tensors of a state dict.
+
+    Raises:
+        ValueError: the state dict lacks a parameter.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for prefix, module in bare.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            if id(parameter) not in made:
+                if full not in state:
+                    raise ValueError(f"the weights that were gathered lack {full}")
+                made[id(parameter)] = nn.Parameter(state[full], parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            if full in state:
+                module._buffers[name] = state[full].to(buffer.dtype)
+
+
 class ShardingTrainer(Trainer):
     """A Trainer that shards on CPUs too where FSDP is asked for, and evaluates before training."""
 
@@ -125,3 +200,15 @@ class ShardingTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             prepared.clear()
+
+    def gather_into(self, bare: nn.Module) -> nn.Module:
+        """Return the sharded model as a whole, on the CPU, in the main process; all have to ask.
+
+        Args:
+            bare: `skeleton` of the model as it was before it was sharded. It is filled and
+                returned; in other processes it stays empty.
+        """
+        state = self.accelerator.get_state_dict(self.model)
+        if self.is_world_process_zero():
+            fill(bare, state)
+        return bare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from palu.errors import failed_to_write, one_line
 from palu.models.checks import is_whole
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import Limits, RunOutcome, kept
+from palu.training.sharding import gather, reshard, spread
 
 if TYPE_CHECKING:
     from palu.training.trainer import PALUTrainer
@@ -154,6 +156,7 @@ class KnowledgeChecks(TrainerCallback):
         """Return what trains, by name; the float32 masters of 16-bit weights beside them."""
         trainer = self.trainer
         masters = trainer.masters
+        reshard(trainer.model)
         tensors = {}
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
@@ -164,12 +167,17 @@ class KnowledgeChecks(TrainerCallback):
 
     def _keep(self, bad: float) -> None:
         trainer, step = self.trainer, self.trainer.state.global_step
-        if not is_whole(trainer.model):
+        if not is_whole(trainer.model) and not getattr(trainer.accelerator, "is_fsdp2", False):
             return  # a process has a part of the weights: the last ones stay
         written = torch.tensor([1], device=trainer.args.device)
-        if trainer.is_world_process_zero():
+        main, tensors = trainer.is_world_process_zero(), {}
+        for name, tensor in self._tensors().items():
+            whole = gather(tensor)  # by all processes
+            if main:
+                tensors[name] = whole.detach().cpu().contiguous().clone()
+        if main:
             try:
-                self._write({"step": str(step), "badness": repr(bad)})
+                self._write(tensors, {"step": str(step), "badness": repr(bad)})
             except Exception as error:
                 if not failed_to_write(error):
                     raise
@@ -184,12 +192,11 @@ class KnowledgeChecks(TrainerCallback):
         if trainer.accelerator.gather(written).all():  # in one process, or in all
             self.best = bad, step
 
-    def _write(self, about: dict[str, str]) -> None:
+    def _write(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         """Write the weights aside, and rename the file."""
         file = self._file()
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".partial")
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self._tensors().items()}
         try:
             save_file(tensors, aside, metadata=about)
             aside.replace(file)
@@ -207,15 +214,10 @@ class KnowledgeChecks(TrainerCallback):
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        trainer = self.trainer
-        targets = self._tensors()
-        if trainer.is_world_process_zero():
-            with safe_open(self._file(), "pt") as file:
-                for name, tensor in targets.items():
-                    tensor.copy_(file.get_tensor(name))
-        if trainer.args.world_size > 1:
-            for tensor in targets.values():
-                torch.distributed.broadcast(tensor, 0)
+        main = self.trainer.is_world_process_zero()
+        with safe_open(self._file(), "pt") if main else nullcontext() as file:
+            for name, tensor in self._tensors().items():
+                spread(tensor, file.get_tensor(name) if main else None)
 
 
 def _leaked(entry: dict[str, Any]) -> tuple[int, int] | None:
