@@ -122,8 +122,7 @@ def wants_token_types(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP shards the model: all processes have to call it, equally often."""
-    kinds = {type(module) for module in model.modules()}
-    return any(base.__name__ in _FSDP for kind in kinds for base in kind.__mro__)
+    return any(is_a(module, FSDP1, FSDP2) for module in model.modules())
 
 
 def incompatible_wrapper(model: nn.Module) -> str | None:

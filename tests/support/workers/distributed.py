@@ -224,9 +224,14 @@ def unlearn_words(folder: Path, processes: int) -> list[str]:
 
 
 def run_unlearn(folder: Path, processes: int) -> dict:
+    return run_words(unlearn_words(folder, processes))
+
+
+def run_words(words: list[str]) -> dict:
+    """The exit status of a command of `palu`, and what it says."""
     from palu.cli import app as cli
 
-    sys.argv = ["palu", *unlearn_words(folder, processes)]
+    sys.argv = ["palu", *words]
     said = io.StringIO()
     status = 0
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from palu.training import sharding
 from palu.training.trainer import PALUTrainer
-from tests.support import small
+from tests.support import small, training
 from tests.support.workers import distributed
 
 SHARDED = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
@@ -27,6 +28,8 @@ CASES: dict[str, dict] = {
     "rare": distributed.CASES["rare"],
     "clipped": {**distributed.CASES["adamw"], "max_grad_norm": 0.5, "accumulation": 2},
 }
+ADAPTER = ("--lora-rank", "2", "--reference", "adapter_off")
+LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # by `accelerate launch` too
 NAMES = ("loss", "forget", "preserve", "retain", "num_forget", "num_preserve", "num_retain")
 
 
@@ -54,6 +57,40 @@ def run_case(folder: Path, processes: int, name: str, **more) -> dict:
     return {**found, "before": before, "after": after}
 
 
+def run_checks(folder: Path, processes: int, **more) -> dict:
+    """What a model that knows its answers knows and says, and its best weights put back."""
+    tok = small.tokenizer()
+    size = {"per_device_train_batch_size": 4 // processes, "num_train_epochs": 2, "checks": "ends"}
+    args = training.config(folder / "checks", **size, **more)
+    rows = small.rows(tok)
+    data = {"forget": [*rows[:3], rows[4]], "retain": rows[3:4]}
+    trainer = training.trainer(tok, args, model=training.sure_model(tok), **data)
+    trainer.train()
+    checks = trainer._checks
+    checks._keep(0.5)
+    kept = outcome(trainer)["weights"]
+    sharding.reshard(trainer.model)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1.0)
+    checks._put_back()
+    return {
+        "checks": trainer.outcome.checks,
+        "kept": kept,
+        "put_back": outcome(trainer)["weights"],
+        "best": list(checks.best),
+    }
+
+
+def run_unlearn(folder: Path, processes: int, *more: str) -> dict:
+    """`palu unlearn` as `accelerate launch --use_fsdp` runs it; what it says."""
+    name = f"out-{len(more)}-{processes}"
+    words = distributed.unlearn_words(folder, processes)
+    words[words.index("--output") + 1] = str(folder / name)
+    words[words.index("--reference") + 1] = "live"
+    return {"name": name, **distributed.run_words([*words, "--checks", "epochs", *more])}
+
+
 def refused(folder: Path, processes: int, **more) -> str:
     """What is said of settings that cannot be sharded on CPUs."""
     try:
@@ -72,6 +109,13 @@ def main() -> None:
     found: dict = {name: run_case(folder, processes, name, **SHARDED) for name in CASES}
     old = {**SHARDED, "fsdp_config": {"version": 1}}
     found["version 1"] = refused(folder, processes, **old)
+    found["checks"] = run_checks(folder, processes, **SHARDED)
+    if state.is_main_process:
+        distributed.unlearn_words(folder, processes)
+    state.wait_for_everyone()
+    os.environ |= LAUNCHED
+    for more in ((), ADAPTER):
+        found[f"unlearn-{len(more)}"] = run_unlearn(folder, processes, *more)
     (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
     state.wait_for_everyone()
     sys.stderr.flush()
