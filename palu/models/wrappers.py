@@ -120,11 +120,6 @@ def wants_token_types(model: nn.Module) -> bool:
     return getattr(getattr(unwrap(model), "config", None), "model_type", None) == "gemma3"
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP shards the model: all processes have to call it, equally often."""
-    return any(is_a(module, FSDP1, FSDP2) for module in model.modules())
-
-
 def incompatible_wrapper(model: nn.Module) -> str | None:
     """Return why a wrapper (FSDP, DDP with `static_graph`) would skip gradient reduction when the
     loss uses hidden states instead of the model's outputs, else None."""
@@ -135,7 +130,8 @@ def incompatible_wrapper(model: nn.Module) -> str | None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP shards the model, or a part of it."""
+    """Return whether FSDP shards the model, or a part of it: all processes have to call it, equally
+    often."""
     # A model has thousands of modules, of few kinds.
     return any(is_a(m, FSDP1, FSDP2) for m in {type(m): m for m in model.modules()}.values())
 

@@ -24,6 +24,7 @@ SHARDED = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
 CASES: dict[str, dict] = {
     "live": distributed.CASES["live"],
     "tied": distributed.CASES["tied"],
+    "cached": distributed.CASES["cached"],
     "lora": distributed.CASES["lora"],
     "rare": distributed.CASES["rare"],
     "clipped": {**distributed.CASES["adamw"], "max_grad_norm": 0.5, "accumulation": 2},
