@@ -14,7 +14,7 @@ from palu.models.forward import model_hidden_states, shift_to_logits
 from palu.models.head_check import check_head
 from palu.models.inputs import is_default, more_inputs
 from palu.models.lm_head import LMHead
-from palu.models.wrappers import UnsupportedHead, unwrap
+from palu.models.wrappers import UnsupportedHead, is_sharded, unwrap
 from palu.reference.store import CacheError
 from palu_kernels import topk_indices
 
@@ -26,8 +26,13 @@ def reference_head(model: nn.Module, batch: Mapping[str, Tensor]) -> LMHead:
     """Return the model's output head, tried out on a few tokens of a batch.
 
     Raises:
-        CacheError: the model computes its logits in a way that an `LMHead` does not.
+        CacheError: the model is sharded, or computes its logits in a way that an `LMHead` does not.
     """
+    if is_sharded(model):
+        raise CacheError(
+            "the model is sharded by FSDP, and a cache is of the whole model: build it before (in "
+            "one process, which the others wait for)"
+        )
     device = next(model.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
     try:

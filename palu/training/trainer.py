@@ -81,7 +81,7 @@ from palu.training.master_weights import (
 )
 from palu.training.outcome import RunOutcome
 from palu.training.step_log import TERMS, StepLog, row_means
-from palu.training.trainer_checks import check_arguments, marks_something
+from palu.training.trainer_checks import check_arguments, marks_something, refuse_cached
 from palu.training.until_forgotten import KnowledgeChecks
 from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
@@ -320,11 +320,13 @@ class PALUTrainer(CheckpointTrainer):
 
         Raises:
             CacheError, CacheWriteError, FloatingPointError: as `ReferenceCache.open_or_build`.
+            ValueError: the model is going to be compiled, or sharded by DeepSpeed (ZeRO 3).
         """
         if self._reference_kind != "cached" or not self._needs_reference:
             return None
         if isinstance(self.reference, CachedReference):
             return self.reference.cache
+        refuse_cached(self.accelerator)
         place = self.args.reference_cache or str(Path(self.args.output_dir) / "reference-cache")
         cache = open_run_cache(
             self.model,

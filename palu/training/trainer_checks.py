@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 
 from palu.data.roles import FORGET, token_roles
 from palu.methods import PDU
@@ -54,6 +56,22 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
             f"num_train_epochs is {args.num_train_epochs:g} and dual_warmup_epochs "
             f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
             stacklevel=3,
+        )
+
+
+def refuse_cached(accelerator: Accelerator) -> None:
+    """Raise ValueError where accelerate is going to make of the model what cannot train without
+    logits, which `reference="cached"` needs: before a cache is built for nothing."""
+    state = accelerator.state
+    deepspeed = getattr(state, "deepspeed_plugin", None)
+    what = None
+    if state.dynamo_plugin.backend != DynamoBackend.NO:
+        what = "torch_compile is set, and compiled code has the output embedding's forward in it"
+    elif deepspeed is not None and deepspeed.zero_stage == 3:
+        what = "DeepSpeed keeps parts of the output embedding in other processes (ZeRO 3)"
+    if what is not None:
+        raise ValueError(
+            f"reference='cached' needs losses from hidden rows, but {what}: use reference='live'"
         )
 
 

@@ -3,9 +3,11 @@
 import gc
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -16,6 +18,7 @@ from palu.models.forward import model_hidden_states
 from palu.reference.cached import CachedReference
 from palu.reference.model import AdapterOffReference, LiveReference
 from palu.storage.fingerprint import example_ids
+from palu.training.trainer_checks import refuse_cached
 from tests.support import small
 from tests.support.training import config, micro_batches, trainer, weights
 
@@ -232,6 +235,21 @@ def test_references_that_cannot_be(tok, tmp_path):
     model.get_input_embeddings().weight.requires_grad_()
     with pytest.raises(ValueError, match="belongs to no adapter"):
         trainer(tok, config(tmp_path), reference="adapter_off", model=model)
+
+
+def test_a_cache_that_cannot_serve_is_not_built(tok, tmp_path, monkeypatch):
+    made = trainer(tok, config(tmp_path), reference="cached")
+    state = made.accelerator.state
+    monkeypatch.setattr(state.dynamo_plugin, "backend", DynamoBackend.EAGER)
+    with pytest.raises(ValueError, match=r"reference='cached' needs .* torch_compile is set"):
+        made.train()
+    assert not (tmp_path / "out" / "reference-cache").exists()
+    plain = SimpleNamespace(backend=DynamoBackend.NO)
+    state = SimpleNamespace(dynamo_plugin=plain, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(ValueError, match="ZeRO 3"):
+        refuse_cached(SimpleNamespace(state=state))
+    state.deepspeed_plugin.zero_stage = 2
+    refuse_cached(SimpleNamespace(state=state))
 
 
 @pytest.mark.parametrize("reference", ["live", "adapter_off"])
