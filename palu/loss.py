@@ -13,7 +13,13 @@ from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, Backend, check_values
-from palu_kernels.roles import linear_role_losses, prepare, role_losses, together
+from palu_kernels.roles import (
+    linear_role_losses,
+    prepare,
+    role_losses,
+    takes_dtensors,
+    together,
+)
 from palu_kernels.row_loss import KL, LocalEntropy, ReferenceArgmaxNLL, RowLoss
 from palu_kernels.validation import Center, Objective
 
@@ -105,6 +111,7 @@ class PALULoss(nn.Module):
         """int8 `[B, T]`: what each label is for (0 nothing, 1 forget, 2 preserve)."""
         return token_roles(labels, self.prefix_length, self.eos_token_id)
 
+    @takes_dtensors
     def forward(
         self,
         logits: Tensor,
@@ -138,6 +145,7 @@ class PALULoss(nn.Module):
             check_labels(labels, logits.shape[-1])
         return self._terms(logits, self._row_roles(labels), ref_logits, num_forget, num_preserve)
 
+    @takes_dtensors
     def from_rows(
         self,
         logits: Tensor,
@@ -260,7 +268,7 @@ class PALULoss(nn.Module):
         made = [
             n.to(like.device, work, non_blocking=True)
             if isinstance(n, Tensor)
-            else like.new_full((), n, dtype=work)
+            else torch.full((), n, dtype=work, device=like.device)
             for n in found
         ]
         return counts, torch.stack(made)

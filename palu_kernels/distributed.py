@@ -101,6 +101,10 @@ class Vocabulary:
         """Return this rank's rows of a whole `t [size, ...]`, a view."""
         return t[self.start : self.start + self.rows]
 
+    def of_columns(self, t: Tensor) -> Tensor:
+        """Return this rank's slice of whole rows `[..., size]`, a view."""
+        return t[..., self.start : self.start + self.rows]
+
 
 @lru_cache
 def decode(text: str) -> Vocabulary | None:
@@ -218,25 +222,25 @@ def compares(vocabulary: Vocabulary, device: torch.device) -> bool:
 def agree_on_call(
     vocabulary: Vocabulary,
     facts: dict[str, Any],
-    rows: Tensor,
+    rows: Tensor | None,
+    device: torch.device,
     integers: Sequence[Tensor | None] = (),
 ) -> None:
     """Compare what every rank of a sharded vocabulary calls a loss with: `facts`, and the entries
-    of `rows` and `integers`.
+    of hidden `rows` and `integers`.
 
     Raises:
         Disagreement: on every rank.
     """
-    if torch.compiler.is_compiling() or rows.is_meta or not compares(vocabulary, rows.device):
+    if torch.compiler.is_compiling() or not compares(vocabulary, device):
         return
     facts = {"the call": "a loss", **facts, "integers": [_fingerprint(t) for t in integers]}
-    # not to the last bit: each rank may have added up its own rows
-    weights = torch.arange(1, len(rows) + 1, device=rows.device, dtype=torch.float32)
-    size = float(
-        (rows.detach().float().abs().mean(-1) * weights).sum() / weights.sum().clamp(min=1)
-    )
-    facts["rows"] = f"{size:.2e}" if math.isfinite(size) else None
-    agree(resolve_group(vocabulary.group), facts, rows.device)
+    if rows is not None:  # not to the last bit: each rank may have added up its own rows
+        weights = torch.arange(1, len(rows) + 1, device=device, dtype=torch.float32)
+        sizes = rows.detach().float().abs().mean(-1) * weights
+        size = float(sizes.sum() / weights.sum().clamp(min=1))
+        facts["rows"] = f"{size:.2e}" if math.isfinite(size) else None
+    agree(resolve_group(vocabulary.group), facts, device)
     _called.add(vocabulary.group)
 
 
@@ -269,6 +273,8 @@ def _fingerprint(t: Tensor | None) -> str | None:
 
 def dtensor(t: Any) -> Any:
     """Return `t` if it is a DTensor, else None."""
+    if torch.compiler.is_compiling():
+        return None
     module = sys.modules.get("torch.distributed.tensor")
     return t if module is not None and isinstance(t, module.DTensor) else None
 
@@ -294,12 +300,13 @@ def local_slice(name: str, t: Any, dim: int | None, by_row: bool) -> tuple[Any, 
     rows = [n for n, p in enumerate(t.placements) if type(p) is Shard and p.dim not in (dim, last)]
     served = len(spread) + len(rows) + sum(isinstance(p, Replicate) for p in t.placements)
     if served < len(t.placements) or len(spread) > 1 or (rows and not by_row):
-        allowed = [] if dim is None else [f"Shard({dim}) over one dimension of the mesh at most"]
-        allowed += ["Replicate()", "Shard() of its rows"] if by_row else ["Replicate()"]
+        allowed = "" if dim is None else f"Shard({dim}) over one dimension of the mesh at most, or "
+        allowed += "Replicate() or Shard() of rows" if by_row else "Replicate()"
+        fsdp = " (FSDP's are whole inside the head's forward: palu.loss_in_head)"
         raise ValueError(
             f"{name} is a DTensor with placements {tuple(t.placements)} over a mesh of shape "
-            f"{tuple(t.device_mesh.shape)}; they must be {' or '.join(allowed)}: call "
-            f"{name}.redistribute(placements=...) before"
+            f"{tuple(t.device_mesh.shape)}; they must be {allowed}: call "
+            f"{name}.redistribute(placements=...) before{fsdp if dim == 0 else ''}"
         )
     with torch.enable_grad():  # a view of a parameter, whatever a head is made under
         local = t.to_local()
@@ -307,6 +314,30 @@ def local_slice(name: str, t: Any, dim: int | None, by_row: bool) -> tuple[Any, 
         return local, None, None
     _, offsets = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
     return local, t.device_mesh.get_group(spread[0]), offsets[dim]
+
+
+def vocabulary_of(t: Any, dim: int) -> Vocabulary:
+    """Return the vocabulary along `dim` of a DTensor that `local_slice` finds spread there."""
+    from torch import distributed
+
+    mesh = t.device_mesh
+    along = next(n for n, p in enumerate(t.placements) if p.is_shard(dim))
+    group = mesh.get_group(along)
+    here = tuple(slice(None) if n == along else at for n, at in enumerate(mesh.get_coordinate()))
+    places = mesh.mesh[here].tolist()  # ranks as their slices follow one another
+    size = -(-t.shape[dim] // len(places))  # as torch.chunk: the last ones may be shorter
+    starts, counts = [], []
+    for rank in distributed.get_process_group_ranks(group):
+        starts.append(min(places.index(rank) * size, t.shape[dim]))
+        counts.append(min(size, t.shape[dim] - starts[-1]))
+    own = distributed.get_rank(group)
+    if counts[own] != t.to_local().shape[dim]:
+        raise ValueError(
+            f"a DTensor of shape {list(t.shape)} with placements {tuple(t.placements)} has "
+            f"{t.to_local().shape[dim]} local entries in dimension {dim}; it must have "
+            f"{counts[own]} (PyTorch's even split)"
+        )
+    return Vocabulary(group.group_name, own, tuple(starts), tuple(counts))
 
 
 def local_rows(name: str, t: Any) -> Any:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palu_kernels import logits_op
+from palu_kernels import logits_op, sharded_logits
 from palu_kernels import validation as arguments
 from palu_kernels.backend import Backend, accum_dtype, resolve
+from palu_kernels.distributed import dtensor
 from palu_kernels.row_loss import KL, CrossEntropy, LocalEntropy, RowLoss, encode
+from palu_kernels.sharded_logits import takes_dtensors
 from palu_kernels.validation import Center, Direction, Objective, Reduction
 
 
+@takes_dtensors
 def topk_indices(scores: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     """Exact indices of the k largest entries of every row.
 
@@ -31,9 +34,12 @@ def topk_indices(scores: Tensor, k: int, *, backend: Backend = "auto") -> Tensor
     """
     arguments.scores("scores", scores)
     arguments.positive_int("k", k)
-    return logits_op.topk(scores.detach(), k, resolve(backend, scores.device, scores.dtype))
+    backend = resolve(backend, scores.device, scores.dtype)
+    topk = logits_op.topk if dtensor(scores) is None else sharded_logits.topk
+    return topk(scores.detach(), k, backend)
 
 
+@takes_dtensors
 def local_entropy_loss(
     logits: Tensor,
     ref_logits: Tensor | None = None,
@@ -92,6 +98,7 @@ def local_entropy_loss(
     return _loss(loss, logits, ref_logits, indices, reduction, backend)
 
 
+@takes_dtensors
 def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,
@@ -128,6 +135,7 @@ def kl_loss(
     return _loss(KL(direction), logits, ref_logits, None, reduction, backend)
 
 
+@takes_dtensors
 def cross_entropy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -177,5 +185,8 @@ def _loss(
         dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
         wide, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     backend = resolve(backend, wide.device, wide.dtype)
-    out = logits_op.logits_loss(wide, ref_logits, data, encode(loss), reduction, backend)[0]
+    if dtensor(logits) is None:
+        out = logits_op.logits_loss(wide, ref_logits, data, encode(loss), reduction, backend)[0]
+    else:
+        out = sharded_logits.loss(wide, ref_logits, data, loss, reduction, backend)
     return out.to(accum_dtype(logits.dtype))

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palu_kernels import distributed
 from palu_kernels import row_loss as row_losses
 from palu_kernels.backend import accum_dtype, moved, on_device_of, resolve
+from palu_kernels.distributed import Vocabulary, agree_on_call
 from palu_kernels.layout import empty_rows_like, gradient_rows_like
 from palu_kernels.linear.chunked import CHUNK_BYTES, chunk_shape
 from palu_kernels.linear.head import prepare, together
@@ -24,6 +26,7 @@ from palu_kernels.linear.head_gradient import is_kept
 from palu_kernels.linear.op import linear_role_losses
 from palu_kernels.logits_op import refuse_higher_order
 from palu_kernels.row_loss import Operands, RowLoss
+from palu_kernels.sharded_logits import slice_of, slice_of_reference, takes_dtensors
 
 __all__ = [
     "CHUNK_BYTES",
@@ -32,6 +35,7 @@ __all__ = [
     "linear_role_losses",
     "prepare",
     "role_losses",
+    "takes_dtensors",
     "together",
 ]
 
@@ -51,7 +55,7 @@ def role_losses(
     rows, `[n]`, detached; float32 (float64 for float64).
 
     Args:
-        logits: `[..., V]`.
+        logits: `[..., V]`; a DTensor where the vocabulary is sharded.
         ref_logits: the frozen reference's, of any float dtype, where a loss needs it.
         roles: `[...]` integers: a row whose role is i has loss i - 1; other rows have none, and
             a gradient of 0.
@@ -60,7 +64,14 @@ def role_losses(
     """
     resolved = resolve(backend, logits.device, _wider(logits, ref_logits))
     encoded = "\n".join([row_losses.encode(loss) for loss in losses])
-    return by_role(logits, ref_logits, roles, weights, encoded, resolved)
+    local, vocabulary = slice_of(logits)
+    if vocabulary is None:
+        return by_role(logits, ref_logits, roles, weights, encoded, resolved)
+    ref_logits = slice_of_reference(ref_logits, vocabulary)
+    facts = {"losses": encoded, "backend": resolved, "dtype": str(local.dtype)}
+    facts["reference"] = None if ref_logits is None else str(ref_logits.dtype)
+    agree_on_call(vocabulary, facts, None, local.device, [roles])
+    return by_role(local, ref_logits, roles, weights, encoded, resolved, vocabulary.encode())
 
 
 @torch.library.custom_op("palu_kernels::by_role", mutates_args=())
@@ -71,11 +82,13 @@ def by_role(
     weights: Tensor,
     losses: str,
     resolved: str,
+    vocabulary: str = "",
 ) -> tuple[Tensor, Tensor]:
     sums = logits.new_zeros(len(weights), dtype=accum_dtype(logits.dtype))
+    sharded = distributed.decode(vocabulary)
     with on_device_of(logits):
-        for number, loss, rows in _pieces(logits, roles, losses):
-            operands = _operands(loss, logits, ref_logits, rows, resolved)
+        for number, loss, rows in _pieces(logits, roles, losses, sharded):
+            operands = _operands(loss, logits, ref_logits, rows, resolved, sharded)
             sums[number] += loss.fused(operands, gradient=False).sum()
     return (weights * sums).sum(), sums
 
@@ -97,12 +110,14 @@ def by_role_backward(
     weights: Tensor,
     losses: str,
     resolved: str,
+    vocabulary: str = "",
 ) -> Tensor:
     out = gradient_rows_like(logits).zero_()
+    sharded = distributed.decode(vocabulary)
     with on_device_of(logits):
-        for number, loss, rows in _pieces(logits, roles, losses):
+        for number, loss, rows in _pieces(logits, roles, losses, sharded):
             by_row = (grad * weights[number]).expand(len(rows[0])).contiguous()
-            operands = _operands(loss, logits, ref_logits, rows, resolved)
+            operands = _operands(loss, logits, ref_logits, rows, resolved, sharded)
             loss.fused(operands, True, by_row)
             out[rows] = operands.logits.to(out.dtype)
     return out
@@ -114,10 +129,11 @@ def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 def _pieces(
-    logits: Tensor, roles: Tensor, losses: str
+    logits: Tensor, roles: Tensor, losses: str, vocabulary: Vocabulary | None
 ) -> Iterator[tuple[int, RowLoss, tuple[Tensor, ...]]]:
     """Yield the number of a loss, the loss and the indices of some of its rows, until all are."""
-    step = max(1, PIECE_BYTES // (logits.shape[-1] * logits.element_size()))
+    columns = logits.shape[-1] if vocabulary is None else vocabulary.largest
+    step = max(1, PIECE_BYTES // (columns * logits.element_size()))
     for number, line in enumerate(losses.split("\n")):
         # roles may be on the host, where looking them up waits for no device
         rows = [moved(n, logits.device) for n in (roles == number + 1).nonzero(as_tuple=True)]
@@ -131,12 +147,13 @@ def _operands(
     ref_logits: Tensor | None,
     rows: tuple[Tensor, ...],
     resolved: str,
+    vocabulary: Vocabulary | None,
 ) -> Operands:
     picked, ref = logits[rows], ref_logits[rows] if loss.needs_reference else None
     if ref is not None:
         wide = _wider(picked, ref)
         picked, ref = picked.to(wide), ref.to(wide)
-    return Operands(picked, ref, None, resolved)
+    return Operands(picked, ref, None, resolved, vocabulary=vocabulary)
 
 
 def _wider(logits: Tensor, ref_logits: Tensor | None) -> torch.dtype:
@@ -156,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     result = None
     if grad is not None and ctx.needs_input_grad[0]:
         result = by_role_backward(grad, *ctx.saved_tensors, *ctx.plain)
-    return (result, *(None,) * 5)
+    return (result, *(None,) * 6)
 
 
 by_role.register_autograd(_backward, setup_context=_setup_context)

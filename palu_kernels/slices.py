@@ -242,6 +242,19 @@ def select(scores: Tensor, top_k: int, vocabulary: Vocabulary, backend: str) -> 
     return Chosen(own, mine, has_nan)
 
 
+def global_indices(scores: Tensor, top_k: int, vocabulary: Vocabulary, backend: str) -> Tensor:
+    """Return S of the whole rows, ascending indices in the whole vocabulary, int32 `[N, k]`."""
+    chosen = select(scores, top_k, vocabulary, backend)
+    own = torch.where(chosen.mine, chosen.indices + vocabulary.start, vocabulary.size).sort(-1)[0]
+    counts = vocabulary.gather(chosen.mine.sum(-1).int(), "select")
+    before = (counts.cumsum(0) - counts)[vocabulary.place]
+    out = own.new_zeros((len(own), min(top_k, vocabulary.size) + 1))  # one column to throw away
+    at = before[:, None] + torch.arange(own.shape[1], device=own.device)
+    at = torch.where(own < vocabulary.size, at, out.shape[1] - 1)
+    out.scatter_(1, at, own)
+    return vocabulary.sum(out[:, :-1].int(), "select")
+
+
 def _kth_largest(keys: Tensor, k: int, bits: int, least: int, vocabulary: Vocabulary) -> Tensor:
     """The k-th largest key over all ranks, `[N]`; `keys [N, m]`, descending, are the largest
     here."""

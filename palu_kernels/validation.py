@@ -15,6 +15,9 @@ Objective = Literal["flatten", "entropy"]
 Center = Literal["global_mean", "local_mean"]
 Direction = Literal["reverse", "forward"]
 Reduction = Literal["mean", "sum", "none"]
+SLICES = (
+    " (logits of a sharded vocabulary must be DTensors: ColwiseParallel(use_local_output=False))"
+)
 OBJECTIVES, CENTERS = get_args(Objective), get_args(Center)
 DIRECTIONS, REDUCTIONS = get_args(Direction), get_args(Reduction)
 
@@ -91,7 +94,7 @@ def reference(name: str, value: object, logits: Tensor) -> None:
     if value.shape != logits.shape:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; it must have the shape of logits, "
-            f"{list(logits.shape)}"
+            f"{list(logits.shape)}{SLICES if value.shape[-1] > logits.shape[-1] else ''}"
         )
     same_device(name, value, logits)
     if value.requires_grad:
@@ -203,7 +206,7 @@ def label_values(labels: Tensor, ignore_index: int, columns: int) -> None:
         worst = labels[bad].flatten()[0]
         raise ValueError(
             f"labels holds {int(worst)}; a label must be {ignore_index} (ignore_index) "
-            f"or in 0..{columns - 1}"
+            f"or in 0..{columns - 1}{SLICES if worst >= columns else ''}"
         )
 
 

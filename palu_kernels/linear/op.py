@@ -187,7 +187,7 @@ def call(
             "chunk_bytes": chunk_bytes,
             "backend": backend,
         }
-        agree_on_call(vocabulary, facts, hidden, [rows, *data])
+        agree_on_call(vocabulary, facts, hidden, hidden.device, [rows, *data])
     out, sums, *_ = linear_loss(
         hidden,
         head.weight,

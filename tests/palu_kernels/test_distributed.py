@@ -82,6 +82,48 @@ def test_every_rank_is_told_which_rank_differs_in_what(found):
             assert message in rank["faults"][name], name
 
 
+def test_dtensors_of_logits(found):
+    """Sharded by vocabulary, replicated, by rows; the reference likewise or whole."""
+    for rank in found:
+        assert len(rank["logits"]) > 200
+        apart = {
+            name: error
+            for name, error in rank["logits"].items()
+            if not error <= (1e-12 if "float64" in name else 2e-6)
+        }
+        assert not apart
+
+
+def test_a_model_whose_head_is_sharded(found):
+    for rank in found:
+        assert rank["model"].keys() == {"logits float64", "hidden rows float64"}
+        assert max(rank["model"].values()) < 1e-12
+
+
+REFUSED = {
+    "partial logits": "logits is a DTensor with placements (Partial(sum),) over a mesh",
+    "partial scores": "scores is a DTensor with placements (Partial(sum),) over a mesh",
+    "rows and vocabulary": "must be sharded by rows or by vocabulary, not both",
+    "sharded reference": "must be sharded as logits is, or Replicate()",
+    "sharded reference of whole logits": "must be sharded as logits is, or Replicate()",
+    "palu": "call logits.redistribute(placements=...) before",
+    "weight by columns": "weight is a DTensor with placements (Shard(dim=1),)",
+    "partial weight": "palu.loss_in_head",
+    "twice sharded": "must be Shard(0) over one dimension of the mesh at most, or Replicate()",
+    "group beside a DTensor": "process_group or vocab_start is given and weight is a DTensor",
+    "hidden by columns": "hidden is a DTensor with placements (Shard(dim=1),)",
+    "slices as plain tensors": "logits of a sharded vocabulary must be DTensors",
+    "labels of plain slices": "labels holds 7; ",
+}
+
+
+def test_placements_that_are_refused_are_named(found):
+    for rank in found:
+        assert rank["refusals"].keys() == REFUSED.keys()
+        for name, message in REFUSED.items():
+            assert message in rank["refusals"][name], name
+
+
 def test_bytes_a_row(found):
     """No part of what is exchanged grows with V: 24 bytes of a KL, 16 of cross-entropy, 24 or 40 of
     a forget loss, 4 k (or 8 rounds of 15 counts, and two more) of the select, D float32 of the

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import palu_kernels as kernels
 from palu import PALULoss
@@ -159,7 +163,6 @@ def compare(name, function, made, rows, trained, cap, whole_reference=False):
 
 def palu_calls():
     """PALULoss on hidden rows."""
-    some = torch.tensor([[-100, 3, 9, -200, 11, -200, -200], [-100, -200, 1, 2, 4, 30, -200]])
     settings = {
         "by reference": {"preserve": "reverse_kl"},
         "by reference, entropy": {"objective": "entropy", "preserve": "forward_kl"},
@@ -169,17 +172,17 @@ def palu_calls():
     for name, options in settings.items():
 
         def loss(h, head, rh, rhead, labels, o=options):
-            out = PALULoss(top_k=7, prefix_length=2, **o).from_hidden(h, head, some, rh, rhead)
+            out = PALULoss(top_k=7, prefix_length=2, **o).from_hidden(h, head, LABELS, rh, rhead)
             return torch.stack(out[:3])
 
         yield name, loss
 
     def cached(h, head, rh, rhead, labels):
         palu = PALULoss(top_k=7, prefix_length=2)
-        roles = palu._row_roles(some)
+        roles = palu._row_roles(LABELS)
         indices = (torch.arange(int((roles == 1).sum()))[:, None] * 5 + torch.arange(7)) % V
         rows = rh[roles == 2]
-        out = palu.from_hidden(h, head, some, rows, rhead, ref_indices=indices)
+        out = palu.from_hidden(h, head, LABELS, rows, rhead, ref_indices=indices)
         return torch.stack(out[:3])
 
     yield "cached", cached
@@ -271,6 +274,190 @@ def run_traffic(rank, ranks):
     return found
 
 
+LABELS = torch.tensor([[-100, 3, 9, -200, 11, -200, -200], [-100, -200, 1, 2, 4, 30, -200]])
+
+
+def logits_calls(columns):
+    """(name, function of logits, reference's logits and labels)."""
+    for reduction in ("none", "mean"):
+        yield (
+            f"kl {reduction}",
+            lambda z, r, labels, o=reduction: kernels.kl_loss(z, r, reduction=o),
+        )
+        yield (
+            f"cross-entropy {reduction}",
+            lambda z, r, labels, o=reduction: kernels.cross_entropy_loss(z, labels, reduction=o),
+        )
+        for k, center in ((3, "global_mean"), (30, "local_mean")):
+            options = {"top_k": k, "center": center, "reduction": reduction}
+            spread = torch.arange(BATCH * LENGTH)[:, None] + torch.arange(min(k, columns))
+            chosen = (spread % columns).view(BATCH, LENGTH, -1)
+            for by in ("reference", "indices", "current"):
+
+                def forget(z, r, labels, by=by, chosen=chosen, options=options):
+                    indices = chosen if by == "indices" else None
+                    ref = r if by == "reference" else None
+                    return kernels.local_entropy_loss(z, ref, indices=indices, **options)
+
+                yield f"forget by {by} {k} {reduction}", forget
+    for preserve in ("reverse_kl", "nll"):
+
+        def palu(z, r, labels, preserve=preserve):
+            return torch.stack(
+                PALULoss(top_k=7, prefix_length=2, preserve=preserve)(z, labels, r)[:3]
+            )
+
+        yield f"palu {preserve}", palu
+
+    def palu_rows(z, r, labels):
+        roles = torch.tensor([0, 1, 2, 1, 2, 0, 2])
+        return torch.stack(PALULoss(top_k=7).from_rows(z[0], roles, r[0])[:3])
+
+    yield "palu from_rows", palu_rows
+
+
+def of_logits(function, z, r, labels):
+    losses = function(z, r, labels)
+    weights = torch.linspace(0.5, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    (losses * weights).sum().backward()
+    grad = z.grad.full_tensor() if isinstance(z, DTensor) else z.grad
+    return losses.detach(), grad
+
+
+def run_logits(ranks):
+    """Logits as DTensors: how far from plain ones."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    found = {}
+    g = torch.Generator().manual_seed(3)
+    for columns, dtype in ((V, torch.float64), (V, torch.float32), (5, torch.float64)):
+        z, r = (
+            (torch.randn(BATCH, LENGTH, columns, generator=g) * 4).round().to(dtype) / 2
+            for _ in range(2)
+        )
+        r[0, 1, ::2] = z[0, 1, ::2] = -torch.inf
+        z[1, 1, columns - 1] = torch.nan
+        labels = torch.where(LABELS >= 0, LABELS % columns, LABELS)
+        references = {
+            "sharded": distribute_tensor(r, mesh, [Shard(-1)]),
+            "replicated": distribute_tensor(r, mesh, [Replicate()]),
+            "whole": r,
+        }
+        about = f"{columns} {str(dtype)[6:]}"
+        for k in (1, 3, 30):
+            scores = distribute_tensor(z, mesh, [Shard(-1)])
+            same = torch.equal(kernels.topk_indices(scores, k), kernels.topk_indices(z, k))
+            found[f"top {k} {about}"] = 0.0 if same else float("inf")
+        for name, function in logits_calls(columns):
+            own = labels.clamp(min=-100) if "cross" in name else labels
+            right = of_logits(function, z.clone().requires_grad_(), r, own)
+            for kind, ref in references.items():
+                shards = distribute_tensor(z, mesh, [Shard(-1)]).requires_grad_()
+                pair = zip(of_logits(function, shards, ref, own), right, strict=True)
+                found[f"{name} ref {kind} {about}"] = max(itertools.starmap(apart, pair))
+            copies = distribute_tensor(z, mesh, [Replicate()]).requires_grad_()
+            pair = zip(
+                of_logits(function, copies, references["replicated"], own), right, strict=True
+            )
+            found[f"{name} replicated {about}"] = max(itertools.starmap(apart, pair))
+    # rows of their own on every rank
+    z, r = (
+        torch.randn(2 * ranks, LENGTH, V, generator=g),
+        torch.randn(2 * ranks, LENGTH, V, generator=g),
+    )
+    right = kernels.kl_loss(z, r, reduction="none")
+    own = kernels.kl_loss(
+        *(distribute_tensor(t, mesh, [Shard(0)]) for t in (z, r)), reduction="none"
+    )
+    mine = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
+    found["kl by rows float32"] = apart(own, right[mine])
+    return found
+
+
+def run_refusals(ranks):
+    """What is said of placements that are not served."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    square = init_device_mesh("cpu", (1, ranks))
+    z = torch.randn(BATCH, 2 * ranks, 8)
+    whole = distribute_tensor(z, mesh, [Replicate()])
+    partial = DTensor.from_local(z, mesh, [Partial()])
+    shards = distribute_tensor(z, mesh, [Shard(-1)])
+    weight = torch.randn(8, 4)
+    refusals = {
+        "partial logits": lambda: kernels.kl_loss(partial, z),
+        "partial scores": lambda: kernels.topk_indices(partial, 2),
+        "rows and vocabulary": lambda: kernels.kl_loss(
+            distribute_tensor(z, square, [Shard(0), Shard(-1)]), z
+        ),
+        "sharded reference": lambda: kernels.kl_loss(z, shards),
+        "sharded reference of whole logits": lambda: kernels.kl_loss(whole, shards),
+        "palu": lambda: PALULoss()(partial, torch.zeros(BATCH, 2 * ranks, dtype=torch.long), z),
+        "weight by columns": lambda: LMHead(distribute_tensor(weight, mesh, [Shard(1)])),
+        "partial weight": lambda: LMHead(DTensor.from_local(weight, mesh, [Partial()])),
+        "twice sharded": lambda: LMHead(distribute_tensor(weight, square, [Shard(0), Shard(0)])),
+        "group beside a DTensor": lambda: LMHead(
+            distribute_tensor(weight, mesh, [Shard(0)]), process_group=distributed.group.WORLD
+        ),
+        "hidden by columns": lambda: kernels.linear_kl_loss(
+            distribute_tensor(torch.randn(2, 4), mesh, [Shard(1)]),
+            LMHead(weight),
+            torch.zeros(2, 4),
+        ),
+        "slices as plain tensors": lambda: kernels.kl_loss(shards.to_local(), z),
+        "labels of plain slices": lambda: kernels.cross_entropy_loss(
+            shards.to_local(), torch.full((BATCH, 2 * ranks), 7)
+        ),
+    }
+    found = {}
+    for name, call in refusals.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except (TypeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def run_model(ranks):
+    """A transformers model whose head `parallelize_module` shards, by logits and by hidden rows:
+    how far loss and gradients of all parameters are from those of one device."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    ids = torch.randint(3, V, LABELS.shape, generator=torch.Generator().manual_seed(1))
+    labels = torch.where(LABELS >= 0, ids, LABELS)
+    settings = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32}
+    settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    palu = PALULoss(top_k=6, prefix_length=2)
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**settings)).double()
+
+    def step(model, reference, by_logits):
+        if by_logits:
+            with torch.no_grad():
+                ref = reference(ids).logits
+            loss = palu(model(ids, use_cache=False).logits, labels, ref).loss
+        else:
+            with torch.no_grad():
+                ref = reference.model(ids).last_hidden_state
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            head, ref_head = LMHead(model.lm_head.weight), LMHead(reference.lm_head.weight.detach())
+            loss = palu.from_hidden(hidden, head, labels, ref, ref_head).loss
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        return loss.detach(), *(t.full_tensor() if isinstance(t, DTensor) else t for t in grads)
+
+    found = {}
+    for by_logits in (True, False):
+        right = step(make(0), make(1).requires_grad_(False), by_logits)
+        models = make(0), make(1).requires_grad_(False)
+        for model in models:
+            parallelize_module(model, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
+        pair = zip(step(*models, by_logits), right, strict=True)
+        name = f"{'logits' if by_logits else 'hidden rows'} float64"
+        found[name] = max(itertools.starmap(apart, pair))
+    return found
+
+
 def main(folder, rank, ranks, wide=""):
     rank, ranks = int(rank), int(ranks)
     torch.set_num_threads(1)
@@ -286,6 +473,9 @@ def main(folder, rank, ranks, wide=""):
         "grid": run_grid(rank, ranks, bool(wide)),
         "faults": run_faults(rank, ranks),
         "traffic": run_traffic(rank, ranks),
+        "logits": run_logits(ranks),
+        "refusals": run_refusals(ranks),
+        "model": run_model(ranks),
     }
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
