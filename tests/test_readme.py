@@ -30,6 +30,7 @@ from tests.support.readme_world import (
     ONE_MORE_LOSS,
     OPERATORS,
     REPORT,
+    SHARDED,
     TRAINER,
     prepare,
     run,
@@ -53,7 +54,7 @@ def changed(before, after):
 
 def test_every_example_is_here():
     tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS}
-    tested |= {ATTACKS, ANNOTATION, REPORT}
+    tested |= {ATTACKS, ANNOTATION, REPORT, SHARDED}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
 
 

@@ -11,12 +11,12 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import palu_kernels as kernels
@@ -24,6 +24,7 @@ from palu import PALULoss
 from palu_kernels import LMHead, slices
 from palu_kernels.distributed import traffic
 from palu_kernels.linear import cost_model
+from tests.support import readme_world
 
 V, D, BATCH, LENGTH = 43, 24, 2, 7
 
@@ -418,44 +419,46 @@ def run_refusals(ranks):
 
 
 def run_model(ranks):
-    """A transformers model whose head `parallelize_module` shards, by logits and by hidden rows:
-    how far loss and gradients of all parameters are from those of one device."""
-    mesh = init_device_mesh("cpu", (ranks,))
+    """A transformers model whose head `parallelize_module` shards, by logits (the example of
+    docs/distributed.md) and by hidden rows: how far loss and gradients of all parameters are from
+    those of one device."""
     ids = torch.randint(3, V, LABELS.shape, generator=torch.Generator().manual_seed(1))
     labels = torch.where(LABELS >= 0, ids, LABELS)
     settings = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32}
     settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     palu = PALULoss(top_k=6, prefix_length=2)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def make(seed):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings)).double()
 
-    def step(model, reference, by_logits):
-        if by_logits:
-            with torch.no_grad():
-                ref = reference(ids).logits
-            loss = palu(model(ids, use_cache=False).logits, labels, ref).loss
-        else:
-            with torch.no_grad():
-                ref = reference.model(ids).last_hidden_state
-            hidden = model.model(ids, use_cache=False).last_hidden_state
-            head, ref_head = LMHead(model.lm_head.weight), LMHead(reference.lm_head.weight.detach())
-            loss = palu.from_hidden(hidden, head, labels, ref, ref_head).loss
-        loss.backward()
+    def result(model, loss):
         grads = [p.grad for p in model.parameters()]
         return loss.detach(), *(t.full_tensor() if isinstance(t, DTensor) else t for t in grads)
 
-    found = {}
-    for by_logits in (True, False):
-        right = step(make(0), make(1).requires_grad_(False), by_logits)
-        models = make(0), make(1).requires_grad_(False)
-        for model in models:
-            parallelize_module(model, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
-        pair = zip(step(*models, by_logits), right, strict=True)
-        name = f"{'logits' if by_logits else 'hidden rows'} float64"
-        found[name] = max(itertools.starmap(apart, pair))
-    return found
+    def by_hidden(model, reference):
+        with torch.no_grad():
+            ref = reference.model(ids).last_hidden_state
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        head, ref_head = LMHead(model.lm_head.weight), LMHead(reference.lm_head.weight.detach())
+        loss = palu.from_hidden(hidden, head, labels, ref, ref_head).loss
+        loss.backward()
+        return result(model, loss)
+
+    right = by_hidden(make(0), make(1).requires_grad_(False))
+    models = make(0), make(1).requires_grad_(False)
+    nothing = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    names = {"torch": torch, "loss_fn": palu, "optimizer": nothing, "forget_loader": [batch]}
+    names |= {"model": models[0], "frozen_original": models[1]}
+    exec(readme_world.EXAMPLES[readme_world.SHARDED], names)
+    found = {"logits float64": result(models[0], names["out"].loss)}
+    models[0].zero_grad()
+    found["hidden rows float64"] = by_hidden(*models)
+    return {
+        name: max(itertools.starmap(apart, zip(one, right, strict=True)))
+        for name, one in found.items()
+    }
 
 
 def main(folder, rank, ranks, wide=""):
