@@ -93,6 +93,36 @@ def agreed(reason: str | None) -> str | None:
     return f"in process {number} {found[number]}"
 
 
+def agree(problem: str | None, failed: type[Exception]) -> None:
+    """Raise in every process what any of them has found wrong; all of them must call.
+
+    Args:
+        problem: what this one has found, or None.
+        failed: the error to raise; it takes a message, which names the processes.
+    """
+    found = everyone(problem)
+    wrong = {number: said for number, said in enumerate(found) if said is not None}
+    if not wrong:
+        return
+    if len(set(found)) == 1:
+        raise failed(problem)
+    raise failed("; ".join(f"process {number}: {said}" for number, said in wrong.items()))
+
+
+def everyone(value: T) -> list[T]:
+    """Return the value of every process, in order of rank; all of them must call."""
+    from accelerate import PartialState
+
+    processes = PartialState().num_processes
+    if processes == 1:
+        return [value]
+    import torch.distributed
+
+    values: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 class Processes(NamedTuple):
     """The rank of this process and the number of those that share the work."""
 
@@ -116,13 +146,7 @@ class Processes(NamedTuple):
 
     def gather(self, value: T) -> list[T]:
         """Return the value of every process, in order of rank; all of them must call."""
-        if self.count == 1:
-            return [value]
-        import torch.distributed
-
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return [value] if self.count == 1 else everyone(value)
 
     def leave(self) -> None:
         """Leave the process group."""

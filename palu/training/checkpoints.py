@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from palu.distributed import agree
 from palu.errors import WriteError, failed_to_write, one_line, out_of_memory
 from palu.models.lora import check_adapter_names
 from palu.storage.files import MARK, put, remove_aside, settle, write_json
@@ -74,6 +75,9 @@ _FREE = {
 _FREE_PREFIXES = ("batch_eval_", "ddp_", "eval_", "hub_", "log_", "logging_", "push_to_", "save_")
 _FREE_PREFIXES += ("trackio_", "dataloader_")
 _DATA_ORDER = {"dataloader_drop_last"}
+# How the rows of a step are dealt out: to processes, and to micro-batches one after the other.
+_SPLIT = {"processes", "per_device_train_batch_size", "gradient_accumulation_steps"}
+_SPLIT |= {"retain_batch_size"}
 
 
 class CheckpointError(ValueError):
@@ -315,9 +319,10 @@ def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, An
         )
     run = record["run"]
     there, here = run["settings"], identity["settings"]
+    same = _SPLIT if _rows_of_a_step(there) == _rows_of_a_step(here) is not None else set()
     found = [
         f"{name} is {there.get(name)!r} in the checkpoint and {here.get(name)!r} here"
-        for name in sorted({*there, *here})
+        for name in sorted({*there, *here} - same)
         if there.get(name) != here.get(name)
     ]
     for name, rows in identity["data"].items():
@@ -332,6 +337,28 @@ def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, An
             f"checkpoint {str(checkpoint)!r} belongs to another run: {'; '.join(found)}. Resume "
             "with what the run began with, or begin anew in another folder"
         )
+    if any(there.get(name) != here.get(name) for name in same):
+        logger.warning(
+            "the rows of a step are dealt out to processes and micro-batches otherwise than in the "
+            "checkpoint: the numbers are the same up to rounding, but for dropout's draws"
+        )
+
+
+def _rows_of_a_step(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the forget and retain rows of a step; None where more depends on how they are dealt
+    out."""
+    dealing = settings.get("accelerator_config") or {}
+    if (
+        settings.get("normalization") != "step"
+        or settings.get("dataloader_drop_last")
+        or settings.get("auto_find_batch_size")
+        or settings.get("train_sampling_strategy") == "batch_rebalance"
+        or dealing.get("split_batches")
+    ):
+        return None
+    names = ("processes", "gradient_accumulation_steps", "per_device_train_batch_size")
+    processes, steps, rows = (settings.get(name) or 1 for name in names)
+    return processes * steps * rows, processes * steps * (settings.get("retain_batch_size") or rows)
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -380,8 +407,17 @@ class CheckpointTrainer(ShardingTrainer):
                 `output_dir`; None or False.
 
         Raises:
-            CheckpointError: there is none, or it is not whole, or is of another run.
+            CheckpointError: there is none, or it is not whole, or is of another run; in every
+                process where one finds it so.
         """
+        try:
+            checkpoint, problem = self._checked(resume), None
+        except CheckpointError as error:
+            problem = str(error)
+        agree(problem, CheckpointError)
+        return checkpoint
+
+    def _checked(self, resume: str | bool | None) -> str | None:
         checkpoint = resume or None
         if checkpoint is True:
             checkpoint = last_checkpoint(self.args.output_dir)
@@ -401,6 +437,13 @@ class CheckpointTrainer(ShardingTrainer):
         if checkpoint is not None:
             check_same_run(checkpoint, self._identity)
         return checkpoint
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's, which takes a resumed run's batch size from the checkpoint, where the
+        rows of a step may have been dealt out to other processes."""
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None):
         with _whole_weights(resume_from_checkpoint):
@@ -445,6 +488,13 @@ class CheckpointTrainer(ShardingTrainer):
         if self.args.should_save:
             make_aside(aside)
         self.accelerator.wait_for_everyone()
+        unseen = self.sharding is not None and not aside.is_dir()
+        agree(
+            f"does not see {str(aside)!r}: shards go to a folder that all processes share"
+            if unseen
+            else None,
+            CheckpointError,
+        )
         self._aside = aside
         try:
             super()._save_checkpoint(model, trial)

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,6 +201,27 @@ class ShardingTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             prepared.clear()
+
+    @property
+    def sharding(self) -> str | None:
+        """How checkpoints of this run are sharded, in words; None without FSDP."""
+        if not self.is_fsdp_enabled:
+            return None
+        plugin = self.accelerator.state.fsdp_plugin
+        return f"FSDP{plugin.fsdp_version}, {plugin.state_dict_type.name}"
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Hugging Face's. What PyTorch broadcasts needs a tensor, and SGD's state has none."""
+        path = Path(checkpoint or "", "optimizer.bin")
+        whole = self.sharding == "FSDP2, FULL_STATE_DICT" and path.is_file()
+        saved = torch.load(path, "cpu", weights_only=True, mmap=True) if whole else {"state": True}
+        if saved["state"]:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        set_optimizer_state_dict(self.model, self.optimizer, saved)
+        schedule = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
+        return self.lr_scheduler.load_state_dict(schedule)
 
     def gather_into(self, bare: nn.Module) -> nn.Module:
         """Return the sharded model as a whole, on the CPU, in the main process; all have to ask.

@@ -456,6 +456,7 @@ class PALUTrainer(CheckpointTrainer):
             self.args,
             settings={
                 "reference": kind,
+                "sharding": self.sharding,
                 "eos_token_id": getattr(self.method, "eos_token_id", None),
                 **adapter_settings(self.model),
             },

@@ -17,11 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from palu.storage.fingerprint import model_digests
 from palu.training import sharding
+from palu.training.checkpoints import (
+    CheckpointError,
+    _rows_of_a_step,
+    check_digests,
+    last_checkpoint,
+    read_record,
+)
 from tests.support import ROOT, WORKERS, small, training
 from tests.support.workers import distributed, sharded
 
 
-def launch(folder, processes):
+def launch(folder, processes, what="all"):
     """What every process found."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     more = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -35,7 +42,7 @@ def launch(folder, processes):
         command += ["--num_machines=1", "--main_process_port=0"]
         command += ["--mixed_precision=no", "--dynamo_backend=no"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(WORKERS / "sharded.py"), str(folder)],
+        [sys.executable, "-m", *command, str(WORKERS / "sharded.py"), str(folder), what],
         env={**os.environ, **more},
         capture_output=True,
         text=True,
@@ -43,7 +50,7 @@ def launch(folder, processes):
         cwd=folder,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(processes)]
+    return [json.loads((folder / f"{what}-rank-{n}.json").read_text()) for n in range(processes)]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -108,6 +115,79 @@ def test_unlearn_writes_a_folder_like_any_other(launched, tmp_path, more):
         read = AutoModelForCausalLM.from_pretrained(there)
         assert type(read).__name__ == "LlamaForCausalLM"
         assert read.state_dict()["lm_head.weight"].equal(weights["lm_head.weight"])
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The runs that are saved and resumed, in this process and in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {n: sharded.run_saved(folder, 1, n, False, sharded=False) for n in sharded.SAVED}
+
+
+@pytest.mark.parametrize("name", sharded.SAVED)
+def test_a_resumed_run_is_the_whole_one(found, whole, name):
+    for one in found:
+        close(one[f"saved-{name}"], whole[name])
+        assert one["resumed"][name] == one[f"saved-{name}"]  # to the bit
+
+
+def test_any_number_of_processes_goes_on(launched, whole):
+    folder, found = launched
+    for processes in {1, 2, 4} - {len(found)} if len(found) == 4 else {1}:
+        for one in launch(folder, processes, "resume"):
+            for name in sharded.SAVED:
+                close(one[name], whole[name])
+
+
+def test_a_sharded_checkpoint_is_whole_or_absent(launched, caplog):
+    folder = launched[0] / "saved-shards"
+    place = folder / "checkpoint-2"
+    record = read_record(place)
+    check_digests(place, record)
+    shards = [name for name in record["files"] if name.endswith(".distcp")]
+    assert len(shards) == 2 * len(launched[1]) and "optimizer_0/.metadata" in record["files"]
+    assert {p.name for p in folder.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    lost = place / shards[-1]
+    kept = lost.read_bytes()
+    lost.unlink()
+    try:
+        with pytest.raises(CheckpointError, match=f"{shards[-1]} is missing"):
+            read_record(place)
+        assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    finally:
+        lost.write_bytes(kept)
+
+
+def test_what_cannot_be_resumed_is_refused_by_all(found):
+    for one in found:
+        said = one["refused"]["other kind"]
+        assert "sharding is 'FSDP2, SHARDED_STATE_DICT' in the checkpoint" in said
+        assert one["refused"]["damaged"].startswith("process 1: checkpoint ")
+        assert (
+            f"the content of {sharded.DAMAGED} is not what was written"
+            in (one["refused"]["damaged"])
+        )
+
+
+@pytest.mark.parametrize("changed", ["step", "drop_last", "micro_batch", "split_batches"])
+def test_the_rows_of_a_step_may_be_dealt_out_anew(changed):
+    settings = {"normalization": "step", "processes": 4, "per_device_train_batch_size": 2}
+    settings |= {"gradient_accumulation_steps": 3, "retain_batch_size": None}
+    other = {**settings, "processes": 2, "gradient_accumulation_steps": 6}
+    if changed == "drop_last":
+        other["dataloader_drop_last"] = settings["dataloader_drop_last"] = True
+    elif changed == "micro_batch":
+        other["normalization"] = settings["normalization"] = "micro_batch"
+    elif changed == "split_batches":
+        other["accelerator_config"] = settings["accelerator_config"] = {"split_batches": True}
+    one, two = _rows_of_a_step(settings), _rows_of_a_step(other)
+    assert one == two == ((24, 24) if changed == "step" else None)
+
+
+# ---- what cannot be sharded ----------------------------------------------------------------------
 
 
 def test_fsdp1_on_cpus_is_refused(found):

@@ -1,9 +1,10 @@
 """Trains the cases of tests/palu/training/test_sharding.py sharded by FSDP2, as one of several
 processes.
 
-    PYTHONPATH=. torchrun --standalone --nproc-per-node 2 tests/support/workers/sharded.py FOLDER
+    PYTHONPATH=. torchrun --nproc-per-node 2 tests/support/workers/sharded.py FOLDER WHAT
 
-Every process writes what it found to `FOLDER/rank-N.json`.
+WHAT is `all`; or `resume`, which goes on from the checkpoints of another launch, by any number of
+processes. Every process writes what it found to `FOLDER/WHAT-rank-N.json`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
-from palu.training import sharding
+from palu.training import checkpoints, sharding
 from palu.training.trainer import PALUTrainer
 from tests.support import small, training
 from tests.support.workers import distributed
@@ -29,7 +31,16 @@ CASES: dict[str, dict] = {
     "rare": distributed.CASES["rare"],
     "clipped": {**distributed.CASES["adamw"], "max_grad_norm": 0.5, "accumulation": 2},
 }
+# name -> (how its checkpoints are sharded, changes); SGD's optimizer has no state.
+SAVED: dict[str, tuple[str, dict]] = {
+    "full": ("FULL_STATE_DICT", {}),
+    "full-sgd": ("FULL_STATE_DICT", {"optim": "sgd"}),
+    "full-lora": ("FULL_STATE_DICT", {"lora": True, "reference": "adapter_off"}),
+    "shards": ("SHARDED_STATE_DICT", {}),
+    "shards-lora": ("SHARDED_STATE_DICT", {"lora": True, "reference": "adapter_off"}),
+}
 ADAPTER = ("--lora-rank", "2", "--reference", "adapter_off")
+DAMAGED = "optimizer_0/__1_0.distcp"
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # by `accelerate launch` too
 NAMES = ("loss", "forget", "preserve", "retain", "num_forget", "num_preserve", "num_retain")
 
@@ -56,6 +67,51 @@ def run_case(folder: Path, processes: int, name: str, **more) -> dict:
     found = outcome(trainer)
     after = numbers(trainer.evaluate()) if name == "live" else None
     return {**found, "before": before, "after": after}
+
+
+def run_saved(folder: Path, processes: int, name: str, resume: bool, *, sharded: bool) -> dict:
+    """A run of four steps that is saved after two, or that goes on from there."""
+    kind, changes = SAVED[name]
+    case = {"rows": 24, "optim": "adamw_torch", "learning_rate": 1e-2, **changes}
+    case |= {"lr_scheduler_type": "linear", "max_grad_norm": 1.0}
+    if sharded:
+        case |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": kind}}
+    if sharded and not resume:
+        case |= {"save_strategy": "steps", "save_steps": 2}
+    case["output_dir"] = str(folder / f"saved-{name}")
+    trainer = distributed.build(small.tokenizer(), folder, processes, name, case)
+    trainer.train(str(folder / f"saved-{name}" / "checkpoint-2") if resume else None)
+    return outcome(trainer)
+
+
+def run_resumed(folder: Path, processes: int) -> dict:
+    return {name: run_saved(folder, processes, name, True, sharded=True) for name in SAVED}
+
+
+def run_refused(folder: Path, processes: int) -> dict[str, str]:
+    """What is said of checkpoints that cannot be resumed from: sharded in another way; one that a
+    process alone finds damaged."""
+    said = {}
+    for name, kind in (("other kind", "FULL_STATE_DICT"), ("damaged", "SHARDED_STATE_DICT")):
+        config = {"version": 2, "state_dict_type": kind}
+        case = {"rows": 24, "optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 1.0}
+        case |= {"lr_scheduler_type": "linear", "fsdp": "full_shard", "fsdp_config": config}
+        trainer = distributed.build(small.tokenizer(), folder, processes, "refused", case)
+        read = checkpoints.check_digests
+
+        def check(checkpoint, record, read=read, name=name, rank=trainer.args.process_index):
+            if name == "damaged" and rank == 1:
+                record = {**record, "digests": {**record["digests"], DAMAGED: "0"}}
+            read(checkpoint, record)
+
+        checkpoints.check_digests = check
+        try:
+            trainer.train(str(folder / "saved-shards" / "checkpoint-2"))
+        except checkpoints.CheckpointError as error:
+            said[name] = str(error)
+        finally:
+            checkpoints.check_digests = read
+    return said
 
 
 def run_checks(folder: Path, processes: int, **more) -> dict:
@@ -101,23 +157,31 @@ def refused(folder: Path, processes: int, **more) -> str:
     return "no error"
 
 
-def main() -> None:
-    from accelerate import PartialState
-
-    folder = Path(sys.argv[1])
-    state = PartialState(cpu=True)
+def run_all(folder: Path, state: PartialState) -> dict:
     processes = state.num_processes
     found: dict = {name: run_case(folder, processes, name, **SHARDED) for name in CASES}
     old = {**SHARDED, "fsdp_config": {"version": 1}}
     found["version 1"] = refused(folder, processes, **old)
     found["checks"] = run_checks(folder, processes, **SHARDED)
+    for name in SAVED:
+        found[f"saved-{name}"] = run_saved(folder, processes, name, False, sharded=True)
+    found["resumed"] = run_resumed(folder, processes)
+    found["refused"] = run_refused(folder, processes)
     if state.is_main_process:
         distributed.unlearn_words(folder, processes)
     state.wait_for_everyone()
     os.environ |= LAUNCHED
     for more in ((), ADAPTER):
         found[f"unlearn-{len(more)}"] = run_unlearn(folder, processes, *more)
-    (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    state = PartialState(cpu=True)
+    resume = what == "resume"
+    found = run_resumed(folder, state.num_processes) if resume else run_all(folder, state)
+    (folder / f"{what}-rank-{state.process_index}.json").write_text(json.dumps(found))
     state.wait_for_everyone()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads abort now and then when Python takes the process down
