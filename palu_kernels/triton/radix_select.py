@@ -253,7 +253,7 @@ def list_candidates(
     segments = list_segments(maxima_ptr, segments_ptr, count, bound, enough, 2 * BLOCK)
     listed = room + 1
     if segments <= enough:
-        tl.debug_barrier()  # other threads read what one lists
+        tl.debug_barrier()  # other threads read what one lists; it orders memory on AMD too
         listed = list_lanes(
             bits_row,
             segments_ptr,
@@ -453,7 +453,8 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
             MAXIMA=plan.maxima_held,
             KEYS=plan.keys_held,
             **kind,
-            BLOCK=min(CHUNK, plan.keys_held),
+            # a lane a thread: of programs with few threads ptxas allows 64 registers
+            BLOCK=min(max(held // 16, 128), CHUNK),
             num_warps=min(8, max(1, held // 512)),
         )
     if plan.maxima or not plan.room:
