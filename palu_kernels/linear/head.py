@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import signature
@@ -157,11 +158,11 @@ class LMHead:
     def detach(self) -> LMHead:
         """The same head without gradients; the tensors are shared."""
         bias = None if self.bias is None else self.bias.detach()
-        head = LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
-        # not as arguments: the ranks have agreed before
-        object.__setattr__(head, "process_group", self.process_group)
-        object.__setattr__(head, "vocab_start", self.vocab_start)
-        object.__setattr__(head, "vocabulary", self.vocabulary)
+        if self.vocabulary is None:
+            return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap)
+        head = copy(self)  # not made anew: the ranks have agreed before
+        for name, value in (("weight", self.weight.detach()), ("bias", bias), ("_made", {})):
+            object.__setattr__(head, name, value)
         return head
 
     def mean_row(self) -> tuple[Tensor, Tensor]:

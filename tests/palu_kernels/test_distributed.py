@@ -15,27 +15,26 @@ from palu_kernels import LMHead
 from tests.support import ROOT, WORKERS
 from tests.support.workers import vocabulary
 
-TWO = pytest.param((2, False), id="2 processes")
-FOUR = pytest.param((4, False), id="4 processes", marks=pytest.mark.slow)
-WIDE = [pytest.param((n, True), id=f"{n} processes, all", marks=pytest.mark.slow) for n in (2, 4)]
+TWO = pytest.param((2, ""), id="2 processes")
+SLOW = [
+    pytest.param((ranks, what), id=f"{ranks} processes {what}", marks=pytest.mark.slow)
+    for ranks, what in ((4, ""), (2, "wide"), (4, "wide"))
+]
 
 
-@pytest.fixture(scope="module", params=[TWO, FOUR, *WIDE])
-def found(request, tmp_path_factory):
-    """What every rank found."""
-    ranks, wide = request.param
-    folder = tmp_path_factory.mktemp("ranks")
+def start(folder, ranks, what):
+    """What every rank found, of processes that are started here."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(WORKERS / "vocabulary.py"), str(folder)]
     logs = [folder / f"log-{rank}" for rank in range(ranks)]
     started = []
     for rank, log in enumerate(logs):
-        own = [*words, str(rank), str(ranks), *(["wide"] if wide else [])]
+        own = [*words, str(rank), str(ranks), what]
         with log.open("w") as out:
             started.append(subprocess.Popen(own, env=environment, stdout=out, stderr=out))
     try:
-        codes = [process.wait(timeout=900 if wide else 400) for process in started]
+        codes = [process.wait(timeout=1800 if what else 500) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -43,15 +42,37 @@ def found(request, tmp_path_factory):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.fixture(scope="module", params=[TWO, *SLOW])
+def found(request, tmp_path_factory):
+    """What every rank found."""
+    return start(tmp_path_factory.mktemp("ranks"), *request.param)
+
+
+def check(errors, at_least):
+    bounds = {"float64": 1e-12, "bfloat16": 2**-6, "float32": 2e-6}
+    assert len(errors) >= at_least
+    apart = {
+        name: error
+        for name, error in errors.items()
+        if not error <= next(bound for kind, bound in bounds.items() if kind in name)
+    }
+    assert not apart
+
+
 def test_losses_and_gradients_are_those_of_the_whole_head(found):
     for rank in found:
-        assert len(rank["grid"]) > 200
-        apart = {
-            name: error
-            for name, error in rank["grid"].items()
-            if not error <= (1e-12 if "float64" in name else 2e-6)
-        }
-        assert not apart
+        check(rank["grid"], 150)
+
+
+def test_chunks_sums_masks_nan_half_precision_checkpoints_and_compile(found):
+    for rank in found:
+        check(rank["more"], 150)
+
+
+@pytest.mark.slow
+def test_by_kernels(tmp_path):
+    for rank in start(tmp_path, 2, "kernels"):
+        check(rank["kernels"], 30)
 
 
 NAMED = {
@@ -85,13 +106,7 @@ def test_every_rank_is_told_which_rank_differs_in_what(found):
 def test_dtensors_of_logits(found):
     """Sharded by vocabulary, replicated, by rows; the reference likewise or whole."""
     for rank in found:
-        assert len(rank["logits"]) > 200
-        apart = {
-            name: error
-            for name, error in rank["logits"].items()
-            if not error <= (1e-12 if "float64" in name else 2e-6)
-        }
-        assert not apart
+        check(rank["logits"], 200)
 
 
 def test_a_model_whose_head_is_sharded(found):

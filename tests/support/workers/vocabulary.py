@@ -1,7 +1,7 @@
 """A rank of a sharded vocabulary: computes every case with its rows of the head and with the whole
 head, and writes how far the two are apart.
 
-`python vocabulary.py FOLDER RANK RANKS [wide]`
+`python vocabulary.py FOLDER RANK RANKS [wide | kernels]`
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +18,14 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import palu_kernels as kernels
 from palu import PALULoss
 from palu_kernels import LMHead, slices
 from palu_kernels.distributed import traffic
-from palu_kernels.linear import cost_model
+from palu_kernels.linear import cost_model, op
 from tests.support import readme_world
 
 V, D, BATCH, LENGTH = 43, 24, 2, 7
@@ -37,21 +39,21 @@ def layouts(ranks, wide):
     return some
 
 
-def tensors(dtype, seed=0):
+def tensors(dtype, seed=0, length=LENGTH):
     """Hidden rows, reference's, weights and biases, labels; rows with ties among them."""
     g = torch.Generator().manual_seed(seed)
 
     def new(*shape):  # sixteenths: a logit is exact, in whatever order it is added up
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * 5).round() / 16
 
-    hidden, weight, bias = new(BATCH, LENGTH, D) * 3, new(V, D), new(V)
+    hidden, weight, bias = new(BATCH, length, D) * 3, new(V, D), new(V)
     weight[30:38] = weight[3:11]  # ties between ranks
     bias[30:38] = bias[3:11]
     bias[5] = bias[20] = -torch.inf
-    ref_hidden = hidden + new(BATCH, LENGTH, D)
+    ref_hidden = hidden + new(BATCH, length, D)
     ref_weight = weight + new(V, D) / 2
     ref_weight[30:38] = ref_weight[3:11]
-    labels = torch.randint(0, V, (BATCH, LENGTH), generator=g)
+    labels = torch.randint(0, V, (BATCH, length), generator=g)
     labels[labels == 5], labels[labels == 20] = 6, 6
     labels[0, 1] = -100
     made = (t.to(dtype) for t in (hidden, weight, bias, ref_hidden, ref_weight))
@@ -60,14 +62,14 @@ def tensors(dtype, seed=0):
 
 def calls(wide, backend="auto"):
     """(name, function of hidden, head, reference's rows and head, labels)."""
-    reductions = ("none", "mean", "sum") if wide else ("none", "mean")
+    reductions = ("none", "sum") if wide else ("none", "mean")
     for reduction in reductions:
         more = {"reduction": reduction, "backend": backend}
         for direction in ("reverse", "forward"):
             yield (
                 f"{direction} kl {reduction}",
-                lambda h, head, rh, rhead, labels, o=more, d=direction: kernels.linear_kl_loss(
-                    h, head, rh, rhead, direction=d, **o
+                lambda h, head, rh, rhead, labels, o=more, d=direction, **k: kernels.linear_kl_loss(
+                    h, head, rh, rhead, direction=d, **o, **k
                 ),
             )
         yield (
@@ -78,7 +80,7 @@ def calls(wide, backend="auto"):
         )
         kinds = [("entropy", "global_mean")]
         kinds += [("flatten", c) for c in ("global_mean", "local_mean", 0.25)]
-        ks = (1, 5, 30, 100) if wide else (5, 70)
+        ks = (1, 5, 30, 70) if wide else (5, 70)
         for (objective, center), k, way in itertools.product(kinds, ks, ("dense", "sparse")):
             yield from forget_calls(objective, center, k, way, more)
 
@@ -87,12 +89,12 @@ def forget_calls(objective, center, k, way, more):
     options = {"top_k": k, "objective": objective, "center": center, "implementation": way, **more}
     name = f"{objective} {center} {k} {way} {more['reduction']}"
 
-    def by_reference(h, head, rh, rhead, labels):
-        return kernels.linear_local_entropy_loss(h, head, rh, rhead, **options)
+    def by_reference(h, head, rh, rhead, labels, **more):
+        return kernels.linear_local_entropy_loss(h, head, rh, rhead, **options, **more)
 
     def by_indices(h, head, rh, rhead, labels):
-        spread = torch.arange(BATCH * LENGTH)[:, None] + 7 * torch.arange(min(k, V))
-        indices = (spread % V).view(BATCH, LENGTH, -1)
+        spread = torch.arange(h[..., 0].numel())[:, None] + 7 * torch.arange(min(k, V))
+        indices = (spread % V).view(*h.shape[:-1], -1)
         return kernels.linear_local_entropy_loss(h, head, indices=indices, **options)
 
     def by_current(h, head, rh, rhead, labels):
@@ -193,9 +195,13 @@ def run_grid(rank, ranks, wide):
     found = {}
     for counts in layouts(ranks, wide):
         rows = sum(counts[:rank]), counts[rank]
-        kinds = itertools.product((torch.float64, torch.float32), (False, True), (None, 4.0))
-        some = (torch.float64, True, None), (torch.float64, False, 4.0), (torch.float32, True, 4.0)
-        for dtype, trained, cap in kinds if wide else some:
+        kinds = [
+            (torch.float64, True, 4.0),
+            (torch.float64, False, None),
+            (torch.float32, True, None),
+        ]
+        some = [(torch.float64, True, None), (torch.float32, False, 4.0)]
+        for dtype, trained, cap in some + kinds if wide else some:
             made = tensors(dtype)
             about = f"{counts} {str(dtype)[6:]} {'trained' if trained else 'frozen'} cap {cap}"
             for name, function in calls(wide):
@@ -206,6 +212,79 @@ def run_grid(rank, ranks, wide):
                 cost_model.prefer_sparse = lambda *_, sparse=sparse, **__: sparse
                 name = f"palu {name} {'sparse' if sparse else 'dense'} {about}"
                 found |= compare(name, function, made, rows, trained, cap, whole_reference=sparse)
+    return found
+
+
+def run_more(rank, ranks):
+    """Many chunks, gradients of the head summed instead of kept, rows and slices that are not
+    finite, half precision, checkpoints, torch.compile."""
+    found = {}
+    cut = [V * n // ranks for n in range(ranks + 1)]
+    rows = cut[rank], cut[rank + 1] - cut[rank]
+
+    def each(about, made, functions, **options):
+        for name, function in functions.items():
+            found.update(compare(f"{name} {about}", function, made, rows, True, None, **options))
+
+    functions = {
+        name: function
+        for name, function in calls(False)
+        if name.endswith("none") and (" 70 " not in name or "by reference" in name)
+    }
+    functions |= dict(palu_calls())
+    is_kept, op.is_kept = op.is_kept, lambda *_: False
+    each("summed float64", tensors(torch.float64), functions)
+    op.is_kept = is_kept
+    large = tensors(torch.float64, length=75)
+    small = {
+        name: partial(f, chunk_bytes=1)
+        for name, f in functions.items()
+        if "kl" in name or "by ref" in name
+    }
+    small = {name: f for name, f in small.items() if not name.startswith("by reference,")}
+    small.pop("by reference", None)
+    each("in chunks float64", large, small)
+
+    made = tensors(torch.float64)
+    made[0][0, 3, 2], made[3][1, 2, 4] = torch.nan, torch.nan
+    each("NaN float64", made, functions)
+    made = tensors(torch.float64)
+    made[2][cut[1] : cut[2]] = -torch.inf
+    made[5][(made[5] >= cut[1]) & (made[5] < cut[2])] = 0
+    each("a masked slice float64", made, functions)
+    each("bfloat16", tensors(torch.bfloat16), functions)
+
+    def again(name):
+        return lambda *given: checkpoint(functions[name], *given, use_reentrant=False)
+
+    names = "reverse kl none", "by reference flatten global_mean 5 sparse mean"
+    each("checkpoint float64", tensors(torch.float64), {name: again(name) for name in names})
+
+    def autocast(name):
+        def loss(*given):
+            with torch.autocast("cpu", torch.bfloat16):
+                return functions[name](*given)
+
+        return loss
+
+    each("autocast bfloat16", tensors(torch.float32), {name: autocast(name) for name in names})
+    traced = {name: torch.compile(functions[name], backend="eager") for name in names}
+    each("compiled float64", tensors(torch.float64), traced)
+    return found
+
+
+def run_kernels(rank, ranks):
+    """The kernels of Triton, under its interpreter."""
+    cut = [V * n // ranks for n in range(ranks + 1)]
+    rows = cut[rank], cut[rank + 1] - cut[rank]
+    found = {}
+    for kept, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16)):
+        op.is_kept = lambda *_, kept=kept: kept
+        for name, function in calls(False, "triton"):
+            if name.endswith("none"):
+                about = f"{name} {'kept' if kept else 'summed'} {str(dtype)[6:]}"
+                made = tensors(dtype, length=3)
+                found |= compare(about, function, made, rows, True, None)
     return found
 
 
@@ -461,7 +540,7 @@ def run_model(ranks):
     }
 
 
-def main(folder, rank, ranks, wide=""):
+def main(folder, rank, ranks, what=""):
     rank, ranks = int(rank), int(ranks)
     torch.set_num_threads(1)
     slices.GATHERED_K = 20  # so that both ways to select are gone
@@ -472,14 +551,18 @@ def main(folder, rank, ranks, wide=""):
         world_size=ranks,
         timeout=timedelta(minutes=5),
     )
-    found = {
-        "grid": run_grid(rank, ranks, bool(wide)),
-        "faults": run_faults(rank, ranks),
-        "traffic": run_traffic(rank, ranks),
-        "logits": run_logits(ranks),
-        "refusals": run_refusals(ranks),
-        "model": run_model(ranks),
-    }
+    if what == "kernels":
+        found = {"kernels": run_kernels(rank, ranks)}
+    else:
+        found = {
+            "grid": run_grid(rank, ranks, what == "wide"),
+            "more": run_more(rank, ranks),
+            "faults": run_faults(rank, ranks),
+            "traffic": run_traffic(rank, ranks),
+            "logits": run_logits(ranks),
+            "refusals": run_refusals(ranks),
+            "model": run_model(ranks),
+        }
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
     distributed.destroy_process_group()
