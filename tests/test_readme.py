@@ -23,6 +23,8 @@ from tests.support.readme_world import (
     ANNOTATION,
     ATTACKS,
     DISTRIBUTED,
+    FSDP,
+    FSDP_LOOP,
     HIDDEN,
     LOOP,
     LORA,
@@ -54,7 +56,7 @@ def changed(before, after):
 
 def test_every_example_is_here():
     tested = {LOOP, TRAINER, ONE_MORE_LOSS, DISTRIBUTED, LORA, HIDDEN, METHOD, OPERATORS}
-    tested |= {ATTACKS, ANNOTATION, REPORT, SHARDED}
+    tested |= {ATTACKS, ANNOTATION, REPORT, SHARDED, FSDP, FSDP_LOOP}
     assert {*readme_world.EXAMPLES} == tested and len(readme_world.RECORDS) == 2
 
 
@@ -158,8 +160,9 @@ def test_lora(world):
 
 
 def test_two_processes_are_one(world, tmp_path):
-    """The example for several devices, by `torchrun`, two micro-batches a step in each, against the
-    plain loop: the rows of a step are its rows, twice."""
+    """The examples for several devices, by `torchrun`, against the plain loop: with DDP and FSDP2
+    two micro-batches a step in each process, whose rows are those of the loop, twice; and README's
+    loop with the rows of the plain one in each process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command += ["-m", "tests.support.readme_world", str(tmp_path)]
@@ -172,9 +175,10 @@ def test_two_processes_are_one(world, tmp_path):
     run(LOOP, world)
     assert changed(before, world["model"].state_dict())
     for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        for name, right in world["model"].state_dict().items():
-            torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6)
+        for example in ("ddp", "fsdp", "fsdp_loop"):
+            found = load_file(tmp_path / f"{example}-{rank}.safetensors")
+            for name, right in world["model"].state_dict().items():
+                torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6)
 
 
 # ---- gradients of each example's second step, against METHOD.md's formulas on all logits ---------

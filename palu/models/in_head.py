@@ -235,8 +235,9 @@ class _Anchor(torch.autograd.Function):
 
 @contextmanager
 def whole_head(model: nn.Module) -> Iterator[LMHead]:
-    """Yield the head of a frozen model, detached, which is whole for the time of the block where
-    FSDP shards it. All processes have to enter.
+    """Yield the head of a frozen model, detached. Where FSDP shards it, it is gathered and copied:
+    `V * D` entries that live as long as the head does, which may be one step or all of them. All
+    processes have to enter.
 
     Raises:
         UnsupportedHead: as `LMHead.from_model`.
@@ -244,28 +245,27 @@ def whole_head(model: nn.Module) -> Iterator[LMHead]:
     layer = output_embedding(model)
     refuse_not_linear(layer)
     scale, cap = scale_and_cap(unwrap(model))
-    with _whole(model, layer) as views:
-        head = LMHead.of_layer(layer, scale, cap, views=views)
-        yield LMHead(head.weight.detach(), _detached(head.bias), scale, cap)
+    with _gathered(model, layer) as sharded:
+        head = LMHead.of_layer(layer, scale, cap, views=sharded)
+        tensors = [None if t is None else t.detach() for t in (head.weight, head.bias)]
+        if sharded:  # whole for the time of this block alone, and a backward may come later
+            tensors = [None if t is None else t.clone() for t in tensors]
+    yield LMHead(*tensors, scale, cap)
 
 
 @contextmanager
-def _whole(model: nn.Module, layer: nn.Module) -> Iterator[bool]:
-    """Make the parameters of a layer whole inside; yield whether they are then views."""
+def _gathered(model: nn.Module, layer: nn.Module) -> Iterator[bool]:
+    """Have the parameters of a layer whole inside; yield whether FSDP shards them."""
     around = [m for m in model.modules() if is_a(m, FSDP1, FSDP2) and layer in set(m.modules())]
     if not around:
         yield False
     elif is_a(around[-1], FSDP2):  # the innermost one has them
         around[-1].unshard()
         try:
-            yield False
+            yield True
         finally:
             around[-1].reshard()
     else:
-        whole = around[-1].summon_full_params
-        with whole(around[-1], recurse=False, writeback=False):
+        gather = type(around[-1]).summon_full_params
+        with gather(around[-1], recurse=False, writeback=False):
             yield True
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()

@@ -34,13 +34,14 @@ EXAMPLES = {
     for name in ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").iterdir()))]
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page(name), re.S))
 }
-LOOP, TRAINER = ("README.md", 0), ("README.md", 1)
+LOOP, FSDP_LOOP, TRAINER = (("README.md", number) for number in range(3))
+FSDP = ("docs/distributed.md", 0)
 ONE_MORE_LOSS, DISTRIBUTED, LORA = (("docs/training.md", number) for number in range(3))
 HIDDEN, METHOD = ("docs/memory.md", 0), ("docs/methods.md", 0)
 OPERATORS, REPORT = ("docs/kernels.md", 0), ("docs/report.md", 0)
 ANNOTATION = ("docs/annotation.md", 0)
 ATTACKS = ("docs/attacks.md", 0)
-SHARDED = ("docs/distributed.md", 0)  # run by the ranks of palu_kernels/test_distributed.py
+SHARDED = ("docs/distributed.md", 1)  # run by the ranks of palu_kernels/test_distributed.py
 RECORDS = [
     json.loads(line)
     for line in re.findall(r'^\{"(?:question|text)".*\}$', page("docs/data.md"), re.M)
@@ -95,12 +96,28 @@ def prepare(number: Example, names: dict) -> dict:
     return names | {name: given[name] for name in given if name not in names}
 
 
+def sgd(example: str) -> str:
+    """The example with the optimizer of `world`, in the process group that there is (one after
+    another would meet under the same address)."""
+    optimizer = "torch.optim.AdamW(model.parameters(), lr=1e-5)"
+    assert optimizer in example
+    example = re.sub(r"^.*init_process_group\(\)$", "", example, count=1, flags=re.M)
+    return example.replace(optimizer, "torch.optim.SGD(model.parameters(), lr=0.1)")
+
+
 def main(place: Path) -> None:
     rank = int(os.environ["RANK"])
     (place / str(rank)).mkdir()
-    names = prepare(LOOP, world(place / str(rank), rank))
-    run(DISTRIBUTED, names)
-    save_file(names["model"].state_dict(), place / f"{rank}.safetensors")
+    for name, example in {"ddp": DISTRIBUTED, "fsdp": FSDP, "fsdp_loop": FSDP_LOOP}.items():
+        names = prepare(LOOP, world(place / str(rank), rank))
+        run(example, names, str if name == "ddp" else sgd)
+        found = {
+            n: p.full_tensor() if hasattr(p, "full_tensor") else p
+            for n, p in names["model"].state_dict().items()
+        }
+        if name == "fsdp" and rank == 0:
+            assert all(torch.equal(found[n], p) for n, p in names["weights"].items())
+        save_file(found, place / f"{name}-{rank}.safetensors")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 

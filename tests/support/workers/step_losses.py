@@ -40,7 +40,7 @@ CASES: dict[str, dict] = {
     "npo": {"wrap": "layers", "method": "npo", "retain_loss": "kl"},
     "npo, sharded reference": {"wrap": "layers", "method": "npo", "sharded": True},
     "sim_npo": {"wrap": "root", "method": "sim_npo", "beta": 0.5},
-    "undial": {"wrap": "head", "method": "undial"},
+    "undial": {"wrap": "head", "method": "undial", "sharded": True},
     "undial, fsdp1": {"wrap": "fsdp1", "method": "undial"},
     "ce_u": {"wrap": "static", "method": "ce_u"},
     "pdu": {"wrap": "layers", "method": "pdu"},
