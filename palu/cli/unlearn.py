@@ -348,10 +348,11 @@ class Run:
         from palu.progress import bar
         from palu.reference.cache import CacheError, CacheWriteError
         from palu.training.checkpoints import CheckpointError
+        from palu.training.ranks import ProcessesDiffer
 
         notes = {"model": shown_model(self.options.model), **self.data}
         notes["template"] = self.template.to_dict()
-        mistakes = user_errors(CacheError, CacheWriteError, CheckpointError)
+        mistakes = user_errors(CacheError, CacheWriteError, CheckpointError, ProcessesDiffer)
         trainer = blamed_on(self.options.set, ImportError, TypeError, ValueError)
         with trainer, mistakes, plain_warnings("default"), bar(bars, "Unlearning") as report:
             self.outcome = run.unlearn(

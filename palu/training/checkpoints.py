@@ -176,7 +176,10 @@ def run_identity(
     of_model = _frozen if weights_are_read else model_fingerprint
     return {
         "settings": json.loads(json.dumps(values, default=str)),
-        "data": {"forget": _data(forget), "retain": None if retain is None else _data(retain)},
+        "data": {
+            "forget": data_fingerprint(forget),
+            "retain": None if retain is None else data_fingerprint(retain),
+        },
         "model": None if model is None else of_model(model),
         "reference": None if reference is None else model_fingerprint(reference),
     }
@@ -538,7 +541,8 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _data(rows: Any) -> dict[str, Any] | None:
+def data_fingerprint(rows: Any) -> dict[str, Any] | None:
+    """Return the number of rows and a digest over them in their order; None of a stream."""
     if not hasattr(rows, "__len__"):
         return None
     digest = hashlib.blake2b(digest_size=32, person=b"palu.order")

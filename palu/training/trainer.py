@@ -80,8 +80,9 @@ from palu.training.master_weights import (
     warn_without_masters,
 )
 from palu.training.outcome import RunOutcome
+from palu.training.ranks import compare_processes
 from palu.training.step_log import TERMS, StepLog, row_means
-from palu.training.trainer_checks import check_arguments, marks_something, refuse_cached
+from palu.training.trainer_checks import check_arguments, check_marks, refuse_cached
 from palu.training.until_forgotten import KnowledgeChecks
 from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
@@ -363,18 +364,15 @@ class PALUTrainer(CheckpointTrainer):
         Raises:
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
+            ProcessesDiffer: the processes have other settings, data, models or versions.
             ValueError: method `palu`, and no row of `train_dataset` has a token to forget.
 
         A warning tells how many rows of `retain_dataset` have the `input_ids` of a row of
         `train_dataset`.
         """
+        compare_processes(self)
         if self.method.by_span and _has_places(self.train_dataset):
-            rows = (self.train_dataset[i] for i in range(len(self.train_dataset)))
-            if not marks_something(rows, self.method.eos_token_id):
-                raise ValueError(
-                    "train_dataset has no token to forget: no label is a token id other than EOS "
-                    "after the first place of a row"
-                )
+            check_marks(self.train_dataset, self.method.eos_token_id)
         compared = self.texts_compared or not _has_places(self.train_dataset)
         if self.retain_dataset is not None and not compared and self.is_world_process_zero():
             warn_of_overlap(self.retain_dataset, self.train_dataset)
@@ -462,7 +460,7 @@ class PALUTrainer(CheckpointTrainer):
             },
             forget=self.train_dataset,
             retain=self.retain_dataset,
-            model=None if begun else self.model,
+            model=self.model if is_whole(self.model) and not begun else None,
             reference=self.reference.model if live and self._has_ref_model else None,
             weights_are_read=kind == "cached" or (adapter and not live),
         )
@@ -666,6 +664,7 @@ class PALUTrainer(CheckpointTrainer):
         Every term is a mean over all its rows. Without an `eval_dataset` here or in the constructor
         the training rows are taken. Retain rows come in the same order at every evaluation.
         """
+        compare_processes(self)
         self.check_model()
         self.open_cache()
         if eval_dataset is None and self.eval_dataset is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,3 +88,14 @@ def marks_something(
         if bool((token_roles(labels, 0, eos_token_id) == FORGET).any()):
             return True
     return False
+
+
+def check_marks(
+    dataset: Sequence[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
+) -> None:
+    """Raise ValueError where no row of a data set has a token to forget."""
+    if not marks_something((dataset[i] for i in range(len(dataset))), eos_token_id):
+        raise ValueError(
+            "train_dataset has no token to forget: no label is a token id other than EOS after the "
+            "first place of a row"
+        )

@@ -6,6 +6,8 @@ One launch runs everything once (`workers/sharded.py`); the tests look at what i
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -185,6 +187,56 @@ def test_the_rows_of_a_step_may_be_dealt_out_anew(changed):
         other["accelerator_config"] = settings["accelerator_config"] = {"split_batches": True}
     one, two = _rows_of_a_step(settings), _rows_of_a_step(other)
     assert one == two == ((24, 24) if changed == "step" else None)
+
+
+# ---- processes that differ, or are lost ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("setting", "learning_rate is 0.06 and 0.05 in process 0"),
+        ("rows", r"the forget data is 13 rows with .* and 14 rows with .* in process 0"),
+        ("order", r"the forget data is 14 rows with .* and 14 rows with .* in process 0"),
+        (
+            "shape",
+            r"the parameter model.layers.0.mlp.gate_proj.weight is \(36, 16\), .* \(32, 16\)",
+        ),
+        ("weights", r"the weights of lm_head.weight are others"),
+        ("adapter", r"the weights of .*lora_B.* are others"),
+        ("version", r"the version of torch is 2.0.0 and .* in process 0"),
+    ],
+)
+def test_processes_that_differ_are_named_by_all_before_anything_is_built(launched, name, wanted):
+    folder, found = launched
+    for one in found:
+        start = "the processes of this run differ from process 0. process 1: "
+        assert re.match(re.escape(start) + f"(.*; )?{wanted}", one["disagreeing"][name])
+        assert "process 0:" not in one["disagreeing"][name]
+    assert not (folder / "cache" / "reference-cache").exists()
+
+
+def test_a_lost_process_ends_the_others_with_an_error(tmp_path):
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    more = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(WORKERS / "lost.py"), str(tmp_path), str(rank)],
+            env={**os.environ, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert both[1].returncode == -signal.SIGKILL, said[1]
+    assert both[0].returncode not in (0, -signal.SIGKILL), said[0]
+    assert "RuntimeError" in said[0] and "trained to the end" not in said[0]
 
 
 # ---- what cannot be sharded ----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from palu.training import checkpoints, sharding
+from palu.training import checkpoints, ranks, sharding
 from palu.training.trainer import PALUTrainer
 from tests.support import small, training
 from tests.support.workers import distributed
@@ -114,6 +114,40 @@ def run_refused(folder: Path, processes: int) -> dict[str, str]:
     return said
 
 
+def run_disagreeing(folder: Path, processes: int) -> dict[str, str]:
+    """What is said where process 1 is about to do something else than the others."""
+    tok, said = small.tokenizer(), {}
+    other = int(os.environ["RANK"]) == 1
+    known = ranks.versions
+
+    def versions() -> dict:
+        return {**known(), "torch": "2.0.0"} if other else known()
+
+    cases = {
+        "setting": {"learning_rate": 0.06 if other else 0.05},
+        "rows": {"rows": 13 if other else 14},
+        "shape": {"model": {"intermediate_size": 36 if other else 32}},
+        "adapter": {"lora": True, "reference": "adapter_off"},
+        "order": {"reference": "cached", "retain_loss": "kl", "output_dir": str(folder / "cache")},
+        "weights": {},
+        "version": {},
+    }
+    for name, case in cases.items():
+        trainer = distributed.build(tok, folder, processes, name, {**case, **SHARDED})
+        if name == "order" and other:
+            trainer.train_dataset = trainer.train_dataset[::-1]
+        if name in ("weights", "adapter") and other:
+            trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            trained[-1].data.mul_(1.5).add_(0.1)
+        ranks.versions = versions if name == "version" else known
+        try:
+            trainer.train()
+        except ranks.ProcessesDiffer as error:
+            said[name] = str(error)
+    ranks.versions = known
+    return said
+
+
 def run_checks(folder: Path, processes: int, **more) -> dict:
     """What a model that knows its answers knows and says, and its best weights put back."""
     tok = small.tokenizer()
@@ -166,6 +200,7 @@ def run_all(folder: Path, state: PartialState) -> dict:
     for name in SAVED:
         found[f"saved-{name}"] = run_saved(folder, processes, name, False, sharded=True)
     found["resumed"] = run_resumed(folder, processes)
+    found["disagreeing"] = run_disagreeing(folder, processes)
     found["refused"] = run_refused(folder, processes)
     if state.is_main_process:
         distributed.unlearn_words(folder, processes)
