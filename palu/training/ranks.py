@@ -127,11 +127,11 @@ def _differences(zero: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def _of_models(zero: Mapping[str, tuple], other: Mapping[str, tuple]) -> list[str]:
-    """Return the first difference between the parameters of two models."""
-    for name in (*zero, *(name for name in other if name not in zero)):
-        one, two = zero.get(name, ("missing", "")), other.get(name, ("missing", ""))
+    """Return the first difference between two models, of shapes if there is one."""
+    names = [*zero, *(name for name in other if name not in zero)]
+    missing = ("missing", "")
+    both = [(name, zero.get(name, missing), other.get(name, missing)) for name in names]
+    for name, one, two in both:
         if one[0] != two[0]:
             return [f"the parameter {name} is {two[0]} and {one[0]} in process 0"]
-        if one[1] != two[1]:
-            return [_EMPTY.format(name)]
-    return []
+    return [_EMPTY.format(name) for name, one, two in both if one != two][:1]
