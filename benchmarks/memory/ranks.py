@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
+import subprocess
 import sys
 import time
-import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -30,20 +31,38 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory.ledger import Ledger
 from benchmarks.memory.model import examples
-from palu import LMHead, PALULoss, model_hidden_states
+from palu import LMHead, PALULoss, loss_in_head, model_hidden_states, whole_head
 from palu.data.collator import Collator
 from palu.planning.setup import Setup
 from palu.training import master_weights
 from palu_kernels import linear_cross_entropy_loss
 from palu_kernels import torch_backend as eager
+from palu_kernels.distributed import traffic
 from palu_kernels.linear import chunked as linear
 
+ROOT = Path(__file__).resolve().parents[2]
 TOP_K = 20
+COLLECTIVES = {  # how the names of operators begin
+    "c10d::_allgather_base_": "all-gather",
+    "_c10d_functional::all_gather": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "_c10d_functional::reduce_scatter": "reduce-scatter",
+    "c10d::allreduce_": "all-reduce",
+    "_c10d_functional::all_reduce": "all-reduce",
+}
 Batch = dict[str, Tensor]
 
 
@@ -54,6 +73,7 @@ class Case:
     config: dict[str, Any]
     setup: dict[str, Any]
     timed: int = 0  # steps after those that the ledger watches
+    watched: bool = True  # by a ledger; else the steps are timed alone
 
 
 @dataclass
@@ -64,11 +84,43 @@ class Found:
     after: dict[str, int] = field(default_factory=dict)  # the peak by the end of each part
     largest: dict[str, int] = field(default_factory=dict)  # at the peak, by operator and shape
     seconds: list[float] = field(default_factory=list)
+    collectives: dict[str, list[int]] = field(default_factory=dict)  # of a step: calls, bytes
+    vocabulary: dict[str, int] = field(default_factory=dict)  # `palu_kernels.distributed.traffic`
 
 
 class RankLedger(Ledger):
-    """Counts what operators made while it watched. What is first seen as an argument is a copy that
-    gloo made for itself, which NCCL does not make."""
+    """Counts what operators made while it watched, and collectives. What is first seen as an
+    argument is a copy that gloo made for itself, which NCCL does not make.
+
+    Attributes:
+        collectives: by kind the calls, and the bytes that a rank sends where the ranks form a ring:
+            of `n` ranks `n - 1` times its share (gathering, reducing to shares), twice that where
+            all get the sum.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.setup = setup
+        self.collectives: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func.name()
+        kind = next((kind for start, kind in COLLECTIVES.items() if name.startswith(start)), None)
+        if kind is not None and found is not NotImplemented:
+            tensors = [t for t in tree_leaves((args, found)) if isinstance(t, Tensor)]
+            small, *_, large = sorted(t.nbytes for t in tensors)
+            if kind == "all-reduce":
+                ranks = self.setup.tensor_parallel
+                ranks = self.setup.devices if ranks == 1 else ranks
+                sent = 2 * (ranks - 1) * large // ranks
+            else:
+                sent = large - small
+            calls, moved = self.collectives.get(kind, (0, 0))
+            self.collectives[kind] = [calls + 1, moved + sent]
+        return found
 
     def _count(
         self, storage: torch.UntypedStorage, operator: str, shape: tuple, dtype: torch.dtype
@@ -95,9 +147,12 @@ class Rank:
         more = {} if self.ref is not None or setup.reference != "none" else {"preserve": None}
         more |= {"select_from": "current"} if more else {}
         self.loss = PALULoss(top_k=TOP_K, prefix_length=0, eos_token_id=2, **more)
-        self.head = self.model.get_output_embeddings()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, fused=True)
+        groups: dict[Any, list[nn.Parameter]] = {}  # fused AdamW takes those of one mesh at a time
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        by_mesh = [{"params": own} for own in groups.values()]
+        self.optimizer = torch.optim.AdamW(by_mesh, fused=True)
         if master_weights.trains_in_half(self.model):
             master_weights.MasterWeights(self.optimizer, sum_in_float32=setup.devices == 1)
         self.batches = [self._batches(seed) for seed in (0, 1)]
@@ -111,18 +166,27 @@ class Rank:
         return model
 
     def _sharded(self, model: nn.Module, **options: Any) -> nn.Module:
-        if self.setup.devices == 1:
+        setup = self.setup
+        shape = setup.data_parallel, setup.tensor_parallel
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        if setup.tensor_parallel > 1:
+            tensor_parallel(model, mesh["tensor"])
+        if setup.data_parallel == 1:
             return model
-        if self.setup.dtype == "autocast":
+        if setup.dtype == "autocast":
             options["mp_policy"] = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
-        base = model.get_base_model() if self.setup.lora_rank else model
+        base = model.get_base_model() if setup.lora_rank else model
         own = {name: value for name, value in options.items() if name == "mp_policy"}
         for layer in base.model.layers:
-            fully_shard(layer, **own)
-        return fully_shard(model, **options)
+            fully_shard(layer, mesh=mesh["data"], **own)
+        return fully_shard(model, mesh=mesh["data"], **options)
 
     def _batches(self, seed: int) -> list[Batch]:
-        rows = examples(self.config["vocab_size"], self.setup, 2 * dist.get_rank() + seed)
+        rows = examples(
+            self.config["vocab_size"],
+            self.setup,
+            2 * (dist.get_rank() // self.setup.tensor_parallel) + seed,
+        )
         size, collate = self.setup.batch_size, Collator(0)
         return [collate(rows[n * size : (n + 1) * size]) for n in (0, 1)]
 
@@ -163,23 +227,60 @@ class Rank:
                 hidden = model_hidden_states(self.model, **_inputs(batch))
             yield hidden, None
             return
+        if self.setup.tensor_parallel > 1:
+            with torch.no_grad():
+                hidden = _through_head(self.ref, batch, lambda hidden, _: hidden)
+            if self.setup.data_parallel > 1:
+                self.ref.unshard()
+            yield hidden, LMHead(self.ref.lm_head.weight)
+            if self.setup.data_parallel > 1:
+                self.ref.reshard()
+            return
         with torch.no_grad():
             hidden = model_hidden_states(self.ref, **_inputs(batch))
-        if isinstance(self.ref, FSDPModule):
-            self.ref.unshard()
-        yield hidden, LMHead(self.ref.get_output_embeddings().weight)
-        if isinstance(self.ref, FSDPModule):
-            self.ref.reshard()
+        with whole_head(self.ref) as head:
+            yield hidden, head
 
     def _in_head(self, batch: Batch, loss: Callable[[Tensor, LMHead], Tensor]) -> Tensor:
-        def forward(module: nn.Module, hidden: Tensor) -> Tensor:
-            return loss(hidden, LMHead(module.weight)).view(1, 1, 1)
+        if self.setup.tensor_parallel == 1:
+            return loss_in_head(self.model, loss, **_inputs(batch))
+        return _through_head(
+            self.model, batch, lambda hidden, weight: loss(hidden, LMHead(weight)).view(1, 1, 1)
+        ).view(())
 
-        self.head.forward = types.MethodType(forward, self.head)
-        try:
-            return self.model(**_inputs(batch), use_cache=False).logits.view(())
-        finally:
-            del self.head.forward
+
+def _through_head(
+    model: nn.Module, batch: Batch, take: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return what `take` makes of the rows that enter a head and of its weight, a DTensor, which
+    `loss_in_head` refuses."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        return take(hidden, model.lm_head.weight)
+
+    model.lm_head.forward = forward
+    try:
+        return model(**_inputs(batch), use_cache=False).logits
+    finally:
+        del model.lm_head.forward
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split the vocabulary and every layer's matrices over the ranks of a mesh."""
+    plan = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        plan[name] = ColwiseParallel()
+    plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    embedding = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model.model.embed_tokens, mesh, embedding)
+    tied = model.config.tie_word_embeddings
+    # No hooks around the head: its rows are read by the loss, and no logits are made of it.
+    head = model.model.embed_tokens.weight if tied else None
+    if head is None:
+        head = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+    model.lm_head.weight = head.requires_grad_(model.lm_head.weight.requires_grad)
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -193,8 +294,27 @@ def _retain(hidden: Tensor, head: LMHead, batch: Batch) -> Tensor:
 
 
 def measure(case: Case) -> Found:
-    """Take two steps, the second watched by a ledger, and `case.timed` more."""
-    setup, found, ledger = Setup(**case.setup), Found(), RankLedger()
+    """Take two steps, the second watched by a ledger, and then `case.timed` more on a model of
+    their own."""
+    setup, found = Setup(**case.setup), Found()
+    if case.watched:
+        watch(case, found)
+        gc.collect()
+    if case.timed:
+        rank = Rank(case.config, setup)
+        rank.step(0)
+        for number in range(case.timed):
+            dist.barrier()
+            start = time.perf_counter()
+            rank.step(number)
+            found.seconds.append(time.perf_counter() - start)
+    return found
+
+
+def watch(case: Case, found: Found) -> None:
+    """Note what is alive and what is exchanged in the second of two steps."""
+    setup = Setup(**case.setup)
+    ledger = RankLedger(setup)
     with (
         ledger,
         mock.patch.object(eager, "TILE_ENTRIES", 1),
@@ -204,17 +324,40 @@ def measure(case: Case) -> Found:
         rank = Rank(case.config, setup)
         rank.step(0)
         ledger.start()
+        ledger.collectives.clear()
+        traffic.clear()
         rank.step(1, lambda name: found.after.update({name: ledger.peak}))
-        found.peak = ledger.peak
+        found.peak, found.collectives = ledger.peak, ledger.collectives
+        found.vocabulary = dict(traffic)
         for entry in ledger.at_peak():
             name = f"{entry.operator} {list(entry.shape)} {entry.dtype}"
             found.largest[name] = found.largest.get(name, 0) + entry.bytes
-    for number in range(case.timed):
-        dist.barrier()
-        start = time.perf_counter()
-        rank.step(number)
-        found.seconds.append(time.perf_counter() - start)
-    return found
+
+
+def launch(
+    processes: int, cases: Sequence[Case], folder: Path, threads: int = 1
+) -> list[list[Found]]:
+    """Return what every rank of `processes` found, a list a case.
+
+    Raises:
+        RuntimeError: a process failed; with the end of what was said.
+    """
+    path = folder / "cases.json"
+    path.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words += [f"--nproc-per-node={processes}", "-m", "benchmarks.memory.ranks"]
+    words += [str(path), str(folder)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    if done.returncode:
+        raise RuntimeError(f"{processes} processes failed: {(done.stdout + done.stderr)[-9000:]}")
+    ranks = [
+        json.loads((folder / f"rank-{n}.json").read_text(encoding="utf-8"))
+        for n in range(processes)
+    ]
+    return [[Found(**one) for one in own] for own in zip(*ranks, strict=True)]
 
 
 def main(cases: str, folder: str) -> None:

@@ -62,7 +62,8 @@ class PlanOptions:
 
     model: str = option(
         MISSING,
-        "Model folder, a name on the hub, or Llama-3.1-8B, Llama-3.2-1B, gemma-2-9b, Qwen2.5-7B.",
+        "Model folder, a name on the hub, or Llama-3.1-8B, Llama-3.1-70B, Llama-3.2-1B, "
+        "gemma-2-9b, Qwen2.5-7B.",
     )
     gpu_memory: float = option(MISSING, "Memory of the GPU, or of each, in GiB.")
     devices: int = option(1, "GPUs of the run: FSDP2 shards the model over them.")

@@ -26,11 +26,12 @@ FAMILIES = {
     "gemma2": Family(norms=4, float32_norms=True, eager=True),
 }
 
-# The sizes in the published configs of four models, for machines without access to the hub.
+# The sizes in the published configs of five models, for machines without access to the hub.
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 _PUBLISHED = {
     "meta-llama/Llama-3.1-8B": ("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
+    "meta-llama/Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8, 128, False),
     "meta-llama/Llama-3.2-1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True),
     "google/gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, 256, True),
     "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),

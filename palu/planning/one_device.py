@@ -38,10 +38,15 @@ class Step:
         # A cache is in host memory; without a second model a head that trains has a frozen copy.
         frozen_head = sizes.head_parameters * p.weights if self.full else 0
         references = {"live": weights, NO_REFERENCE: 0}
+        # DTensor keeps the gradient of an embedding whose rows are split as a whole.
+        self.embedding_rows = sizes.head_parameters * setup.tensor_parallel
+        if self.full:
+            entry = MASTER if masters else p.weights
+            self.gradients += (self.embedding_rows - sizes.head_parameters) * entry
         self.base = {
             "weights": weights,
             "master weights": trained if masters else 0,
-            "optimizer state": 2 * self.gradients,
+            "optimizer state": 2 * trained if self.full else 2 * adapters,
             "reference": references.get(setup.reference, frozen_head),
         }
         frozen = (self.full or setup.reference == "live") + (not self.full)
@@ -68,7 +73,7 @@ class Step:
     @property
     def embedding_gradient(self) -> int:
         """The embedding's gradient; a tied head's beside it, and their sum."""
-        one = self.sizes.head_parameters * self.precision.weights if self.full else 0
+        one = self.embedding_rows * self.precision.weights if self.full else 0
         return one * (3 if self.sizes.tied else 1)
 
     def moments(self) -> Iterator[tuple[str, Items]]:
@@ -121,4 +126,6 @@ class Step:
             "head copies": self.base.get("head copies", 0) + own,
             "head gradient": 4 * head if self.full and not self._keeps_logits else 0,
             "chunk buffers": chunks * width * entry,
+            # Of the hidden rows, summed over the ranks that share the vocabulary.
+            "exchange": 4 * rows * self.sizes.hidden * (self.setup.tensor_parallel > 1),
         }

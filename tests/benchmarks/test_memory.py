@@ -123,7 +123,7 @@ def test_rows_and_tables(run, capsys, monkeypatch):
     monkeypatch.setattr(memory_model, "measure", as_predicted)  # test_within_a_tenth measures
     status, rows = run("--measure", "small Llama")
     out = capsys.readouterr().out
-    assert status == 0 and len(rows) == 4 * 12 + 12
+    assert status == 0 and len(rows) == 5 * 12 + 12
     for row in rows:
         assert int(row["predicted"]) == sum(int(row[part]) for part in PARTS)
         assert bool(row["measured"]) == (row["model"] == "small Llama")

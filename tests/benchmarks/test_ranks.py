@@ -1,16 +1,13 @@
 """Predicted peaks of a device are within 10% of what lives in the ranks of sharded steps of small
-models, each a process over gloo."""
-
-import json
-import os
-import subprocess
-import sys
+models, each a process over gloo; and what they exchange is what is predicted."""
 
 import pytest
 
+from benchmarks.memory.exchange import exchanges
 from benchmarks.memory.model import ALLOWED, SMALL_BATCH, SMALL_MODELS, sizes_of
+from benchmarks.memory.ranks import TOP_K, Case, launch
 from palu.planning.step import Setup, predict
-from tests.support import ROOT
+from palu_kernels.distributed import FACT_BYTES
 
 LLAMA, GEMMA, QWEN = SMALL_MODELS.values()
 MODELS = {
@@ -34,6 +31,11 @@ QUICK = {
             {"dtype": "float32", "reference": "none", "batch_size": 1, "length": 6},
         ),
         "adapter off": ("llama", {"lora_rank": 2, "reference": "adapter_off"}),
+        "tensor parallel": ("llama", {"dtype": "float32", "tensor_parallel": 2}),
+        "wide, tensor parallel": (
+            "wide",
+            {"dtype": "float32", "tensor_parallel": 2, "reference": "none"},
+        ),
     }
 }
 SLOW = {
@@ -53,56 +55,40 @@ SLOW = {
 }
 
 
-def launch(processes, cases, folder):
-    """-> what every rank found, a list a case."""
-    made = [
-        {"config": MODELS[model], "setup": {**SMALL_BATCH, "devices": processes, **setup}}
-        for model, setup in cases
-    ]
-    (folder / "cases.json").write_text(json.dumps(made))
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += [f"--nproc-per-node={processes}", "-m", "benchmarks.memory.ranks"]
-    words += [str(folder / "cases.json"), str(folder)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    ranks = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(processes)]
-    return [list(found) for found in zip(*ranks, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """(processes, cases) -> name -> (prediction, peaks of the ranks); one launch for all."""
+    """(processes, cases) -> name -> (case, what the ranks found); one launch for all."""
     kept = {}
 
     def found(processes, cases):
         key = processes, tuple(cases)
         if key not in kept:
             folder = tmp_path_factory.mktemp(f"ranks-{processes}")
-            ranks = launch(processes, cases.values(), folder)
-            kept[key] = {
-                name: (
-                    predict(
-                        sizes_of(MODELS[model]),
-                        Setup(**{**SMALL_BATCH, "devices": processes, **setup}),
-                    ),
-                    [one["peak"] for one in own],
-                )
-                for (name, (model, setup)), own in zip(cases.items(), ranks, strict=True)
-            }
+            made = [
+                Case(MODELS[model], {**SMALL_BATCH, "devices": processes, **setup})
+                for model, setup in cases.values()
+            ]
+            try:
+                ranks = launch(processes, made, folder)
+            except RuntimeError as error:  # not once more for every test
+                kept[key] = error
+            else:
+                kept[key] = dict(zip(cases, zip(made, ranks, strict=True), strict=True))
+        if isinstance(kept[key], RuntimeError):
+            raise kept[key]
         return kept[key]
 
     return found
 
 
-def off_by(prediction, peaks, without=()):
+def off_by(case, ranks, without=()):
     """The largest distance over the ranks."""
+    prediction = predict(sizes_of(case.config), Setup(**case.setup))
     peak = max(
         sum(size for part, size in items.items() if part not in without)
         for items in prediction.moments.values()
     )
-    return max(abs(peak / one - 1) for one in peaks)
+    return max(abs(peak / one.peak - 1) for one in ranks)
 
 
 CASES = [pytest.param(n, QUICK, name, id=name) for n, own in QUICK.items() for name in own]
@@ -134,3 +120,25 @@ def test_within_a_tenth(found, processes, cases, name):
 def test_every_part_is_needed(found, part):
     """Some case is off by more than a tenth without it."""
     assert max(off_by(*one, [part]) for one in found(2, QUICK[2]).values()) > ALLOWED
+
+
+@pytest.mark.parametrize("name", QUICK[2])
+def test_what_is_exchanged(found, name):
+    """As predicted from the shapes, but for what ranks of one vocabulary compare of their calls: of
+    every head, and where checks are on of every loss."""
+    case, ranks = found(2, QUICK[2])[name]
+    wanted = {}
+    for one in exchanges(sizes_of(case.config), Setup(**case.setup), TOP_K):
+        calls, sent = wanted.get(one.kind, (0, 0))
+        wanted[one.kind] = calls + one.calls, sent + one.sent
+    compared = 0
+    if case.setup.get("tensor_parallel"):
+        compared = 4 if case.setup.get("reference") == "none" else 5
+    for rank in ranks:
+        assert rank.collectives.keys() == wanted.keys()
+        for kind, (calls, sent) in rank.collectives.items():
+            more = compared if kind == "all-gather" else 0
+            assert calls == wanted[kind][0] + more
+            small = 200 if more else 0  # numbers of rows are rounded
+            sent -= more * FACT_BYTES
+            assert sent == pytest.approx(wanted[kind][1], rel=0.03, abs=small)

@@ -10,7 +10,7 @@ from palu.errors import UserError
 from palu.planning.model import KNOWN_MODELS, ModelSizes
 from palu.planning.step import GIB, Setup, largest_batch, predict
 
-LLAMA, TIED, GEMMA, QWEN = KNOWN_MODELS
+LLAMA, _, TIED, GEMMA, QWEN = KNOWN_MODELS
 
 
 def published(name):

@@ -56,6 +56,7 @@ def test_known_models_have_the_published_parameters():
     counts = {name: published(name).parameters for name in KNOWN_MODELS}
     assert counts == {
         "meta-llama/Llama-3.1-8B": 8_030_261_248,
+        "meta-llama/Llama-3.1-70B": 70_553_706_496,
         "meta-llama/Llama-3.2-1B": 1_235_814_400,
         "google/gemma-2-9b": 9_241_705_984,
         "Qwen/Qwen2.5-7B": 7_615_616_512,
