@@ -273,12 +273,14 @@ class Run:
     def check_room(self) -> None:
         """Refuse to begin where the disk has no room for what is written at the end."""
         from palu.training.room import check_room, checkpoint_bytes, model_bytes, small_files
+        from palu.training.sharding import asked_by
 
         options = self.options
         self.size = model_bytes(self.model, self.saved) + small_files(options.model)
         needs = {"the model": (options.output, self.size)}
         if self.config.save_strategy != "no":
-            one = checkpoint_bytes(self.model, adapter=self.lora is not None)
+            sharded = asked_by(self.config) is not None
+            one = checkpoint_bytes(self.model, adapter=self.lora is not None, sharded=sharded)
             needs["checkpoints"] = (self.checkpoints, one * (self.config.save_total_limit + 1))
         if self.is_main:
             check_room(needs)

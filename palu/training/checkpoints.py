@@ -548,11 +548,14 @@ def data_fingerprint(rows: Any) -> dict[str, Any] | None:
     digest = hashlib.blake2b(digest_size=32, person=b"palu.order")
     for i in range(len(rows)):
         row = rows[i]
-        # A collator of the user's may be the one who makes tokens and labels.
-        known = "input_ids" in row and "labels" in row
-        content = example_bytes(row) if known else repr(row).encode()
+        # A collator of the user's may be the one who makes tokens and labels, of rows of any kind.
+        names = set(row) if isinstance(row, Mapping) else set()
+        if {"input_ids", "labels"} <= names:
+            content = example_bytes(row)
+        else:  # where an object lies in memory is no content
+            content = re.sub(r" at 0x[0-9a-f]+", "", repr(row)).encode()
         # the second answers of preference methods
-        second = [(name, row[name]) for name in sorted(row) if name.startswith("alternate_")]
+        second = [(name, row[name]) for name in sorted(names) if name.startswith("alternate_")]
         content += repr(second).encode() if second else b""
         digest.update(len(content).to_bytes(8, "little") + content)
     return {"rows": len(rows), "fingerprint": digest.hexdigest()}

@@ -41,13 +41,14 @@ def model_bytes(model: nn.Module, saved: Mapping[str, torch.dtype] | None) -> in
     return total
 
 
-def checkpoint_bytes(model: nn.Module, *, adapter: bool) -> int:
-    """What a checkpoint takes: the weights (of an adapter those that train), AdamW's two numbers a
-    weight that trains, and float32 masters of 16-bit ones."""
+def checkpoint_bytes(model: nn.Module, *, adapter: bool, sharded: bool = False) -> int:
+    """What a checkpoint takes: the weights (of an adapter those that train; of a sharded model,
+    unless shards are saved, once for FSDP and once as a model), AdamW's two numbers a weight that
+    trains, and float32 masters of 16-bit ones."""
     total = _MARGIN
     for parameter in model.parameters():
         if parameter.requires_grad or not adapter:
-            total += parameter.numel() * parameter.element_size()
+            total += parameter.numel() * parameter.element_size() * (2 if sharded else 1)
         if parameter.requires_grad:
             total += parameter.numel() * (12 if parameter.dtype in HALF else 8)
     return total

@@ -202,6 +202,14 @@ class ShardingTrainer(Trainer):
         finally:
             prepared.clear()
 
+    def shard_frozen(self, model: nn.Module) -> nn.Module:
+        """Shard a frozen model as the one that trains is going to be, in place; FSDP2 alone."""
+        if self.sharding is None or not self.accelerator.is_fsdp2:
+            return model.to(self.args.device)
+        from accelerate.utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(self.accelerator, model)
+
     @property
     def sharding(self) -> str | None:
         """How checkpoints of this run are sharded, in words; None without FSDP."""

@@ -302,9 +302,11 @@ class PALUTrainer(CheckpointTrainer):
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
         kind, needed = self._reference_kind, self._needs_reference
         reference = make_reference(kind, self.model, ref_model, needed=needed)
-        if reference is None or not self.place_model_on_device:
-            return reference
-        return reference.to(self.args.device)
+        if isinstance(reference, LiveReference) and self.is_fsdp_enabled and ref_model is None:
+            reference.model = self.shard_frozen(reference.model)
+        elif reference is not None and self.place_model_on_device:
+            reference.to(self.args.device)
+        return reference
 
     def open_cache(self, checkpoint: str | None = None, **options: Any) -> ReferenceCache | None:
         """Open the reference cache, or build it first from the model as it is now.
