@@ -26,6 +26,8 @@ def start(folder, ranks, what):
     """What every rank found, of processes that are started here."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    if what == "kernels":
+        environment["TRITON_INTERPRET"] = "1"
     words = [sys.executable, str(WORKERS / "vocabulary.py"), str(folder)]
     logs = [folder / f"log-{rank}" for rank in range(ranks)]
     started = []
