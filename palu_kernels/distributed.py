@@ -147,7 +147,7 @@ def agree(group: Any, facts: dict[str, Any], device: torch.device, own: tuple = 
     from torch import distributed
 
     # all that is gathered here has one size, so that ranks at different calls meet too
-    facts = {name: _short(value) for name, value in facts.items()}
+    facts = {name: _short(value, 500 if name == "error" else 160) for name, value in facts.items()}
     text = json.dumps(facts).encode()
     said = torch.zeros(FACT_BYTES, dtype=torch.uint8)
     said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -162,23 +162,24 @@ def agree(group: Any, facts: dict[str, Any], device: torch.device, own: tuple = 
         raise Disagreement("; ".join(lines[:4]), errors)
     for name in dict.fromkeys(name for one in everyone for name in one):
         values = [one.get(name) for one in everyone]
-        if name not in own and any(value != values[0] for value in values):
-            pairs = [f"rank {r} has {value!r}" for r, value in zip(ranks, values, strict=True)]
-            raise Disagreement(
-                f"the ranks that share a vocabulary differ in {name}: {', '.join(pairs)}; they "
-                "must call with the same arguments, in the same order"
-            )
+        if name in own or all(value == values[0] for value in values):
+            continue
+        usual = values.index(max(values, key=values.count))
+        odd = [r for r, value in enumerate(values) if value != values[usual]]
+        pairs = [f"rank {ranks[r]} has {values[r]!r}" for r in sorted([usual, *odd[:7]])]
+        raise Disagreement(
+            f"the ranks that share a vocabulary differ in {name}: {', '.join(pairs)}; they must "
+            "call with the same arguments, in the same order"
+        )
     return everyone
 
 
-def _short(value: Any) -> Any:
+def _short(value: Any, most: int) -> Any:
     """Keep what is gathered within its size; a long text is told apart by its hash."""
     text = str(value)
-    return (
-        value
-        if len(text) <= 160
-        else f"{text[:120]}... ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
-    )
+    if len(text) <= most:
+        return value
+    return f"{text[: most - 40]}... ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def join(group: Any, start: int, rows: int, facts: dict[str, Any], device: torch.device) -> Any:

@@ -218,10 +218,11 @@ def together(loss: Callable[..., Any]) -> Callable[..., Any]:
         given = [*args, *kwargs.values()]
         head = next((value for value in given if isinstance(value, LMHead)), None)
         vocabulary = None if head is None else head.vocabulary
+        plain = all(dtensor(value) is None for value in given)
         if vocabulary is None or not compares(vocabulary, head.weight.device):
-            return loss(**_local(loss, args, kwargs))
+            return loss(*args, **kwargs) if plain else loss(**_local(loss, args, kwargs))
         with raised_together(resolve_group(vocabulary.group), head.weight.device):
-            return loss(**_local(loss, args, kwargs))
+            return loss(*args, **kwargs) if plain else loss(**_local(loss, args, kwargs))
 
     return call
 
