@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palu.models.in_head import LossInHead
+from palu.models.lm_head import is_tensor_parallel
 from palu.models.wrappers import (
     UnsupportedHead,
     incompatible_wrapper,
@@ -130,17 +132,19 @@ class HiddenStates:
         self.incompatible = incompatible_wrapper(model)
         self.wants_token_types = wants_token_types(model)
         refuse_compiled(model, self.head)
+        self.in_head = None  # DTensors of no row have no product
+        if is_tensor_parallel(self.head):
+            self.in_head = LossInHead(model, takes_head=False)
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **model_inputs: Any
     ) -> Tensor:
         """Return `[B, T, D]`; see `model_hidden_states`."""
-        if self.model._compiled_call_impl or self.inner._compiled_call_impl:  # since then
-            refuse_compiled(self.model, self.head)
+        self._refuse()
         entered: list[Tensor] = []
         with_grad = torch.is_grad_enabled()
-        if with_grad and self.incompatible is not None:
-            refuse_wrapper(self.model)
+        if self.in_head is not None:
+            return self.in_head(lambda rows, _: rows, input_ids, attention_mask, **model_inputs)
 
         def take(module: nn.Module, args: tuple) -> tuple | None:
             if not args:
@@ -180,6 +184,14 @@ class HiddenStates:
                 f"shape {list(input_ids.shape)}"
             )
         return hidden
+
+    def _refuse(self) -> None:
+        """Raise UnsupportedHead for what may have been done to the model since it was looked
+        through, and where gradients would not be reduced."""
+        if self.model._compiled_call_impl or self.inner._compiled_call_impl:
+            refuse_compiled(self.model, self.head)
+        if torch.is_grad_enabled() and self.incompatible is not None:
+            refuse_wrapper(self.model)
 
 
 def _parameters(model: nn.Module) -> Any:

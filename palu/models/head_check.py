@@ -42,6 +42,8 @@ def why_not_fusable(
     reason = in_head = None
     try:
         in_head = LossInHead(model)
+        if in_head.tensor_parallel:
+            raise UnsupportedHead("the output embedding is tensor parallel")
     except UnsupportedHead as refusal:
         reason = str(refusal)
     reason = agreed(reason)

@@ -7,6 +7,7 @@ are whole, and a gradient that comes in by the model's outputs finds every hook 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from palu.models.lm_head import LMHead, refuse_not_linear, scale_and_cap
+from palu.models.lm_head import LMHead, is_tensor_parallel, refuse_not_linear, scale_and_cap
 from palu.models.wrappers import (
     FSDP1,
     FSDP2,
@@ -23,6 +24,7 @@ from palu.models.wrappers import (
     forward_replaced,
     is_a,
     is_sharded,
+    local_rows,
     output_embedding,
     refuse_compiled,
     text_only_inputs,
@@ -90,7 +92,8 @@ class LossInHead:
         if takes_head:
             refuse_not_linear(self.layer)
             self.scale, self.cap = scale_and_cap(self.inner)
-        self.sharded = is_sharded(model)
+        self.tensor_parallel = is_tensor_parallel(self.layer)
+        self.sharded = is_sharded(model) or self.tensor_parallel
         self._kept: LMHead | None = None
 
     def __call__(
@@ -125,7 +128,7 @@ class LossInHead:
         kept, layer = self._kept, self.layer
         # What a head keeps of itself (`LMHead`) goes by addresses, where shards come and go.
         if kept is None or kept.weight is not layer.weight or kept.bias is not layer.bias:
-            head = LMHead.of_layer(layer, self.scale, self.cap, views=self.sharded)
+            head = LMHead.of_layer(layer, self.scale, self.cap, sharded=self.sharded)
             self._kept = None if self.sharded else head
             return head
         return kept
@@ -149,6 +152,7 @@ class _Call:
         # Under a checkpoint around the whole model the rows would come without a gradient.
         if torch.is_grad_enabled() != self.with_grad:
             raise UnsupportedHead("the model switches gradients on or off inside its forward")
+        entered, input = input, local_rows(input)
         if input.dim() != 3 or list(input.shape[:2]) != self.shape:
             raise UnsupportedHead(
                 f"rows of shape {list(input.shape)} enter the output embedding for input_ids of "
@@ -165,8 +169,9 @@ class _Call:
         if self.with_grad and not value.requires_grad:
             value = _with_zero_gradients(value, input, head)
         self.given = [result, value]
-        columns = 1 if head is None else head.vocab_size
-        return _Carrier.apply(value, self.gradient, (input.shape[0], 0, columns), input)
+        columns = 1 if head is None else head.weight.shape[0]
+        empty = _Carrier.apply(value, self.gradient, (input.shape[0], 0, columns), input)
+        return _as_logits(empty, entered)
 
     def result(self, logits: Tensor | None) -> Any:
         """Return what the loss gave, so that its gradient comes in by the model's logits."""
@@ -183,6 +188,15 @@ class _Call:
             return value
         rest = [x.detach() if isinstance(x, Tensor) else x for x in result[1:]]
         return result._make([value, *rest]) if hasattr(result, "_make") else (value, *rest)
+
+
+def _as_logits(empty: Tensor, rows: Tensor) -> Tensor:
+    """Return the output of a tensor parallel layer: this rank's columns of the logits."""
+    if not hasattr(rows, "device_mesh"):
+        return empty
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(empty, rows.device_mesh, [Shard(-1)], run_check=False)
 
 
 def _with_zero_gradients(loss: Tensor, hidden: Tensor, head: LMHead | None) -> Tensor:
@@ -245,12 +259,20 @@ def whole_head(model: nn.Module) -> Iterator[LMHead]:
     layer = output_embedding(model)
     refuse_not_linear(layer)
     scale, cap = scale_and_cap(unwrap(model))
-    with _gathered(model, layer) as sharded:
-        head = LMHead.of_layer(layer, scale, cap, views=sharded)
-        tensors = [None if t is None else t.detach() for t in (head.weight, head.bias)]
-        if sharded:  # whole for the time of this block alone, and a backward may come later
-            tensors = [None if t is None else t.clone() for t in tensors]
-    yield LMHead(*tensors, scale, cap)
+    with _gathered(model, layer) as gathered:
+        sharded = gathered or is_tensor_parallel(layer)
+        head = LMHead.of_layer(layer, scale, cap, sharded=sharded).detach()
+        if gathered:  # whole for the time of this block alone, and a backward may come later
+            head = _copied(head)
+    yield head
+
+
+def _copied(head: LMHead) -> LMHead:
+    copied = copy.copy(head)
+    for name in ("weight", "bias"):
+        value = getattr(head, name)
+        object.__setattr__(copied, name, None if value is None else value.clone())
+    return copied
 
 
 @contextmanager

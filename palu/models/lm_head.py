@@ -7,7 +7,7 @@ so the layer is inspected here, and the numbers are compared in `palu.models.hea
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 import palu_kernels
@@ -29,6 +29,8 @@ _SCALING, _SCALING_MULTIPLIES, _SCALING_BEFORE = "logits_scaling", ("hyperclovax
 # The cap: Gemma and most others, RecurrentGemma, xLSTM.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+# Where the hooks of wrappers that shard a module are defined.
+_FSDP, _TENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -54,18 +56,19 @@ class LMHead(palu_kernels.LMHead):
 
     @classmethod
     def of_layer(
-        cls, layer: nn.Linear, scale: float, cap: float | None, *, views: bool = False
+        cls, layer: nn.Linear, scale: float, cap: float | None, *, sharded: bool = False
     ) -> LMHead:
         """Return a head of a layer's parameters as they are now: FSDP makes them whole for the time
         of a forward.
 
         Args:
-            views: whether views of a larger parameter, as FSDP1 makes them, will do.
+            sharded: whether they may be views of a larger parameter, as FSDP1 makes them, or the
+                rows of this rank, where the layer is tensor parallel.
 
         Raises:
             UnsupportedHead: they are not plain tensors of the layer's size.
         """
-        reason = _why_not_whole(layer, views)
+        reason = _why_not_whole(layer, sharded)
         if reason is not None:
             raise UnsupportedHead(reason)
         try:
@@ -76,7 +79,7 @@ class LMHead(palu_kernels.LMHead):
 
 def refuse_not_linear(module: nn.Module) -> None:
     """Raise UnsupportedHead unless the output embedding is an `nn.Linear` and nothing more; that
-    FSDP shards it is no matter."""
+    FSDP or tensor parallelism shards it is no matter."""
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)
         raise UnsupportedHead(f"the output embedding has parametrizations ({names})")
@@ -92,21 +95,29 @@ def refuse_not_linear(module: nn.Module) -> None:
         raise UnsupportedHead("the forward of the output embedding was replaced")
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Return whether `parallelize_module` has shared out the module's parameters."""
+    return any(origin.startswith(_TENSOR) for origin in _origins(module, "_forward_hooks"))
+
+
 def _foreign(module: nn.Module, hooks: str) -> bool:
-    """Return whether the module has such hooks, but for FSDP's."""
-    origins = [getattr(hook, "__module__", None) or "" for hook in getattr(module, hooks).values()]
-    return any(not origin.startswith("torch.distributed.fsdp") for origin in origins)
+    """Return whether the module has such hooks, but for those of wrappers that shard it."""
+    return any(not origin.startswith((_FSDP, _TENSOR)) for origin in _origins(module, hooks))
 
 
-def _why_not_whole(layer: nn.Linear, views: bool) -> str | None:
+def _origins(module: nn.Module, hooks: str) -> list[str]:
+    return [getattr(hook, "__module__", None) or "" for hook in getattr(module, hooks).values()]
+
+
+def _why_not_whole(layer: nn.Linear, sharded: bool) -> str | None:
     """Return why the parameters of a linear layer are not whole and plain, else None."""
     shapes = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
-    kinds = (nn.Parameter, Tensor) if views else (nn.Parameter,)
+    kinds = ("Parameter", "Tensor", "DTensor") if sharded else ("Parameter",)
     for name, shape in shapes.items():
         value = getattr(layer, name)
         if name == "bias" and value is None:
             continue
-        if type(value) not in kinds:
+        if type(value).__name__ not in kinds:
             return f"the {name} of the output embedding is a {type(value).__name__}"
         if value.is_meta:
             return f"the {name} of the output embedding is offloaded (on the meta device)"

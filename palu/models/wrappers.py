@@ -173,6 +173,18 @@ def output_embedding(model: nn.Module) -> nn.Module:
     return module
 
 
+def local_rows(rows: Tensor) -> Tensor:
+    """Return hidden rows as a plain tensor: tensor parallelism hands all of them to each rank.
+
+    Raises:
+        UnsupportedHead: it hands on parts of them.
+    """
+    placements = getattr(rows, "placements", ())
+    if not all(placement.is_replicate() for placement in placements):
+        raise UnsupportedHead(f"rows with placements {placements} enter the output embedding")
+    return rows.to_local() if placements else rows
+
+
 def refuse_compiled(model: nn.Module, module: nn.Module) -> None:
     """Raise UnsupportedHead if `module` is in compiled code: what was compiled before does not run
     a hook, and what is compiled now may keep it."""

@@ -91,8 +91,10 @@ class LMHead:
                 "they must be None"
             )
         weight, group, start = local_slice("weight", self.weight, 0, False)
-        bias, bias_group, bias_start = local_slice("bias", self.bias, 0, False)
-        if self.bias is not None and (bias_group, bias_start) != (group, start):
+        bias, _, bias_start = local_slice("bias", self.bias, 0, False)
+        # Meshes and not groups: equal meshes may have groups of their own.
+        meshes = [t.device_mesh for t in (self.weight, self.bias) if dtensor(t) is not None]
+        if self.bias is not None and (bias_start != start or meshes[0] != meshes[-1]):
             raise ValueError("bias is not sharded as weight is; it must have its placements")
         parts = {"weight": weight, "bias": bias, "process_group": group, "vocab_start": start}
         for name, value in parts.items():

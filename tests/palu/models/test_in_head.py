@@ -37,16 +37,16 @@ def launched(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", worker.CASES)
 def test_steps_are_those_of_one_process(launched, name):
-    """Two steps of SGD: the losses within 1e-6 of themselves, the weights within 1e-6 where they
-    moved by 1e-3 to 0.2 (float64: 1e-14; bfloat16: 2e-3, 5% of the move)."""
+    """Two steps of SGD: the losses within 1e-6 of themselves, the weights within 2e-6 where they
+    moved by 1e-3 to 0.2 (float64: 1e-14; bfloat16: 4e-3, 10% of the move)."""
     case = worker.CASES[name]
     wide, half = case.get("dtype") == torch.float64, case.get("policy")
-    near = 1e-14 if wide else 2e-3 if half else 1e-6
+    near = 1e-14 if wide else 4e-3 if half else 1e-6
     for one in launched:
         found = one[name]
         assert found["moved"] > 1e-3
         assert found["together"] == pytest.approx(found["alone"], rel=near)
-        assert found["far"] <= (0.05 * found["moved"] if half else near)
+        assert found["far"] <= (0.1 * found["moved"] if half else 2 * near)
 
 
 @pytest.mark.parametrize("name", step_losses.CASES)

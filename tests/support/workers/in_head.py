@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from palu import LMHead, PALULoss, PALUOutput, loss_in_head, model_hidden_states, whole_head
@@ -32,6 +33,7 @@ from tests.support import families
 from tests.support.workers import step_losses
 
 ROWS = 8  # of a step, in all processes together
+TENSOR = 2  # ranks that share a head which is tensor parallel
 STEPS, RATE = 2, 0.005  # the second step runs in wrappers that know their modules' order
 # name -> family, how it is wrapped, and what else is unlike the others
 CASES: dict[str, dict] = {
@@ -64,6 +66,11 @@ CASES: dict[str, dict] = {
     "sharded reference, tied": {"wrap": "root", "family": "llama_tied", "reference": "sharded"},
     "fsdp1 reference": {"wrap": "fsdp1", "reference": "fsdp1"},
     "cached reference": {"wrap": "layers", "reference": "cached"},
+    "tensor parallel": {"wrap": "tensor"},
+    "tensor parallel, bias": {"wrap": "tensor", "family": "phi"},
+    "tensor parallel and layers": {"wrap": "both", "reference": "sharded"},
+    "tensor parallel and layers, bias": {"wrap": "both", "family": "phi"},
+    "tensor parallel and layers, float64": {"wrap": "both", "dtype": torch.float64},
     "adapter off": {"wrap": "layers", "lora": True, "reference": "adapter"},
     "adapter off, static ddp": {"wrap": "static", "lora": True, "reference": "adapter"},
 }
@@ -102,7 +109,15 @@ def wrapped(model: torch.nn.Module, case: dict, wrap: str) -> torch.nn.Module:
         return fsdp1(model, case, type(layers[0]))
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    options: dict = {"mesh": dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))}
+    together = {"tensor": dist.get_world_size(), "both": TENSOR}.get(wrap, 1)
+    shape = (dist.get_world_size() // together, together)
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    if together > 1:
+        plan = {"lm_head": ColwiseParallel(use_local_output=False)}
+        parallelize_module(model, mesh["tensor"], plan)
+    if wrap == "tensor":
+        return model
+    options: dict = {"mesh": mesh["data"]}
     if case.get("policy"):
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if wrap != "root":
@@ -151,7 +166,8 @@ class Reference:
     def __init__(self, original: torch.nn.Module, case: dict, loss: PALULoss) -> None:
         self.kind, self.loss, self.model = case.get("reference", "live"), loss, original
         if self.kind in ("sharded", "fsdp1"):
-            self.model = wrapped(original, case, "layers" if self.kind == "sharded" else "fsdp1")
+            how = case["wrap"] if case["wrap"] in ("both", "fsdp1") else "layers"
+            self.model = wrapped(original, case, how)
             if self.kind == "sharded":
                 self.model.set_reshard_after_forward(True)
 
@@ -234,6 +250,11 @@ def loss_of(case: dict) -> PALULoss:
 
 def steps_together(case: dict, rank: int, processes: int) -> tuple[list[float], dict]:
     """The same in all processes, in the head's forward."""
+    together = {"tensor": processes, "both": TENSOR}.get(case["wrap"], 1)
+    rank, processes = (
+        rank // together,
+        processes // together,
+    )  # ranks of one head have the same rows
     model, original = made(case)
     if case.get("checkpointing"):
         model.train()
@@ -243,7 +264,9 @@ def steps_together(case: dict, rank: int, processes: int) -> tuple[list[float], 
     if case.get("policy"):
         half(original)
     model = wrapped(model, case, case["wrap"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, foreach=False
+    )
     ids, labels = batch(case, processes)
     roles = loss_fn.roles(labels)
     counts = {"num_forget": (roles == 1).sum(), "num_preserve": (roles == 2).sum()}
@@ -272,7 +295,7 @@ def steps_together(case: dict, rank: int, processes: int) -> tuple[list[float], 
             total += value.detach()
         optimizer.step()
         dist.all_reduce(total)
-        losses.append(total.item())
+        losses.append(total.item() / together)
     return losses, trained(model)
 
 
