@@ -27,8 +27,8 @@ from palu.models.wrappers import (
     local_rows,
     output_embedding,
     refuse_compiled,
-    text_only_inputs,
     unwrap,
+    wants_token_types,
 )
 
 Result = TypeVar("Result", Tensor, tuple)
@@ -92,6 +92,7 @@ class LossInHead:
         if takes_head:
             refuse_not_linear(self.layer)
             self.scale, self.cap = scale_and_cap(self.inner)
+        self.wants_token_types = wants_token_types(model)
         self.tensor_parallel = is_tensor_parallel(self.layer)
         self.sharded = is_sharded(model) or self.tensor_parallel
         self._kept: LMHead | None = None
@@ -108,7 +109,9 @@ class LossInHead:
             refuse_compiled(self.model, self.layer)
         call = _Call(self, loss, list(input_ids.shape))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        inputs |= text_only_inputs(self.model, input_ids) | model_inputs
+        if self.wants_token_types and self.inner.training:
+            inputs["token_type_ids"] = torch.zeros_like(input_ids)
+        inputs |= model_inputs
         try:
             with forward_replaced(self.layer, call):
                 output = self.model(**inputs)

@@ -106,7 +106,10 @@ def _foreign(module: nn.Module, hooks: str) -> bool:
 
 
 def _origins(module: nn.Module, hooks: str) -> list[str]:
-    return [getattr(hook, "__module__", None) or "" for hook in getattr(module, hooks).values()]
+    """Return where each hook is defined; of a method, where its object's class is."""
+    made = getattr(module, hooks).values()
+    owners = [type(hook.__self__) if hasattr(hook, "__self__") else hook for hook in made]
+    return [getattr(owner, "__module__", None) or "" for owner in owners]
 
 
 def _why_not_whole(layer: nn.Linear, sharded: bool) -> str | None:
