@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -272,12 +272,17 @@ def _fingerprint(t: Tensor | None) -> str | None:
     return f"{list(t.shape)}, sum {int((flat * weights).sum())}"
 
 
+def any_dtensor(values: Iterable[Any]) -> bool:
+    """Whether one of them is a DTensor: one look at all arguments of a call."""
+    if torch.compiler.is_compiling():
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in map(type, values)
+
+
 def dtensor(t: Any) -> Any:
     """Return `t` if it is a DTensor, else None."""
-    if torch.compiler.is_compiling():
-        return None
-    module = sys.modules.get("torch.distributed.tensor")
-    return t if module is not None and isinstance(t, module.DTensor) else None
+    return t if any_dtensor((t,)) else None
 
 
 def local_slice(name: str, t: Any, dim: int | None, by_row: bool) -> tuple[Any, Any, int | None]:

@@ -22,6 +22,7 @@ from palu_kernels.backend import accum_dtype, check_values, on_device_of
 from palu_kernels.distributed import (
     Vocabulary,
     agree_on_call,
+    any_dtensor,
     dtensor,
     local_rows,
     local_slice,
@@ -41,8 +42,7 @@ def takes_dtensors(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(operator)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        if torch.compiler.is_compiling() or all(dtensor(value) is None for value in given):
+        if not any_dtensor([*args, *kwargs.values()]):
             return operator(*args, **kwargs)
         named = signature(operator).bind(*args, **kwargs).arguments
         rows = next(name for name in ("logits", "scores") if name in named)

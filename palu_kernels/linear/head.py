@@ -16,6 +16,7 @@ from torch import Tensor
 from palu_kernels import reference, validation
 from palu_kernels.distributed import (
     Vocabulary,
+    any_dtensor,
     compares,
     dtensor,
     join,
@@ -217,10 +218,12 @@ def together(loss: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return loss(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        head = next((value for value in given if isinstance(value, LMHead)), None)
-        vocabulary = None if head is None else head.vocabulary
-        plain = all(dtensor(value) is None for value in given)
+        vocabulary, given = None, [*args, *kwargs.values()]
+        for value in given:
+            if isinstance(value, LMHead):
+                head, vocabulary = value, value.vocabulary
+                break
+        plain = not any_dtensor(given)
         if vocabulary is None or not compares(vocabulary, head.weight.device):
             return loss(*args, **kwargs) if plain else loss(**_local(loss, args, kwargs))
         with raised_together(resolve_group(vocabulary.group), head.weight.device):
