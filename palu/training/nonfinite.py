@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from palu.distributed import everyone
 from palu.methods.micro_batch import ROLES
+from palu.models.wrappers import is_sharded
 from palu.storage.fingerprint import example_ids
 from palu.training.checkpoints import CheckpointError, read_record
 
@@ -101,23 +103,35 @@ def check_weights(model: nn.Module, step: int, checkpoint: Callable[[], str] = l
     checkpoint must not make room for such ones.
 
     Args:
-        model: its trainable parameters are looked at.
+        model: its trainable parameters are looked at; of a sharded one by all processes together.
         step: optimizer steps done.
         checkpoint: gives what `last_checkpoint` says.
 
     Raises:
         FloatingPointError: a parameter has an infinity or a NaN; names it.
     """
+    found = _not_finite(model)
+    if is_sharded(model):  # each process sees its own part
+        found = next(filter(None, everyone(found)), None)
+    if found is not None:
+        raise FloatingPointError(
+            f"the weights are not finite after step {step}: {found[0]} holds {found[1]}; they are "
+            f"not saved.{checkpoint()} {ADVICE}"
+        )
+
+
+def _not_finite(model: nn.Module) -> tuple[str, float] | None:
+    """Return the name of the first parameter that is not finite here, and what it holds."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or parameter.numel() == 0:
+        values = parameter.detach()
+        values = values.to_local() if hasattr(values, "to_local") else values
+        if not parameter.requires_grad or values.numel() == 0:
             continue
         # The largest absolute value: NaN where there is one, and no second tensor of that size.
-        largest = torch.linalg.vector_norm(parameter.detach(), math.inf).item()
+        largest = torch.linalg.vector_norm(values, math.inf).item()
         if not math.isfinite(largest):
-            raise FloatingPointError(
-                f"the weights are not finite after step {step}: {name} holds {largest}; they are "
-                f"not saved.{checkpoint()} {ADVICE}"
-            )
+            return name, largest
+    return None
 
 
 def last_checkpoint(output_dir: str, step: int, run: Mapping[str, Any] | None) -> str:

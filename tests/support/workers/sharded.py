@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from palu.training import checkpoints, ranks, sharding
+from palu.training import checkpoints, nonfinite, ranks, sharding
 from palu.training.trainer import PALUTrainer
 from tests.support import small, training
 from tests.support.workers import distributed
@@ -165,10 +165,22 @@ def run_checks(folder: Path, processes: int, **more) -> dict:
         for parameter in trainer.model.parameters():
             parameter.add_(1.0)
     checks._put_back()
+    put_back = outcome(trainer)["weights"]
+    sharding.reshard(trainer.model)
+    *_, last = trainer.model.parameters()  # a NaN in the part of one process
+    part = last.data.to_local() if hasattr(last, "to_local") else last.data
+    if trainer.args.process_index == processes - 1:
+        part.view(-1)[-1:] = float("nan")
+    try:
+        nonfinite.check_weights(trainer.model, 2)
+        said = "finite"
+    except FloatingPointError as error:
+        said = str(error)
     return {
+        "nan": said,
         "checks": trainer.outcome.checks,
         "kept": kept,
-        "put_back": outcome(trainer)["weights"],
+        "put_back": put_back,
         "best": list(checks.best),
     }
 
