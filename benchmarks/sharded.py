@@ -7,7 +7,8 @@ One step (a forget and a retain micro-batch, AdamW) of a small Llama, by one pro
 sharded by FSDP2, each rank with its share of the same batch, or tensor-parallel, each with all of
 it. They talk over gloo and share this machine's processors, so what is told is what sharding adds
 beside the single process of the same run, and not what it gains on devices of their own. Every
-measurement is a launch of its own, and launches take turns. Memory is the ledger's (bytes of live
+measurement has processes of its own, which take turns; `process ms` are of all of them together,
+which tells more on a busy machine. Memory is the ledger's (bytes of live
 tensors, the largest rank), bytes are what a rank sends in a ring, both beside the prediction.
 
 The rows of kernel `sharded_model` were not run: the same predictions for Llama-3.1-8B and -70B on 8
@@ -40,6 +41,7 @@ STEP, MODEL = "sharded_step", "sharded_model"
 PREDICTED = "predicted: nothing was run"
 ALONE = "1 process"
 THREADS = 1  # of a process
+Metrics = dict[str, float]
 # provider -> devices, tensor-parallel ranks
 WAYS = {
     ALONE: (1, 1),
@@ -64,10 +66,10 @@ LARGE_K = 1000
 def options(parser: argparse.ArgumentParser) -> None:
     add, count = parser.add_argument, runner.positive
     add("--vocab", type=count, default=32000, help="V")
-    add("--hidden", type=count, default=256, help="D")
+    add("--hidden", type=count, default=128, help="D")
     add("--layers", type=count, default=4)
     add("--batch", type=count, default=8, help="examples of all data-parallel ranks")
-    add("--length", type=count, default=128, help="tokens of an example")
+    add("--length", type=count, default=64, help="tokens of an example")
     add("--tiny", action="store_true", help="a model and a batch that only show that it runs")
 
 
@@ -117,11 +119,13 @@ def measure(benchmark: Benchmark, case: Case, provider: str, task: dict[str, Any
     watched = task["repeat"] == 0
     one = ranks.Case(config(case), values, timed=task["calls"], watched=watched)
     with tempfile.TemporaryDirectory() as folder:
-        found = ranks.launch(setup.devices, [one], Path(folder), THREADS)[0]
+        found = ranks.fork(setup.devices, [one], Path(folder))[0]
     samples: dict[str, list[float]] = {}
     if task["calls"]:  # a step ends when the last rank has taken it
         times = zip(*(rank.seconds for rank in found), strict=True)
         samples["seconds"] = [max(step) for step in times]
+        times = zip(*(rank.cpu_seconds for rank in found), strict=True)
+        samples["cpu_seconds"] = [sum(step) for step in times]
     if watched:
         samples["live_bytes"] = [max(rank.peak for rank in found)]
         sent = [sum(moved for _, moved in rank.collectives.values()) for rank in found]
@@ -182,44 +186,46 @@ def summary(rows: Sequence[Row]) -> str:
             if kind[0] == MODEL:
                 lines.append(_of_large(own[0], found))
                 continue
-            mean = tables.mean_seconds({row["metric"]: row for row in own}.get("seconds"))
-            alone = mean if own[0]["provider"] == ALONE else alone
+            alone = found if own[0]["provider"] == ALONE else alone
             lines.append(_of_small(own[0], found, alone))
         title, headings = TITLES[kind[0]]
         parts.append(f"{title}, {kind[1]}\n{tables.text(headings, lines)}")
     return "\n\n".join(parts)
 
 
+OF_SMALL = ["", "ms", f"of {ALONE}", "process ms", f"of {ALONE}", "live MiB", "predicted"]
+OF_SMALL += ["sent MiB", "predicted", "collectives", "predicted"]
+OF_LARGE = ["", "GiB a device", "sent GiB", "collectives", "of the loss MiB", "its collectives"]
 TITLES = {
-    STEP: (
-        "A step beside one process's, on the same processors",
-        ["", "ms", f"of {ALONE}", "live MiB", "predicted", "sent MiB", "predicted", "collectives"],
-    ),
+    STEP: ("A step, processes with a thread each on the same processors", OF_SMALL),
     MODEL: (
         "Predicted, nothing was run: 8 x 512 a data-parallel rank, checkpointing, k = 1000",
-        ["", "GiB a device", "sent GiB", "collectives", "of the loss MiB", "its collectives"],
+        OF_LARGE,
     ),
 }
-TITLES[STEP][1].append("predicted")
 
 
-def _of_small(row: Row, found: dict[str, float], alone: float | None) -> list[str]:
-    seconds = found.get("seconds")
-
+def _of_small(row: Row, found: Metrics, alone: Metrics | None) -> list[str]:
     def shown(name: str, unit: float = 1, how: str = ".1f") -> str:
         return "-" if found.get(name) is None else format(found[name] / unit, how)
+
+    def ratio(name: str) -> str:
+        pair = found.get(name), (alone or {}).get(name)
+        return "-" if None in pair else f"{pair[0] / pair[1]:.2f}"
 
     return [
         row["provider"],
         shown("seconds", 1e-3, ".0f"),
-        "-" if seconds is None or alone is None else f"{seconds / alone:.2f}",
+        ratio("seconds"),
+        shown("cpu_seconds", 1e-3, ".0f"),
+        ratio("cpu_seconds"),
         *(shown(name, 2**20) for name in ("live_bytes", "predicted_bytes")),
         *(shown(name, 2**20) for name in ("sent_bytes", "predicted_sent_bytes")),
         *(shown(name, how=".0f") for name in ("collectives", "predicted_collectives")),
     ]
 
 
-def _of_large(row: Row, found: dict[str, float]) -> list[str]:
+def _of_large(row: Row, found: Metrics) -> list[str]:
     given = dict(word.split("=", 1) for word in row["setting"].split())
     return [
         f"{given['model']}, {given['trains'].replace('_', ' ')}, {row['provider']}",
@@ -238,7 +244,7 @@ BENCHMARK = Benchmark(
     add_options=options,
     cases=cases,
     dtypes=("float32",),
-    repeats=3,
+    repeats=2,
     calls=5,
     axes=(),
     measure=measure,

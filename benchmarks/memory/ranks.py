@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -84,6 +85,7 @@ class Found:
     after: dict[str, int] = field(default_factory=dict)  # the peak by the end of each part
     largest: dict[str, int] = field(default_factory=dict)  # at the peak, by operator and shape
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of this process on all its threads
     collectives: dict[str, list[int]] = field(default_factory=dict)  # of a step: calls, bytes
     vocabulary: dict[str, int] = field(default_factory=dict)  # `palu_kernels.distributed.traffic`
 
@@ -305,9 +307,10 @@ def measure(case: Case) -> Found:
         rank.step(0)
         for number in range(case.timed):
             dist.barrier()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             rank.step(number)
             found.seconds.append(time.perf_counter() - start)
+            found.cpu_seconds.append(time.process_time() - used)
     return found
 
 
@@ -334,17 +337,15 @@ def watch(case: Case, found: Found) -> None:
             found.largest[name] = found.largest.get(name, 0) + entry.bytes
 
 
-def launch(
-    processes: int, cases: Sequence[Case], folder: Path, threads: int = 1
-) -> list[list[Found]]:
-    """Return what every rank of `processes` found, a list a case.
+def launch(processes: int, cases: Sequence[Case], folder: Path) -> list[list[Found]]:
+    """Return what every rank of `processes`, started by torchrun, found, a list a case.
 
     Raises:
         RuntimeError: a process failed; with the end of what was said.
     """
     path = folder / "cases.json"
     path.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += [f"--nproc-per-node={processes}", "-m", "benchmarks.memory.ranks"]
     words += [str(path), str(folder)]
@@ -353,6 +354,41 @@ def launch(
     )
     if done.returncode:
         raise RuntimeError(f"{processes} processes failed: {(done.stdout + done.stderr)[-9000:]}")
+    return _found(processes, folder)
+
+
+def fork(processes: int, cases: Sequence[Case], folder: Path) -> list[list[Found]]:
+    """Return what `launch` does, of processes that need not import everything anew, a thread each.
+    This one must not have computed anything: threads do not survive.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    path = folder / "cases.json"
+    path.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
+    context = multiprocessing.get_context("fork")
+    started = [
+        context.Process(target=_forked, args=(path, folder, rank, processes))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    codes = [process.exitcode for process in started]
+    if any(codes):
+        raise RuntimeError(f"of {processes} processes the exit codes are {codes}")
+    return _found(processes, folder)
+
+
+def _forked(cases: Path, folder: Path, rank: int, processes: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    main(str(cases), str(folder), init_method=store, rank=rank, world_size=processes)
+
+
+def _found(processes: int, folder: Path) -> list[list[Found]]:
+    """Return what every rank wrote, a list a case."""
     ranks = [
         json.loads((folder / f"rank-{n}.json").read_text(encoding="utf-8"))
         for n in range(processes)
@@ -360,8 +396,8 @@ def launch(
     return [[Found(**one) for one in own] for own in zip(*ranks, strict=True)]
 
 
-def main(cases: str, folder: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+def main(cases: str, folder: str, **rendezvous: Any) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5), **rendezvous)
     found = []
     for values in json.loads(Path(cases).read_text(encoding="utf-8")):
         found.append(asdict(measure(Case(**values))))

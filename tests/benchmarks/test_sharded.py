@@ -3,6 +3,8 @@
 (tests/benchmarks/test_ranks.py compares predictions with real ranks.)"""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +15,7 @@ from benchmarks.memory.model import sizes_of
 from benchmarks.memory.ranks import Found
 from palu.planning.model import KNOWN_MODELS
 from palu.planning.step import Setup, predict
+from tests.support import ROOT
 
 LLAMA, LARGE = sharded.LARGE_MODELS
 
@@ -24,16 +27,17 @@ def test_it_is_a_command():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """`main` in this process -> (exit status, rows, launches); ranks find what is predicted times
-    `factor`, or are real ones."""
+    `factor`."""
 
-    def run(*words, factor=1.0, real=False):
+    def run(*words, factor=1.0):
         launches = []
 
-        def launch(processes, cases, folder, threads):
-            launches.append((processes, threads))
+        def fork(processes, cases, folder):
+            launches.append(processes)
             [case] = cases
             peak = predict(sizes_of(case.config), Setup(**case.setup)).peak * factor
-            return [[Found(peak=peak, seconds=[0.5 / processes] * case.timed)] * processes]
+            times = [0.5 / processes] * case.timed
+            return [[Found(peak=peak, seconds=times, cpu_seconds=times)] * processes]
 
         def run_worker(module, task, threads, repo=None):
             for number, (values, provider) in enumerate(task["measurements"]):
@@ -41,8 +45,7 @@ def run(tmp_path, monkeypatch):
                 yield number, sharded.measure(sharded.BENCHMARK, case, provider, task)
 
         monkeypatch.setattr(runner, "run_worker", run_worker)
-        if not real:
-            monkeypatch.setattr(sharded.ranks, "launch", launch)
+        monkeypatch.setattr(sharded.ranks, "fork", fork)
         path = tmp_path / "sharded.csv"
         status = sharded.main(["--tiny", "--csv", str(path), *words])
         with path.open(newline="") as stream:
@@ -54,7 +57,7 @@ def run(tmp_path, monkeypatch):
 def test_rows_and_tables(run, tmp_path, capsys):
     status, rows, launches = run("--repeats", "2", "--calls", "3")
     assert status == 0 and len(launches) == 2 * len(sharded.WAYS)
-    assert {processes for processes, _ in launches} == {1, 2, 4}
+    assert set(launches) == {1, 2, 4}
     measured = [row for row in rows if row["kernel"] == sharded.STEP]
     times = {row["provider"]: row for row in measured if row["metric"] == "seconds"}
     assert times.keys() == sharded.WAYS.keys()
@@ -90,10 +93,16 @@ def test_a_batch_that_cannot_be_shared(run):
 
 
 @pytest.mark.slow
-def test_real_ranks(run):
-    status, rows, _ = run("--repeats", "1", "--calls", "1", real=True)
-    assert status == 0
-    assert all(row["status"] == "ok" for row in rows if row["kernel"] == sharded.STEP)
+def test_real_ranks(tmp_path):
+    """As a user runs it."""
+    path = tmp_path / "sharded.csv"
+    words = [sys.executable, "-m", "benchmarks", "run", "sharded", "--tiny", "--together"]
+    words += ["--repeats", "1", "--calls", "1", "--csv", str(path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [row for row in tables.read(path) if row["kernel"] == sharded.STEP]
+    assert {row["provider"] for row in rows} == sharded.WAYS.keys()
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def total(model, setup, purposes=None):
