@@ -34,7 +34,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -200,7 +200,9 @@ class Rank:
         loss.backward()
         del loss
         mark("backward of the forget rows")
-        loss = self._in_head(retain, lambda hidden, head: _retain(hidden, head, retain))
+        loss = loss_in_head(
+            self.model, lambda hidden, head: _retain(hidden, head, retain), **_inputs(retain)
+        )
         mark("forward of the retain rows")
         loss.backward()
         del loss
@@ -212,11 +214,12 @@ class Rank:
     def _forget(self, batch: Batch, mark: Callable[[str], None]) -> Tensor:
         with self._reference(batch) as reference:
             mark("forward of the reference")
-            return self._in_head(
-                batch,
+            return loss_in_head(
+                self.model,
                 lambda hidden, head: (
                     self.loss.from_hidden(hidden, head, batch["labels"], *reference).loss
                 ),
+                **_inputs(batch),
             )
 
     @contextlib.contextmanager
@@ -229,42 +232,10 @@ class Rank:
                 hidden = model_hidden_states(self.model, **_inputs(batch))
             yield hidden, None
             return
-        if self.setup.tensor_parallel > 1:
-            with torch.no_grad():
-                hidden = _through_head(self.ref, batch, lambda hidden, _: hidden)
-            if self.setup.data_parallel > 1:
-                self.ref.unshard()
-            yield hidden, LMHead(self.ref.lm_head.weight)
-            if self.setup.data_parallel > 1:
-                self.ref.reshard()
-            return
         with torch.no_grad():
             hidden = model_hidden_states(self.ref, **_inputs(batch))
         with whole_head(self.ref) as head:
             yield hidden, head
-
-    def _in_head(self, batch: Batch, loss: Callable[[Tensor, LMHead], Tensor]) -> Tensor:
-        if self.setup.tensor_parallel == 1:
-            return loss_in_head(self.model, loss, **_inputs(batch))
-        return _through_head(
-            self.model, batch, lambda hidden, weight: loss(hidden, LMHead(weight)).view(1, 1, 1)
-        ).view(())
-
-
-def _through_head(
-    model: nn.Module, batch: Batch, take: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Return what `take` makes of the rows that enter a head and of its weight, a DTensor, which
-    `loss_in_head` refuses."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        return take(hidden, model.lm_head.weight)
-
-    model.lm_head.forward = forward
-    try:
-        return model(**_inputs(batch), use_cache=False).logits
-    finally:
-        del model.lm_head.forward
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -275,14 +246,10 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
-    embedding = RowwiseParallel(input_layouts=Replicate())
-    parallelize_module(model.model.embed_tokens, mesh, embedding)
-    tied = model.config.tie_word_embeddings
-    # No hooks around the head: its rows are read by the loss, and no logits are made of it.
-    head = model.model.embed_tokens.weight if tied else None
-    if head is None:
-        head = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
-    model.lm_head.weight = head.requires_grad_(model.lm_head.weight.requires_grad)
+    ends = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, mesh, ends | {"lm_head": ColwiseParallel(use_local_output=False)})
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _inputs(batch: Batch) -> Batch:

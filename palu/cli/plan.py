@@ -42,6 +42,7 @@ HELD = {
     "masters' gradients": f"{SHARDED}, in float32",
     "whole root": "gathered: embedding, last norm, head",
     "whole layers": "gathered: a layer, and its neighbour or a buffer",
+    "reference head": "copied whole",
     "reductions": "gradients of a group, and their buffer",
     "head gradient": "until backward ends",
     "embedding gradient": "until backward ends",

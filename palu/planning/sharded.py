@@ -6,8 +6,8 @@ beginning of a forward to the end of its backward, its gradients too. Gathering 
 beside the parameters that are copied out of it, reducing one beside the gradients; while a layer
 runs backward, that of the layer before it is gathered already.
 
-The loss is computed in the head's forward, after that of the reference, whose layers and root
-group are resharded after use.
+The loss is computed in the head's forward, after that of the reference, whose groups are resharded
+after use; of its head there is a copy (`palu.whole_head`).
 """
 
 from __future__ import annotations
@@ -62,15 +62,18 @@ class ShardedStep(Step):
         if live or self.setup.reference == "adapter_off":
             whole = {"whole root": root, "whole layers": 2 * layer, "passing": self.layer.passing}
             yield "forward of the reference", whole
-        gathering = {"whole root": (2 + live) * root, "reference rows": live * self.layer.residual}
-        yield "gathering of the root", gathering
+        entry = self.precision.products
+        compared = {
+            "reference head": live * self.sizes.head_parameters * entry,
+            "reference rows": live * self.layer.residual,
+        }
+        yield "gathering of the root", {"whole root": 2 * root, **compared}
         # The last layer's buffer is given back with the root.
         there = {**kept, "whole layers": layer}
-        loss = self._loss(with_reference=True)
-        forget = {"whole root": (1 + live) * root, "reference rows": live * self.layer.residual}
-        yield "loss of the forget rows", {**there, **forget, **loss}
-        there |= waiting
         there["whole root"] = root
+        loss = self._loss(with_reference=True)
+        yield "loss of the forget rows", {**there, **compared, **loss}
+        there |= waiting
         loss = self._loss(with_reference=False)
         yield "loss of the retain rows", {**there, **loss}
         backward = {**waiting, "whole root": root, "head gradient": self.head_gradient}

@@ -85,11 +85,13 @@ def test_the_root_group_and_two_layers_are_whole():
     moments = predict(sizes, Setup(devices=8)).moments
     root = 2 * (2 * 128256 * 4096 + 4096)
     layer = 2 * (sizes.parameters - root // 2) // 32
-    assert moments["gathering of the root"]["whole root"] == 3 * root  # the reference's too
+    gathering = moments["gathering of the root"]
+    assert gathering["whole root"] == 2 * root
+    assert gathering["reference head"] == 2 * 128256 * 4096
     assert moments["backward of a layer"]["whole root"] == root
     assert moments["backward of a layer"]["whole layers"] == 2 * layer
     none = predict(sizes, Setup(devices=8, reference="none")).moments
-    assert none["gathering of the root"]["whole root"] == 2 * root
+    assert not none["gathering of the root"]["reference head"]
     assert "forward of the reference" not in none
 
 
