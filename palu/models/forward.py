@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.in_head import LossInHead
-from palu.models.lm_head import is_tensor_parallel
 from palu.models.wrappers import (
     UnsupportedHead,
     incompatible_wrapper,
+    is_tensor_parallel,
     output_embedding,
     refuse_compiled,
     refuse_wrapper,
@@ -134,6 +133,8 @@ class HiddenStates:
         refuse_compiled(model, self.head)
         self.in_head = None  # DTensors of no row have no product
         if is_tensor_parallel(self.head):
+            from palu.models.in_head import LossInHead
+
             self.in_head = LossInHead(model, takes_head=False)
 
     def __call__(

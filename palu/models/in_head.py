@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from palu.models.lm_head import LMHead, is_tensor_parallel, refuse_not_linear, scale_and_cap
+from palu.models.lm_head import LMHead, refuse_not_linear, scale_and_cap
 from palu.models.wrappers import (
     FSDP1,
     FSDP2,
@@ -24,6 +24,7 @@ from palu.models.wrappers import (
     forward_replaced,
     is_a,
     is_sharded,
+    is_tensor_parallel,
     local_rows,
     output_embedding,
     refuse_compiled,

@@ -13,7 +13,9 @@ from torch.nn.utils import parametrize
 import palu_kernels
 from palu.models.wrappers import (
     FSDP2,
+    SHARDING,
     UnsupportedHead,
+    hook_origins,
     is_a,
     output_embedding,
     refuse_wrapper,
@@ -29,8 +31,6 @@ _SCALING, _SCALING_MULTIPLIES, _SCALING_BEFORE = "logits_scaling", ("hyperclovax
 # The cap: Gemma and most others, RecurrentGemma, xLSTM.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# Where the hooks of wrappers that shard a module are defined.
-_FSDP, _TENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -95,21 +95,9 @@ def refuse_not_linear(module: nn.Module) -> None:
         raise UnsupportedHead("the forward of the output embedding was replaced")
 
 
-def is_tensor_parallel(module: nn.Module) -> bool:
-    """Return whether `parallelize_module` has shared out the module's parameters."""
-    return any(origin.startswith(_TENSOR) for origin in _origins(module, "_forward_hooks"))
-
-
 def _foreign(module: nn.Module, hooks: str) -> bool:
     """Return whether the module has such hooks, but for those of wrappers that shard it."""
-    return any(not origin.startswith((_FSDP, _TENSOR)) for origin in _origins(module, hooks))
-
-
-def _origins(module: nn.Module, hooks: str) -> list[str]:
-    """Return where each hook is defined; of a method, where its object's class is."""
-    made = getattr(module, hooks).values()
-    owners = [type(hook.__self__) if hasattr(hook, "__self__") else hook for hook in made]
-    return [getattr(owner, "__module__", None) or "" for owner in owners]
+    return any(not origin.startswith(SHARDING) for origin in hook_origins(module, hooks))
 
 
 def _why_not_whole(layer: nn.Linear, sharded: bool) -> str | None:

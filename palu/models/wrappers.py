@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 # By name: importing them takes a second.
 FSDP1, FSDP2 = "FullyShardedDataParallel", "FSDPModule"
+# Where the hooks of what shards a module are defined: FSDP and `parallelize_module`.
+SHARDING = ("torch.distributed.fsdp", "torch.distributed.tensor")
 
 _OWN_LOGITS = "the logits of the model itself have to be used"
 _IN_HEAD = (
@@ -134,6 +136,18 @@ def is_sharded(model: nn.Module) -> bool:
     often."""
     # A model has thousands of modules, of few kinds.
     return any(is_a(m, FSDP1, FSDP2) for m in {type(m): m for m in model.modules()}.values())
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Return whether `parallelize_module` has shared out the module's parameters."""
+    return any(origin.startswith(SHARDING[1]) for origin in hook_origins(module, "_forward_hooks"))
+
+
+def hook_origins(module: nn.Module, hooks: str) -> list[str]:
+    """Return where each hook is defined; of a method, where its object's class is."""
+    made = getattr(module, hooks).values()
+    owners = [type(hook.__self__) if hasattr(hook, "__self__") else hook for hook in made]
+    return [getattr(owner, "__module__", None) or "" for owner in owners]
 
 
 def refuse_wrapper(model: nn.Module) -> None:
