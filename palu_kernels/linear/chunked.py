@@ -338,7 +338,7 @@ def _sparse_slices(
         options = head.bias, head.scale, *made, chosen.mine, count
         sparse.write_logits_gradient(kept[part_rows], *options)
     elif vocabulary.rows:
-        sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend, count)
+        sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend, chosen.mine, count)
 
 
 def _chosen_slices(rows: LoopInputs, part: Part) -> Chosen:

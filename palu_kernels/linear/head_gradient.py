@@ -153,9 +153,10 @@ class HeadGradAccumulator:
         dloss_dx: Tensor,
         mean_coeff: Tensor | None,
         backend: str,
+        mine: Tensor | None = None,
         count: Tensor | int | None = None,
     ) -> None:
-        """What `sparse.forward` left of the rows `rows`; `count` as in `add_weight_gradient`."""
+        """What `sparse.forward` left of the rows `rows`; all else as in `add_weight_gradient`."""
         self._zeros()
         row_scale = self.row_scale[rows]
         sparse.add_weight_gradient(
@@ -168,6 +169,7 @@ class HeadGradAccumulator:
             mean_coeff,
             row_scale,
             backend=backend,
+            mine=mine,
             count=count,
         )
 

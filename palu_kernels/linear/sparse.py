@@ -405,6 +405,7 @@ def add_weight_gradient(
     row_weights: Tensor,
     *,
     backend: str,
+    mine: Tensor | None = None,
     count: Tensor | int | None = None,
 ) -> None:
     """Adds the gradient of the sum of row_weights * losses, in place; the same sums every time.
@@ -417,6 +418,7 @@ def add_weight_gradient(
             which spares every row of the accumulator a visit.
         row_weights: `[N]`.
         backend: `triton` or `torch`.
+        mine: bool `[N, k]`, which of the indices count; None: all.
         count: of a sharded head, how many of all its entries the bias does not mask.
     """
     accumulators = [t for t in (acc_weight, acc_bias) if t is not None]
@@ -428,10 +430,11 @@ def add_weight_gradient(
         if backend == "triton" and indices.numel():
             from palu_kernels.triton import gathered_matmul as gathered
 
+            indices = indices if mine is None else torch.where(mine, indices, -1)
             with on_device_of(hidden):
                 gathered.scatter(acc_weight, acc_bias, hidden, indices, coefficients, vocab_size)
         else:
-            _scatter(acc_weight, acc_bias, hidden, indices, coefficients)
+            _scatter(acc_weight, acc_bias, hidden, indices, coefficients, mine)
         if mean_coeff is not None:
             weighted = mean_coeff * row_weights.to(mean_coeff.dtype)
             parts = _parts_of_mean(vocab_size, bias, dloss_dx, count)
@@ -447,10 +450,14 @@ def _scatter(
     hidden: Tensor,
     indices: Tensor,
     coefficients: Tensor,
+    mine: Tensor | None,
 ) -> None:
     """Row by row: the indices of a row are unique, so that no two additions meet."""
     step = max(1, BLOCK_BYTES // (hidden.shape[1] * coefficients.element_size()))
-    for h, chosen, c in zip(hidden.to(coefficients.dtype), indices, coefficients, strict=True):
+    rows = zip(hidden.to(coefficients.dtype), indices, coefficients, strict=True)
+    for number, (h, chosen, c) in enumerate(rows):
+        if mine is not None:  # 0 times a NaN of the hidden row would be one
+            chosen, c = chosen[mine[number]], c[mine[number]]
         if acc_weight is not None:
             for part, c_part in zip(chosen.split(step), c.split(step), strict=True):
                 acc_weight.index_add_(0, part, torch.outer(c_part, h))
