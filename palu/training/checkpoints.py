@@ -442,8 +442,8 @@ class CheckpointTrainer(ShardingTrainer):
         return checkpoint
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's, which takes a resumed run's batch size from the checkpoint, where the
-        rows of a step may have been dealt out to other processes."""
+        """Hugging Face's, which in older versions (5.0) takes a resumed run's batch size from the
+        checkpoint, where the rows of a step may have been dealt out to other processes."""
         if not self.args.auto_find_batch_size:
             batch_size = self.args.train_batch_size
         return super()._inner_training_loop(batch_size, *args, **kwargs)
