@@ -85,6 +85,8 @@ class ShardedStep(Step):
         if self.full:
             there = {"whole root": root, "embedding gradient": self.embedding_gradient}
             there["head gradient"] = 0 if self.sizes.tied else self.head_gradient
+            if self.setup.tensor_parallel > 1:  # this rank's rows of it, made of the whole
+                there["embedding gradient"] += self.head_gradient
             there["reductions"] = self.layer_gradient
             yield "backward of the embedding", {**waiting, **there}
         yield "reduction of the root", {**waiting, "reductions": self._root_reduction}
