@@ -58,7 +58,7 @@ LARGE_WAYS = {
     "FSDP2 x8 of tensor parallel x8": (64, 8),
 }
 LARGE_MODELS = ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B")
-LARGE = {"batch_size": 8, "length": 512, "dtype": "bfloat16", "checkpointing": True}
+LARGE = {"batch_size": 8, "length": 512, "dtype": "autocast", "checkpointing": True}
 LARGE_TRAINS = {"every weight": (0, "live"), "LoRA 16": (16, "adapter_off")}
 LARGE_K = 1000
 

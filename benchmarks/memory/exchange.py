@@ -63,7 +63,8 @@ def _of_layers(sizes: ModelSizes, setup: Setup) -> Iterator[Exchange]:
     calls = forwards * (1 + 2 * sizes.layers) + MICRO_BATCHES * READERS * sizes.layers
     if setup.checkpointing:
         calls += MICRO_BATCHES * 2 * sizes.layers
-    residual = Step(sizes, setup).layer.residual
+    step = Step(sizes, setup)  # results of products, in their dtype
+    residual = step.layer.positions * sizes.hidden * step.precision.products
     yield Exchange("all-reduce", "residual stream", calls, calls * _summed(setup, residual))
 
 

@@ -155,8 +155,8 @@ class Rank:
                 groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
         by_mesh = [{"params": own} for own in groups.values()]
         self.optimizer = torch.optim.AdamW(by_mesh, fused=True)
-        if master_weights.trains_in_half(self.model):
-            master_weights.MasterWeights(self.optimizer, sum_in_float32=setup.devices == 1)
+        if setup.data_parallel == 1 and master_weights.trains_in_half(self.model):
+            master_weights.MasterWeights(self.optimizer, sum_in_float32=True)
         self.batches = [self._batches(seed) for seed in (0, 1)]
 
     def _made(self) -> nn.Module:

@@ -30,7 +30,9 @@ NOTE = (
 NOTE_OF_DEVICES = (
     "Predicted from the config: the tensors of a step on the device that holds most, checked "
     "within 10% on small models of 2 and 4 processes on a CPU and on no GPU. FSDP2: a decoder "
-    "layer is a group, what remains is the root's, and --batch-size is of a data-parallel rank. "
+    "layer is a group, what remains is the root's, and --batch-size is of a data-parallel rank; "
+    "bfloat16 weights that train have no float32 masters there (autocast, --bf16, has float32 "
+    "shards). "
     "What a GPU needs besides (context, workspaces, fragments) must fit in the --headroom."
 )
 SHARDED = "sharded over data-parallel ranks"
@@ -38,8 +40,7 @@ SPLIT, WHOLE = "split over tensor-parallel ranks", "whole on every tensor-parall
 PARTLY = "outputs of split products split, others whole"
 # How a device holds what is alive at the peak.
 HELD = {
-    "master weights": f"{SHARDED}, in float32",
-    "masters' gradients": f"{SHARDED}, in float32",
+    "master weights": "in float32",
     "whole root": "gathered: embedding, last norm, head",
     "whole layers": "gathered: a layer, and its neighbour or a buffer",
     "reference head": "copied whole",

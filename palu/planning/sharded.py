@@ -16,13 +16,14 @@ from collections.abc import Iterator
 
 from palu.planning.layer import ADAPTERS, PRECISIONS, Layer
 from palu.planning.model import ModelSizes
-from palu.planning.one_device import MASTER, Step
+from palu.planning.one_device import Step
 from palu.planning.setup import Items, Setup
 
 
 class ShardedStep(Step):
     """The moments of a step of which `setup.data_parallel` devices hold a share each."""
 
+    has_masters = False  # FSDP shards what the optimizer steps on
     keeps_copies = False  # parameters are gathered in the dtype of products
 
     def __init__(self, sizes: ModelSizes, setup: Setup) -> None:
@@ -46,13 +47,9 @@ class ShardedStep(Step):
             name: size if name == "reference" and cached_head else size // setup.data_parallel
             for name, size in self.base.items()
         }
-        # Other processes have a share in them: they add up in the weights' own dtype.
         if self.full:
             self.gradients = sizes.parameters * stored.weights
         self.gradients //= setup.data_parallel
-        self.masters_gradient = MASTER * sizes.parameters // setup.data_parallel
-        if not self.base["master weights"]:
-            self.masters_gradient = 0
 
     def moments(self) -> Iterator[tuple[str, Items]]:
         """Yield the name of each moment and the tensors alive beside `base`."""
@@ -90,7 +87,6 @@ class ShardedStep(Step):
             there["reductions"] = self.layer_gradient
             yield "backward of the embedding", {**waiting, **there}
         yield "reduction of the root", {**waiting, "reductions": self._root_reduction}
-        yield "step of the optimizer", {**waiting, "masters' gradients": self.masters_gradient}
 
     @property
     def _root_reduction(self) -> int:
