@@ -118,11 +118,12 @@ def test_all_linear_leaves_the_head_plain(tok, tmp_path, tied, caplog, monkeypat
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     made = trainer(tok, tmp_path, model)
     monkeypatch.delattr("palu.methods.step_loss.logits_at")  # nobody asks for logits
-    with caplog.at_level(logging.WARNING, "palu.models.lm_head"):
+    with caplog.at_level(logging.WARNING, "palu.methods.step_loss"):
         made.train()
-    assert made.step_loss.head is not None and "from logits" not in caplog.text
-    assert made.step_loss.head.weight is model.get_output_embeddings().weight
-    assert not made.step_loss.head.weight.requires_grad
+    assert made.step_loss.without_logits and "from logits" not in caplog.text
+    (in_head,) = made.step_loss._in_head.values()
+    assert in_head.head().weight is model.get_output_embeddings().weight
+    assert not in_head.head().weight.requires_grad
 
 
 def test_hidden_rows_and_logits_are_one_objective(tok, tmp_path):
@@ -138,9 +139,9 @@ def test_hidden_rows_and_logits_are_one_objective(tok, tmp_path):
 def test_an_adapter_on_the_head_takes_the_logits_and_says_so(tok, tmp_path, kind, caplog):
     settings = LoRASettings(rank=4, alpha=8, dropout=0.0, target=["q_proj", "lm_head"])
     made = trainer(tok, tmp_path, adapted(tok, settings=settings, fresh=True), reference=kind)
-    with caplog.at_level(logging.WARNING, "palu.models.lm_head"):
+    with caplog.at_level(logging.WARNING, "palu.methods.step_loss"):
         made.train()
-    assert made.step_loss.head is None
+    assert not made.step_loss.without_logits
     assert "losses are computed from logits" in caplog.text and "lora" in caplog.text
 
 
