@@ -50,6 +50,8 @@ SLOW = {
         for reference in ("live", "none", "adapter_off")
         for again in (False, True)
         if rank or reference != "adapter_off"
+        # FSDP2's policy gives these adapters gradients of another dtype than theirs (torch 2.13).
+        if not rank or dtype != "autocast"
     }
     for processes, models in ((2, ("tied", "wide", "gemma2")), (4, ("wide", "deep", "qwen2")))
 }
