@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -134,12 +134,19 @@ def _count(t: Tensor, purpose: str) -> None:
     traffic[purpose] += t.numel() * t.element_size()
 
 
-def agree(group: Any, facts: dict[str, Any], device: torch.device, own: tuple = ()) -> list[dict]:
+def agree(
+    group: Any,
+    facts: dict[str, Any],
+    device: torch.device,
+    own: tuple[str, ...] = (),
+    near: Mapping[str, float] | None = None,
+) -> list[dict]:
     """Return what every rank of `group` says of itself, once all say the same.
 
     Args:
         facts: names and values that JSON knows; `error` is what a rank found wrong.
         own: names whose values may differ.
+        near: names of numbers, and by how much they may differ.
 
     Raises:
         Disagreement: on every rank, with the ranks and what differs.
@@ -162,16 +169,23 @@ def agree(group: Any, facts: dict[str, Any], device: torch.device, own: tuple = 
         raise Disagreement("; ".join(lines[:4]), errors)
     for name in dict.fromkeys(name for one in everyone for name in one):
         values = [one.get(name) for one in everyone]
-        if name in own or all(value == values[0] for value in values):
-            continue
         usual = values.index(max(values, key=values.count))
-        odd = [r for r, value in enumerate(values) if value != values[usual]]
+        room = (near or {}).get(name, 0.0)
+        odd = [r for r, value in enumerate(values) if not _is_near(value, values[usual], room)]
+        if name in own or not odd:
+            continue
         pairs = [f"rank {ranks[r]} has {values[r]!r}" for r in sorted([usual, *odd[:7]])]
         raise Disagreement(
             f"the ranks that share a vocabulary differ in {name}: {', '.join(pairs)}; they must "
             "call with the same arguments, in the same order"
         )
     return everyone
+
+
+def _is_near(one: Any, other: Any, room: float) -> bool:
+    if room and one is not None and other is not None:
+        return abs(one - other) <= room
+    return one == other
 
 
 def _short(value: Any, most: int) -> Any:
@@ -236,12 +250,11 @@ def agree_on_call(
     if torch.compiler.is_compiling() or not compares(vocabulary, device):
         return
     facts = {"the call": "a loss", **facts, "integers": [_fingerprint(t) for t in integers]}
+    near = {}
     if rows is not None:  # not to the last bit: each rank may have added up its own rows
-        weights = torch.arange(1, len(rows) + 1, device=device, dtype=torch.float32)
-        sizes = rows.detach().float().abs().mean(-1) * weights
-        size = float(sizes.sum() / weights.sum().clamp(min=1))
-        facts["rows"] = f"{size:.2e}" if math.isfinite(size) else None
-    agree(resolve_group(vocabulary.group), facts, device)
+        facts["rows"] = _projection(rows.detach().flatten(0, -2).float())
+        near["rows"] = 1e-3 + 8 * torch.finfo(rows.dtype).eps
+    agree(resolve_group(vocabulary.group), facts, device, near=near)
     _called.add(vocabulary.group)
 
 
@@ -261,6 +274,17 @@ def raised_together(group: Any, device: torch.device) -> Iterator[None]:
             if len(set(together.errors)) > 1:
                 raise together from error
         raise
+
+
+def _projection(rows: Tensor) -> float | None:
+    """Return of `[N, D]` a number about 1 in size, which other rows or another order have by chance
+    alone; 0 for zeros, None where it is not finite."""
+    by_row, by_column = (
+        torch.arange(1, size + 1, device=rows.device, dtype=torch.float32).sin()
+        for size in rows.shape
+    )
+    found = 2 * float(((rows @ by_column) @ by_row) / rows.norm().clamp(min=1e-30))
+    return found if math.isfinite(found) else None
 
 
 def _fingerprint(t: Tensor | None) -> str | None:
