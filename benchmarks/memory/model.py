@@ -72,7 +72,7 @@ PARTS = (
 )
 PARTS += ("attention", "attention scores", "attention masks", "mlp", "linear inputs")
 PARTS += ("weight copies", "layer gradients", "head copies", "head gradient", "embedding gradient")
-PARTS += ("passing", "chunk buffers", "logits")
+PARTS += ("chunk buffers", "logits")
 COLUMNS = ("model", *SETUP, "moment", "predicted", "measured", *PARTS, *tables.ENVIRONMENT)
 Rows = list[dict[str, Any]]
 

@@ -81,7 +81,7 @@ class Step:
         kept, head = self.activations(), self.sizes.head_parameters
         waiting = {"gradients": self.gradients}  # of the forget micro-batch
         if self.setup.reference not in ("cached", NO_REFERENCE):
-            yield "forward of the reference", {**kept, "passing": self.layer.passing}
+            yield "forward of the reference", {"passing": self.layer.passing}
         yield "loss of the forget rows", {**kept, **self._loss(with_reference=True)}
         yield "loss of the retain rows", {**waiting, **kept, **self._loss(with_reference=False)}
         if self.full and self.precision.casts:

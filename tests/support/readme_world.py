@@ -41,7 +41,7 @@ HIDDEN, METHOD = ("docs/memory.md", 0), ("docs/methods.md", 0)
 OPERATORS, REPORT = ("docs/kernels.md", 0), ("docs/report.md", 0)
 ANNOTATION = ("docs/annotation.md", 0)
 ATTACKS = ("docs/attacks.md", 0)
-SHARDED = ("docs/distributed.md", 1)  # run by the ranks of palu_kernels/test_distributed.py
+SHARDED = ("docs/distributed.md", 1)  # run by the ranks of palu_kernels/test_vocabulary.py
 RECORDS = [
     json.loads(line)
     for line in re.findall(r'^\{"(?:question|text)".*\}$', page("docs/data.md"), re.M)
