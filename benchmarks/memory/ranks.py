@@ -321,7 +321,7 @@ def launch(processes: int, cases: Sequence[Case], folder: Path) -> list[list[Fou
     )
     if done.returncode:
         raise RuntimeError(f"{processes} processes failed: {(done.stdout + done.stderr)[-9000:]}")
-    return _found(processes, folder)
+    return read_found(processes, folder)
 
 
 def fork(processes: int, cases: Sequence[Case], folder: Path) -> list[list[Found]]:
@@ -345,7 +345,7 @@ def fork(processes: int, cases: Sequence[Case], folder: Path) -> list[list[Found
     codes = [process.exitcode for process in started]
     if any(codes):
         raise RuntimeError(f"of {processes} processes the exit codes are {codes}")
-    return _found(processes, folder)
+    return read_found(processes, folder)
 
 
 def _forked(cases: Path, folder: Path, rank: int, processes: int) -> None:
@@ -354,7 +354,7 @@ def _forked(cases: Path, folder: Path, rank: int, processes: int) -> None:
     main(str(cases), str(folder), init_method=store, rank=rank, world_size=processes)
 
 
-def _found(processes: int, folder: Path) -> list[list[Found]]:
+def read_found(processes: int, folder: Path) -> list[list[Found]]:
     """Return what every rank wrote, a list a case."""
     ranks = [
         json.loads((folder / f"rank-{n}.json").read_text(encoding="utf-8"))

@@ -5,9 +5,10 @@ import pytest
 
 from benchmarks.memory.exchange import exchanges
 from benchmarks.memory.model import ALLOWED, SMALL_BATCH, SMALL_MODELS, sizes_of
-from benchmarks.memory.ranks import TOP_K, Case, launch
+from benchmarks.memory.ranks import TOP_K, Case, launch, read_found
 from palu.planning.step import Setup, predict
 from palu_kernels.distributed import FACT_BYTES
+from tests.support.once import once
 
 LLAMA, GEMMA, QWEN = SMALL_MODELS.values()
 MODELS = {
@@ -65,16 +66,17 @@ def found(tmp_path_factory):
     def found(processes, cases):
         key = processes, tuple(cases)
         if key not in kept:
-            folder = tmp_path_factory.mktemp(f"ranks-{processes}")
             made = [
                 Case(MODELS[model], {**SMALL_BATCH, "devices": processes, **setup})
                 for model, setup in cases.values()
             ]
+            name = f"ranks-{processes}-{len(cases)}"
             try:
-                ranks = launch(processes, made, folder)
+                folder, _ = once(tmp_path_factory, name, lambda f: len(launch(processes, made, f)))
             except RuntimeError as error:  # not once more for every test
                 kept[key] = error
             else:
+                ranks = read_found(processes, folder)
                 kept[key] = dict(zip(cases, zip(made, ranks, strict=True), strict=True))
         if isinstance(kept[key], RuntimeError):
             raise kept[key]

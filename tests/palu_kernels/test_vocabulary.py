@@ -13,6 +13,7 @@ import torch
 
 from palu_kernels import LMHead
 from tests.support import ROOT, WORKERS
+from tests.support.once import once
 from tests.support.workers import vocabulary
 
 TWO = pytest.param((2, ""), id="2 processes")
@@ -47,7 +48,8 @@ def start(folder, ranks, what):
 @pytest.fixture(scope="module", params=[TWO, *SLOW])
 def found(request, tmp_path_factory):
     """What every rank found."""
-    return start(tmp_path_factory.mktemp("ranks"), *request.param)
+    name = "vocabulary-{}{}".format(*request.param)
+    return once(tmp_path_factory, name, lambda folder: start(folder, *request.param))[1]
 
 
 def check(errors, at_least):

@@ -13,6 +13,7 @@ from torch import nn
 from palu import LMHead, PALULoss, PALUOutput, loss_in_head, model_hidden_states, whole_head
 from palu.models.wrappers import UnsupportedHead
 from tests.support import ROOT, WORKERS, families
+from tests.support.once import once
 from tests.support.workers import in_head as worker
 from tests.support.workers import step_losses
 
@@ -37,7 +38,8 @@ def launch(processes, folder):
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def launched(request, tmp_path_factory):
-    return launch(request.param, tmp_path_factory.mktemp("in_head"))
+    count = request.param
+    return once(tmp_path_factory, f"in_head-{count}", lambda folder: launch(count, folder))[1]
 
 
 @pytest.mark.parametrize("name", worker.CASES)

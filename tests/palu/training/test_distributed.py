@@ -17,6 +17,7 @@ from palu.cli import app as cli
 from palu.methods.micro_batch import DENOMINATORS, RETAIN
 from palu.training.batching import Sharding
 from tests.support import ROOT, WORKERS
+from tests.support.once import once
 from tests.support.workers import distributed
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -47,9 +48,10 @@ def launch(launcher, target, folder):
 )
 def launched(request, alone, tmp_path_factory):
     """(folder, what every process found, what was said)."""
-    folder = tmp_path_factory.mktemp(request.param)
     one, other = probabilities(alone["stopped"])[1:3]
-    return folder, *launch(request.param, (one + other) / 2, folder)
+    options = request.param, (one + other) / 2
+    folder, found = once(tmp_path_factory, request.param, lambda folder: launch(*options, folder))
+    return folder, *found
 
 
 def probabilities(run):

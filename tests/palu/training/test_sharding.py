@@ -7,6 +7,7 @@ One launch runs everything once (`workers/sharded.py`); the tests look at what i
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from palu.training.checkpoints import (
     read_record,
 )
 from tests.support import ROOT, WORKERS, small, training
+from tests.support.once import once
 from tests.support.workers import distributed, sharded
 
 
@@ -58,8 +60,8 @@ def launch(folder, processes, what="all"):
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def launched(request, tmp_path_factory):
     """(folder, what every process found)."""
-    folder = tmp_path_factory.mktemp("sharded")
-    return folder, launch(folder, request.param)
+    count = request.param
+    return once(tmp_path_factory, f"sharded-{count}", lambda folder: launch(folder, count))
 
 
 @pytest.fixture(scope="module")
@@ -145,23 +147,19 @@ def test_any_number_of_processes_goes_on(launched, whole):
                 close(one[name], whole[name])
 
 
-def test_a_sharded_checkpoint_is_whole_or_absent(launched, caplog):
-    folder = launched[0] / "saved-shards"
+def test_a_sharded_checkpoint_is_whole_or_absent(launched, tmp_path, caplog):
+    # a copy: others go on from these
+    folder = shutil.copytree(launched[0] / "saved-shards", tmp_path / "saved-shards")
     place = folder / "checkpoint-2"
     record = read_record(place)
     check_digests(place, record)
     shards = [name for name in record["files"] if name.endswith(".distcp")]
     assert len(shards) == 2 * len(launched[1]) and "optimizer_0/.metadata" in record["files"]
     assert {p.name for p in folder.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    lost = place / shards[-1]
-    kept = lost.read_bytes()
-    lost.unlink()
-    try:
-        with pytest.raises(CheckpointError, match=f"{shards[-1]} is missing"):
-            read_record(place)
-        assert last_checkpoint(folder) == str(folder / "checkpoint-4")
-    finally:
-        lost.write_bytes(kept)
+    (place / shards[-1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{shards[-1]} is missing"):
+        read_record(place)
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
 def test_what_cannot_be_resumed_is_refused_by_all(found):
