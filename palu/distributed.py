@@ -81,12 +81,7 @@ def agreed(reason: str | None) -> str | None:
     """Return the reason that the first of all processes has, naming it where it is not this one's
     too; None where none has one. All processes of the group have to call, so that none goes on
     while another stops."""
-    if not in_group():
-        return reason
-    import torch.distributed as dist
-
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, reason)
+    found = everyone(reason)
     number = next((number for number, one in enumerate(found) if one is not None), None)
     if number is None or found[number] == reason:
         return reason
@@ -111,15 +106,12 @@ def agree(problem: str | None, failed: type[Exception]) -> None:
 
 def everyone(value: T) -> list[T]:
     """Return the value of every process, in order of rank; all of them must call."""
-    from accelerate import PartialState
-
-    processes = PartialState().num_processes
-    if processes == 1:
+    if not in_group():
         return [value]
-    import torch.distributed
+    import torch.distributed as dist
 
-    values: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -283,11 +283,7 @@ def _sparse(
         head.softcap,
         indices,
         rows.mean,
-        objective=loss.objective,
-        center_kind=loss.center_kind,
-        center_value=loss.center_value,
-        backend=rows.backend,
-        want_hidden=grad_hidden is not None,
+        **_sparse_options(rows, loss, grad_hidden),
     )
     losses[part_rows] = result.losses
     if grad_hidden is not None:
@@ -297,6 +293,18 @@ def _sparse(
         sparse.write_logits_gradient(kept[part_rows], head.bias, head.scale, *made)
     elif sums is not None:
         sums.add_sparse(part_rows, hidden, head.bias, *made, rows.backend)
+
+
+def _sparse_options(
+    rows: LoopInputs, loss: RowLoss, grad_hidden: Tensor | None
+) -> dict[str, str | float | bool]:
+    return {
+        "objective": loss.objective,
+        "center_kind": loss.center_kind,
+        "center_value": loss.center_value,
+        "backend": rows.backend,
+        "want_hidden": grad_hidden is not None,
+    }
 
 
 def _sparse_slices(
@@ -321,11 +329,7 @@ def _sparse_slices(
         chosen,
         rows.mean,
         vocabulary,
-        objective=loss.objective,
-        center_kind=loss.center_kind,
-        center_value=loss.center_value,
-        backend=rows.backend,
-        want_hidden=grad_hidden is not None,
+        **_sparse_options(rows, loss, grad_hidden),
     )
     losses[part_rows] = result.losses
     if grad_hidden is not None:

@@ -192,3 +192,17 @@ def test_keys_order_as_entries_do(dtype):
     order = slices.sort_keys(shuffled).sort(stable=True, descending=True).indices
     chosen = reference.topk_indices(shuffled[None], 50)[0]
     assert torch.equal(order[:50].sort().values, chosen.long())
+
+
+def test_hidden_rows_of_ranks_are_compared_within_rounding():
+    """Ranks that added up the same rows in another order agree; other rows do not."""
+    rows = torch.randn(14, 24, generator=torch.Generator().manual_seed(0))
+    number = distributed._projection(rows)
+    noise = torch.randn(14, 24, generator=torch.Generator().manual_seed(1))
+    near = 1e-3 + 8 * torch.finfo(torch.float32).eps
+    assert distributed._is_near(distributed._projection(rows + 1e-6 * noise), number, near)
+    for other in (rows + 0.1 * noise, rows.flip(0), rows.flip(1), rows + 1, -rows):
+        assert not distributed._is_near(distributed._projection(other), number, near)
+    assert distributed._projection(rows * 0) == 0
+    spoiled = distributed._projection(rows.index_fill(0, torch.tensor([3]), torch.nan))
+    assert spoiled is None and not distributed._is_near(spoiled, number, near)
