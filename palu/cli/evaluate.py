@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,10 @@ from palu.training.options import option
 _data = partial(option, panel="Data")
 _compared = partial(option, panel="Compared with")
 _output = partial(option, panel="Output")
+_sampling = partial(option, panel="Samples")
+
+COMPARED = ("original", "reference_model")
+SAMPLING = ("samples", "temperature", "seed")
 
 
 @dataclass(kw_only=True)
@@ -40,6 +45,9 @@ class EvaluateOptions:
     retain_log: Path | None = _compared(
         None, "TOFU_EVAL.json of the retrained model: forget quality, privleak."
     )
+    original: Path | None = _compared(
+        None, "Model folder before unlearning: how fluent it finds the answers."
+    )
     reference_model: Path | None = _compared(None, "Model folder that mia_reference compares with.")
     fluency_classifier: Path | None = _compared(
         None, "Classifier folder whose class 0 is fluent text."
@@ -52,7 +60,12 @@ class EvaluateOptions:
     overwrite: bool = _output(False, "Measure anew what --output holds.")
     json: Path | None = _output(None, "Write every number to this file.")
     batch_size: int = option(16, "Examples in a forward pass.", least=1, panel="Machine")
-    max_new_tokens: int = _data(200, "Limit of a greedy answer; 0: none.", least=0)
+    max_new_tokens: int = _data(200, "Limit of an answer; 0: none.", least=0)
+    samples: int = _sampling(
+        0, "Answers drawn for each forget question with a secret: how often one is said.", least=0
+    )
+    temperature: float = _sampling(1.0, "Of the samples.")
+    seed: int = _sampling(0, "Of the samples.", least=0)
 
 
 @with_options(
@@ -63,7 +76,7 @@ class EvaluateOptions:
 )
 def evaluate(context: typer.Context, options: SimpleNamespace) -> None:
     """Measure what a model still knows of a forget and a retain file, or TOFU's metrics."""
-    find_models(options, "model", "reference_model", "fluency_classifier")
+    find_models(options, "model", "original", "reference_model", "fluency_classifier")
     run = EvaluateRun(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         run.check()
@@ -93,9 +106,10 @@ class EvaluateRun:
 
         quiet()
         options = self.options
-        for folder in (options.model, options.reference_model, options.fluency_classifier):
-            if folder is not None:
-                model_folder(folder)
+        _check_sampling(options)
+        for name in ("model", "original", "reference_model", "fluency_classifier"):
+            if getattr(options, name) is not None:
+                model_folder(getattr(options, name))
         json = options.json
         if json is not None:
             if not json.resolve().parent.is_dir():
@@ -160,9 +174,9 @@ class EvaluateRun:
         log = options.retain_log
         self.retrained = None if log is None else Log.read(log, "--retain-log")
         check_retrained(self.retrained, self.sets)
-        if options.reference_model is not None:
-            other = load_tokenizer(options.reference_model)
-            _check_reference(self.tokenizer, other, options.reference_model)
+        for name in COMPARED:
+            if (folder := getattr(options, name)) is not None:
+                _check_tokenizer(name, self.tokenizer, load_tokenizer(folder), folder)
         folder = options.fluency_classifier
         self.classifier = None if folder is None else FluencyClassifier(folder, self.device)
         self.model = self._load_model(options.model)
@@ -181,13 +195,20 @@ class EvaluateRun:
             folder, options.dtype, options.device, allow_missing=options.allow_missing
         )
 
-    def _load_reference(self) -> Any:
+    def _loads(self, name: str) -> Callable[[], Any] | None:
+        """Return what loads a model that is compared with, once; None where none is named."""
         from palu.models.loading import check_token_ids
 
-        with user_errors():
-            other = self._load_model(self.options.reference_model)
-            check_token_ids(other, self.tokenizer, self.answers)
-            return other
+        folder = getattr(self.options, name)
+
+        @cache
+        def load() -> Any:
+            with user_errors():
+                other = self._load_model(folder)
+                check_token_ids(other, self.tokenizer, self.answers)
+                return other
+
+        return None if folder is None else load
 
     def _open_store(self) -> Any:
         """Return the numbers that an earlier run of the same settings left in `--output`."""
@@ -203,7 +224,9 @@ class EvaluateRun:
             "max_new_tokens": options.max_new_tokens,
             **{f"data_{name}": data.digest() for name, data in self.sets.items()},
         }
-        for name in ("reference_model", "fluency_classifier"):
+        if options.samples:
+            settings |= {name: getattr(options, name) for name in SAMPLING}
+        for name in (*COMPARED, "fluency_classifier"):
             path = getattr(options, name)
             if path is not None:
                 settings[name] = str(path.resolve())
@@ -225,8 +248,10 @@ class EvaluateRun:
             max_new_tokens=options.max_new_tokens,
             processes=self.processes,
             bar=lambda title: bar(bars, title),
-            reference=options.reference_model and self._load_reference,
+            reference=self._loads("reference_model"),
             classifier=self.classifier,
+            original=self._loads("original"),
+            **{name: getattr(options, name) for name in SAMPLING},
         )
         # One process writes, and what it has is what all of them start from.
         self.log: dict[str, Any] = self.processes.gather({} if store is None else store.log)[0]
@@ -289,9 +314,21 @@ def _own_files(
     return {"forget": forget} | ({} if retain is None else {"retain": retain})
 
 
-def _check_reference(tokenizer: Any, other: Any, folder: Path) -> None:
+def _check_sampling(options: SimpleNamespace) -> None:
+    from palu.evaluation.passes import check_sampling
+
+    try:
+        check_sampling(options.samples, options.temperature, options.max_new_tokens)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"--{name} {rest}") from None
+    if options.original is not None and not options.max_new_tokens:
+        raise ValueError("--original judges the answers: --max-new-tokens must be above 0, not 0")
+
+
+def _check_tokenizer(name: str, tokenizer: Any, other: Any, folder: Path) -> None:
     if tokenizer.get_vocab() != other.get_vocab():
         raise ValueError(
-            f"--reference-model {str(folder)!r} has another tokenizer than the model: their "
-            "losses are of different tokens"
+            f"--{name.replace('_', '-')} {str(folder)!r} has another tokenizer than the model: "
+            "their losses are of different tokens"
         )

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from palu.evaluation.evaluator import METRICS, evaluate_examples
+from palu.evaluation.evaluator import evaluate_examples
+from palu.evaluation.names import METRICS
 from palu.evaluation.tofu import summarize
 
 if TYPE_CHECKING:

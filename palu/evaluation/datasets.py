@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from palu.data.conversations import label_record
 from palu.data.files import Columns, load_examples
@@ -41,11 +43,13 @@ class EvalSet:
         examples: at least one; each has one answer.
         rows: field (`answer`, `paraphrased_answer`, `perturbed_answer`) -> one list an example, of
             one row or, for perturbed answers, of several. Only fields that the records have.
+        label: makes the row of an example's answer.
     """
 
     source: str
     examples: Sequence[Example]
     rows: dict[str, list[list[LabeledExample]]]
+    label: Callable[[Example], LabeledExample]
 
     @classmethod
     def tokenize(
@@ -109,7 +113,23 @@ class EvalSet:
                     f"earliest turns before them, which max_length={max_length} leaves out",
                     stacklevel=2,
                 )
-        return cls(source, examples, rows)
+
+        def label(example: Example) -> LabeledExample:
+            return _rows(source, example, ANSWER, tokenizer, template, max_length)[0]
+
+        return cls(source, examples, rows, label)
+
+    def span_places(self, number: int) -> list[np.ndarray]:
+        """Return, for each span of example `number`'s answer, where its tokens stand in the
+        answer's scores (`AnswerScores`); none of a span that is cut off at `max_length`."""
+        example = self.examples[number]
+        (whole,) = self.rows[ANSWER][number]
+        before = [()] * (len(example.texts) - 1)
+        # Each span has a row of its own: in the whole one, spans that touch would be one.
+        return [
+            _places(whole, self.label(example.with_spans([*before, (span,)])))
+            for span in example.spans
+        ]
 
     def every_row(self) -> list[LabeledExample]:
         """Return the rows of every field and example."""
@@ -127,6 +147,17 @@ class EvalSet:
     def describe(self, number: int, field: str) -> str:
         """Return the name of a field of example `number` in messages."""
         return _describe(self.source, self.examples[number], field)
+
+
+def _places(whole: LabeledExample, marked: LabeledExample) -> np.ndarray:
+    """Return which scores of an answer are those of the tokens that are sensitive in `marked`.
+
+    A document has BOS in front where a span begins with it, and its first token no score else.
+    """
+    places = np.flatnonzero(np.asarray(marked["labels"]) >= 0) - marked.answer_start
+    answer = len(whole["input_ids"]) - whole.answer_start
+    unscored = int(whole.answer_start == 0)
+    return places[(places >= unscored) & (places < answer)] - unscored
 
 
 def _describe(source: str, example: Example, field: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,10 @@ from torch import nn
 from palu.data.labels import LabeledExample
 from palu.data.records import Example
 from palu.data.template import Template
-from palu.distributed import ALONE, Processes
 from palu.evaluation.datasets import ANSWER, PARAPHRASED, PERTURBED, EvalSet
 from palu.evaluation.eval_log import Log, LogError
-from palu.evaluation.fluency import FluencyClassifier
-from palu.evaluation.inference import AnswerScores, greedy_answers, score_answers
-from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+from palu.evaluation.inference import AnswerScores, written
+from palu.evaluation.leaks import leaks
 from palu.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
@@ -28,15 +26,23 @@ from palu.evaluation.metrics import (
     rouge,
     zlib_score,
 )
+from palu.evaluation.names import METRICS, MORE_METRICS, PER_EXAMPLE, SAMPLE_LEAKS
+from palu.evaluation.passes import Passes, Report, check_sampling, prompt_ids
+from palu.evaluation.text import (
+    answer_numbers,
+    distinct_numbers,
+    leak_rates,
+    mean_of,
+    sample_numbers,
+    span_means,
+)
 from palu.evaluation.tofu import aggregate, derived_entries
-from palu.models.wrappers import eos_token_ids, eval_mode
+from palu.models.wrappers import eval_mode
 
-METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exact_memorization")
-"""Columns of the table of `palu.evaluation.metrics_table`."""
-MORE_METRICS = ("extraction_strength", "rouge1_recall", "rouge1_f1", "rougeL_f1")
+# Endings of the metrics that have a row for each example with a question.
+OF_ANSWERS = ("_ROUGE", "_gibberish", "_ended", "_fluency", "_said")
 
 Entry = dict[str, Any]
-Report = Callable[[int, int], None]
 
 
 def evaluate_examples(
@@ -48,6 +54,10 @@ def evaluate_examples(
     max_length: int = 512,
     batch_size: int = 16,
     max_new_tokens: int = 128,
+    original: nn.Module | None = None,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Measure a causal language model on examples. Neither the model nor the tokenizer is changed.
@@ -61,19 +71,40 @@ def evaluate_examples(
             memorization is None when no token is left.
         asked, leaked: how many secrets (the texts of its spans) an answer can give away, and how
             many the greedy answer says (`palu.evaluation.leaks`; None without an answer).
+        fluency: probability of the greedy answer under `original`, its end token included, to the
+            power of 1 over its length; None without `original`.
+        repetition, longest_run, answer_tokens: of the tokens of the greedy answer; repetition is
+            None where they are fewer than four.
+        ended: 1.0 where the greedy answer ended by itself, else 0.0.
+        span_probability, span_joint_probability, span_first_probability, span_rest_probability:
+            means over the answer's spans of the probability of a span (to the power of 1 over its
+            length; of all of it), of its first token and of the others; None without spans.
+        spans: those of each span: `{"tokens", "mean", "joint", "first", "rest"}`, None for one that
+            is cut off.
+        leaked_in_samples, sample_leak_rate: how many secrets at least one of `samples` drawn
+            answers says, and in what share of the answers one is said on the average.
 
     Args:
         examples: see `palu.load_examples`; at least one.
         template: how questions are put; `Template()` when None.
         max_length: tokens; longer examples are cut, with a warning.
         batch_size: examples a forward pass.
-        max_new_tokens: limit of a greedy answer; 0 leaves ROUGE out (None everywhere).
+        max_new_tokens: limit of an answer; 0 leaves ROUGE and all that reads answers out (None
+            everywhere).
+        original: the model before unlearning, which says how fluent the answers are; it has the
+            same tokens.
+        samples: answers drawn for each example that has a secret to say.
+        temperature: of the draws.
+        seed: of the draws. They depend on `batch_size` too.
         progress: called with (examples done, of how many), forward passes and answers counted
             alike.
 
     Returns:
-        `{"count", "mean": {metric: float | None}, "examples": [{"id", metric: ..., "generated"}]}`;
-        means are plain means over the examples that have the number, None where none has.
+        `{"count", "mean": {metric: float | None}, "numbers": {...}, "examples": [{"id", metric:
+        ..., "generated"}]}`; means are plain means over the examples that have the number, None
+        where none has. `numbers` are those of the whole set: `distinct_1` to `distinct_3` of the
+        greedy answers, and the share of all secrets that they, or samples, say (`secrets_said`,
+        `secrets_sampled`).
 
     Raises:
         ValueError: no examples, or a size below its minimum.
@@ -84,57 +115,44 @@ def evaluate_examples(
             f"batch_size must be at least 1 and max_new_tokens at least 0, "
             f"not {batch_size} and {max_new_tokens}"
         )
+    check_sampling(samples, temperature, max_new_tokens)
     data = EvalSet.tokenize(
         "examples", examples, tokenizer, template=template or Template(), max_length=max_length
     )
-    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    starts = iter((0, len(examples)))  # the scores' progress, then the answers'
+    done: list[int] = []  # of each bar that has ended
 
-    def bar(title: str) -> AbstractContextManager[Report | None]:
-        start = next(starts)
-        total = len(examples) + len(evaluator.asked("examples"))
-        return nullcontext(progress and (lambda done, _: progress(start + done, total)))
+    @contextmanager
+    def bar(title: str) -> Iterator[Report | None]:
+        start, total = sum(done), evaluator.work("examples")
+        ends = [0]
 
-    evaluator = Evaluator(model, tokenizer, {"examples": data}, bar=bar, **sizes)
+        def report(now: int, of: int) -> None:
+            ends[0] = of
+            progress(start + now, total)
+
+        yield progress and report
+        done.append(ends[0])
+
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        {"examples": data},
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        bar=bar,
+        original=None if original is None else lambda: original,
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+    )
     return evaluator.results("examples")
 
 
-class Evaluator:
-    """Measure a model on the sets `forget`, `retain`, `ra`, `wf` and `holdout`, any of them.
+class Evaluator(Passes):
+    """Measure a model on the sets `forget`, `retain`, `ra`, `wf` and `holdout`, any of them."""
 
-    A forward pass or a greedy answer is computed once, when the first metric asks for it, however
-    many metrics it serves.
-
-    Args:
-        model: a causal language model. Not changed.
-        sets: name -> examples.
-        batch_size: examples a forward pass.
-        max_new_tokens: limit of a greedy answer; 0 leaves ROUGE and fluency out.
-        processes: those that share the work; all of them must do the same.
-        bar: makes a progress bar with a title: a context that gives `report(done, total)`.
-        reference: makes the model that `mia_reference` compares with; None leaves it out.
-        classifier: judges fluency; None leaves it out.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        sets: Mapping[str, EvalSet],
-        *,
-        batch_size: int,
-        max_new_tokens: int,
-        processes: Processes = ALONE,
-        bar: Callable[[str], AbstractContextManager[Report | None]] = lambda title: nullcontext(),
-        reference: Callable[[], nn.Module] | None = None,
-        classifier: FluencyClassifier | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.sets = model, tokenizer, sets
-        self.max_new_tokens, self.bar = max_new_tokens, bar
-        self.reference, self.classifier = reference, classifier
-        self._batching = {"batch_size": batch_size, "processes": processes}
-        self._scores: dict[tuple[str, str], list[list[AnswerScores]]] = {}
-        self._answers: dict[str, dict[int, str]] = {}
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.metrics = self._metrics()
 
     def run(
@@ -165,8 +183,8 @@ class Evaluator:
                     log[metric]["agg_value"] = aggregate(Log(log, source), metric)
                     log[metric] = dict(sorted(log[metric].items()))
                     save(log)
-                elif metric.endswith("_ROUGE"):
-                    self._recall_answers(metric, log[metric])
+                else:
+                    self._recall(metric, log[metric])
         for metric, entry in derived_entries(Log(log, source), retrained).items():
             kept = retrained is None and metric in ("forget_quality", "privleak")
             if not (kept and log.get(metric, {}).get("agg_value") is not None):
@@ -178,13 +196,15 @@ class Evaluator:
         data = self.sets[name]
         with eval_mode(self.model):
             scores = [score for (score,) in self.scores(name, ANSWER)]
-            answers = self.answers(name)
+            answers, fluency = self.answers(name), self.fluency(name)
+            samples = self.sample_leaks(name)
         results = []
         for i, (example, score) in enumerate(zip(data.examples, scores, strict=True)):
-            text = answers.get(i)
+            answer = answers.get(i)
+            text = None if answer is None else answer.text
             rouges = {} if text is None else rouge(example.answer, text)
             correct = score.without_end(score.argmax_correct)
-            secrets = sort_secrets(secrets_of(example), prompt_of(example)).judged
+            secrets, spans = self.secrets(name, i), self.spans(name, i)
             result = {
                 "id": example.id,
                 "answer_probability": _probability(score.nll),
@@ -194,67 +214,21 @@ class Evaluator:
                 "asked": len(secrets),
                 "leaked": None if text is None else sum(leaks(one, text) for one in secrets),
                 "generated": text,
+                "fluency": fluency.get(i),
+                **answer_numbers(answer),
+                **samples.get(i, sample_numbers((), None)),
+                **span_means(spans),
+                "spans": spans,
             }
             names = [n for n in (*METRICS, *MORE_METRICS) if n.startswith("rouge")]
             results.append(result | {n: rouges.get(n) for n in names})
-        means = {}
-        for metric in (*METRICS, *MORE_METRICS):
-            values = [result[metric] for result in results if result[metric] is not None]
-            means[metric] = math.fsum(values) / len(values) if values else None
-        return {"count": len(results), "mean": means, "examples": results}
-
-    def scores(
-        self, name: str, field: str, model: nn.Module | None = None
-    ) -> list[list[AnswerScores]]:
-        """Return the scores of every answer in a field of a set, one list an example; under another
-        model when one is given."""
-        if model is None and (name, field) in self._scores:
-            return self._scores[name, field]
-        data = self.sets[name]
-        title = f"{name}: {field}" + (" (reference)" if model is not None else "")
-        with self.bar(title) as report:
-            flat = score_answers(
-                self.model if model is None else model,
-                self.tokenizer,
-                [row for rows in data.rows[field] for row in rows],
-                # Both sides of membership inference need min-k++.
-                standardise=model is None
-                and "holdout" in self.sets
-                and name in ("forget", "holdout"),
-                report=report,
-                **self._batching,
-            )
-        remaining = iter(flat)
-        scores = [[next(remaining) for _ in rows] for rows in data.rows[field]]
-        _check_finite(data, field, scores)
-        if model is None:
-            self._scores[name, field] = scores
-        return scores
-
-    def answers(self, name: str) -> dict[int, str]:
-        """Return the greedy answer of every example of a set that has a question, by its number."""
-        asked = self.asked(name)
-        if name not in self._answers and asked:
-            rows = [row for (row,) in self.sets[name].rows[ANSWER]]
-            # A template may close answers with a token that neither tokenizer nor model name.
-            closing = {row["input_ids"][-1] for row in rows if row.closed}
-            with self.bar(f"{name}: greedy answers") as report:
-                texts = greedy_answers(
-                    self.model,
-                    self.tokenizer,
-                    [_prompt(rows[i]) for i in asked],
-                    eos_token_ids=sorted({*eos_token_ids(self.model, self.tokenizer), *closing}),
-                    max_new_tokens=self.max_new_tokens,
-                    report=report,
-                    **self._batching,
-                )
-            self._answers[name] = dict(zip(asked, texts, strict=True))
-        return self._answers.get(name, {})
-
-    def asked(self, name: str) -> list[int]:
-        """Return the numbers of the examples whose greedy answers are wanted."""
-        examples = self.sets[name].examples if self.max_new_tokens else ()
-        return [i for i, example in enumerate(examples) if example.question is not None]
+        tokens = [answer.tokens for answer in answers.values()]
+        return {
+            "count": len(results),
+            "mean": {name: mean_of(row[name] for row in results) for name in PER_EXAMPLE},
+            "numbers": {**distinct_numbers(tokens), **leak_rates(results)},
+            "examples": results,
+        }
 
     def _metrics(self) -> dict[str, Callable[[], Entry]]:
         """Return what measures each metric that the sets allow, in the order of the run."""
@@ -276,11 +250,27 @@ class Evaluator:
             }
             if self.reference is not None:
                 metrics["mia_reference"] = self._reference_attack
+        return metrics | self._answer_metrics(known)
+
+    def _answer_metrics(self, known: Sequence[str]) -> dict[str, Callable[[], Entry]]:
+        """Return those of answers, spans and secrets."""
+        metrics: dict[str, Callable[[], Entry]] = {}
         for name in known:
             if self.asked(name):
+                metrics[f"{name}_ended"] = lambda n=name: self._ended(n)
                 metrics[f"{name}_Q_A_ROUGE"] = lambda n=name: self._rouge(n)
+                if self.original is not None:
+                    metrics[f"{name}_fluency"] = lambda n=name: self._fluent(n)
         if self.classifier is not None and "forget_Q_A_ROUGE" in metrics:
-            metrics["forget_Q_A_gibberish"] = self._fluency
+            metrics["forget_Q_A_gibberish"] = self._gibberish
+        if "forget" not in self.sets:
+            return metrics
+        if any(example.spans for example in self.sets["forget"].examples):
+            metrics["forget_span_probability"] = self._span_entry
+        if any(self.secrets("forget", i) for i in self.asked("forget")):
+            metrics["forget_secrets_said"] = self._said
+        if self.sampled("forget"):
+            metrics["forget_secrets_sampled"] = self._sampled_entry
         return metrics
 
     def _check(self, log: Log) -> None:
@@ -289,14 +279,17 @@ class Evaluator:
             if not log.metrics.get(metric):
                 continue
             name = metric.split("_")[0]
-            data = self.sets[name if name in self.sets else "forget"]
+            name = name if name in self.sets else "forget"
+            data = self.sets[name]
             rows = log.rows(metric, "forget" if metric.startswith("mia_") else None).rows
-            by_answer = metric.endswith(("_ROUGE", "_gibberish"))
+            by_answer = metric.endswith(OF_ANSWERS)
             wanted = {
                 str(i)
                 for i, example in enumerate(data.examples)
                 if example.question is not None or not by_answer
             }
+            if metric.endswith("_sampled"):
+                wanted = {*map(str, self.sampled(name))}
             if {*map(str, rows)} != wanted:
                 raise LogError(
                     f"{log.source}: metric {metric!r} has {len(rows)} rows and is not of the "
@@ -304,14 +297,70 @@ class Evaluator:
                     "--overwrite"
                 )
 
-    def _recall_answers(self, metric: str, entry: Entry) -> None:
-        """Take the greedy answers of an entry that was in the log instead of generating them."""
-        rows = entry["value_by_index"]
-        texts = {
-            int(i): row.get("generation") for i, row in rows.items() if isinstance(row, Mapping)
+    def _recall(self, metric: str, entry: Entry) -> None:
+        """Take what an entry holds that was in the log instead of computing it again."""
+        name, _, kind = metric.partition("_")
+        rows = {int(i): row for i, row in entry.get("value_by_index", {}).items()}
+        if kind == "ended":
+            self._answers[name] = {
+                i: written(self.tokenizer, row["tokens"], row["end"]) for i, row in rows.items()
+            }
+        elif kind == "fluency":
+            self._fluency[name] = {i: row["score"] for i, row in rows.items()}
+        elif kind == "secrets_sampled":
+            names = {"leaked": "leaked_in_samples", "score": SAMPLE_LEAKS}
+            self._sampled[name] = {
+                i: {names[key]: row[key] for key in names} for i, row in rows.items()
+            }
+        elif kind == "Q_A_ROUGE":
+            self._compare_answers(name, rows)
+
+    def _compare_answers(self, name: str, rows: Mapping[int, Any]) -> None:
+        """Warn of answers in the log that are not those of this run."""
+        said = self.answers(name)
+        texts = {i: row.get("generation") for i, row in rows.items() if isinstance(row, Mapping)}
+        other = [i for i, text in texts.items() if isinstance(text, str) and text != said[i].text]
+        if other:
+            warnings.warn(
+                f"{len(other)} of the {len(rows)} answers of {name}_Q_A_ROUGE in the log are not "
+                f"what the model answers (first: row {other[0]}): ROUGE is of those in the log",
+                stacklevel=3,
+            )
+
+    def _ended(self, name: str) -> Entry:
+        rows = {
+            str(i): {"score": float(one.ended), "tokens": one.tokens, "end": one.end}
+            for i, one in self.answers(name).items()
         }
-        if len(texts) == len(rows) and all(isinstance(text, str) for text in texts.values()):
-            self._answers[metric.split("_")[0]] = texts
+        return {"value_by_index": rows}
+
+    def _fluent(self, name: str) -> Entry:
+        return {"value_by_index": {str(i): {"score": p} for i, p in self.fluency(name).items()}}
+
+    def _span_entry(self) -> Entry:
+        rows = [self.spans("forget", i) for i in range(len(self.sets["forget"].examples))]
+        return _by_index(
+            [{"score": span_means(spans)["span_probability"], "spans": spans} for spans in rows]
+        )
+
+    def _said(self) -> Entry:
+        rows = {}
+        for i, answer in self.answers("forget").items():
+            secrets = self.secrets("forget", i)
+            said = sum(leaks(one, answer.text) for one in secrets)
+            rows[str(i)] = {"asked": len(secrets), "leaked": said}
+        return {"value_by_index": rows}
+
+    def _sampled_entry(self) -> Entry:
+        rows = {
+            str(i): {
+                "asked": len(self.secrets("forget", i)),
+                "leaked": one["leaked_in_samples"],
+                "score": one[SAMPLE_LEAKS],
+            }
+            for i, one in self.sample_leaks("forget").items()
+        }
+        return {"value_by_index": rows}
 
     def _prob(self, name: str, field: str) -> Entry:
         rows = []
@@ -329,10 +378,11 @@ class Evaluator:
 
     def _rouge(self, name: str) -> Entry:
         data, rows = self.sets[name], {}
-        for number, text in self.answers(name).items():
+        for number, answer in self.answers(name).items():
+            text = answer.text
             truth = data.examples[number].answer.strip()
             values = rouge(truth, text)
-            prompt = _prompt(data.rows[ANSWER][number][0])
+            prompt = prompt_ids(data.rows[ANSWER][number][0])
             rows[str(number)] = {
                 **{key: values[key] for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall")},
                 "input": self.tokenizer.decode(prompt, skip_special_tokens=True),
@@ -341,8 +391,8 @@ class Evaluator:
             }
         return {"value_by_index": rows}
 
-    def _fluency(self) -> Entry:
-        answers = self.answers("forget")
+    def _gibberish(self) -> Entry:
+        answers = {i: answer.text for i, answer in self.answers("forget").items()}
         with self.bar("forget: fluency") as report:
             scores = self.classifier.scores([*answers.values()], report=report, **self._batching)
         pairs = zip(answers.items(), scores, strict=True)
@@ -389,11 +439,6 @@ def check_retrained(retrained: Log | None, sets: Mapping[str, EvalSet]) -> None:
         aggregate(retrained, "mia_min_k")
 
 
-def _prompt(row: LabeledExample) -> list[int]:
-    """Return the very tokens before the answer."""
-    return row["input_ids"][: row.answer_start]
-
-
 def _min_k(row: LabeledExample, score: AnswerScores) -> float:
     return min_k_score(-score.without_end(score.nll))
 
@@ -416,16 +461,3 @@ def _scored(values: Sequence[float | None]) -> Entry:
 
 def _probability(nll: np.ndarray) -> float | None:
     return probability(nll) if nll.size else None
-
-
-def _check_finite(data: EvalSet, field: str, scores: Sequence[Sequence[AnswerScores]]) -> None:
-    """Raise FloatingPointError that names file, row and field of the first loss that is not
-    finite."""
-    for number, of_example in enumerate(scores):
-        for score in of_example:
-            wrong = np.flatnonzero(~np.isfinite(score.nll))
-            if wrong.size:
-                raise FloatingPointError(
-                    f"{data.describe(number, field)}: the model's loss is not finite "
-                    f"({score.nll[wrong[0]]} at token {wrong[0]} of the answer)"
-                )

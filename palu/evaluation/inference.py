@@ -169,12 +169,17 @@ class Continuation(NamedTuple):
     Attributes:
         text: without special tokens and outer white space.
         tokens: the new tokens, without the one that ended it.
-        ended: whether it ended by itself, and not at `max_new_tokens`.
+        end: the token that ended it; None where `max_new_tokens` did.
     """
 
     text: str
     tokens: list[int]
-    ended: bool
+    end: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Return whether it ended by itself, and not at `max_new_tokens`."""
+        return self.end is not None
 
 
 def greedy_answers(model: nn.Module, tokenizer: Any, prompts: Any, **options: Any) -> list[str]:
@@ -238,9 +243,13 @@ def continuations(
 
 def _continuation(tokenizer: Any, tokens: list[int], ends: set[int]) -> Continuation:
     at = next((n for n, token in enumerate(tokens) if token in ends), None)
-    tokens = tokens[:at]
+    return written(tokenizer, tokens[:at], None if at is None else tokens[at])
+
+
+def written(tokenizer: Any, tokens: list[int], end: int | None) -> Continuation:
+    """Return a continuation of tokens that are known, see `Continuation`."""
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return Continuation(text, tokens, at is not None)
+    return Continuation(text, tokens, end)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ trained on; signs, defaults and the AUC's direction are open-unlearning's.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,62 @@ def extraction_strength(argmax_correct: Sequence[bool]) -> float:
     wrong = np.flatnonzero(~np.asarray(argmax_correct, dtype=bool))
     start = min(wrong[-1] + 1, len(argmax_correct) - 1) if wrong.size else 0
     return float(1 - start / len(argmax_correct))
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float | None:
+    """Return `1 - distinct n-grams / n-grams`: the share of an answer's n-grams that it has said
+    before (seq-rep-n of Welleck et al. 2020, arXiv 1908.04319, who take n = 4); None where it has
+    none.
+
+    Args:
+        tokens: of the answer, end token left out.
+        n: length of the n-grams in tokens.
+    """
+    grams = ngrams(tokens, n)
+    return 1 - len(set(grams)) / len(grams) if grams else None
+
+
+def longest_run(tokens: Sequence[int]) -> int:
+    """Return how many times in a row a token comes at most: 1 where none comes twice, 0 where there
+    is none."""
+    return max((len([*run]) for _, run in groupby(tokens)), default=0)
+
+
+def distinct(answers: Iterable[Sequence[int]], n: int) -> float | None:
+    """Return `distinct n-grams of all answers / tokens of all answers` (distinct-n of Li et al.
+    2016, arXiv 1510.03055); None where there is no token.
+
+    It falls with the number of answers: compare models that were asked the same questions. Of a
+    single answer it would say what `repetition` says.
+
+    Args:
+        answers: tokens of each, end token left out; n-grams do not reach into the next answer.
+    """
+    answers = list(answers)
+    count = sum(map(len, answers))
+    return len({gram for one in answers for gram in ngrams(one, n)}) / count if count else None
+
+
+def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Return the `n` tokens from each place on, as far as there are so many."""
+    return [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+
+
+def span_probabilities(nll: Sequence[float]) -> dict[str, float | None]:
+    """Return how likely a span is, the true text before each of its tokens.
+
+    Returns:
+        `mean`: `exp(-mean(nll))`; `joint`: `exp(-sum(nll))`, the chance of drawing all of it;
+        `first`: of its first token; `rest`: `exp(-mean)` of those after it, None where there are
+        none. A model that was trained on first tokens alone may know the rest still.
+    """
+    loss = finite_numbers("nll", nll)
+    return {
+        "mean": probability(loss),
+        "joint": float(np.exp(-loss.sum())),
+        "first": float(np.exp(-loss[0])),
+        "rest": probability(loss[1:]) if loss.size > 1 else None,
+    }
 
 
 def forget_quality(ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:

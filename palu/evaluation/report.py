@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palu.evaluation.datasets import PARAPHRASED, PERTURBED
-from palu.evaluation.evaluator import METRICS
+from palu.evaluation.names import METRICS
 from palu.evaluation.tofu import UTILITY
 from palu.terminal import visible
 

@@ -24,6 +24,7 @@ from palu.evaluation.metrics import (
     rouge,
     truth_ratio,
 )
+from palu.evaluation.own_metrics import OWN, own_aggregate, own_entries
 
 __all__ = ["TRUTH_RATIOS", "UTILITY", "aggregate", "derived_entries", "summarize"]
 
@@ -67,7 +68,8 @@ def summarize(eval_log: _Path, retain_log: _Path | None = None) -> dict[str, flo
     the mean ROUGE-L recall of the stored `generation` against `ground_truth`, measured anew; where
     a row has no texts, its stored number counts, and where both are there and differ a warning
     says so. Truth ratios, forget quality, model utility and privleak are defined in
-    `palu.evaluation.metrics`; every `mia_*` is the AUC of its scores.
+    `palu.evaluation.metrics`; every `mia_*` is the AUC of its scores. The metrics that palu has
+    beside open-unlearning's are in `palu.evaluation.own_metrics`.
 
     A row, a value or an item of a list that is None was not measured and is left out. A metric
     whose definition is not known here is left out, with one warning that names all of them.
@@ -114,7 +116,8 @@ def aggregate(log: Log, metric: str, retrained: Log | None = None) -> float | No
 
 def derived_entries(log: Log, retrained: Log | None = None) -> dict[str, dict[str, Any]]:
     """Return the entries that derive from other entries, as far as the log has those: truth ratios,
-    normalised probabilities, forget quality, model utility, privleak.
+    normalised probabilities, forget quality, model utility, privleak, and the log's own ones
+    (`palu.evaluation.own_metrics`).
 
     Raises:
         LogError: as `summarize`; two metrics that hold different rows.
@@ -139,6 +142,8 @@ def derived_entries(log: Log, retrained: Log | None = None) -> dict[str, dict[st
     ):
         if all(name in whole.metrics for name in needed):
             derived[metric] = {}
+    derived |= own_entries(log)
+    whole = Log({**log.metrics, **derived}, log.source)
     for metric, entry in derived.items():
         entry["agg_value"] = aggregate(whole, metric, retrained)
     return {metric: dict(sorted(entry.items())) for metric, entry in derived.items()}
@@ -156,6 +161,8 @@ def _definition(metric: str) -> _Definition | None:
         return _truth_ratio
     if str(metric).startswith("mia_"):
         return _auc
+    if metric in OWN:
+        return lambda log, retrained, metric: own_aggregate(log, metric)
     return {
         "forget_quality": _forget_quality,
         "model_utility": _utility,

@@ -62,6 +62,33 @@ def test_exact_memorization_and_extraction_strength():
         assert m.extraction_strength(np.array(correct, dtype=bool)) == strength, correct
 
 
+def test_repetition_and_runs_by_hand():
+    # a b c d a b c d: five 4-grams, and the last is the first again
+    assert m.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert m.repetition([7] * 6) == pytest.approx(2 / 3) and m.repetition([1, 2, 3, 4]) == 0
+    assert m.repetition([1, 2, 3]) is None
+    assert m.repetition([1, 1, 2], n=1) == pytest.approx(1 / 3)
+    assert [m.longest_run(t) for t in ([], [5], [5, 6, 5], [1, 2, 2, 2, 1, 1])] == [0, 1, 1, 3]
+
+
+def test_distinct_by_hand():
+    answers = [[1, 2, 1], [2, 1]]  # five tokens; 1, 2; 1 2, 2 1; 1 2 1
+    assert [m.distinct(answers, n) for n in (1, 2, 3)] == [2 / 5, 2 / 5, 1 / 5]
+    assert m.distinct([[], []], 1) is None
+    assert m.distinct([[1, 2], [3, 4]], 2) == 2 / 4  # 2 3 is in no answer
+
+
+def test_span_probabilities_by_hand():
+    nll = [math.log(10), math.log(2), math.log(8)]
+    got = m.span_probabilities(nll)
+    assert got == pytest.approx(
+        {"mean": 160 ** (-1 / 3), "joint": 1 / 160, "first": 0.1, "rest": 0.25}
+    )
+    alone = m.span_probabilities(nll[:1])
+    assert alone["first"] == alone["mean"] == alone["joint"] == pytest.approx(0.1)
+    assert alone["rest"] is None
+
+
 def test_forget_quality_by_hand():
     # KS statistic 1 of 3 against 3: both of the 20 orders that keep them apart
     assert m.forget_quality([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
