@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ import typer
 
 from palu.errors import UserError, one_line, user_errors
 from palu.models.hub import looks_like_id
-from palu.storage.json_files import NotJSON, parse, read_text
+from palu.storage.json_files import NotJSON, parse, parse_yaml, read_text
 from palu.training.options import (
     LossOptions,
     MethodOptions,
@@ -76,7 +75,7 @@ def _load(path: Path) -> dict[str, Any]:
     """Return the options that a file holds by their names, with `_` for `-`."""
     kind, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path)
     try:
-        content = parse(text) if kind == "JSON" else _parse_yaml(text)
+        content = parse(text) if kind == "JSON" else parse_yaml(text)
     except NotJSON as error:
         raise ValueError(f"{path} is not readable {kind}: {error}") from None
     if not isinstance(content, dict):
@@ -93,25 +92,6 @@ def _load(path: Path) -> dict[str, Any]:
         model = model if on_the_hub else beside
         content = {"model": model, **content["options"]}
     return {str(name).replace("-", "_"): value for name, value in content.items()}
-
-
-def _parse_yaml(text: str) -> Any:
-    """Return the value that a YAML text says.
-
-    Raises:
-        NotJSON: it says none, or has a key twice.
-    """
-    import yaml
-
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        if isinstance(root, yaml.MappingNode):
-            keys = Counter(str(key.value) for key, _ in root.value)
-            if twice := [key for key, count in keys.items() if count > 1]:
-                raise ValueError(f"it has the key {twice[0]!r} twice")
-        return yaml.safe_load(text)
-    except (RecursionError, ValueError, yaml.YAMLError) as error:
-        raise NotJSON(one_line(error)) from None
 
 
 def _word(name: str, value: Any, default: Any) -> str | None:

@@ -195,6 +195,17 @@ def put(new: Path, path: Path, aside: Path) -> None:
         sync(path.parent)
 
 
+def publish(new: Path, path: Path) -> None:
+    """Rename a file or folder that is whole to a place where no other folder is, at once.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    os.replace(new, path)
+    with suppress(OSError):  # the rename is done
+        sync(path.parent)
+
+
 @contextmanager
 def aside_of(path: Path) -> Iterator[Path]:
     """Make a `new_aside` for the block, after `remove_abandoned`."""

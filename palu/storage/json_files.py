@@ -136,6 +136,36 @@ def parse(text: str, *, unique_keys: bool = True) -> Any:
         raise NotJSON("an integer has too many digits") from None
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the value that a YAML text says.
+
+    Raises:
+        NotJSON: it says none, or has a key twice.
+    """
+    import yaml
+
+    try:
+        _no_key_twice(yaml.compose(text, yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise NotJSON(one_line(error)) from None
+
+
+def _no_key_twice(node: Any) -> None:
+    """Raise ValueError where a mapping of YAML nodes, or one in it, has a key twice."""
+    if getattr(node, "id", "scalar") == "scalar":
+        return
+    if node.id == "sequence":
+        for one in node.value:
+            _no_key_twice(one)
+        return
+    keys = Counter(str(key.value) for key, _ in node.value)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(f"it has the key {twice[0]!r} twice")
+    for _, value in node.value:
+        _no_key_twice(value)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

@@ -35,11 +35,13 @@ class Answered:
         texts: the answers, each behind what was given away of the secret.
         given: that, as text.
         leaking: the number of the first answer that leaks.
+        said: whether any answer says it, for each of the probe's secrets.
     """
 
     texts: list[str]
     given: str
     leaking: int | None
+    said: tuple[bool, ...]
 
     @property
     def worst(self) -> str:
@@ -110,12 +112,13 @@ class LeakAttack:
             said = [self._text(tokenizer, probe, next(answers)) for _ in range(self.samples)]
             hits = [[leaks(secret, text) for secret in probe.secrets] for text in said]
             leaking += sum(map(any, hits))
-            for number, secret in enumerate(probe.secrets):
+            any_said = tuple(map(any, zip(*hits, strict=True)))
+            for secret, one in zip(probe.secrets, any_said, strict=True):
                 key = probe.record, secret
-                found[key] = found.get(key, False) or any(hit[number] for hit in hits)
+                found[key] = found.get(key, False) or one
             first = next((n for n, hit in enumerate(hits) if any(hit)), None)
             given = tokenizer.decode(probe.given, skip_special_tokens=True)
-            answered.append(Answered(said, given, first))
+            answered.append(Answered(said, given, first, any_said))
         result = leak_rate(sum(found.values()), len(found))
         if self.samples > 1:
             result["answers"] = leak_rate(leaking, len(self.probes) * self.samples)

@@ -15,7 +15,7 @@ from palu.data.records import SYSTEM, USER, Example, split_answers
 from palu.data.spans import Span
 from palu.data.template import Template
 from palu.evaluation.attacks.settings import HALF, AttackSettings
-from palu.evaluation.leaks import leaks, prompt_of, sort_secrets
+from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
 
 SLACK = 16  # tokens that an answer may be longer than the longest true one
 
@@ -52,6 +52,7 @@ class Targets:
         secrets: those of each that can leak in it.
         told_before: those of each that its prompt says.
         empty: how many are not looked for, since they are of stop words or punctuation alone.
+        numbers: (record, secret) -> its number among the record's `secrets_of`.
     """
 
     examples: list[Example]
@@ -63,6 +64,7 @@ class Targets:
     tokenizer: Any
     template: Template
     max_length: int
+    numbers: dict[tuple[int, str], int]
 
     @classmethod
     def of(
@@ -84,7 +86,9 @@ class Targets:
         if settings.records is not None and settings.records < len(chosen):
             chosen = sorted(random.Random(f"{seed} records").sample(chosen, settings.records))
         split, records, secrets, told, empty = [], [], [], [], set()
+        numbers = {}
         for number in chosen:
+            numbers |= {(number, s): n for n, s in enumerate(secrets_of(examples[number]))}
             for example in split_answers(examples[number]):
                 prompt = f"{prompt_of(example)}\n{template.system_prompt or ''}"
                 own = (example.answer[start:end].strip() for start, end in example.spans)
@@ -102,7 +106,9 @@ class Targets:
             )
         rows = label_all(split, tokenizer, template=template, max_length=settings.max_length)
         counts = secrets, told, len(empty)
-        return cls(split, records, rows, *counts, tokenizer, template, settings.max_length)
+        return cls(
+            split, records, rows, *counts, tokenizer, template, settings.max_length, numbers
+        )
 
     @property
     def system(self) -> str:

@@ -18,7 +18,7 @@ from palu.data.template import Template
 from palu.errors import one_line, out_of_memory
 from palu.evaluation.attacks.attack import Answered, Attack, LeakAttack
 from palu.evaluation.attacks.plan import Plan
-from palu.evaluation.attacks.probes import Targets
+from palu.evaluation.attacks.probes import Probe, Targets
 from palu.evaluation.attacks.settings import AttackSettings, check_names
 from palu.evaluation.attacks.weights import LIBRARIES
 from palu.evaluation.leaks import BOX, redact, secrets_of
@@ -287,6 +287,7 @@ class Results:
         self._entry(attack)["results"][model] = result
         if not isinstance(attack, LeakAttack):
             return
+        result["secrets"] = outcomes(attack.probes, answered, targets)
         of_attack = [e for e in self.examples if e["attack"] == attack.title]
         if not of_attack:
             numbers = sorted(range(len(answered)), key=lambda n: answered[n].leaking is None)
@@ -339,6 +340,20 @@ class Results:
     def _entry(self, attack: Attack) -> dict[str, Any]:
         key = _key(_entry(attack))
         return next(entry for entry in self.entries if _key(entry) == key)
+
+
+def outcomes(
+    probes: Sequence[Probe], answered: Sequence[Answered], targets: Targets
+) -> list[list[int]]:
+    """Return `[record, secret, said]` for each secret that was asked for: numbers from 0 of the
+    record among the forget records and of the secret among the record's
+    (`palu.evaluation.leaks.secrets_of`), and 1 where any answer says it."""
+    found: dict[tuple[int, int], int] = {}
+    for probe, one in zip(probes, answered, strict=True):
+        for secret, said in zip(probe.secrets, one.said, strict=True):
+            key = probe.record, targets.numbers[probe.record, secret]
+            found[key] = max(found.get(key, 0), int(said))
+    return [[*key, said] for key, said in sorted(found.items())]
 
 
 def read_results(path: Path) -> dict[str, Any]:
