@@ -15,6 +15,7 @@ from palu import __version__, distributed
 from palu.cli.annotate import annotate
 from palu.cli.attack import attack
 from palu.cli.cache import cache
+from palu.cli.compare import compare
 from palu.cli.demo import demo
 from palu.cli.erase import erase
 from palu.cli.evaluate import evaluate
@@ -39,7 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, erase, annotate, unlearn, inspect, evaluate, attack, merge, plan, report):
+commands = (demo, erase, annotate, unlearn, inspect, evaluate, attack, compare, merge, plan, report)
+for command in commands:
     app.command()(command)
 app.add_typer(cache, name="cache")
 

@@ -15,7 +15,7 @@ import typer
 from palu.cli.data import find_models, plain_warnings, quiet
 from palu.cli.options import OutputOptions, WeightOptions, with_options
 from palu.cli.report import NOT_GOOD, print_verdict
-from palu.cli.unlearn import unlearn
+from palu.cli.unlearn import run_unlearn
 from palu.errors import user_errors
 from palu.terminal import bars, out, say
 from palu.training.options import option
@@ -91,9 +91,7 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
         request = _request(options)
     try:
         with user_errors(*_MISTAKES), plain_warnings():
-            report = run(
-                request, overwrite=options.overwrite, unlearn=_in_this_process, stage=_stage
-            )
+            report = run(request, overwrite=options.overwrite, unlearn=run_unlearn, stage=_stage)
     except BaseException:
         work = Path(f"{request.output}-work")
         if (work / STATE).is_file():
@@ -143,13 +141,6 @@ def _request(options: SimpleNamespace) -> Any:
         device=options.device,
         keep_work=options.keep_work,
     )
-
-
-def _in_this_process(words: list[str]) -> int:
-    """Run `palu unlearn` as the command line does, and return its exit status."""
-    command = typer.Typer(pretty_exceptions_enable=False)
-    command.command()(unlearn)
-    return command(words[1:], standalone_mode=False, prog_name="palu unlearn") or 0
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -67,7 +68,7 @@ class PlaceOptions:
     )
 
 
-@with_options(
+SOURCES = (
     DataOptions,
     RetainOptions,
     TextOptions,
@@ -81,6 +82,9 @@ class PlaceOptions:
     WeightOptions,
     ConfigOptions,
 )
+
+
+@with_options(*SOURCES)
 def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
     """Make a model forget the marked spans (or, by other methods, the answers) of one file and keep
     the answers of another."""
@@ -102,6 +106,33 @@ def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
         run.make_retain()
     run.train_and_write()
     run.report()
+
+
+@with_options(*SOURCES)
+def _check(context: typer.Context, options: SimpleNamespace) -> None:
+    """Refuse what `unlearn` would refuse before it reads any data."""
+    options.set = given_trainer_options(context, options.set)
+    run = Run(context, options)
+    run.check_places()
+    run.check_settings()
+
+
+def command_of(body: Callable[..., None] = unlearn) -> Any:
+    """Return a command of its own with the options of `palu unlearn`."""
+    command = typer.Typer(pretty_exceptions_enable=False)
+    command.command()(body)
+    return typer.main.get_command(command)
+
+
+def run_unlearn(words: Sequence[str]) -> int:
+    """Run `palu unlearn` in this process as the command line does: `words` without `palu`. Return
+    its exit status."""
+    return command_of()(list(words[1:]), standalone_mode=False, prog_name="palu unlearn") or 0
+
+
+def check_unlearn(words: Sequence[str]) -> None:
+    """Raise what `palu unlearn` would refuse these words with before it reads any data."""
+    command_of(_check)(list(words[1:]), standalone_mode=False, prog_name="palu unlearn")
 
 
 class Run:

@@ -79,8 +79,12 @@ class Claims:
     def release(self, claim: Claim) -> None:
         """Give a claim up, and remove it and the dead ones before it."""
         if self.holds(claim):
-            for _, path in sorted(self._all(claim.name)):
-                path.unlink(missing_ok=True)
+            self.clear(claim.name)
+
+    def clear(self, name: str) -> None:
+        """Remove the claims of a run that is done."""
+        for _, path in sorted(self._all(name)):
+            path.unlink(missing_ok=True)
 
     def _all(self, name: str) -> list[tuple[int, Path]]:
         found = []

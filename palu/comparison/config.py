@@ -167,13 +167,13 @@ def check_names(comparison: Comparison, known: Sequence[str], methods: Sequence[
         given = {**comparison.common, **one.options}
         if "method" in given or all("method" in setting for setting in one.settings):
             continue
-        called = re.sub(r"[\s-]+", "_", name).lower()
-        if called not in methods:
+        called = [method for method in methods if _bare(method) == _bare(name)]
+        if not called:
             raise ConfigError(
                 f"methods.{name} has no option method, which says what palu unlearn does: one of "
                 f"{', '.join(methods)}"
             )
-        one.options["method"] = called
+        one.options["method"] = called[0]
     return comparison
 
 
@@ -186,6 +186,10 @@ def comparison_options(comparison: Comparison) -> list[tuple[str, Mapping[str, A
         if one.search is not None:
             places.append((f"methods.{name}.search.space", one.search["space"]))
     return places
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).lower()
 
 
 # ---- the parts of a file -------------------------------------------------------------------------
@@ -304,7 +308,9 @@ def _method(name: str, value: Any) -> MethodConfig:
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{name}.grid.{key} must be a list of values, not {values!r}")
-        settings += [dict(zip(grid, some, strict=True)) for some in itertools.product(*grid.values())]
+        settings += [
+            dict(zip(grid, some, strict=True)) for some in itertools.product(*grid.values())
+        ]
     if "settings" in value:
         if not isinstance(value["settings"], list) or not value["settings"]:
             raise ConfigError(f"{name}.settings must be a list of options and values")

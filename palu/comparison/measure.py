@@ -1,10 +1,11 @@
-"""What a run file says of a model: its numbers on every set, and what each attack gets out of it."""
+"""What a run file says of a model: its numbers on every set, and what each attack gets of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Measuring:
     def shown(self) -> dict[str, list[Example]]:
         """Return the examples whose answers are shown: a few of each set, spread over it."""
         return {
-            name: [some[n * len(some) // SHOWN] for n in range(SHOWN)] if len(some) > SHOWN else some
+            name: [some[n * len(some) // SHOWN] for n in range(SHOWN)]
+            if len(some) > SHOWN
+            else some
             for name, some in self.sets.items()
         }
 
@@ -150,8 +153,11 @@ def attack_settings(comparison: Comparison) -> tuple[int, list[str], AttackSetti
         raise ValueError(f"attacks.quick must be true or false, not {quick!r}")
     if names is not None and not isinstance(names, list):
         raise ValueError(f"attacks.names must be a list, not {names!r}")
-    if "max_length" in given:
-        raise ValueError("attacks.max_length is that of all runs: put it in common")
+    known = [one.name for one in fields(AttackSettings) if one.name != "max_length"]
+    for name in given:
+        if name not in known:
+            allowed = ", ".join(("names", "quick", "seed", *known))
+            raise ValueError(f"attacks: unknown key {name!r}; it must be of {allowed}")
     try:
         names = check_names(names)
         length = comparison.common.get("max_length", 512)

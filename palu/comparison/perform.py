@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +87,8 @@ def run_of(job: Job, **found: Any) -> Run:
     head: dict[str, Any] = {"environment": environment(job.threads)}
     if task.method is not None:
         head |= {"method": task.method, "setting": task.setting, "seed": task.seed}
-        head |= {"options": dict(task.options), "command": " ".join(("palu", *job.words))}
+        words = ["OUT" if word == str(job.measured) else word for word in job.words]
+        head |= {"options": dict(task.options), "command": shlex.join(("palu", *words))}
     return Run(**head, **found)
 
 
@@ -99,6 +101,8 @@ def processor() -> str:
     """Return the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

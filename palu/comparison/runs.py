@@ -106,6 +106,9 @@ class Runs:
             for one in self.active:
                 one.worker.stop()
                 self._drop(one)
+        for task in tasks:  # what a process has left that was stopped when it was just done
+            self.claims.clear(task.id)
+            self._clean(task)
         tell(self.total, self.total, "")
 
     def _original(self) -> Sequence[Mapping[str, Any]] | None:
@@ -119,10 +122,8 @@ class Runs:
         if self.file(task).is_file():  # it was done since we looked
             self.claims.release(claim)
             return
-        works = self.folder / "work"
-        for left in works.glob(f"{task.id}@*"):  # of a process that is gone
-            shutil.rmtree(left, ignore_errors=True)
-        work = works / f"{task.id}@{claim.token}"
+        self._clean(task)
+        work = self.folder / "work" / f"{task.id}@{claim.token}"
         work.mkdir(parents=True)
         measured, words = work / MODEL, []
         if task.method is None:
@@ -135,6 +136,11 @@ class Runs:
         environment = self.environments[slot % len(self.environments)]
         worker = Worker(self.work, job, log=work / LOG, environment=environment)
         self.active.append(Active(task, claim, job, worker, slot))
+
+    def _clean(self, task: Task) -> None:
+        """Remove what processes that are gone have left of a run."""
+        for left in (self.folder / "work").glob(f"{task.id}@*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _ready(self) -> list[Active]:
         """Wait a little. Return the runs that have ended."""
@@ -164,9 +170,10 @@ class Runs:
         self._drop(one)
 
     def _publish(self, task: Task, work: Path) -> None:
+        if self.file(task).is_file():  # of who took it over, and has the same numbers
+            return
         place = self.folder / task.id if task.method is None else self.file(task).parent
-        if not self.file(task).is_file():
-            shutil.rmtree(place, ignore_errors=True)  # half of a run that is gone
+        shutil.rmtree(place, ignore_errors=True)  # of a run that failed, or half of one
         place.parent.mkdir(exist_ok=True)
         publish(work, place)
         if task.method is None:

@@ -203,7 +203,7 @@ def test_spans_that_the_records_have(work, monkeypatch):
 
     def unlearn(line):
         words.extend(line)
-        return command._in_this_process(line)
+        return command.run_unlearn(line)
 
     request = Request(
         model=work / "model",

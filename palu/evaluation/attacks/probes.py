@@ -106,9 +106,7 @@ class Targets:
             )
         rows = label_all(split, tokenizer, template=template, max_length=settings.max_length)
         counts = secrets, told, len(empty)
-        return cls(
-            split, records, rows, *counts, tokenizer, template, settings.max_length, numbers
-        )
+        return cls(split, records, rows, *counts, tokenizer, template, settings.max_length, numbers)
 
     @property
     def system(self) -> str:

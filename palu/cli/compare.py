@@ -1,0 +1,252 @@
+"""`palu compare`: which method forgets more for the same harm."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from palu.cli.data import plain_warnings, quiet, without_slices
+from palu.cli.options import with_options
+from palu.errors import user_errors
+from palu.terminal import bars, out, say
+from palu.training.options import RunOptions, choices, option
+
+if TYPE_CHECKING:
+    from palu.comparison.config import Comparison, Task
+    from palu.comparison.perform import Job
+
+_output = partial(option, panel="Output")
+_machine = partial(option, panel="Machine")
+
+FAILED_STATUS = 3
+
+
+@dataclass(kw_only=True)
+class CompareOptions:
+    """What is compared, where, and how much of it at once."""
+
+    config: Path = option(
+        MISSING, "The comparison, YAML or JSON; docs/comparison.md has its keys.", argument=True
+    )
+    output: Path | None = _output(
+        None,
+        "Folder for the runs and the tables; the same command goes on with what is in it, on "
+        "several machines too.",
+        shown="CONFIG without its ending",
+    )
+    retry: bool = _output(False, "Do runs again that failed.")
+    jobs: int | None = _machine(
+        None, "Runs at a time on this machine.", least=1, shown="of the configuration, or 1"
+    )
+
+
+@with_options(CompareOptions)
+def compare(context: typer.Context, options: SimpleNamespace) -> None:
+    """Compare methods of unlearning: every method's settings and seeds on one model, each run
+    trained, evaluated and attacked, ranked by what is forgotten at the same loss of utility.
+
+    The same command goes on with a comparison that was stopped. A run that diverges or fails is a
+    row that says so. Exit status 3: a run failed.
+    """
+    with user_errors():
+        comparison = _read(options)
+    with user_errors(), bars.status("Checking the configuration, models and data"):
+        from palu.comparison.folder import open_folder
+        from palu.comparison.pool import call
+
+        facts = call(check, comparison)
+        jobs = options.jobs or comparison.jobs
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = comparison.threads or max(1, (cores or 1) // jobs)
+        output = options.output or options.config.with_suffix("")
+        threads = open_folder(output, comparison, facts["digests"], threads=threads)
+    failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
+    out.print(f"Written to {output}", soft_wrap=True)
+    if failed:
+        say(
+            "failed",
+            "red",
+            f"{failed} runs failed (their run.json says why; --retry does them again)",
+        )
+        raise typer.Exit(FAILED_STATUS)
+
+
+def _read(options: SimpleNamespace) -> Comparison:
+    """Return the configuration, with the names of its options checked and its models found."""
+    from palu.cli.config_file import check_trainer_names
+    from palu.comparison.config import ConfigError, check_names, comparison_options, read_config
+    from palu.models.hub import located
+
+    comparison = read_config(options.config)
+    known = _known()
+    try:
+        comparison = check_names(comparison, known, choices(RunOptions, "method"))
+        for where, given in comparison_options(comparison):
+            try:
+                check_trainer_names([name for name in given if name not in known], known)
+            except ValueError as error:
+                raise ConfigError(f"{where}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{options.config}: {error}") from None
+    retrained = comparison.retrained
+    return replace(
+        comparison,
+        model=str(located(comparison.model)),
+        retrained=None if retrained is None else str(located(retrained)),
+    )
+
+
+def _known() -> list[str]:
+    """Return the names of the options of `palu unlearn`."""
+    from palu.cli.unlearn import command_of
+
+    return [one.name for one in command_of().params]
+
+
+def words_of(comparison: Comparison, task: Task, model: Path) -> list[str]:
+    """Return the words of `palu unlearn` that make a run's model, in a folder `model`."""
+    known = _known()
+    words = ["unlearn", "--model", comparison.model, "--forget", comparison.forget]
+    options = dict(task.options)
+    if options.get("epochs") is not None:  # the comparison measures, and nothing is chosen by it
+        options.setdefault("checks", "none")
+    retain = options.pop("retain", comparison.retain)
+    words += [] if retain is None else ["--retain", retain]
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            text = json.dumps(value)
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if name not in known:
+            words += ["--set", f"{name}={text}"]
+        else:
+            words += [flag] if value is True else [flag, text]
+    return [*words, "--seed", str(task.seed), "--output", str(model)]
+
+
+def check(comparison: Comparison) -> dict[str, Any]:
+    """Refuse what some run would refuse, before any is done; return what is to be known of models
+    and data. For a process of its own.
+
+    Raises:
+        ConfigError: settings that `palu unlearn` refuses; names them.
+        ValueError: models or data that cannot be read or do not go together.
+    """
+    import tempfile
+
+    import torch
+
+    from palu.cli.unlearn import check_unlearn
+    from palu.comparison.config import ConfigError
+    from palu.comparison.measure import Measuring
+    from palu.models.loading import load_tokenizer, model_folder
+
+    quiet()
+    model_folder(comparison.model)
+    with tempfile.TemporaryDirectory(prefix="palu-") as folder, plain_warnings():
+        seen = set()
+        for task in comparison.tasks():
+            if (task.method, task.setting) in seen:
+                continue
+            seen.add((task.method, task.setting))
+            try:
+                check_unlearn(words_of(comparison, task, Path(folder) / "model"))
+            except Exception as error:
+                text = error.format_message() if hasattr(error, "format_message") else error
+                where = f"methods.{task.method}, {task.setting or 'options'}"
+                raise ConfigError(f"{where}: {text}") from None
+        Measuring(comparison)
+    if comparison.retrained is not None:
+        model_folder(comparison.retrained)
+        vocabularies = [
+            load_tokenizer(Path(one)).get_vocab()
+            for one in (comparison.model, comparison.retrained)
+        ]
+        if vocabularies[0] != vocabularies[1]:
+            raise ConfigError(
+                f"retrained {comparison.retrained!r} has another tokenizer than model: their "
+                "answers are of different tokens"
+            )
+    return {"digests": _digests(comparison), "cards": torch.cuda.device_count()}
+
+
+def _digests(comparison: Comparison) -> dict[str, str]:
+    """Return what tells whether models and data are the same, by name."""
+    from palu.comparison.folder import digest
+    from palu.storage.fingerprint import data_digests, model_digests
+
+    digests = {}
+    for name in ("model", "retrained"):
+        if (path := getattr(comparison, name)) is not None:
+            digests[name] = digest(model_digests(path))
+    files = {name: getattr(comparison, name) for name in ("forget", "retain", "holdout")}
+    files |= {f"utility set {name}": file for name, file in comparison.utility.items()}
+    for name, file in files.items():
+        if file is None:
+            continue
+        here = without_slices(file)
+        content = [*data_digests(here[0]).values()] if here else file
+        ending = file[len(here[0]) :] if here and file.startswith(here[0]) else ""  # a slice
+        digests[f"{name} file" if "set" not in name else name] = digest([content, ending])
+    return digests
+
+
+def work(job: Job) -> None:
+    """Do a run, in a process of its own."""
+    from palu.cli.unlearn import run_unlearn
+    from palu.comparison.perform import perform
+
+    quiet()
+    perform(job, run_unlearn)
+
+
+def _run(
+    output: Path,
+    comparison: Comparison,
+    facts: dict[str, Any],
+    *,
+    jobs: int,
+    threads: int,
+    retry: bool,
+) -> int:
+    """Do all runs; return how many failed."""
+    from palu.comparison.config import Task
+    from palu.comparison.run_file import DONE, FAILED, Run, read_run
+    from palu.comparison.runs import ORIGINAL, RETRAINED, Runs
+    from palu.progress import bar
+
+    models = [Task(ORIGINAL)] + ([Task(RETRAINED)] if comparison.retrained is not None else [])
+    tasks = comparison.tasks()
+    cards = [{"CUDA_VISIBLE_DEVICES": str(n)} for n in range(facts["cards"])] if jobs > 1 else []
+    words = partial(words_of, comparison)
+    runs = Runs(output, comparison, work, words, jobs=jobs, threads=threads, environments=cards)
+    if retry:
+        runs.forget_failed([*models, *tasks])
+
+    def ended(task: Task, run: Run) -> None:
+        if run.status != DONE:
+            say(run.status, "red" if run.status == FAILED else "yellow", f"{task.id}: {run.reason}")
+
+    with bar(bars, "Measuring the models") as report:
+        runs.run(models, report, ended)
+    for task in models:
+        run = read_run(runs.file(task))
+        if run.status != DONE:
+            with user_errors():
+                raise ValueError(f"the {task.id} model cannot be measured: {run.reason}")
+    with bar(bars, "Runs") as report:
+        runs.run(tasks, report, ended)
+    statuses = [read_run(runs.file(task)).status for task in tasks]
+    counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+    out.print(", ".join(f"{count} runs {status}" for status, count in counts.items()))
+    return counts.get(FAILED, 0)

@@ -1,0 +1,102 @@
+"""`comparison.yaml` in a comparison's folder: what all runs in it have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from palu.comparison.config import Comparison
+from palu.storage.files import new_file
+from palu.storage.json_files import NotJSON, parse_yaml, read_text
+
+FILE, FORMAT = "comparison.yaml", "palu-comparison/1"
+FIXED = ("common", "attacks", "evaluate")
+
+
+def open_folder(
+    folder: Path, comparison: Comparison, digests: Mapping[str, str], *, threads: int
+) -> int:
+    """Write `comparison.yaml`; of a folder that has one, see that its runs and those of this
+    comparison can stand in one table. Return how many threads a run has, which is as at the first
+    start: numbers can depend on it.
+
+    Args:
+        digests: of the models and of the data, by name.
+
+    Raises:
+        ValueError: the folder holds something else, or what is compared is another model, other
+            data, or measured in another way; names what differs.
+    """
+    path = folder / FILE
+    if not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{str(folder)!r} holds something that palu compare did not write; "
+            "name another --output"
+        )
+    if path.is_file():
+        known = _read(path)
+        _check_same(path, known, comparison, digests)
+        threads = known["threads"]
+    content = {
+        "format": FORMAT,
+        **as_config(comparison),
+        "threads": threads,
+        "digests": dict(digests),
+    }
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, width=100)
+    return threads
+
+
+def as_config(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as its configuration file would have it."""
+    content = json.loads(json.dumps(asdict(comparison)))
+    for method in content["methods"].values():
+        if method["search"] is None:
+            del method["search"]
+    return {name: value for name, value in content.items() if value is not None and name != "jobs"}
+
+
+def digest(value: Any) -> str:
+    """Return a short name of a JSON value."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_yaml(read_text(path))
+    except NotJSON as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: palu compare did not write it (its format is not {FORMAT!r})")
+    return content
+
+
+def _check_same(
+    path: Path, known: Mapping[str, Any], comparison: Comparison, digests: Mapping[str, str]
+) -> None:
+    wanted = as_config(comparison)
+    differs = [f"the {name}" for name in digests if known["digests"].get(name) != digests[name]]
+    differs += [f"the {name}" for name in known["digests"] if name not in digests]
+    differs += [name for name in FIXED if known.get(name) != wanted[name]]
+    differs += [
+        f"methods.{name}.options"
+        for name, method in wanted["methods"].items()
+        if name in known["methods"] and known["methods"][name]["options"] != method["options"]
+    ]
+    asked = comparison.threads
+    if asked is not None and asked != known["threads"]:
+        differs.append("threads")
+    if differs:
+        raise ValueError(
+            f"{str(path.parent)!r} is of another comparison: {differs[0]} differs from {path.name} "
+            "there. Runs of both cannot stand in one table; name another --output"
+        )

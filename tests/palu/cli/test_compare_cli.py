@@ -1,0 +1,133 @@
+"""`palu compare`: runs in processes of their own, once each, gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from palu.comparison import claims
+from palu.comparison.run_file import read_run
+from tests.support import command, small
+
+CONFIG = {
+    "model": "model",
+    "retrained": "retrained",
+    "forget": "forget.jsonl",
+    "retain": "retain.jsonl",
+    "utility": {"others": "retain.jsonl"},
+    "seeds": [0, 1],
+    "common": {"epochs": 2, "batch_size": 2, "device": "cpu", "max_length": 64},
+    "methods": {
+        "PALU": {
+            "options": {"objective": "entropy", "top_k": 5},
+            "settings": [{"learning_rate": 0.01}, {"learning_rate": 1e30}],
+        },
+    },
+    "attacks": {"names": ["greedy", "sampling"], "samples": 2, "temperatures": [1.0]},
+    "evaluate": {"max_new_tokens": 8},
+    "threads": 1,
+}
+# What is the same whenever and by whomever a run is done.
+NUMBERS = ("method", "setting", "seed", "status", "sets", "secrets", "attacks", "curve", "numbers")
+NUMBERS += ("answers",)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with models, data and a configuration."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = small.tokenizer()
+    for number, name in enumerate(("model", "retrained")):
+        command.write_model(tmp_path / name, small.model(tokenizer, seed=number))
+    command.write_data(tmp_path)
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder, **parts):
+    (folder / "c.yaml").write_text(yaml.safe_dump({**CONFIG, **parts}))
+
+
+def start(folder, *words):
+    """Start `palu compare` in a process group of its own."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    line = [sys.executable, "-m", "palu", "compare", "c.yaml", *words]
+    with open(folder / "said.txt", "a") as said:
+        return subprocess.Popen(line, cwd=folder, env=env, stdout=said, stderr=said)
+
+
+def runs_in(folder):
+    return {path.parent.name: read_run(path) for path in folder.glob("c/runs/*/run.json")}
+
+
+def settled(folder):
+    """Nothing of a process is left."""
+    assert [list((folder / "c" / name).iterdir()) for name in ("claims", "work")] == [[], []]
+    assert not list(folder.glob("c/**/*.safetensors"))
+
+
+def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
+    """One run is there, one was begun by a process that is gone, two are new."""
+    palu = command.palu_in(world, monkeypatch, capsys)
+    write(world, seeds=[0])
+    status, _, said = palu("compare c.yaml")
+    assert status == 0 and "diverged: PALU-learning_rate=1e+30-s0" in said, said
+    runs = runs_in(world)
+    (gone,) = (name for name, run in runs.items() if run.status == "done")
+    shutil.rmtree(world / "c" / "runs" / gone)
+    (world / "c" / "work" / f"{gone}@0000").mkdir()
+    claim = {"token": "0000", "machine": claims.machine(), "process": [2**22 + 7, 1]}
+    (world / "c" / "claims" / f"{gone}.0").write_text(json.dumps(claim))
+    kept = {path: path.stat().st_mtime_ns for path in world.glob("c/**/run.json")}
+    write(world)
+    status, out, _ = palu("compare c.yaml --jobs 2")
+    assert status == 0 and "2 runs done, 2 runs diverged" in out
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()) and len(kept) == 1
+    settled(world)
+    again = runs_in(world)
+    assert len(again) == 4
+    for name in NUMBERS:  # to the bit, beside another run and after others
+        assert getattr(again[gone], name) == getattr(runs[gone], name), name
+    (one, other) = (run for run in again.values() if run.status == "done")
+    assert set(one.sets) == {"forget", "others"} and one.sets["forget"]["ids"] == ["0", "1", "2"]
+    assert set(one.seconds) == {"unlearn", "evaluate", "attack"} and len(one.curve) == 4
+    assert [(a.name, len(a.of)) for a in one.attacks] == [("greedy", 4), ("sampling", 4)]
+    assert one.secrets == [(0, 0), (1, 0), (2, 0), (2, 1)]
+    assert one.curve != other.curve and one.seed != other.seed
+    original = read_run(world / "c" / "original.json")
+    assert original.method is None and set(original.sets) == set(one.sets)
+    assert [a["original"] for a in one.answers] == [a["answer"] for a in original.answers]
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with(world):
+    """Killed between runs as power cuts do; the rest is done, and what was done stays."""
+    process = start(world)
+    until = time.monotonic() + 300
+    while not runs_in(world) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = {path: path.stat().st_mtime_ns for path in world.glob("c/runs/*/run.json")}
+    assert first and len(first) < 4, (world / "said.txt").read_text()
+    assert start(world, "--jobs", "2").wait() == 0, (world / "said.txt").read_text()
+    runs = runs_in(world)
+    assert sorted((run.setting, run.seed, run.status) for run in runs.values()) == [
+        ("learning_rate=0.01", 0, "done"),
+        ("learning_rate=0.01", 1, "done"),
+        ("learning_rate=1e+30", 0, "diverged"),
+        ("learning_rate=1e+30", 1, "diverged"),
+    ]
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items())
+    settled(world)
+    for run in runs.values():
+        assert (run.reason is None) == (run.status == "done")
+        assert run.environment["threads"] == 1

@@ -1,0 +1,107 @@
+"""The configuration of a comparison: strict, and expanded into runs with names of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from palu.comparison.config import ConfigError, check_names, from_dict, read_config
+
+METHODS = ("palu", "npo", "grad_diff")
+
+
+def content(**parts):
+    return {
+        "model": "m",
+        "forget": "f.jsonl",
+        "utility": {"others": "u.jsonl"},
+        "methods": {"NPO": {"grid": {"beta": [0.1, 0.5], "learning_rate": ["1e-4"]}}},
+        **parts,
+    }
+
+
+def test_methods_settings_and_seeds_are_multiplied_seed_by_seed():
+    methods = {
+        "NPO": {"options": {"epochs": 2}, "grid": {"beta": [0.1, 0.5], "learning-rate": ["1e-4"]}},
+        "GradDiff": {"settings": [{"learning_rate": 1e-3}]},
+    }
+    comparison = from_dict(content(methods=methods, seeds=[3, 5], common={"batch_size": 4}))
+    tasks = check_names(comparison, [], METHODS).tasks()
+    assert [(t.seed, t.method, t.setting) for t in tasks] == [
+        (seed, *rest)
+        for seed in (3, 5)
+        for rest in [
+            ("NPO", "beta=0.1, learning_rate=0.0001"),
+            ("GradDiff", "learning_rate=0.001"),
+            ("NPO", "beta=0.5, learning_rate=0.0001"),
+        ]
+    ]
+    npo = {"method": "npo", "batch_size": 4, "epochs": 2, "beta": 0.5, "learning_rate": 1e-4}
+    assert dict(tasks[2].options) == npo
+    assert tasks[1].options["method"] == "grad_diff"
+    assert len({task.id for task in tasks}) == 6
+    assert all("/" not in t.id and t.id.startswith(f"{t.method}-") for t in tasks)
+
+
+def test_a_runs_name_depends_on_what_decides_it_alone():
+    alone = from_dict(content()).tasks()
+    more = from_dict(content(seeds=[0, 1], losses=[0.5], jobs=4)).tasks()
+    assert {task.id for task in alone} < {task.id for task in more}
+    other = from_dict(content(common={"epochs": 9})).tasks()
+    assert not {task.id for task in alone} & {task.id for task in other}
+
+
+def test_a_method_without_settings_is_one_run():
+    (task,) = from_dict(content(methods={"palu": None})).tasks()
+    assert task.setting == "" and task.id.startswith("palu-s0-")
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"modle": "x"}, "unknown key 'modle'; the nearest known one is 'model'"),
+        ({"forget": None}, "forget must be a text, not None"),
+        ({"utility": {}}, "utility must name at least one file"),
+        ({"utility": {"forget": "x"}}, "utility.forget is a name of another set"),
+        ({"seeds": [1, 1]}, "seeds has a seed twice"),
+        ({"seeds": [-1]}, r"seeds\[0\] must be a whole number of at least 0, not -1"),
+        ({"jobs": 0}, "jobs must be a whole number of at least 1, not 0"),
+        ({"keep_models": 1}, "keep_models must be true or false"),
+        ({"losses": [2]}, "losses must be a list of numbers between 0 and 1"),
+        ({"methods": {"NPO": {"gird": {}}}}, "methods.NPO: unknown key 'gird'"),
+        ({"methods": {"NPO": {"grid": {"beta": 1}}}}, "methods.NPO.grid.beta must be a list"),
+        ({"methods": {"a/b": {}}}, "'a/b' must be a name of letters"),
+        (
+            {"methods": {"NPO": {"options": {"beta": 1}, "grid": {"beta": [2]}}}},
+            "methods.NPO: beta is in options, and varies",
+        ),
+        ({"methods": {"NPO": {"grid": {"beta": [1, 1]}}}}, "methods.NPO has the setting"),
+        ({"common": {"a-b": 1, "a_b": 2}}, "common has an option twice"),
+        ({"common": {"retain": "x"}}, "common.retain: the configuration has a key"),
+    ],
+)
+def test_mistakes_name_key_and_value(parts, said):
+    with pytest.raises(ConfigError, match=said):
+        from_dict(content(**parts))
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"NPO": {"options": {"seed": 1}}}, "methods.NPO.options.seed is decided by"),
+        (
+            {"NPO": {"grid": {"max_length": [9]}}},
+            "methods.NPO.settings.max_length must be the same",
+        ),
+        ({"Mine": {}}, "methods.Mine has no option method"),
+    ],
+)
+def test_options_that_the_comparison_decides_are_refused(methods, said):
+    with pytest.raises(ConfigError, match=said):
+        check_names(from_dict(content(methods=methods)), [], METHODS)
+
+
+def test_a_file_with_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\nmethods:\n  NPO: {}\n  NPO: {}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: not readable: it has the key 'NPO' twice"):
+        read_config(path)
