@@ -48,8 +48,9 @@ GROUPS = {"forget": 6, "retain": 10, "neighbours": 12, "others": 14, "holdout": 
 UTILITY = ("neighbours", "others", "paraphrases", "general")
 SHARED = (("town", "craft"), ("teacher", "instrument"))  # of neighbours, in turn
 KNOWN, UNDERSTOOD = 0.95, 0.5
-STEPS, BATCH_SIZE, LEARNING_RATE = 600, 32, 3e-3
-MAX_LENGTH, VOCABULARY = 96, 1400
+STEPS, BATCH_SIZE, LEARNING_RATE = 500, 32, 3e-3
+MAX_LENGTH = 96
+VOCABULARY = 800  # so few that secrets have 2 to 11 tokens, and prefixes of them can be told apart
 TEMPLATE = Template()
 _DATA = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 Rows = list[dict[str, Any]]
@@ -91,11 +92,11 @@ def held_out(rows: Rows) -> Rows:
 
 
 def general_rows() -> tuple[Rows, Rows]:
-    """Return facts that belong to nobody, and the same in another wording that is taught."""
+    """Return facts that belong to nobody, and the same in other wordings that are taught."""
     groups = dict(_DATA["general"])
     sums = [[f"{a} plus {b}", str(a + b)] for a in range(1, 8) for b in range(a, 8)]
     groups["sum"] = {
-        "questions": ["What is {0}?", "How much is {0}?"],
+        "questions": ["What is {0}?", "How much is {0}?", "Tell me the sum of {0}."],
         "answer": "The sum of {0} is [1].",
         "facts": sums,
     }
@@ -104,11 +105,12 @@ def general_rows() -> tuple[Rows, Rows]:
         for subject, fact in texts["facts"]:
             before, after = texts["answer"].format(subject).split("[1]")
             spans = [{"start": len(before), "end": len(before) + len(fact)}]
-            first, second = (text.format(subject) for text in texts["questions"])
-            row = {"id": f"{kind}-{subject}".replace(" ", "-"), "question": first}
+            row = {"id": f"{kind}-{subject}".replace(" ", "-")}
             row |= {"answer": f"{before}{fact}{after}", "spans": spans}
-            rows.append(row)
-            more.append({**row, "id": f"{row['id']}-t", "question": second})
+            first, *others = (text.format(subject) for text in texts["questions"])
+            rows.append({**row, "question": first})
+            for n, text in enumerate(others):
+                more.append({**row, "id": f"{row['id']}-t{n}", "question": text})
     return rows, more
 
 
