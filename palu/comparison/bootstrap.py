@@ -67,6 +67,7 @@ class Ranking:
         self.seeds = seeds.pop() if seeds else 1
         weights, self._drawn_seeds = draw(measures.sizes, self.seeds, resamples, seed)
         self._loss = 1 - measures.utility(weights)  # [resamples, runs]
+        self._loss[:, 0] = 0.0  # of the original; its ratios are 1 but for a rounding
         self._forgetting = measures.forgetting(weights)
         self.floor = self._forgetting[:, 0]
         self.loss = self._of_settings(self._loss, self._drawn_seeds)

@@ -1,0 +1,282 @@
+"""Tables of a comparison: `comparison.json`, two CSVs, a LaTeX table, and one for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palu.comparison.results import ORIGINAL, RETRAINED, Choices, Folder, rank
+from palu.storage.files import new_file, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+JSON, RUNS, FRONTIER, TEX = "comparison.json", "comparison.csv", "frontier.csv", "comparison.tex"
+FILES = (JSON, RUNS, FRONTIER, TEX)
+NONE = "-"
+
+Content = Mapping[str, Any]
+
+
+def write_tables(folder: str | Path, choices: Choices | None = None) -> dict[str, Any]:
+    """Rank the runs in a comparison's folder, write `FILES` into it and return the content of
+    `comparison.json`.
+
+    Args:
+        choices: what the configuration decides; None: as `comparison.yaml` says.
+
+    Raises:
+        ValueError: run files that cannot be used or compared; names what is wrong.
+    """
+    folder = Path(folder)
+    content = rank(Folder.read(folder), choices or read_choices(folder / "comparison.yaml"))
+    write_json(folder / JSON, content)
+    for name, frame in ((RUNS, runs_frame(content)), (FRONTIER, frontier_frame(content))):
+        write_csv(folder / name, frame)
+    with new_file(folder / TEX) as file:
+        file.write(latex(content))
+    return content
+
+
+def read_choices(path: Path) -> Choices:
+    """Return what a comparison's file says of its ranking; the defaults where there is none."""
+    import yaml
+
+    if not path.is_file():
+        return Choices()
+    content = yaml.safe_load(path.read_text("utf-8")) or {}
+    known = {key: content[key] for key in ("forgetting", "losses", "seeds") if key in content}
+    if "utility_metrics" in content:
+        known["metrics"] = content["utility_metrics"]
+    return Choices(methods=tuple(content.get("methods", ())), **known)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table, whole or not at all; numbers as they are, without rounding."""
+    with new_file(path) as file:
+        frame.to_csv(file, index=False, lineterminator="\n")
+
+
+def runs_frame(content: Content) -> pd.DataFrame:
+    """Return a row a run, and the original and the retrained model's before them."""
+    import pandas as pd
+
+    rows = []
+    for run in content["runs"]:
+        row = {key: run[key] for key in ("run", "method", "setting", "seed", "status", "reason")}
+        row |= {key: run[key] for key in ("utility", "loss", "forgetting")}
+        row |= {f"leaked {name}": share for name, share in run["leaked"].items()}
+        row |= {f"AUC {title}": auc for title, auc in run["auc"].items()}
+        for name, means in run["means"].items():
+            row |= {f"{name} {metric}": mean for metric, mean in means.items()}
+        row |= run["numbers"]
+        row |= {f"seconds {stage}": seconds for stage, seconds in run["seconds"].items()}
+        row["options"] = None if run["options"] is None else json.dumps(run["options"])
+        row["command"] = run["command"]
+        row |= {name: str(value) for name, value in run["environment"].items()}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame["seed"] = frame["seed"].astype("Int64")
+    last = [name for name in ("options", "command") if name in frame]
+    return frame[[*(name for name in frame if name not in last), *last]]
+
+
+def frontier_frame(content: Content) -> pd.DataFrame:
+    """Return a row for every method and loss: its best point, and one for the area under its
+    frontier; and a row for the original and the retrained model."""
+    import pandas as pd
+
+    rows = [
+        {"method": name, "at": "model", **_interval("forgetting", model["forgetting"])}
+        | _interval("loss", model["loss"])
+        for name, model in content["models"].items()
+        if model is not None
+    ]
+    for method in content["methods"]:
+        area = method["area"]
+        rows.append(
+            {"method": method["method"], "at": f"area to {percent(content['area_to'])}"}
+            | _interval("forgetting", area)
+            | {"left_out_forgetting": area["left_out"]}
+            | {"best_probability": method["best_probability"]}
+        )
+        for point in method["within"]:
+            left_out = point["left_out"] or {"forgetting": None, "loss": None}
+            rows.append(
+                {"method": method["method"], "at": percent(point["limit"])}
+                | _interval("forgetting", point["forgetting"])
+                | {"left_out_forgetting": left_out["forgetting"]}
+                | {"best_probability": point["best_probability"]}
+                | _interval("loss", point["loss"])
+                | {"left_out_loss": left_out["loss"], "setting": point["setting"]}
+                | {"chosen": point["chosen"]}
+            )
+    columns = ["method", "at", *_interval("forgetting", None), "left_out_forgetting"]
+    columns += ["best_probability", *_interval("loss", None), "left_out_loss", "chosen", "setting"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _interval(name: str, one: Mapping[str, Any] | None) -> dict[str, Any]:
+    one = one or {}
+    return {
+        name: one.get("value"),
+        f"{name}_low": one.get("low"),
+        f"{name}_high": one.get("high"),
+    }
+
+
+# ---- for people ----------------------------------------------------------------------------------
+
+
+def summary_frame(content: Content | pd.DataFrame) -> pd.DataFrame:
+    """Return the table that people read, as texts: a row a method, the largest area first, then the
+    retrained and the original model.
+
+    Args:
+        content: of `comparison.json`, or what `frontier.csv` holds.
+    """
+    import pandas as pd
+
+    frame = content if isinstance(content, pd.DataFrame) else frontier_frame(content)
+    models = frame[frame["at"] == "model"].set_index("method")
+    ranked = frame[frame["at"] != "model"]
+    columns = list(dict.fromkeys(ranked["at"]))
+    first = ranked[ranked["at"] == columns[0]] if columns else ranked
+    order = first.sort_values("forgetting", ascending=False, kind="stable")["method"]
+    rows = []
+    for method in order:
+        own = ranked[ranked["method"] == method].set_index("at")
+        cells = {"": method}
+        for at in columns:
+            cells[_heading(at)] = _cell(own.loc[at], area=at == columns[0])
+        left_out = own.loc[columns[0], "left_out_forgetting"]
+        cells["left out"] = NONE if pd.isna(left_out) else f"{left_out:.3f}"
+        best = own.loc[columns[0], "best_probability"]
+        cells["best"] = NONE if pd.isna(best) else percent(best, 0)
+        rows.append(cells)
+    for name in (RETRAINED, ORIGINAL):
+        if name in models.index:
+            model = models.loc[name]
+            rows.append({"": f"{name} (loss {percent(model['loss'], 1)})"})
+            rows[-1][_heading(columns[0]) if columns else "forgetting"] = _numbers(model)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _heading(at: str) -> str:
+    return at if at.startswith("area") else f"within {at}"
+
+
+def _cell(row: Mapping[str, Any], *, area: bool) -> str:
+    import pandas as pd
+
+    return NONE if not area and pd.isna(row["setting"]) else _numbers(row)
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    import pandas as pd
+
+    value = f"{row['forgetting']:.3f}"
+    if pd.isna(row["forgetting_low"]):
+        return value
+    return f"{value} [{row['forgetting_low']:.3f}, {row['forgetting_high']:.3f}]"
+
+
+def percent(value: float, digits: int | None = None) -> str:
+    """Return a share in percent."""
+    value = 100 * value
+    return f"{value:g}%" if digits is None else f"{round(value, digits) + 0.0:.{digits}f}%"
+
+
+def caption(content: Content) -> str:
+    """Return what the numbers of the table are, in one sentence or two."""
+    seeds, drawn = len(content["seeds"]), content["bootstrap"]["drawn"]
+    of = ", ".join(f"{size} {name}" for name, size in drawn.items() if name != "seeds")
+    seeds = f"{seeds} seeds" if seeds > 1 else "one seed, which the intervals know nothing of"
+    return (
+        f"Forgetting ({content['forgetting']['title']}) at a loss of utility of at most so much, "
+        f"with 95% intervals: {seeds}; {of}. Left out: the area where settings are chosen on the "
+        "other seeds. Best: how often a method's area is the largest."
+    )
+
+
+def latex(content: Content) -> str:
+    """Return the table in LaTeX, for the package booktabs."""
+    frame = summary_frame(content)
+    text = frame.to_latex(
+        index=False,
+        escape=True,
+        caption=_escaped(caption(content)),
+        label="tab:palu-comparison",
+        column_format="l" + "r" * (len(frame.columns) - 1),
+        position="t",
+    )
+    return "% \\usepackage{booktabs}\n" + text
+
+
+def _escaped(text: str) -> str:
+    import pandas as pd
+
+    # pandas escapes cells and no captions.
+    line = pd.DataFrame([text]).to_latex(index=False, header=False, escape=True).splitlines()
+    return next(one for one in line if one.endswith(r" \\")).removesuffix(r" \\")
+
+
+def ranking_table(content: Content) -> Table:
+    """Return the table for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    frame = summary_frame(content)
+    table = Table(
+        title="Forgetting at matched utility",
+        title_justify="left",
+        caption=caption(content),
+        caption_justify="left",
+    )
+    for name in frame.columns:
+        table.add_column(name.replace(" ", "\n", 1), justify="right" if name else "left")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(_narrow(cell)) for cell in row))
+    return table
+
+
+def _narrow(cell: str) -> str:
+    """Return a number with its interval below it, in as few columns as it takes."""
+    value, bracket, ends = cell.partition(" [")
+    if not bracket:
+        return cell
+    low, high = (float(end) for end in ends.rstrip("]").split(", "))
+    return f"{value}\n{low:.2f}-{high:.2f}"
+
+
+def notes(content: Content) -> list[str]:
+    """Return what a reader of the table must know besides, a line each."""
+    lines = [
+        f"Not ranked: {one['method']}{', ' * bool(one['setting'])}{one['setting']} ({one['why']})"
+        for one in content["not_ranked"]
+    ]
+    if content["models"][ORIGINAL]["forgetting"]["value"] >= 1:
+        lines.append(
+            "The original model gives no secret away: nothing here tells which method forgets"
+        )
+    ranked = {one["method"] for one in content["settings"]}
+    lines += [
+        f"{one['method']}: no setting with all seeds"
+        for one in content["methods"]
+        if one["method"] not in ranked
+    ]
+    return lines
+
+
+def main_settings(content: Content) -> Sequence[str]:
+    """Return the settings of the best points, a line each."""
+    return [
+        f"{method['method']} within {percent(point['limit'])}: {point['setting'] or 'as it is'} "
+        f"(loss {percent(point['loss']['value'], 1)})"
+        for method in content["methods"]
+        for point in method["within"]
+        if point["setting"] is not None
+    ]
