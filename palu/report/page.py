@@ -1,4 +1,4 @@
-"""The report as one page of HTML, which asks for nothing from elsewhere and runs no script."""
+"""Pages of HTML, the report among them: each asks for nothing from elsewhere and runs no script."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def render_page(
         no_answers: why there are none; None where there are.
         show_secrets: whether the page says that it shows secrets.
     """
+    return page(
+        "report.html.j2",
+        GENERATOR,
+        report=report,
+        answers=answers,
+        attack_answers=attack_answers,
+        no_answers=no_answers,
+        show_secrets=show_secrets,
+        chart=checks_chart(report["checks"]),
+        names=NAMES,
+        sets=SETS,
+        sources=SOURCES,
+    )
+
+
+def page(template: str, generator: str, **content: Any) -> str:
+    """Return a page from a template that extends `base.html.j2`; `generator` is the line by which
+    palu knows it again."""
     from markupsafe import Markup
 
     # What steers a terminal or turns the direction of the text is spelled out.
@@ -54,20 +72,12 @@ def render_page(
     }
     style = jinja.loader.get_source(jinja, "report.css")[0]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return jinja.get_template("report.html.j2").render(
-        report=report,
-        answers=answers,
-        attack_answers=attack_answers,
-        no_answers=no_answers,
-        show_secrets=show_secrets,
+    return jinja.get_template(template).render(
+        **content,
         style=Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
         "form-action 'none'",
-        generator=Markup(GENERATOR),
-        chart=checks_chart(report["checks"]),
-        names=NAMES,
-        sets=SETS,
-        sources=SOURCES,
+        generator=Markup(generator),
     )
 
 
