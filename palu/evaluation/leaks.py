@@ -156,9 +156,14 @@ def mask(text: str, secrets: Iterable[str]) -> str:
 
     More is masked than leaks: a part of a number is not the number, and yet nothing to print.
     """
+    return _boxed(text, _masked_places(text, secrets))
+
+
+def _masked_places(text: str, secrets: Iterable[str]) -> list[tuple[int, int]]:
+    """Return what `mask` masks, as character ranges."""
     known = [secret for secret in dict.fromkeys(secrets) if _content(secret)]
     if not known:
-        return text
+        return []
     forms = _forms(text)
     hidden = [
         (form.sources[start][0], form.sources[end - 1][1])
@@ -175,13 +180,19 @@ def mask(text: str, secrets: Iterable[str]) -> str:
         word = plain.text[start:end]
         if word in words or _piece(word, wholes) or any(one in word for one in inside):
             hidden.append((plain.sources[start][0], plain.sources[end - 1][1]))
-    return _boxed(text, hidden)
+    return hidden
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
     """Return `text` as `mask` does, with a black box also for what looks like anybody's e-mail
     address or number: a model may recite those of people whom nobody marked."""
     return _PRIVATE.sub(BOX, mask(text, secrets))
+
+
+def redacted_places(text: str, secrets: Iterable[str]) -> list[tuple[int, int]]:
+    """Return the character ranges of a text of which `redact` shows nothing: for texts that are
+    shown in pieces."""
+    return _masked_places(text, secrets) + [match.span() for match in _PRIVATE.finditer(text)]
 
 
 class _Form(NamedTuple):

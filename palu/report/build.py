@@ -100,13 +100,19 @@ def check_places(output: Path, inputs: Inputs) -> None:
             "input of the report; name another file"
         )
     check_json(beside, {"format", "verdict", "palu"}, "palu report")
+    check_page(output, GENERATOR, "palu report")
+
+
+def check_page(output: Path, generator: str, writer: str) -> None:
+    """Check that a page may be written: there is none, or an empty one, or one that has the line
+    `generator`. Raises FileExistsError, with what messages call the `writer`."""
     with suppress(FileNotFoundError):
         output.lstat()
         check_regular(output)
-        head = output.read_bytes()[:4096] if output.exists() else GENERATOR.encode()
-        if head and GENERATOR.encode() not in head:
+        head = output.read_bytes()[:4096] if output.exists() else generator.encode()
+        if head and generator.encode() not in head:
             raise FileExistsError(
-                f"{str(output)!r} exists and palu report did not write it; name another file"
+                f"{str(output)!r} exists and {writer} did not write it; name another file"
             )
 
 

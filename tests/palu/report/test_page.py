@@ -1,4 +1,5 @@
-"""The page in a browser: it fits, asks for nothing, and what models and files say stays text."""
+"""The pages in a browser, the report's and the comparison's: each fits, asks for nothing, and what
+models and files say stays text."""
 
 import json
 import re
@@ -8,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from palu.report import build_report
-from tests.support import erasure
+from palu.report.comparison import write_page
+from tests.support import compared, erasure
 
 SCRIPT = "<script>document.title = 'owned'; fetch('http://example.invalid')</script>"
 LONG = "x" * 700
@@ -61,9 +63,45 @@ def hostile(tmp_path_factory):
     return model / "report.html"
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A comparison of three methods."""
+    return compare(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Many methods and settings, with names that cannot be broken at a space."""
+    names = tuple(f"Method_{n}{'_of_a_long_name' * (n % 3)}" for n in range(14))
+    return compare(tmp_path_factory.mktemp("large"), methods=names, settings=8, seeds=1)
+
+
+@pytest.fixture(scope="module")
+def hostile_comparison(tmp_path_factory):
+    """A comparison of which every text tries to be more than text."""
+    text = "\n".join(HOSTILE)
+    keep = ("format", "status", "id", "ids", "set", "name")
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {k: v if k in keep else spoil(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(one) for one in value]
+        return f"{text} {value}" if isinstance(value, str) else value
+
+    return compare(tmp_path_factory.mktemp("hostile"), spoil, settings=2, seeds=1)
+
+
+def compare(folder, spoil=lambda content: content, **how):
+    content = spoil(compared.write(folder / "cmp", **how))
+    for path in [*(folder / "cmp").glob("*.json"), *(folder / "cmp" / "runs").glob("*/run.json")]:
+        path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    return write_page(folder / "cmp", content, forget=folder / "forget.jsonl")
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1600])
-@pytest.mark.parametrize("which", ["page", "hostile"])
+@pytest.mark.parametrize("which", ["page", "hostile", "comparison", "hostile_comparison", "large"])
 def test_it_fits_and_asks_for_nothing(request, browser, which, width, dark):
     path = request.getfixturevalue(which)
     browser.open(path, width=width, dark=dark)
@@ -79,9 +117,11 @@ def test_it_fits_and_asks_for_nothing(request, browser, which, width, dark):
     assert browser.requests == [path.as_uri()] and browser.said == []
 
 
-def test_hostile_text_stays_text(browser, hostile):
-    browser.open(hostile)
-    assert browser.js("document.title").startswith("Erasure report")
+@pytest.mark.parametrize("which", ["hostile", "hostile_comparison"])
+def test_hostile_text_stays_text(request, browser, which):
+    browser.open(request.getfixturevalue(which))
+    title = {"hostile": "Erasure report: ", "hostile_comparison": "Comparison: "}[which]
+    assert browser.js("document.title").startswith(title)
     assert browser.js("document.querySelectorAll('script, img, iframe, link').length") == 0
     assert browser.js("document.querySelectorAll('style').length") == 1
     attributes = """[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())
@@ -115,18 +155,24 @@ def test_the_policy_stops_what_would_get_in(browser, page, tmp_path):
     assert any("Content Security Policy" in line for line in browser.said)
 
 
-def test_a_screen_reader_finds_its_way(browser, page):
-    browser.open(page)
+@pytest.mark.parametrize("which", ["page", "comparison"])
+def test_a_screen_reader_finds_its_way(request, browser, which):
+    browser.open(request.getfixturevalue(which))
+    browser.js("document.querySelectorAll('details').forEach(e => { e.open = true })")
     nodes = browser.accessible()
     tables = [name for role, name in nodes if role == "table"]
     assert len(tables) >= 6 and all(tables) and len({*tables}) == len(tables)
     unscoped = "[...document.querySelectorAll('th')].filter(e => !e.scope).length"
     assert browser.js(unscoped) == 0
     assert browser.js("[...document.querySelectorAll('tr')].every(e => e.querySelector('th'))")
-    assert {name for role, name in nodes if role == "image"} == {
-        "masked",
-        "Probability after each epoch of the run",
-    }
+    pictures = {"masked", "Probability after each epoch of the run"}
+    if which == "comparison":
+        names = {"A": "PALU", "B": "NPO", "C": "SimNPO"}.items()
+        pictures = {"masked", "Forgetting over loss of utility, all methods"}
+        pictures |= {f"{letter}: frontier of {name}" for letter, name in names}
+        pictures |= {f"{letter}: loss of {name}, 2 runs" for letter, name in names}
+        pictures.add("Colours from a probability of 0 to 1")
+    assert {name for role, name in nodes if role == "image"} == pictures
     unnamed = """[...document.querySelectorAll('svg')].filter(e =>
         e.getAttribute('aria-hidden') != 'true' && !e.querySelector('title')).length"""
     assert browser.js(unnamed) == 0
@@ -164,8 +210,45 @@ def test_it_goes_by_keyboard(browser, page):
     assert {"Result", "Limits", "Every check of the run", "Every setting"} <= {*stops}
 
 
-def test_it_prints_light_and_whole(browser, page, tmp_path):
-    browser.open(page, dark=True)
+def test_a_comparison_goes_by_keyboard(browser, comparison):
+    browser.open(comparison)
+    stops = []
+    for _ in range(20):
+        browser.press("Tab", 9)
+        stops.append(browser.js("document.activeElement.textContent"))
+        if stops[-1].startswith("Each token's probability"):
+            browser.press("Enter", 13)
+            assert browser.js("document.activeElement.parentElement.open")
+            break
+    assert stops[0] == "Skip to the result" and "Limits" in stops
+    assert stops[-1].startswith("Each token's probability")
+    # What colour says is there as a number, and which tokens are to be forgotten as a word.
+    table = "document.activeElement.parentElement.querySelector('table')"
+    cells = browser.js(
+        f"[...{table}.querySelectorAll('tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert cells[0] == ["Account", *["0.900"] * 5]
+    forgotten = [row[1:] for row in cells if "to forget" in row[0]]
+    assert forgotten == [["0.980", "0.020", "0.075", "0.075", "0.075"]] * 5
+
+
+def test_colour_is_the_probability(browser, comparison):
+    """Of the original the tokens of secrets are full, of a method they are nearly empty."""
+    browser.open(comparison)
+    strips = browser.js("""[...document.querySelector('.answer').querySelectorAll('.tokens')]
+        .map(e => [...e.querySelectorAll('mark .t')].map(t => t.className))""")
+    assert len(strips) == 5 and {*strips[0]} == {"t p10"} and {*strips[1]} == {"t p0"}
+    assert all({*strip} == {"t p1"} for strip in strips[2:])
+    grounds = browser.js("""[...document.querySelectorAll('.ramp .t')]
+        .map(e => getComputedStyle(e).backgroundColor)""")
+    assert len({*grounds}) == 11
+    line = "getComputedStyle(document.querySelector('mark')).borderBottomStyle"
+    assert browser.js(line) == "solid"
+
+
+@pytest.mark.parametrize("which", ["page", "comparison"])
+def test_it_prints_light_and_whole(request, browser, which, tmp_path):
+    browser.open(request.getfixturevalue(which), dark=True)
     background = "getComputedStyle(document.body).backgroundColor"
     assert browser.js(background) == "rgb(20, 23, 27)"
     browser.emulate(dark=True, media="print")
@@ -196,6 +279,9 @@ def test_colours_can_be_read():
         pairs += [(name, "page") for name in ("link", "good", "caution", "bad")]
         pairs += [(name, f"{name}back") for name in ("good", "caution", "bad")]
         pairs += [("text", f"{name}back") for name in ("good", "caution", "bad")]
-        for one, other in pairs:
+        pairs += [("text", "heat")]  # the fullest colour of a token; the others are between
+        wanted = dict.fromkeys(pairs, 4.5)
+        wanted |= {(f"c{number}", "page"): 3 for number in range(7)}  # lines of charts
+        for (one, other), contrast in wanted.items():
             a, b = sorted(luminance(scheme[name]) for name in (one, other))
-            assert (b + 0.05) / (a + 0.05) >= 4.5, (one, other)
+            assert (b + 0.05) / (a + 0.05) >= contrast, (one, other)
