@@ -95,7 +95,7 @@ def _answers(
             ):
                 texts = _texts(tokenizer, row, len(score.nll))
                 probabilities = [float(f"{p:.6g}") for p in np.exp(-score.nll)]
-                answer = said.get(number)
+                answer = said[number].text if number in said else None
                 tokens = zip(texts, probabilities, score.sensitive.tolist(), strict=True)
                 found.append(
                     {
