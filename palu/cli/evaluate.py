@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
+from palu.cli.benchmark import BenchmarkRun, as_tofu
 from palu.cli.data import find_models, plain_warnings, quiet, template_of, without_slices
 from palu.cli.options import FILES, DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
@@ -35,15 +36,25 @@ class EvaluateOptions:
         f"What was forgotten: a file ({FILES}), a datasets folder, or a data set on the hub "
         "(org/name:split). Takes a slice.",
     )
-    tofu: Path | None = _data(None, "Folder with TOFU's files, instead of --forget.")
-    split: str | None = _data(None, "Of TOFU: forget01, forget10, ...")
+    benchmark: Literal["tofu", "muse", "wmdp"] | None = _data(
+        None, "Instead of --forget: measure what a benchmark of the field measures, on --data."
+    )
+    data: str | None = _data(
+        None,
+        "Of --benchmark: a folder with its files, or its id on the hub (muse-bench/MUSE-News, "
+        "cais/wmdp).",
+    )
+    tofu: Path | None = _data(None, "Folder with TOFU's files: --benchmark tofu --data DIR.")
+    split: str | None = _data(
+        None, "Of TOFU: forget01, forget10, ...; of WMDP: topics, such as bio,cyber.", shown="all"
+    )
     holdout: str | None = _data(
         None,
         "Examples like those to forget that no model saw: membership inference.",
         shown="with --tofu its holdoutNN.json for forgetNN, if there",
     )
     retain_log: Path | None = _compared(
-        None, "TOFU_EVAL.json of the retrained model: forget quality, privleak."
+        None, "TOFU_EVAL.json of the retrained model (MUSE_EVAL.json): forget quality, privleak."
     )
     original: Path | None = _compared(
         None, "Model folder before unlearning: how fluent it finds the answers."
@@ -54,8 +65,9 @@ class EvaluateOptions:
     )
     output: Path | None = _output(
         None,
-        "Folder for TOFU_EVAL.json and TOFU_SUMMARY.json; a run that was stopped goes on from it.",
-        shown="with --tofu MODEL/evals_SPLIT; else none",
+        "Folder for TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_EVAL.json, ...); a run that was "
+        "stopped goes on from it.",
+        shown="with --tofu MODEL/evals_SPLIT, with --benchmark MODEL/evals_muse; else none",
     )
     overwrite: bool = _output(False, "Measure anew what --output holds.")
     json: Path | None = _output(None, "Write every number to this file.")
@@ -75,9 +87,13 @@ class EvaluateOptions:
     WeightOptions,
 )
 def evaluate(context: typer.Context, options: SimpleNamespace) -> None:
-    """Measure what a model still knows of a forget and a retain file, or TOFU's metrics."""
+    """Measure what a model still knows of a forget and a retain file, or the metrics of TOFU or
+    another benchmark."""
+    with user_errors():
+        as_tofu(options)
     find_models(options, "model", "original", "reference_model", "fluency_classifier")
-    run = EvaluateRun(context, options)
+    kind = EvaluateRun if options.benchmark is None else BenchmarkRun
+    run = kind(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         run.check()
     with user_errors():

@@ -21,9 +21,7 @@ from typing import Any, NamedTuple
 from palu.data.spans import shown
 from palu.storage.files import write_json
 from palu.storage.json_files import NotJSON, parse, read_text
-from palu.storage.output import EVALUATION_FILES, versions
-
-EVAL, SUMMARY, RECORD = EVALUATION_FILES
+from palu.storage.output import evaluation_files, versions
 
 Value = float | list[float]
 
@@ -166,6 +164,7 @@ class LogFolder:
         settings: what the numbers depend on, as JSON values. Those that the record in the folder
             names too must be the same.
         overwrite: start anew.
+        name: the benchmark, as the files are named after it.
 
     Attributes:
         log: metric -> entry.
@@ -176,21 +175,24 @@ class LogFolder:
         OSError: it cannot be made.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool, name: str = "TOFU"
+    ) -> None:
         self.folder, self.settings = folder, dict(settings)
+        self._eval, self._summary, self._record = (folder / one for one in evaluation_files(name))
         self.overwrite = overwrite
         self.log: dict[str, Any] = {}
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {str(folder)!r} is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite and (folder / EVAL).exists() and not (folder / RECORD).exists():
+        if overwrite and self._eval.exists() and not self._record.exists():
             raise LogError(
                 f"--overwrite: {self.source} was not written by palu, and is left as it is; name "
                 "another --output"
             )
-        if overwrite or not (folder / EVAL).exists():
+        if overwrite or not self._eval.exists():
             return
-        self.log = dict(Log.read(folder / EVAL, EVAL).metrics)
+        self.log = dict(Log.read(self._eval, self._eval.name).metrics)
         for metric, entry in self.log.items():
             self._check_writable(metric, entry)
         self._compare_settings()
@@ -209,46 +211,46 @@ class LogFolder:
 
     def _compare_settings(self) -> None:
         """Raise LogError where the log was measured with other settings."""
-        folder, settings = self.folder, self.settings
-        if not (folder / RECORD).exists():
+        settings = self.settings
+        if not self._record.exists():
             warnings.warn(
-                f"{folder / EVAL} was not written by palu: its metrics are kept as they are, "
+                f"{self._eval} was not written by palu: its metrics are kept as they are, "
                 "trusting that they are of this model and these data",
                 stacklevel=3,
             )
             return
-        before = Log.read(folder / RECORD, RECORD).entry("settings")
+        before = Log.read(self._record, self._record.name).entry("settings")
         if "model" in settings and "model" not in before:
             raise LogError(
-                f"{folder / RECORD} does not say of which model {EVAL} is; name another --output "
-                "or add --overwrite"
+                f"{self._record} does not say of which model {self._eval.name} is; name another "
+                "--output or add --overwrite"
             )
         for name, value in before.items():
             if settings.setdefault(name, value) != value:
                 raise LogError(
-                    f"{folder / EVAL} was measured with {name} = {value!r}, this run has "
+                    f"{self._eval} was measured with {name} = {value!r}, this run has "
                     f"{settings[name]!r}; name another --output or add --overwrite"
                 )
 
     @property
     def source(self) -> str:
         """Name of the log in messages."""
-        return str(self.folder / EVAL)
+        return str(self._eval)
 
     def begin(self) -> None:
         """Remove the values of an evaluation that is measured anew, and then what they were
         measured with: a run that is interrupted must not be resumed with them. Call it in one
         process, after every process has opened the folder."""
-        stopped = (self.folder / RECORD).exists() and not (self.folder / EVAL).exists()
+        stopped = self._record.exists() and not self._eval.exists()
         if self.overwrite or stopped:
-            for name in (EVAL, SUMMARY, RECORD):
-                (self.folder / name).unlink(missing_ok=True)
+            for path in (self._eval, self._summary, self._record):
+                path.unlink(missing_ok=True)
 
     def save(self, log: Mapping[str, Any]) -> None:
         """Write all three files, each whole or not at all."""
-        write_json(self.folder / RECORD, {"settings": self.settings, "versions": versions()})
-        write_json(self.folder / EVAL, dict(sorted(log.items())))
-        write_json(self.folder / SUMMARY, summary(log))
+        write_json(self._record, {"settings": self.settings, "versions": versions()})
+        write_json(self._eval, dict(sorted(log.items())))
+        write_json(self._summary, summary(log))
 
 
 def summary(log: Mapping[str, Any]) -> dict[str, float]:

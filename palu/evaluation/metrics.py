@@ -33,9 +33,9 @@ def probability(nll: Sequence[float]) -> float:
     return float(np.exp(-finite_numbers("nll", nll).mean()))
 
 
-def rouge(answer: str, generated: str) -> dict[str, float]:
-    """Return ROUGE-1 and ROUGE-L of `generated` against `answer` (Lin 2004; rouge-score, stemmer
-    on).
+def rouge(answer: str, generated: str, *, stem: bool = True) -> dict[str, float]:
+    """Return ROUGE-1 and ROUGE-L of `generated` against `answer` (Lin 2004; rouge-score). TOFU and
+    open-unlearning stem the words.
 
     Recall is the share of the answer's words that are found again (ROUGE-L: in the longest common
     subsequence), precision the share of the generated words, F1 their harmonic mean. Words are runs
@@ -44,7 +44,7 @@ def rouge(answer: str, generated: str) -> dict[str, float]:
     Returns:
         `rouge1_recall`, `rouge1_f1`, `rougeL_recall`, `rougeL_f1`.
     """
-    scores = _scorer().score(answer, generated)
+    scores = _scorer(stem).score(answer, generated)
     return {
         f"{kind}_{name}": getattr(scores[kind], field)
         for kind in ("rouge1", "rougeL")
@@ -259,10 +259,10 @@ def privleak(auc_value: float, auc_ref: float = 0.5) -> float:
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
 
 
 def finite_numbers(name: str, values: Sequence[float]) -> np.ndarray:

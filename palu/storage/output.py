@@ -29,6 +29,8 @@ from palu.storage.json_files import read_object
 
 RECORD = "palu.json"
 EVALUATION_FILES = ("TOFU_EVAL.json", "TOFU_SUMMARY.json", "palu_evaluate.json")
+# Of the other benchmarks: {name}_EVAL.json, {name}_SUMMARY.json, palu_evaluate_{name}.json.
+BENCHMARKS = ("MUSE", "WMDP", "RWKU", "LMEval")
 # What the stages after `palu unlearn` leave in a model's folder.
 REPORT_FILES = ("annotation.json", "evaluation.json", "attack.json", "report.html", "report.json")
 REPORT_FILES += ("README.md",)
@@ -50,6 +52,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return result
+
+
+def evaluation_files(name: str) -> tuple[str, str, str]:
+    """Return the names of the log, the summary and the record of an evaluation on a benchmark."""
+    if name == "TOFU":
+        return EVALUATION_FILES
+    return f"{name}_EVAL.json", f"{name}_SUMMARY.json", f"palu_evaluate_{name}.json"
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -180,7 +189,8 @@ def _foreign(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        if name not in known and path.name not in (*EVALUATION_FILES, *REPORT_FILES):
+        ours = {file for one in ("TOFU", *BENCHMARKS) for file in evaluation_files(one)}
+        if name not in known and path.name not in {*ours, *REPORT_FILES}:
             return name
     return None
 

@@ -1,0 +1,174 @@
+"""`palu evaluate --benchmark`: a benchmark of the field on its own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import typer
+
+from palu.cli.data import plain_warnings, quiet
+from palu.errors import user_errors
+from palu.terminal import bars, out
+
+_TAKEN = {"model", "benchmark", "data", "split", "retain_log", "output", "overwrite", "json"}
+_TAKEN |= {"batch_size", "dtype", "device", "allow_missing"}
+
+
+def as_tofu(options: SimpleNamespace) -> None:
+    """Turn `--benchmark tofu --data DIR` into `--tofu DIR`.
+
+    Raises:
+        ValueError: `--data` without a benchmark, or a benchmark without data.
+    """
+    if options.benchmark is None:
+        if options.data is not None:
+            raise ValueError(f"--data {options.data!r} is of a benchmark: add --benchmark NAME")
+        return
+    if options.data is None:
+        raise ValueError(f"--benchmark {options.benchmark} needs --data: a folder or an id")
+    if options.benchmark == "tofu":
+        if options.tofu is not None:
+            raise ValueError("--tofu DIR is --benchmark tofu --data DIR: give one of them")
+        options.tofu, options.benchmark, options.data = Path(options.data), None, None
+
+
+class BenchmarkRun:
+    """One `palu evaluate --benchmark`, whose steps are called in the order in which they stand
+    here."""
+
+    def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
+        self.context, self.options = context, options
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        from palu.distributed import Processes
+        from palu.evaluation.benchmarks import BENCHMARKS
+        from palu.models.hub import place_beside
+        from palu.models.loading import model_folder, resolve_device
+        from palu.storage.output import check_json
+
+        quiet()
+        options = self.options
+        self.kind = BENCHMARKS[options.benchmark]
+        self._refuse_others()
+        model_folder(options.model)
+        json = options.json
+        if json is not None:
+            if not json.resolve().parent.is_dir():
+                raise ValueError(
+                    f"--json: the folder {str(json.resolve().parent)!r} does not exist"
+                )
+            check_json(json, inputs=(options.retain_log,))
+        if options.output is None:
+            options.output = place_beside(options.model, f"evals_{self.kind.name}", "--output")
+        self.device = resolve_device(options.device)
+        self.processes = Processes.launched(cpu=self.device.type == "cpu")
+        self.is_main = self.processes.rank == 0  # the others write nothing
+
+    def _refuse_others(self) -> None:
+        """Refuse what a benchmark decides by itself, or does not have."""
+        name, given = self.kind.name, self.options.given
+        if others := sorted(given - _TAKEN):
+            raise ValueError(
+                f"--{others[0].replace('_', '-')} is not for --benchmark {name}, which decides "
+                "by itself what is asked and how"
+            )
+        if self.options.retain_log is not None and not self.kind.uses_retrained:
+            raise ValueError(
+                f"--retain-log is not for --benchmark {name}: no number of it is against a "
+                "retrained model"
+            )
+
+    def claim_places(self) -> None:
+        """Keep other runs from what this one writes."""
+        from palu.storage.files import locked
+        from palu.storage.output import evaluation_files
+
+        bars.quiet = out.quiet = not self.is_main
+        json, output = self.options.json, self.options.output
+        if not self.is_main:
+            return
+        written = {(output / name).resolve() for name in evaluation_files(self.kind.title)}
+        if json is not None and json.resolve() in written:
+            raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
+        for path in (json, output):
+            if path is not None:
+                self.context.with_resource(locked(path))
+
+    def load(self) -> None:
+        """Read the data, the model and what an earlier run left."""
+        from palu.evaluation.eval_log import Log
+        from palu.models.checks import check_causal
+        from palu.models.loading import load_model, load_tokenizer
+
+        options = self.options
+        self.benchmark = self.kind(options.data, options.split)
+        log = options.retain_log
+        self.retrained = None if log is None else Log.read(log, "--retain-log")
+        self.benchmark.check_retrained(self.retrained)
+        self.tokenizer = load_tokenizer(options.model)
+        self.model = load_model(
+            options.model, options.dtype, options.device, allow_missing=options.allow_missing
+        )
+        text = self.tokenizer("A text of several words.", return_tensors="pt")["input_ids"][0]
+        check_causal(self.model, [text])
+        self.store = self._open_store()
+
+    def _open_store(self) -> Any:
+        from palu.evaluation.eval_log import LogFolder
+        from palu.storage.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+        options = self.options
+        settings = {
+            "model": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **self.benchmark.settings(),
+        }
+        return LogFolder(
+            options.output, settings, overwrite=options.overwrite, name=self.kind.title
+        )
+
+    def measure(self) -> None:
+        """Measure what the log does not have yet."""
+        from palu.evaluation.benchmarks import Meter
+        from palu.evaluation.eval_log import LogError
+        from palu.models.wrappers import eval_mode
+        from palu.progress import bar
+
+        meter = Meter(
+            self.model,
+            self.tokenizer,
+            batch_size=self.options.batch_size,
+            processes=self.processes,
+            bar=lambda title: bar(bars, title),
+        )
+        # One process writes, and what it has is what all of them start from.
+        self.log: dict[str, Any] = self.processes.gather(self.store.log)[0]
+        if self.is_main:
+            with user_errors():
+                self.store.begin()
+        save = self.store.save if self.is_main else lambda log: None
+        with user_errors(LogError), plain_warnings(), eval_mode(self.model):
+            self.benchmark.run(meter, self.log, save, self.retrained, self.store.source)
+
+    def write(self) -> None:
+        """Print the table and write `--json`."""
+        from palu.evaluation.eval_log import summary
+        from palu.evaluation.report import summary_table
+        from palu.models.hub import shown_model
+        from palu.storage.files import write_json
+        from palu.storage.output import check_json, versions
+
+        if not self.is_main:
+            return
+        model, json = shown_model(self.options.model), self.options.json
+        out.print(summary_table(model, summary(self.log)))
+        for note in self.benchmark.missing(self.log, self.retrained):
+            out.print(f"Not measured: {note}", soft_wrap=True)
+        out.print(f"Written to {self.store.folder}", soft_wrap=True)
+        if json is not None:
+            check_json(json)
+            content = {"model": model, "template": None, "versions": versions()}
+            write_json(json, {**content, "summary": summary(self.log)})
