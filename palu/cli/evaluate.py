@@ -286,7 +286,12 @@ class EvaluateRun:
     def write(self) -> None:
         """Print the tables and write `--json`."""
         from palu.evaluation.eval_log import summary
-        from palu.evaluation.report import metrics_table, missing_inputs, summary_table
+        from palu.evaluation.report import (
+            metrics_table,
+            missing_inputs,
+            summary_table,
+            text_table,
+        )
         from palu.models.hub import shown_model
         from palu.storage.files import write_json
         from palu.storage.output import check_json, versions
@@ -302,6 +307,7 @@ class EvaluateRun:
         if not by_tofu:
             lines = [(Path(model).name, name, result) for name, result in results.items()]
             out.print(metrics_table(model, lines))
+            out.print(text_table(results))
         out.print(summary_table(model, summary(self.log)))
         for note in missing_inputs(self.log, self.sets, self.retrained, tofu=by_tofu):
             out.print(f"Not measured: {note}", soft_wrap=True)

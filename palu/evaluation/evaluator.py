@@ -76,6 +76,8 @@ def evaluate_examples(
         repetition, longest_run, answer_tokens: of the tokens of the greedy answer; repetition is
             None where they are fewer than four.
         ended: 1.0 where the greedy answer ended by itself, else 0.0.
+        fell_apart: 1.0 where the greedy answer is no text any more, else 0.0
+            (`metrics.fell_apart`).
         span_probability, span_joint_probability, span_first_probability, span_rest_probability:
             means over the answer's spans of the probability of a span (to the power of 1 over its
             length; of all of it), of its first token and of the others; None without spans.

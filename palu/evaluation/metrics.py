@@ -22,6 +22,8 @@ EPSILON = 1e-10
 """What TOFU adds to a divisor that may be 0."""
 MIN_K = 0.4
 """Share of the tokens that min-k and min-k++ look at."""
+REPEATED, RUN = 0.3, 8
+"""Repetition, and length of a run, from which on an answer has fallen apart."""
 
 
 def probability(nll: Sequence[float]) -> float:
@@ -131,6 +133,18 @@ def longest_run(tokens: Sequence[int]) -> int:
     """Return how many times in a row a token comes at most: 1 where none comes twice, 0 where there
     is none."""
     return max((len([*run]) for _, run in groupby(tokens)), default=0)
+
+
+def fell_apart(tokens: Sequence[int], ended: bool) -> bool:
+    """Return whether an answer is no text any more: it does not end within the limit, holds
+    nothing, repeats at least 0.3 of its 4-grams, or has a token 8 times in a row.
+
+    The two numbers are far from what people write (seq-rep-4 of human text is 0.03 at most in
+    Welleck et al. 2020). A list or a long number may still be above them, and an answer cut by a
+    low limit does not end: compare with the original model's share.
+    """
+    often = (repetition(tokens) or 0.0) >= REPEATED or longest_run(tokens) >= RUN
+    return not ended or not tokens or often
 
 
 def distinct(answers: Iterable[Sequence[int]], n: int) -> float | None:

@@ -10,7 +10,7 @@ METRICS = ("answer_probability", "sensitive_probability", "rougeL_recall", "exac
 """Columns of the table of `palu.evaluation.metrics_table`."""
 MORE_METRICS = ("extraction_strength", "rouge1_recall", "rouge1_f1", "rougeL_f1")
 
-TEXT = ("fluency", "repetition", "longest_run", "ended", "answer_tokens")
+TEXT = ("fluency", "repetition", "longest_run", "ended", "fell_apart", "answer_tokens")
 """Of the greedy answer, whatever it says."""
 SPANS = ("span_probability", "span_joint_probability")
 SPANS += ("span_first_probability", "span_rest_probability")

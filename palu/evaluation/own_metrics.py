@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palu.evaluation.eval_log import Log, LogError
-from palu.evaluation.metrics import longest_run, repetition
+from palu.evaluation.metrics import fell_apart, longest_run, repetition
 from palu.evaluation.names import DISTINCT, SAMPLE_LEAKS, SPANS
 from palu.evaluation.text import OF_SPANS, distinct_numbers, mean_of, span_means
 
@@ -22,7 +22,7 @@ _OF_TOKENS: dict[str, Callable[[list[int]], float | None]] = {
     "longest_run": longest_run,
     "answer_tokens": len,
 }
-_MEANS = ("fluency", "ended", *_OF_TOKENS, *SPANS, SAMPLE_LEAKS)
+_MEANS = ("fluency", "ended", "fell_apart", *_OF_TOKENS, *SPANS, SAMPLE_LEAKS)
 _SHARES = ("secrets_said", "secrets_sampled")
 
 OWN = {f"{name}_{kind}": kind for name in _SETS for kind in (*_MEANS, *DISTINCT, *_SHARES)}
@@ -59,6 +59,9 @@ def own_entries(log: Log) -> dict[str, dict[str, Any]]:
         tokens = _tokens(log, f"{name}_ended")
         for kind, measure in _OF_TOKENS.items():
             derived[f"{name}_{kind}"] = _scored({i: measure(one) for i, one in tokens.items()})
+        ends = log.rows(f"{name}_ended").numbers("score")
+        apart = {i: float(fell_apart(one, ends[i] > 0)) for i, one in tokens.items()}
+        derived[f"{name}_fell_apart"] = _scored(apart)
         derived |= {f"{name}_{kind}": {} for kind in DISTINCT}
     if "forget_span_probability" in log.metrics:
         spans = _field(log, "forget_span_probability", "spans")

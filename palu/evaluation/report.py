@@ -19,6 +19,27 @@ TITLES = {
     "rougeL_recall": "ROUGE-L\nrecall",
     "exact_memorization": "exact\nmemorization",
 }
+OF_TEXT = {
+    "fell_apart": "answers that fell apart",
+    "ended": "answers that end within the limit",
+    "repetition": "4-grams that an answer repeats",
+    "longest_run": "longest run of one token",
+    "answer_tokens": "tokens of an answer",
+    "distinct_1": "distinct-1 of all answers",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "fluency": "fluency under the original",
+}
+OF_SECRETS = {
+    "secrets_said": "secrets that plain answers say",
+    "secrets_sampled": "secrets that any sample says",
+    "sample_leak_rate": "secrets that one sample says",
+    "span_first_probability": "probability of a span's first token",
+    "span_rest_probability": "of its other tokens, each",
+    "span_probability": "of its tokens, each",
+    "span_joint_probability": "of the whole span",
+}
+"""Number -> what it is, in words."""
 
 
 def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table:
@@ -36,15 +57,33 @@ def metrics_table(title: str, rows: Sequence[tuple[str, str, Mapping]]) -> Table
     for number, (model, data, result) in enumerate(rows):
         last = number + 1 == len(rows) or rows[number + 1][1] != data
         values = [result["mean"][name] for name in METRICS]
-        shown = ["-" if value is None else f"{value:.3f}" for value in values]
         table.add_row(
             Text(visible(data)),
             Text(visible(model)),
             str(result["count"]),
-            *shown,
+            *map(_shown, values),
             end_section=last,
         )
     return table
+
+
+def text_table(results: Mapping[str, Mapping]) -> Table:
+    """Return a table that says whether answers are text and what is left of the secrets, with a
+    column for each data set: set -> result of `evaluate_examples`."""
+    table = Table("what", title=Text("Answers and secrets", style="table.title"))
+    table.title_justify = "left"
+    for data in results:
+        table.add_column(Text(visible(data)), justify="right")
+    known = [{**result["mean"], **result["numbers"]} for result in results.values()]
+    for section in (OF_TEXT, OF_SECRETS):
+        for number, (name, title) in enumerate(section.items(), 1):
+            last = number == len(section)
+            table.add_row(title, *(_shown(one[name]) for one in known), end_section=last)
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def summary_table(title: str, summary: Mapping[str, float]) -> Table:
@@ -73,6 +112,10 @@ def missing_inputs(
         notes.append(f"truth ratio and forget quality (no {' and '.join(fields)} in the records)")
     elif retrained is None and log["forget_quality"]["agg_value"] is None:
         notes.append("forget quality (no --retain-log)")
+    if "forget_ended" in log and "forget_fluency" not in log:
+        notes.append("fluency of the answers (no --original)")
+    if "forget_secrets_said" in log and "forget_secrets_sampled" not in log:
+        notes.append("secrets in drawn answers (no --samples)")
     if "holdout" not in sets:
         notes.append("membership inference and privleak (no --holdout)")
     if tofu and (lacking := [name for name in UTILITY if name not in log]):

@@ -13,7 +13,13 @@ from palu.data.labels import LabeledExample
 from palu.data.roles import IGNORE, KEEP
 from palu.evaluation.inference import Continuation
 from palu.evaluation.leaks import leaks
-from palu.evaluation.metrics import distinct, longest_run, repetition, span_probabilities
+from palu.evaluation.metrics import (
+    distinct,
+    fell_apart,
+    longest_run,
+    repetition,
+    span_probabilities,
+)
 from palu.evaluation.names import DISTINCT, SAMPLE_LEAKS, SPANS
 
 Numbers = dict[str, Any]
@@ -24,14 +30,17 @@ OF_SPANS = dict(zip(SPANS, ("mean", "joint", "first", "rest"), strict=True))
 def answer_numbers(answer: Continuation | None) -> Numbers:
     """Return what can be said of a greedy answer without another model; None where there is none.
 
-    `ended` is 1.0 where an end token came within the limit and 0.0 where none came.
+    `ended` is 1.0 where an end token came within the limit and 0.0 where none came, `fell_apart`
+    1.0 where `metrics.fell_apart` says so.
     """
     if answer is None:
-        return dict.fromkeys(("repetition", "longest_run", "ended", "answer_tokens"))
+        names = ("repetition", "longest_run", "ended", "fell_apart", "answer_tokens")
+        return dict.fromkeys(names)
     return {
         "repetition": repetition(answer.tokens),
         "longest_run": longest_run(answer.tokens),
         "ended": float(answer.ended),
+        "fell_apart": float(fell_apart(answer.tokens, answer.ended)),
         "answer_tokens": len(answer.tokens),
     }
 

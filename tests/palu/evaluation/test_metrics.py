@@ -71,6 +71,16 @@ def test_repetition_and_runs_by_hand():
     assert [m.longest_run(t) for t in ([], [5], [5, 6, 5], [1, 2, 2, 2, 1, 1])] == [0, 1, 1, 3]
 
 
+def test_what_fell_apart_by_hand():
+    text = [*range(20)]
+    assert not m.fell_apart(text, ended=True)
+    assert m.fell_apart(text, ended=False) and m.fell_apart([], ended=True)
+    assert not m.fell_apart([*text, *[7] * 7], ended=True)  # 24 4-grams, of which 3 again
+    assert m.fell_apart([*text, *[7] * 8], ended=True)
+    assert m.fell_apart([1, 2, 3, 4, 5, 6] * 2, ended=True)  # 3 of 9 4-grams were there before
+    assert not m.fell_apart([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 8], ended=True)  # 2 of 10
+
+
 def test_distinct_by_hand():
     answers = [[1, 2, 1], [2, 1]]  # five tokens; 1, 2; 1 2, 2 1; 1 2 1
     assert [m.distinct(answers, n) for n in (1, 2, 3)] == [2 / 5, 2 / 5, 1 / 5]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from palu.data.labels import label_example
 from palu.data.records import Example
@@ -15,6 +16,7 @@ from palu.evaluation.eval_log import Log, LogError
 from palu.evaluation.inference import Continuation
 from palu.evaluation.names import CORPUS, PER_EXAMPLE
 from palu.evaluation.own_metrics import own_aggregate, own_entries
+from palu.evaluation.report import text_table
 from palu.evaluation.text import sample_numbers
 from palu.evaluation.tofu import summarize
 from tests.support import planted, small
@@ -149,6 +151,7 @@ def test_broken_answers_are_seen(monkeypatch):
     monkeypatch.setattr(passes, "continuations", broken)
     bad = evaluate_examples(model, tok, planted.FORGET, **options)
     assert good["mean"]["ended"] == 1 and bad["mean"]["ended"] == 0
+    assert good["mean"]["fell_apart"] == 0 and bad["mean"]["fell_apart"] == 1
     assert good["mean"]["longest_run"] < 3 and bad["mean"]["longest_run"] == 40
     assert good["mean"]["repetition"] < 0.05
     assert bad["mean"]["repetition"] == pytest.approx(1 - 1 / 37)
@@ -194,6 +197,7 @@ def test_the_logs_own_metrics_by_hand():
             "forget_secrets_said": 2 / 3,
             "forget_repetition": 1 / 3,  # 1212, 2121, 1212; the other has no 4-gram
             "forget_longest_run": 1.5,
+            "forget_fell_apart": 1.0,  # a third is repeated; the other does not end
             "forget_answer_tokens": 4,
             "forget_distinct_1": 3 / 8,
             "forget_distinct_2": 3 / 8,
@@ -208,6 +212,20 @@ def test_the_logs_own_metrics_by_hand():
     del log["forget_ended"]["value_by_index"]["1"]["tokens"]
     with pytest.raises(LogError, match=r"'forget_ended', row '1' has no list in field 'tokens'"):
         own_aggregate(Log(log, "x"), "forget_distinct_1")
+
+
+def test_the_table_fits_80_columns_and_shows_what_is_not_known_as_such():
+    result = {"count": 400, "mean": dict.fromkeys(PER_EXAMPLE, 0.12345)}
+    result["mean"] |= {"fluency": None, "answer_tokens": 187.25}
+    result["numbers"] = dict.fromkeys(CORPUS, 0.5)
+    console = Console(width=80)
+    with console.capture() as said:
+        console.print(text_table({"forget": result, "retain": result}))
+    lines = {line[1:38].strip(): line for line in said.get().splitlines()}
+    assert "…" not in said.get()
+    assert lines["fluency under the original"].split("│")[2].strip() == "-"
+    assert "187.250" in lines["tokens of an answer"] and "0.123" in lines["of the whole span"]
+    assert "0.500" in lines["distinct-2"]
 
 
 @pytest.fixture
