@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,11 @@ class CompareOptions:
         "several machines too.",
         shown="CONFIG without its ending",
     )
+    plan: bool = _output(
+        False,
+        "Print runs, time and memory, and do nothing: time from the runs that are there, or from a "
+        "short probe of a method.",
+    )
     retry: bool = _output(False, "Do runs again that failed.")
     jobs: int | None = _machine(
         None, "Runs at a time on this machine.", least=1, shown="of the configuration, or 1"
@@ -58,14 +64,20 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors():
         comparison = _read(options)
     with user_errors(), bars.status("Checking the configuration, models and data"):
-        from palu.comparison.folder import open_folder
+        from palu.comparison.folder import check_folder, open_folder
         from palu.comparison.pool import call
 
-        facts = call(check, comparison)
+        facts = call(check, comparison, options.plan)
         jobs = options.jobs or comparison.jobs
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = comparison.threads or max(1, (cores or 1) // jobs)
         output = options.output or options.config.with_suffix("")
+        if options.plan:
+            threads = check_folder(output, comparison, facts["digests"]) or threads
+    if options.plan:
+        print_plan(output, comparison, facts, jobs=jobs, threads=threads)
+        return
+    with user_errors():
         threads = open_folder(output, comparison, facts["digests"], threads=threads)
     failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
     out.print(f"Written to {output}", soft_wrap=True)
@@ -134,38 +146,39 @@ def words_of(comparison: Comparison, task: Task, model: Path) -> list[str]:
     return [*words, "--seed", str(task.seed), "--output", str(model)]
 
 
-def check(comparison: Comparison) -> dict[str, Any]:
+def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
     """Refuse what some run would refuse, before any is done; return what is to be known of models
     and data. For a process of its own.
+
+    Args:
+        plan: return what each setting takes, too.
 
     Raises:
         ConfigError: settings that `palu unlearn` refuses; names them.
         ValueError: models or data that cannot be read or do not go together.
     """
-    import tempfile
-
     import torch
 
     from palu.cli.unlearn import check_unlearn
     from palu.comparison.config import ConfigError
     from palu.comparison.measure import Measuring
+    from palu.comparison.planning import key_of, setup_of
     from palu.models.loading import load_tokenizer, model_folder
 
     quiet()
     model_folder(comparison.model)
     with tempfile.TemporaryDirectory(prefix="palu-") as folder, plain_warnings():
-        seen = set()
+        checked: dict[str, Any] = {}
         for task in comparison.tasks():
-            if (task.method, task.setting) in seen:
+            if (key := key_of(task)) in checked:
                 continue
-            seen.add((task.method, task.setting))
             try:
-                check_unlearn(words_of(comparison, task, Path(folder) / "model"))
+                checked[key] = check_unlearn(words_of(comparison, task, Path(folder) / "model"))
             except Exception as error:
                 text = error.format_message() if hasattr(error, "format_message") else error
                 where = f"methods.{task.method}, {task.setting or 'options'}"
                 raise ConfigError(f"{where}: {text}") from None
-        Measuring(comparison)
+        measuring = Measuring(comparison)
     if comparison.retrained is not None:
         model_folder(comparison.retrained)
         vocabularies = [
@@ -177,7 +190,12 @@ def check(comparison: Comparison) -> dict[str, Any]:
                 f"retrained {comparison.retrained!r} has another tokenizer than model: their "
                 "answers are of different tokens"
             )
-    return {"digests": _digests(comparison), "cards": torch.cuda.device_count()}
+    facts = {"digests": _digests(comparison), "cards": torch.cuda.device_count()}
+    if plan:
+        count, longest = measuring.training_size()
+        model = comparison.model
+        facts["setups"] = {k: setup_of(run, model, count, longest) for k, run in checked.items()}
+    return facts
 
 
 def _digests(comparison: Comparison) -> dict[str, str]:
@@ -208,6 +226,86 @@ def work(job: Job) -> None:
 
     quiet()
     perform(job, run_unlearn)
+
+
+def probe(comparison: Comparison, task: Task, steps: int, threads: int) -> float:
+    """Return about how many seconds a run takes, in a process of its own."""
+    from palu.cli.unlearn import run_unlearn
+    from palu.comparison import planning
+
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="palu-") as place:
+        folder = Path(place) / "model"
+        one = replace(task, options={**task.options, "checks": "none"})
+
+        def words(count: int) -> list[str]:
+            words = words_of(comparison, one, folder)
+            return [*words, "--overwrite", "--set", f"max_steps={count}"]
+
+        return planning.probe(comparison, steps, words, run_unlearn, folder, threads)
+
+
+def print_plan(
+    output: Path, comparison: Comparison, facts: dict[str, Any], *, jobs: int, threads: int
+) -> None:
+    """Print what the comparison takes."""
+    from palu.comparison import planning
+    from palu.comparison.pool import Worker
+    from palu.comparison.run_file import DONE, read_run
+    from palu.progress import bar
+
+    tasks = comparison.tasks()
+    files = {task.id: output / "runs" / task.id / "run.json" for task in tasks}
+    runs = {name: read_run(path) for name, path in files.items() if path.is_file()}
+    first = {task.method: task for task in reversed(tasks)}
+    timed = {run.method for run in runs.values() if run.status == DONE}
+    probed = {}
+    with bar(bars, "Probing a few steps of each method") as report:
+        for number, (name, task) in enumerate(first.items()):
+            report(number, len(first), name)
+            if name not in timed:
+                steps = facts["setups"][planning.key_of(task)]["steps"]
+                with tempfile.TemporaryDirectory(prefix="palu-") as folder:
+                    log = Path(folder) / "log.txt"
+                    worker = Worker(probe, comparison, task, steps, threads, log=log)
+                    probed[name] = worker.result()
+        report(len(first), len(first))
+    rows = planning.rows(comparison, runs, facts["setups"], probed)
+    _print_plan(rows, len(comparison.seeds), jobs, threads)
+
+
+def _print_plan(rows: list[Any], seeds: int, jobs: int, threads: int) -> None:
+    from rich.table import Table
+
+    from palu.comparison.planning import memory_here
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method")
+    for name in ("runs", "there", "s a run", "GiB a step"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = "-" if row.seconds is None else f"{row.seconds:.0f}{'*' if row.probed else ''}"
+        size = "-" if row.memory is None else f"{row.memory / 2**30:.2f}"
+        table.add_row(row.method, str(row.runs), str(row.there), seconds, size)
+    out.print(table)
+    left = sum((row.runs - row.there) * (row.seconds or 0) for row in rows) / jobs
+    runs, there = sum(row.runs for row in rows), sum(row.there for row in rows)
+    minutes, second = divmod(round(left), 60)
+    hours, minute = divmod(minutes, 60)
+    out.print(
+        f"{runs} runs ({seeds} seeds), {there} there. The others take about {hours}:{minute:02}:"
+        f"{second:02} with {jobs} at a time and {threads} threads each."
+    )
+    sizes = [row.memory for row in rows if row.memory is not None]
+    if sizes:
+        here = memory_here()
+        of = "" if here is None else f" of {here / 2**30:.1f} here (on a GPU: of its own)"
+        out.print(
+            f"Memory: at most {jobs * max(sizes) / 2**30:.2f} GiB of tensors in training steps at "
+            f"once{of}, and what the libraries take."
+        )
+    if any(row.probed for row in rows):
+        out.print("* from a probe: a few steps, and a few examples of each set, scaled up.")
 
 
 def _run(

@@ -108,15 +108,6 @@ def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
     run.report()
 
 
-@with_options(*SOURCES)
-def _check(context: typer.Context, options: SimpleNamespace) -> None:
-    """Refuse what `unlearn` would refuse before it reads any data."""
-    options.set = given_trainer_options(context, options.set)
-    run = Run(context, options)
-    run.check_places()
-    run.check_settings()
-
-
 def command_of(body: Callable[..., None] = unlearn) -> Any:
     """Return a command of its own with the options of `palu unlearn`."""
     command = typer.Typer(pretty_exceptions_enable=False)
@@ -130,9 +121,21 @@ def run_unlearn(words: Sequence[str]) -> int:
     return command_of()(list(words[1:]), standalone_mode=False, prog_name="palu unlearn") or 0
 
 
-def check_unlearn(words: Sequence[str]) -> None:
-    """Raise what `palu unlearn` would refuse these words with before it reads any data."""
-    command_of(_check)(list(words[1:]), standalone_mode=False, prog_name="palu unlearn")
+def check_unlearn(words: Sequence[str]) -> Run:
+    """Return a run whose settings are checked. Raise what `palu unlearn` would refuse these words
+    with before it reads any data."""
+    checked = []
+
+    @with_options(*SOURCES)
+    def check(context: typer.Context, options: SimpleNamespace) -> None:
+        """Check."""
+        options.set = given_trainer_options(context, options.set)
+        checked.append(run := Run(context, options))
+        run.check_places()
+        run.check_settings()
+
+    command_of(check)(list(words[1:]), standalone_mode=False, prog_name="palu unlearn")
+    return checked[0]
 
 
 class Run:

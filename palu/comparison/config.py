@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +72,10 @@ class Comparison:
         utility: name -> file of what must not be lost.
         common: options of `palu unlearn` for all runs.
         attacks: names, quick, seed, and fields of `AttackSettings`.
-        evaluate: max_new_tokens, batch_size.
+        evaluate: max_new_tokens, batch_size, samples, temperature.
         forgetting: by which measure methods are ranked.
         losses: of utility, at which the best points are given.
+        utility_metrics: of the utility sets, of which utility is made.
         keep_models: whether a run's weights stay.
         jobs: runs at a time on this machine.
         threads: of a run, on a CPU; None: the cores, shared by the jobs.
@@ -92,6 +94,7 @@ class Comparison:
     evaluate: dict[str, Any] = field(default_factory=dict)
     forgetting: str = "attacks"
     losses: tuple[float, ...] = LOSSES
+    utility_metrics: tuple[str, ...] = ("answer_probability", "rougeL_recall")
     keep_models: bool = False
     jobs: int = 1
     threads: int | None = None
@@ -252,6 +255,18 @@ def _whole(least: int) -> Callable[[str, Any], int]:
     return check
 
 
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
+
+
+def _metrics(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{name} must be a list of metrics, not {shown(value)}")
+    return tuple(_text(f"{name}[{n}]", one) for n, one in enumerate(value))
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, not {shown(value)}")
@@ -346,8 +361,10 @@ def _attacks(name: str, value: Any) -> dict[str, Any]:
 
 
 def _evaluate(name: str, value: Any) -> dict[str, Any]:
-    _keys(name, value, ("max_new_tokens", "batch_size"))
-    return {key: _whole(1)(f"{name}.{key}", one) for key, one in value.items()}
+    sizes = {"max_new_tokens": _whole(1), "batch_size": _whole(1), "samples": _whole(0)}
+    _keys(name, value, (*sizes, "temperature"))
+    checks = {**sizes, "temperature": _above_zero}
+    return {key: checks[key](f"{name}.{key}", one) for key, one in value.items()}
 
 
 def _check_common(values: Mapping[str, Any]) -> None:
@@ -370,6 +387,7 @@ _PARTS: dict[str, Callable[[str, Any], Any]] = {
     "evaluate": _evaluate,
     "forgetting": _text,
     "losses": _losses,
+    "utility_metrics": _metrics,
     "keep_models": _flag,
     "jobs": _whole(1),
     "threads": _maybe(_whole(1)),

@@ -32,15 +32,7 @@ def open_folder(
             data, or measured in another way; names what differs.
     """
     path = folder / FILE
-    if not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{str(folder)!r} holds something that palu compare did not write; "
-            "name another --output"
-        )
-    if path.is_file():
-        known = _read(path)
-        _check_same(path, known, comparison, digests)
-        threads = known["threads"]
+    threads = check_folder(folder, comparison, digests) or threads
     content = {
         "format": FORMAT,
         **as_config(comparison),
@@ -53,6 +45,22 @@ def open_folder(
     with new_file(path) as file:
         yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, width=100)
     return threads
+
+
+def check_folder(folder: Path, comparison: Comparison, digests: Mapping[str, str]) -> int | None:
+    """Check a folder as `open_folder` does, and return the threads of its runs; None where there is
+    none yet."""
+    path = folder / FILE
+    if not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{str(folder)!r} holds something that palu compare did not write; "
+            "name another --output"
+        )
+    if not path.is_file():
+        return None
+    known = _read(path)
+    _check_same(path, known, comparison, digests)
+    return known["threads"]
 
 
 def as_config(comparison: Comparison) -> dict[str, Any]:

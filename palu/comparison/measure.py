@@ -12,6 +12,7 @@ from typing import Any
 from palu.comparison.answers import token_answers
 from palu.comparison.config import Comparison
 from palu.comparison.run_file import FORGET, MEMBERSHIP, Attack
+from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
 from palu.data.records import Example
 from palu.data.template import Template
@@ -63,6 +64,16 @@ class Measuring:
             max_length=self.max_length,
         )
 
+    def training_size(self) -> tuple[int, int]:
+        """Return how many forget examples a run trains on, and the tokens of the longest example
+        of the forget and retain files."""
+        how = {"max_length": self.max_length, "template": self.template}
+        rows = [
+            tokenize_examples(some, self.tokenizer, source=name, **how) if some else []
+            for name, some in (("forget", self.sets[FORGET]), ("retain", self.retain))
+        ]
+        return len(rows[0]), max(len(row["input_ids"]) for some in rows for row in some)
+
     def shown(self) -> dict[str, list[Example]]:
         """Return the examples whose answers are shown: a few of each set, spread over it."""
         return {
@@ -100,7 +111,9 @@ class Measuring:
         seconds: dict[str, float] = {}
         with timed(seconds, "evaluate"):
             model = load_model(folder, **self.loading)
-            results = {name: self._evaluate(model, some) for name, some in self.sets.items()}
+            before = model if original is None else self._load_original()
+            results = {n: self._evaluate(model, some, before) for n, some in self.sets.items()}
+            del before
             write_json(output / EVALUATION, {"format": EVALUATION_FORMAT, **_bare(results)})
             answers = self.answers(model, model if original is None else original)
         with timed(seconds, "attack"):
@@ -121,15 +134,30 @@ class Measuring:
         return {
             "seconds": seconds,
             "sets": {name: _columns(result["examples"]) for name, result in results.items()},
+            "numbers": {
+                f"{name}.{key}": value
+                for name, result in results.items()
+                for key, value in result["numbers"].items()
+            },
             "secrets": secrets,
             "attacks": attacks,
             "answers": answers,
         }
 
-    def _evaluate(self, model: Any, examples: Sequence[Example]) -> dict[str, Any]:
-        sizes = {"max_new_tokens": NEW_TOKENS, **self.comparison.evaluate}
-        how = {"template": self.template, "max_length": self.max_length, **sizes}
-        return evaluate_examples(model, self.tokenizer, examples, **how)
+    def _load_original(self) -> Any:
+        return load_model(self.comparison.model, **self.loading)
+
+    def _evaluate(self, model: Any, examples: Sequence[Example], original: Any) -> dict[str, Any]:
+        return evaluate_examples(
+            model,
+            self.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.max_length,
+            original=original,
+            seed=self.attack_seed,
+            **{"max_new_tokens": NEW_TOKENS, **self.comparison.evaluate},
+        )
 
 
 def template_of(comparison: Comparison) -> Template:
@@ -196,7 +224,8 @@ def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     names = [
         key
         for key in examples[0]
-        if key != "id" and all(isinstance(one[key], int | float | None) for one in examples)
+        if key not in ("id", "generated", "spans")
+        and all(isinstance(one[key], int | float | None) for one in examples)
     ]
     columns = {key: [one[key] for one in examples] for key in names}
     return {"ids": [one["id"] for one in examples], **columns}

@@ -75,10 +75,12 @@ def _found(job: Job, unlearn: Callable[[list[str]], int]) -> dict[str, Any]:
         shutil.copyfile(job.measured / RECORD, job.folder / RECORD)
         record = read_object(job.folder / RECORD)
         curve = record.get("loss_curve", [])
-        found["curve"] = curve
-        found["numbers"] = {"steps": len(curve)} | {name: record.get(name) for name in NUMBERS}
-    found |= Measuring(job.comparison).measure(job.measured, job.folder, job.original)
-    return found | {"seconds": seconds | found["seconds"]}
+        numbers = {"steps": len(curve)} | {name: record.get(name) for name in NUMBERS}
+        found = {"curve": curve, "numbers": numbers}
+    measured = Measuring(job.comparison).measure(job.measured, job.folder, job.original)
+    for key, own in (("seconds", seconds), ("numbers", found.get("numbers", {}))):
+        measured[key] = own | measured[key]
+    return found | measured
 
 
 def run_of(job: Job, **found: Any) -> Run:

@@ -27,7 +27,10 @@ PRELOADED = (
     "palu.evaluation.evaluator",
     "palu.comparison.measure",
     "palu.cli.unlearn",
+    "rouge_score.rouge_scorer",
+    "rich.live",
 )
+"""Modules that every run imports."""
 
 
 class Died(Exception):

@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from palu.comparison import claims
+from palu.comparison import claims, config, folder
 from palu.comparison.run_file import read_run
 from tests.support import command, small
 
@@ -52,8 +52,8 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(folder, **parts):
-    (folder / "c.yaml").write_text(yaml.safe_dump({**CONFIG, **parts}))
+def write(place, **parts):
+    (place / "c.yaml").write_text(yaml.safe_dump({**CONFIG, **parts}))
 
 
 def start(folder, *words):
@@ -91,6 +91,9 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     status, out, _ = palu("compare c.yaml --jobs 2")
     assert status == 0 and "2 runs done, 2 runs diverged" in out
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()) and len(kept) == 1
+    status, out, error = palu("compare c.yaml --plan --jobs 2")
+    assert status == 0 and "4 runs (2 seeds), 4 there. The others take about 0:00:00" in out, error
+    assert "*" not in out  # no probe
     settled(world)
     again = runs_in(world)
     assert len(again) == 4
@@ -105,6 +108,48 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     original = read_run(world / "c" / "original.json")
     assert original.method is None and set(original.sets) == set(one.sets)
     assert [a["original"] for a in one.answers] == [a["answer"] for a in original.answers]
+
+
+def test_mistakes_are_said_before_any_run(world, monkeypatch, capsys):
+    palu = command.palu_in(world, monkeypatch, capsys)
+    wrong = {"PALU": {"options": {"top_k": -1}}}
+    for parts, said in [
+        ({"common": {"epocs": 1}}, "common: unknown option 'epocs'; the nearest known one is"),
+        ({"methods": wrong}, "methods.PALU, options: top_k must be a positive integer"),
+        ({"attacks": {"sample": 3}}, "attacks: unknown key 'sample'; it must be of names, quick"),
+        ({"utility": {"o": "no.jsonl"}}, "no.jsonl"),
+        ({"forgetting": "greedily"}, "greedily"),
+    ]:
+        write(world, **parts)
+        assert said in command.refusal(palu, "compare c.yaml"), said
+    write(world, jobs=0)
+    assert "jobs must be a whole number" in command.refusal(palu, "compare c.yaml")
+
+
+def test_another_model_or_other_data_is_refused(tmp_path):
+    comparison = config.from_dict({**CONFIG, "threads": None})
+    digests = {"model": "a", "forget file": "b"}
+    assert folder.open_folder(tmp_path / "c", comparison, digests, threads=3) == 3
+    assert folder.open_folder(tmp_path / "c", comparison, digests, threads=5) == 3
+    more = config.from_dict({**CONFIG, "threads": None, "seeds": [7], "losses": [0.5]})
+    folder.open_folder(tmp_path / "c", more, digests, threads=3)
+    before = (tmp_path / "c" / "comparison.yaml").read_text()
+    for parts, others, what in [
+        ({}, {"model": "x"}, "the model"),
+        ({}, {"utility set others": "x"}, "the utility set others"),
+        ({"attacks": {"samples": 9}}, {}, "attacks"),
+        ({"methods": {"PALU": {"options": {"top_k": 6}}}}, {}, r"methods\.PALU\.options"),
+        ({"threads": 9}, {}, "threads"),
+    ]:
+        other = config.from_dict({**CONFIG, "threads": None, **parts})
+        with pytest.raises(ValueError, match=f"of another comparison: {what} differs"):
+            folder.open_folder(tmp_path / "c", other, {**digests, **others}, threads=3)
+    (tmp_path / "c" / "comparison.yaml").unlink()
+    (tmp_path / "c" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="holds something that palu compare did not write"):
+        folder.open_folder(tmp_path / "c", comparison, digests, threads=3)
+    (tmp_path / "c" / "mine.txt").unlink()
+    assert "model: model" in before
 
 
 @pytest.mark.slow
