@@ -66,6 +66,8 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors(), bars.status("Checking the configuration, models and data"):
         from palu.comparison.folder import check_folder, open_folder
         from palu.comparison.pool import call
+        from palu.comparison.tables import main_settings, notes, ranking_table, write_tables
+        from palu.report.comparison import write_page
 
         facts = call(check, comparison, options.plan)
         jobs = options.jobs or comparison.jobs
@@ -80,7 +82,14 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors():
         threads = open_folder(output, comparison, facts["digests"], threads=threads)
     failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
-    out.print(f"Written to {output}", soft_wrap=True)
+    with user_errors(ValueError, FileExistsError), bars.status("Ranking"):
+        content = write_tables(output)
+        columns = comparison.common.get("columns")
+        write_page(output, content, forget=comparison.forget, columns=columns)
+    out.print(ranking_table(content))
+    for line in (*main_settings(content), *notes(content)):
+        out.print(line, soft_wrap=True)
+    out.print(f"Written to {output}: see report.html there", soft_wrap=True)
     if failed:
         say(
             "failed",
@@ -161,7 +170,7 @@ def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
 
     from palu.cli.unlearn import check_unlearn
     from palu.comparison.config import ConfigError
-    from palu.comparison.measure import Measuring
+    from palu.comparison.measure import Measuring, check_measure
     from palu.comparison.planning import key_of, setup_of
     from palu.models.loading import load_tokenizer, model_folder
 
@@ -179,6 +188,7 @@ def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
                 where = f"methods.{task.method}, {task.setting or 'options'}"
                 raise ConfigError(f"{where}: {text}") from None
         measuring = Measuring(comparison)
+        check_measure(comparison.forgetting, measuring.attacks)
     if comparison.retrained is not None:
         model_folder(comparison.retrained)
         vocabularies = [
@@ -319,6 +329,7 @@ def _run(
 ) -> int:
     """Do all runs; return how many failed."""
     from palu.comparison.config import Task
+    from palu.comparison.measures import Measures
     from palu.comparison.run_file import DONE, FAILED, Run, read_run
     from palu.comparison.runs import ORIGINAL, RETRAINED, Runs
     from palu.progress import bar
@@ -342,6 +353,9 @@ def _run(
         if run.status != DONE:
             with user_errors():
                 raise ValueError(f"the {task.id} model cannot be measured: {run.reason}")
+    with user_errors():  # what every ranking would refuse
+        measured = {task.id: read_run(runs.file(task)) for task in models}
+        Measures(measured, comparison.forgetting, comparison.utility_metrics)
     with bar(bars, "Runs") as report:
         runs.run(tasks, report, ended)
     statuses = [read_run(runs.file(task)).status for task in tasks]

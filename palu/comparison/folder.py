@@ -13,7 +13,7 @@ from palu.comparison.config import Comparison
 from palu.storage.files import new_file
 from palu.storage.json_files import NotJSON, parse_yaml, read_text
 
-FILE, FORMAT = "comparison.yaml", "palu-comparison/1"
+FILE, FORMAT = "comparison.yaml", "palu-comparison-config/1"
 FIXED = ("common", "attacks", "evaluate")
 
 

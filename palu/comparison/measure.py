@@ -11,6 +11,7 @@ from typing import Any
 
 from palu.comparison.answers import token_answers
 from palu.comparison.config import Comparison
+from palu.comparison.measures import ATTACKS, SENSITIVE, WORST
 from palu.comparison.run_file import FORGET, MEMBERSHIP, Attack
 from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
@@ -193,6 +194,13 @@ def attack_settings(comparison: Comparison) -> tuple[int, list[str], AttackSetti
     except (TypeError, ValueError) as error:
         raise ValueError(f"attacks: {error}") from None
     return seed, names, settings.quick() if quick else settings
+
+
+def check_measure(forgetting: str, attacks: Sequence[str]) -> None:
+    """Raise ValueError where forgetting cannot be measured in a way by these attacks."""
+    known = [ATTACKS, WORST, SENSITIVE, *(name for name in attacks if name != MEMBERSHIP)]
+    if forgetting not in known:
+        raise ValueError(f"forgetting must be one of {', '.join(known)}, not {forgetting!r}")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ CONFIG = {
     "forget": "forget.jsonl",
     "retain": "retain.jsonl",
     "utility": {"others": "retain.jsonl"},
+    "utility_metrics": ["answer_probability"],  # models that know nothing have no others
     "seeds": [0, 1],
     "common": {"epochs": 2, "batch_size": 2, "device": "cpu", "max_length": 64},
     "methods": {
@@ -90,6 +91,8 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     write(world)
     status, out, _ = palu("compare c.yaml --jobs 2")
     assert status == 0 and "2 runs done, 2 runs diverged" in out
+    for name in ("comparison.json", "comparison.csv", "comparison.tex", "report.html"):
+        assert (world / "c" / name).stat().st_size
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()) and len(kept) == 1
     status, out, error = palu("compare c.yaml --plan --jobs 2")
     assert status == 0 and "4 runs (2 seeds), 4 there. The others take about 0:00:00" in out, error
@@ -115,7 +118,7 @@ def test_mistakes_are_said_before_any_run(world, monkeypatch, capsys):
     wrong = {"PALU": {"options": {"top_k": -1}}}
     for parts, said in [
         ({"common": {"epocs": 1}}, "common: unknown option 'epocs'; the nearest known one is"),
-        ({"methods": wrong}, "methods.PALU, options: top_k must be a positive integer"),
+        ({"methods": wrong}, "methods.PALU, options: top_k is -1; it must be at least 1"),
         ({"attacks": {"sample": 3}}, "attacks: unknown key 'sample'; it must be of names, quick"),
         ({"utility": {"o": "no.jsonl"}}, "no.jsonl"),
         ({"forgetting": "greedily"}, "greedily"),
