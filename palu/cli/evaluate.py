@@ -286,6 +286,7 @@ class EvaluateRun:
     def write(self) -> None:
         """Print the tables and write `--json`."""
         from palu.evaluation.eval_log import summary
+        from palu.evaluation.quality_error import error_sentence
         from palu.evaluation.report import (
             metrics_table,
             missing_inputs,
@@ -309,6 +310,8 @@ class EvaluateRun:
             out.print(metrics_table(model, lines))
             out.print(text_table(results))
         out.print(summary_table(model, summary(self.log)))
+        if sentence := error_sentence(self.log):
+            out.print(sentence, soft_wrap=True)
         for note in missing_inputs(self.log, self.sets, self.retrained, tofu=by_tofu):
             out.print(f"Not measured: {note}", soft_wrap=True)
         if self.store is not None:

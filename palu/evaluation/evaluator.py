@@ -26,8 +26,9 @@ from palu.evaluation.metrics import (
     rouge,
     zlib_score,
 )
-from palu.evaluation.names import METRICS, MORE_METRICS, PER_EXAMPLE, SAMPLE_LEAKS
+from palu.evaluation.names import KS_STATISTIC, METRICS, MORE_METRICS, PER_EXAMPLE, SAMPLE_LEAKS
 from palu.evaluation.passes import Passes, Report, check_sampling, prompt_ids
+from palu.evaluation.quality_error import quality_error
 from palu.evaluation.text import (
     answer_numbers,
     distinct_numbers,
@@ -191,6 +192,10 @@ class Evaluator(Passes):
             kept = retrained is None and metric in ("forget_quality", "privleak")
             if not (kept and log.get(metric, {}).get("agg_value") is not None):
                 log[metric] = entry
+        if retrained is not None and "forget_truth_ratio" in log:
+            log.pop(KS_STATISTIC, None)
+            if entry := quality_error(Log(log, source), retrained):
+                log[KS_STATISTIC] = entry
         save(log)
 
     def results(self, name: str) -> dict[str, Any]:

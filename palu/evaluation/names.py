@@ -22,3 +22,6 @@ PER_EXAMPLE = (*METRICS, *MORE_METRICS, *TEXT, *SPANS, SAMPLE_LEAKS)
 DISTINCT = ("distinct_1", "distinct_2", "distinct_3")
 CORPUS = (*DISTINCT, "secrets_said", "secrets_sampled")
 """Numbers of a whole set: keys of `numbers` of `evaluate_examples`."""
+
+KS_STATISTIC = "forget_ks_statistic"
+"""Of a log, beside `forget_quality`, with the error of both and the power of the test."""

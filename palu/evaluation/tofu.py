@@ -24,7 +24,9 @@ from palu.evaluation.metrics import (
     rouge,
     truth_ratio,
 )
+from palu.evaluation.names import KS_STATISTIC
 from palu.evaluation.own_metrics import OWN, own_aggregate, own_entries
+from palu.evaluation.quality_error import statistic_of
 
 __all__ = ["TRUTH_RATIOS", "UTILITY", "aggregate", "derived_entries", "summarize"]
 
@@ -167,6 +169,7 @@ def _definition(metric: str) -> _Definition | None:
         "forget_quality": _forget_quality,
         "model_utility": _utility,
         "privleak": _privleak,
+        KS_STATISTIC: _ks_statistic,
     }.get(metric)
 
 
@@ -228,6 +231,10 @@ def _forget_quality(log: Log, retrained: Log | None, metric: str) -> float | Non
             stacklevel=4,
         )
     return forget_quality([*model.values()], [*other.values()])
+
+
+def _ks_statistic(log: Log, retrained: Log | None, metric: str) -> float | None:
+    return None if retrained is None else statistic_of(log, retrained)
 
 
 def _utility(log: Log, retrained: Log | None, metric: str) -> float:

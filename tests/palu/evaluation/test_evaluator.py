@@ -166,8 +166,10 @@ def test_a_retrained_log_gives_forget_quality_and_stays(palu, work, log):
         row["score"] += 1e6
     (work / "retrained.json").write_text(json.dumps(other))
     line = ALL + "--output quality "
-    assert palu(line + "--retain-log retrained.json")[0] == 0
+    status, said, _ = palu(line + "--retain-log retrained.json")
+    assert status == 0 and "Forget quality 0.0286 is of 4 questions; of 4 others" in said
     got = load(work / "quality")
+    assert got["forget_ks_statistic"]["agg_value"] == 1
     assert got["forget_quality"]["agg_value"] == near(2 / 70)  # 4 against 4, all apart
     assert got["privleak"]["agg_value"] == 0
     assert palu(line)[0] == 0  # again, without it
