@@ -1,7 +1,8 @@
-"""`palu evaluate --benchmark`: a benchmark of the field on its own files."""
+"""`palu evaluate --benchmark` and `--lm-eval`: benchmarks of the field on their own files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from palu.terminal import bars, out
 
 _TAKEN = {"model", "benchmark", "data", "split", "retain_log", "output", "overwrite", "json"}
 _TAKEN |= {"batch_size", "dtype", "device", "allow_missing"}
+_TAKEN |= {"lm_eval", "lm_eval_tasks", "lm_eval_options"}
 
 
 def as_tofu(options: SimpleNamespace) -> None:
@@ -34,9 +36,32 @@ def as_tofu(options: SimpleNamespace) -> None:
         options.tofu, options.benchmark, options.data = Path(options.data), None, None
 
 
+def without_files(options: SimpleNamespace) -> bool:
+    """Return whether a benchmark or `--lm-eval` is asked for, and no file of the user's or
+    TOFU's."""
+    alone = options.forget is None and options.tofu is None
+    return options.benchmark is not None or (options.lm_eval is not None and alone)
+
+
+def measure_tasks(run: Any, save: Callable[[dict[str, Any]], None]) -> None:
+    """Add to a run's log what its `harness` measures on its model.
+
+    Args:
+        run: with `harness`, `model`, `tokenizer`, `options`, `processes` and `log`.
+        save: called after each task.
+    """
+    from palu.evaluation.benchmarks import Meter
+    from palu.models.wrappers import eval_mode
+
+    size = run.options.batch_size
+    meter = Meter(run.model, run.tokenizer, batch_size=size, processes=run.processes)
+    with user_errors(), plain_warnings(), eval_mode(run.model):
+        run.harness.run(meter, run.log, save)
+
+
 class BenchmarkRun:
-    """One `palu evaluate --benchmark`, whose steps are called in the order in which they stand
-    here."""
+    """One `palu evaluate --benchmark`, or `--lm-eval` alone, whose steps are called in the order in
+    which they stand here."""
 
     def __init__(self, context: typer.Context, options: SimpleNamespace) -> None:
         self.context, self.options = context, options
@@ -45,14 +70,16 @@ class BenchmarkRun:
         """Refuse options that do not go together."""
         from palu.distributed import Processes
         from palu.evaluation.benchmarks import BENCHMARKS
+        from palu.evaluation.benchmarks.harness import Harness, wanted
         from palu.models.hub import place_beside
         from palu.models.loading import model_folder, resolve_device
         from palu.storage.output import check_json
 
         quiet()
         options = self.options
-        self.kind = BENCHMARKS[options.benchmark]
+        self.kind = Harness if options.benchmark is None else BENCHMARKS[options.benchmark]
         self._refuse_others()
+        self.harness = wanted(options.lm_eval, options.lm_eval_tasks, options.lm_eval_options)
         model_folder(options.model)
         json = options.json
         if json is not None:
@@ -69,16 +96,18 @@ class BenchmarkRun:
 
     def _refuse_others(self) -> None:
         """Refuse what a benchmark decides by itself, or does not have."""
-        name, given = self.kind.name, self.options.given
-        if others := sorted(given - _TAKEN):
+        options = self.options
+        asked = "--lm-eval" if options.benchmark is None else f"--benchmark {options.benchmark}"
+        if others := sorted(options.given - _TAKEN):
             raise ValueError(
-                f"--{others[0].replace('_', '-')} is not for --benchmark {name}, which decides "
-                "by itself what is asked and how"
+                f"--{others[0].replace('_', '-')} is not for {asked}, which decides by itself "
+                "what is asked and how"
             )
-        if self.options.retain_log is not None and not self.kind.uses_retrained:
+        if options.split is not None and options.benchmark is None:
+            raise ValueError(f"--split {options.split!r} is of a benchmark: add --benchmark NAME")
+        if options.retain_log is not None and not self.kind.uses_retrained:
             raise ValueError(
-                f"--retain-log is not for --benchmark {name}: no number of it is against a "
-                "retrained model"
+                f"--retain-log is not for {asked}: no number of it is against a retrained model"
             )
 
     def claim_places(self) -> None:
@@ -104,10 +133,12 @@ class BenchmarkRun:
         from palu.models.loading import load_model, load_tokenizer
 
         options = self.options
-        self.benchmark = self.kind(options.data, options.split)
         log = options.retain_log
         self.retrained = None if log is None else Log.read(log, "--retain-log")
-        self.benchmark.check_retrained(self.retrained)
+        self.benchmark = None
+        if options.benchmark is not None:
+            self.benchmark = self.kind(options.data, options.split)
+            self.benchmark.check_retrained(self.retrained)
         self.tokenizer = load_tokenizer(options.model)
         self.model = load_model(
             options.model, options.dtype, options.device, allow_missing=options.allow_missing
@@ -124,8 +155,9 @@ class BenchmarkRun:
         settings = {
             "model": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **self.benchmark.settings(),
         }
+        for one in (self.benchmark, self.harness):
+            settings |= {} if one is None else one.settings()
         return LogFolder(
             options.output, settings, overwrite=options.overwrite, name=self.kind.title
         )
@@ -150,8 +182,11 @@ class BenchmarkRun:
             with user_errors():
                 self.store.begin()
         save = self.store.save if self.is_main else lambda log: None
-        with user_errors(LogError), plain_warnings(), eval_mode(self.model):
-            self.benchmark.run(meter, self.log, save, self.retrained, self.store.source)
+        if self.benchmark is not None:
+            with user_errors(LogError), plain_warnings(), eval_mode(self.model):
+                self.benchmark.run(meter, self.log, save, self.retrained, self.store.source)
+        if self.harness is not None:
+            measure_tasks(self, save)
 
     def write(self) -> None:
         """Print the table and write `--json`."""
@@ -165,7 +200,8 @@ class BenchmarkRun:
             return
         model, json = shown_model(self.options.model), self.options.json
         out.print(summary_table(model, summary(self.log)))
-        for note in self.benchmark.missing(self.log, self.retrained):
+        notes = [] if self.benchmark is None else self.benchmark.missing(self.log, self.retrained)
+        for note in notes:
             out.print(f"Not measured: {note}", soft_wrap=True)
         out.print(f"Written to {self.store.folder}", soft_wrap=True)
         if json is not None:

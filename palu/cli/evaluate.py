@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import typer
 
-from palu.cli.benchmark import BenchmarkRun, as_tofu
+from palu.cli.benchmark import BenchmarkRun, as_tofu, measure_tasks, without_files
 from palu.cli.data import find_models, plain_warnings, quiet, template_of, without_slices
 from palu.cli.options import FILES, DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
@@ -47,6 +47,15 @@ class EvaluateOptions:
     tofu: Path | None = _data(None, "Folder with TOFU's files: --benchmark tofu --data DIR.")
     split: str | None = _data(
         None, "Of TOFU: forget01, forget10, ...; of WMDP: topics, such as bio,cyber.", shown="all"
+    )
+    lm_eval: str | None = _data(
+        None, "Tasks of lm-evaluation-harness: mmlu,arc_easy. Alone, or with any other data."
+    )
+    lm_eval_tasks: Path | None = _data(None, "Of --lm-eval: a folder with task files of your own.")
+    lm_eval_options: str | None = _data(
+        None,
+        'Of --lm-eval: a JSON object: \'{"limit": 100, "num_fewshot": 5, '
+        '"apply_chat_template": true}\'.',
     )
     holdout: str | None = _data(
         None,
@@ -92,8 +101,7 @@ def evaluate(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors():
         as_tofu(options)
     find_models(options, "model", "original", "reference_model", "fluency_classifier")
-    kind = EvaluateRun if options.benchmark is None else BenchmarkRun
-    run = kind(context, options)
+    run = (BenchmarkRun if without_files(options) else EvaluateRun)(context, options)
     with user_errors(), bars.status("Loading PyTorch and transformers"):
         run.check()
     with user_errors():
@@ -114,6 +122,7 @@ class EvaluateRun:
     def check(self) -> None:
         """Refuse options that do not go together, and find the files."""
         from palu.distributed import Processes
+        from palu.evaluation.benchmarks.harness import wanted
         from palu.evaluation.datasets import tofu_files
         from palu.models.hub import place_beside
         from palu.models.loading import folder_with, model_folder, resolve_device
@@ -145,6 +154,7 @@ class EvaluateRun:
                 options.output = place_beside(options.model, f"evals_{options.split}", "--output")
         if options.holdout is not None:
             self.files["holdout"] = options.holdout
+        self.harness = wanted(options.lm_eval, options.lm_eval_tasks, options.lm_eval_options)
         if options.reference_model is not None and "holdout" not in self.files:
             raise ValueError("--reference-model is for membership inference: add --holdout FILE")
         self.template = template_of(options, folder_with(RECORD, options.model))
@@ -242,6 +252,8 @@ class EvaluateRun:
         }
         if options.samples:
             settings |= {name: getattr(options, name) for name in SAMPLING}
+        if self.harness is not None:
+            settings |= self.harness.settings()
         for name in (*COMPARED, "fluency_classifier"):
             path = getattr(options, name)
             if path is not None:
@@ -275,13 +287,12 @@ class EvaluateRun:
         if writes:
             with user_errors():
                 store.begin()
+        save = store.save if writes else lambda log: None
+        source = "log" if store is None else store.source
         with user_errors(LogError), plain_warnings():
-            self.evaluator.run(
-                self.log,
-                self.retrained,
-                store.save if writes else lambda log: None,
-                "log" if store is None else store.source,
-            )
+            self.evaluator.run(self.log, self.retrained, save, source)
+        if self.harness is not None:
+            measure_tasks(self, save)
 
     def write(self) -> None:
         """Print the tables and write `--json`."""
