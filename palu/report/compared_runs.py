@@ -100,13 +100,20 @@ def _aucs(attacks: Sequence[Node]) -> Row:
 
 
 def curves_of(runs: Iterable[Node]) -> tuple[list[list[Row]], list[str]]:
-    """Return the steps of each run that has any, and the parts of the loss that they tell of."""
+    """Return the steps of each run that has any, and the parts of the loss that they tell of: not
+    those of no token (`num_...` is 0 in every step)."""
     curves = []
     for run in runs:
         steps = [dict(step.object()) for step in run["curve"].each()]
         if steps:
             curves.append(steps)
-    known = {name for steps in curves for step in steps for name in step}
+    known = {
+        name
+        for steps in curves
+        for step in steps
+        for name in PARTS
+        if step.get(f"num_{name}") != 0 and step.get(name) is not None
+    }
     return curves, [name for name in PARTS if name in known]
 
 
@@ -122,7 +129,7 @@ def curve_ends(curves: Sequence[Sequence[Row]], parts: Sequence[str]) -> list[Ro
     return ends
 
 
-def not_done(runs: Runs) -> list[Row]:
+def not_done(runs: Mapping[tuple[str, str], Sequence[Node]]) -> list[Row]:
     """Return the runs that diverged or failed: method, setting, seed, status and reason."""
     return [
         {
@@ -132,7 +139,7 @@ def not_done(runs: Runs) -> list[Row]:
             "status": run["status"].text(),
             "reason": run["reason"].text(""),
         }
-        for (method, setting), some in sorted(runs.items())
+        for (method, setting), some in runs.items()
         for run in some
         if not is_done(run)
     ]

@@ -155,13 +155,7 @@ def render_comparison(
         "beyond": frontiers.beyond if frontiers else 0,
         "widest": frontiers.x[1] if frontiers else 0,
         "attacks": _attacks(methods, models, shown),
-        "not_done": [
-            row | {"reason": masked(row["reason"], secrets)} for row in not_done(dict(runs))
-        ],
-        "not_ranked": [
-            {key: masked(one[key].text(""), secrets) for key in ("method", "setting", "why")}
-            for one in content["not_ranked"].each()
-        ],
+        **_not_compared(content, runs, secrets),
         "runs": sum(map(len, runs.values())),
         "answers": _answers(methods, models, shown, secrets),
         "limits": comparison_limits(models, shown, methods, content),
@@ -179,6 +173,22 @@ def render_comparison(
         show_secrets=secrets is not None and secrets.shown,
         loss=percent_of,
     )
+
+
+def _not_compared(
+    content: Node, runs: Mapping[tuple[str, str], Sequence[Node]], secrets: Secrets | None
+) -> Row:
+    """Return the runs that ended early, and the other settings that are on no frontier."""
+    ended = not_done(runs)
+    known = {(row["method"], row["setting"]) for row in ended}
+    others = [
+        {key: one[key].text("") for key in ("method", "setting", "why")}
+        for one in content["not_ranked"].each()
+        if (one["method"].text(), one["setting"].text("")) not in known
+    ]
+    order = [one["method"].text() for one in content["methods"].each()]
+    ended.sort(key=lambda row: order.index(row["method"]) if row["method"] in order else len(order))
+    return {"not_done": masked(ended, secrets), "not_ranked": masked(others, secrets)}
 
 
 def _pairs(

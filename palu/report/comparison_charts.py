@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 Method = Mapping[str, Any]
-_LARGE, _SMALL = (460, 320), (240, 160)
+_LARGE, _SMALL = (400, 290), (240, 160)
 _POINTS = 80  # of a curve that are drawn
 
 
@@ -85,7 +85,7 @@ class Frontiers:
         return plot.svg(name, f"{method['letter']}: frontier of {method['name']}", text)
 
     def _axes(self, size: tuple[int, int], *, large: bool) -> Plot:
-        plot = Plot(self.x, self.y, size, left=38, right=12, bottom=44 if large else 30)
+        plot = Plot(self.x, self.y, size, left=38, right=22, bottom=44 if large else 30)
         low, high = self.y
         count = round(10 * (high - low))
         for number in range(0, count + 1, max(1, math.ceil(count / (5 if large else 2)))):
@@ -170,9 +170,9 @@ def curve_chart(
         low, high = low - 0.5, high + 0.5
     if min(across) == max(across):
         return None
-    plot = Plot((min(across), max(across)), (low, high), _SMALL, left=44, right=12)
+    plot = Plot((min(across), max(across)), (low, high), _SMALL, left=54, right=12)
     for value in (low, (low + high) / 2, high):
-        plot.level(value, f"{value:.3g}")
+        plot.level(value, f"{value:.2g}")
     for anchor, step in (("start", plot.x[0]), ("end", plot.x[1])):
         plot.text(plot.place(step, low)[0], _SMALL[1] - 6, f"step {step:g}", anchor)
     for number, _, points in lines:

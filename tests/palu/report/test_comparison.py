@@ -244,7 +244,7 @@ def test_a_thinned_curve_keeps_its_peaks():
 
 
 def test_where_a_frontier_lies(tmp_path):
-    """By hand: axes from -1% to 20% and from 0 to 1, in a picture of 460 x 320."""
+    """By hand: axes from -1% to 20% and from 0 to 1, in a picture of 400 x 290."""
     content = compared.write(tmp_path / "cmp", methods=("A",), settings=2)
     content["settings"][1]["loss"]["value"] = 0.3  # beyond the right edge
     content["methods"][0]["frontier"][1]["loss"] = 0.1
@@ -253,8 +253,8 @@ def test_where_a_frontier_lies(tmp_path):
     assert picture.x == pytest.approx((-0.01, 0.2)) and picture.y == (0.0, 1.0)
     assert picture.beyond == 1
     svg = str(picture.all())
-    x = {loss: 38 + (loss + 0.01) / 0.21 * (460 - 12 - 38) for loss in (0.0, 0.1, 0.2)}
-    y = {level: 276 - level * 266 for level in (0.6, 0.65)}
+    x = {loss: 38 + (loss + 0.01) / 0.21 * (400 - 22 - 38) for loss in (0.0, 0.1, 0.2)}
+    y = {level: 246 - level * 236 for level in (0.6, 0.65)}
     corners = [(0.0, 0.6), (0.1, 0.6), (0.1, 0.65), (0.2, 0.65)]
     path = " ".join(f"{x[loss]:.1f},{y[level]:.1f}" for loss, level in corners)
     assert f'<polyline class="front c0 d0" points="{path}"/>' in svg

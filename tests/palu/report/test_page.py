@@ -242,8 +242,9 @@ def test_colour_is_the_probability(browser, comparison):
     grounds = browser.js("""[...document.querySelectorAll('.ramp .t')]
         .map(e => getComputedStyle(e).backgroundColor)""")
     assert len({*grounds}) == 11
-    line = "getComputedStyle(document.querySelector('mark')).borderBottomStyle"
-    assert browser.js(line) == "solid"
+    line = "getComputedStyle(document.querySelector('{}')).borderBottomWidth"
+    assert browser.js(line.format("mark .t")) == "3px"
+    assert browser.js(line.format(".tokens > .t")) == "0px"
 
 
 @pytest.mark.parametrize("which", ["page", "comparison"])
