@@ -9,14 +9,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from palu.comparison.run_file import DONE, FORGET, FORMAT, MEMBERSHIP
 from palu.report.examples import Secrets
 from palu.report.inputs import Node
 from palu.storage.json_files import read_object
 
-RUN_FORMAT = "palu-comparison-run/1"
-MEMBERSHIP = "membership_inference"
 MODELS = ("original", "retrained")
-FORGET = "forget"
 # Parts of a loss, in the order in which they are drawn; others are left to the run's own files.
 PARTS = ("loss", "forget", "preserve", "retain")
 
@@ -44,13 +42,13 @@ def read_runs(folder: Path) -> tuple[dict[str, Node], Runs]:
 
 def _read(path: Path) -> Node:
     run = Node(read_object(path), path)
-    run.format(RUN_FORMAT)
+    run.format(FORMAT)
     return run
 
 
 def is_done(run: Node) -> bool:
     """Return whether a run came to its end and can be compared."""
-    return run["status"].text() == "done"
+    return run["status"].text() == DONE
 
 
 def attack_rows(columns: Mapping[str, Sequence[Node]]) -> list[Row]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from palu import __version__
+from palu.comparison.run_file import FORGET, MEMBERSHIP
 from palu.report.build import check_page
 from palu.report.compared import (
     COMPARISON,
@@ -22,8 +23,6 @@ from palu.report.compared import (
     sentences,
 )
 from palu.report.compared_runs import (
-    FORGET,
-    MEMBERSHIP,
     MODELS,
     answers_of,
     attack_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palu.report.compared_runs import FORGET
+from palu.comparison.run_file import FORGET
 from palu.report.inputs import Node
 
 _ONE = (

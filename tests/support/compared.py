@@ -57,8 +57,9 @@ def answers(after: float, said: str | None = None) -> list[dict[str, Any]]:
 def run_file(leaked: int, after: float, said: str | None = None, **of_run: Any) -> dict[str, Any]:
     """A run file; each attack gets `leaked` of 12 secrets."""
     ids = [str(number) for number in range(6)]
+    kept = [0.9, 0.8 * (0.95 + 0.05 * after)]
     sets = {"forget": {"ids": ids, "answer_probability": [after] * 6}}
-    sets["general"] = {"ids": ["g0", "g1"], "answer_probability": [0.9, 0.8]}
+    sets["general"] = {"ids": ["g0", "g1"], "answer_probability": kept, "rougeL_recall": kept}
     attacks: list[dict[str, Any]] = [
         {"name": n, "title": t, "of": [*range(12)], "said": [1] * leaked + [0] * (12 - leaked)}
         for n, t in zip(ATTACKS, TITLES, strict=True)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from palu.comparison.tables import write_tables
 from palu.report.compared import differences, letter, methods_of, places, sentences
 from palu.report.compared_runs import attack_rows, curve_ends, geometric_mean, hide
 from palu.report.comparison import write_page
@@ -51,6 +52,20 @@ def test_it_says_what_was_found(tmp_path):
         "Probability of a token: to forget 0.075, the rest 0.907.",
     ):
         assert words in said, words
+
+
+def test_the_page_of_what_the_tables_have(tmp_path):
+    """`palu compare` ranks the run files, and the page says the same numbers."""
+    compared.write(tmp_path / "cmp", methods=("NPO", "PALU"))
+    content = write_tables(tmp_path / "cmp")
+    said = text_of(write_page(tmp_path / "cmp", content, forget=tmp_path / "forget.jsonl"))
+    for method in content["methods"]:
+        (at_five,) = (one for one in method["within"] if one["limit"] == 0.05)
+        one = at_five["forgetting"]
+        assert f"{one['value']:.3f} {one['low']:.3f} to {one['high']:.3f}" in said
+    # Of 12 secrets 3 are said within 5%: 1 - 3/12; two methods with the same runs do not differ.
+    assert at_five["forgetting"]["value"] == pytest.approx(0.75)
+    assert "cannot be told apart" in said and content["forgetting"]["title"] in said
 
 
 def test_the_smallest_comparison(tmp_path):
