@@ -423,6 +423,9 @@ class _Run:
         from palu.models.loading import load_model, load_tokenizer
 
         model, tokenizer = load_model(folder, **self._loading()), load_tokenizer(folder)
+        original = model  # which says how fluent the answers are
+        if name != "original":
+            original = load_model(self.models["original"], **self._loading())
         measured: dict[str, Any] = {"path": self.named[name], "digest": model_digest(folder)}
         for number, (data, examples) in enumerate(sets.items()):
             measured[data] = evaluate_examples(
@@ -431,6 +434,7 @@ class _Run:
                 examples,
                 template=self._template(),
                 max_length=self._max_length(),
+                original=original,
                 progress=_part(report, number, sets, f"{name}: {data}"),
             )
         return measured

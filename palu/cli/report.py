@@ -67,9 +67,10 @@ def report(context: typer.Context, options: SimpleNamespace) -> None:
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
-    """Print a report's verdict, and what leaks."""
+    """Print a report's verdict, what leaks, and whether answers are text."""
     from rich.text import Text
 
     out.print(Text(verdict["headline"], style=_COLORS[verdict["level"]]), soft_wrap=True)
-    for sentence in filter(None, (verdict["worst_leak"], verdict["plain_leak"])):
+    sentences = (verdict["worst_leak"], verdict["plain_leak"], *verdict["fallen_apart"])
+    for sentence in filter(None, sentences):
         out.print(sentence, soft_wrap=True, highlight=False)

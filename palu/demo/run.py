@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,7 @@ class Demo:
         examples: set -> examples.
         rows: set -> the same, tokenized.
         results: model -> set -> what `evaluate_examples` returns.
+        original: the first model that was kept.
     """
 
     def __init__(self, folder: Path, settings: DemoSettings, bars: Console) -> None:
@@ -182,6 +184,7 @@ class Demo:
             for name in SETS
         }
         self.results: dict[str, dict[str, dict]] = {}
+        self.original: LlamaForCausalLM | None = None
 
     def learn(self, title: str, rows: list[dict]) -> LlamaForCausalLM:
         """Return a model that was trained on the answers until it knew them by heart."""
@@ -210,6 +213,8 @@ class Demo:
         }
         save_model(self.folder / name, model, self.tokenizer, TEMPLATE, **record)
         self.results[name] = {}
+        # A copy: unlearning goes on with this very model.
+        self.original = self.original or deepcopy(model)
         for data, examples in self.examples.items():
             with bar(self.bars, f"Evaluating {name}: {data}") as report:
                 self.results[name][data] = evaluate_examples(
@@ -220,6 +225,7 @@ class Demo:
                     max_length=MAX_LENGTH,
                     batch_size=64,
                     max_new_tokens=40,
+                    original=self.original,
                     progress=report,
                 )
 

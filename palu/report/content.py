@@ -19,6 +19,7 @@ from palu.report.limits import limits_of
 from palu.report.measures import (
     Row,
     evaluated,
+    fallen_apart,
     kept_share,
     measure_rows,
     ordered,
@@ -84,9 +85,9 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> 
     limit = outcome["limits"]["leak_rate"].share() if outcome["limits"]["leak_rate"] else LEAK_LIMIT
     found = [] if attacks is None else [a for a in attacks["attacks"] if above(a, limit)]
     worst = None if attacks is None else attacks["worst"]
-    plain = plain_leak(rows, limit)
+    plain, apart = plain_leak(rows, limit), fallen_apart(rows)
     known = status in ("known", "known and harmed") or plain is not None
-    harmed = status in ("harmed", "known and harmed")
+    harmed = status in ("harmed", "known and harmed") or bool(apart.keys() - {"forget"})
     level, headline = "good", "Erased, as far as was measured"
     if known and harmed:
         level, headline = "bad", "Not erased, and the rest of the model was harmed"
@@ -100,6 +101,8 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> 
         level, headline = "bad", "Erased, but the rest of the model was harmed"
     elif status in (None, "not measured"):
         level, headline = "caution", "Not judged: the run did not measure its outcome"
+    elif apart:
+        level, headline = "caution", "Erased, but its answers to what was erased fell apart"
     elif worst is None:
         level, headline = "caution", "Forgotten when asked plainly, but nobody attacked it"
     return {
@@ -107,6 +110,7 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> 
         "level": level,
         "headline": headline,
         "plain_leak": plain,
+        "fallen_apart": [*apart.values()],
         "worst_leak": worst and _worst_sentence(worst, limit),
         "reasons": outcome["reasons"].texts(),
         "advice": outcome["advice"].texts(),

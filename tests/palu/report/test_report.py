@@ -144,6 +144,50 @@ def test_what_plain_answers_say_counts(tmp_path, retrained, level):
     assert ("Asked plainly, it says 2 of 12 secrets." in said) == (level == "bad")
 
 
+@pytest.mark.parametrize(
+    ("data", "unlearned", "others", "level", "words"),
+    [
+        (
+            "retain",
+            {"fell_apart": 0.4},
+            {},
+            "bad",
+            "40% of its answers to what was to be kept",
+        ),
+        (
+            "forget",
+            {"fell_apart": 0.4},
+            {},
+            "caution",
+            "40% of its answers to what was to be",
+        ),
+        ("retain", {"fell_apart": 0.4}, {"fell_apart": 0.35}, "good", ""),  # cut off everywhere
+        ("forget", {"fell_apart": 0.05}, {}, "good", ""),
+        ("retain", {"fluency": 0.4}, {"fluency": 0.9}, "bad", "hardly text"),
+        ("forget", {"fluency": 0.1}, {"fluency": 0.3}, "caution", "as likely as 0.1, and one of a"),
+        ("forget", {"fluency": 0.2}, {"fluency": 0.3}, "good", ""),
+    ],
+)
+def test_answers_that_fell_apart_are_said(tmp_path, data, unlearned, others, level, words):
+    """Whatever the run found, and however little is leaked."""
+    evaluation = erasure.evaluation()
+    for name, models in (("unlearned", unlearned), ("retrained", others), ("original", others)):
+        part = evaluation["models"][name][data] = json.loads(
+            json.dumps(evaluation["models"][name][data])
+        )
+        part["mean"] |= {"fell_apart": 0.0} | models
+    model = erasure.write(tmp_path, evaluation=evaluation, attack=leaking(0))
+    report = build_report(model)
+    assert report["verdict"]["level"] == level
+    assert len(report["verdict"]["fallen_apart"]) == bool(words)
+    said = text_of(model / "report.html")
+    assert words in said and "Answers that fell apart" in said
+    assert ("Erased, but" in report["verdict"]["headline"]) == bool(words)
+    if words:
+        write_card(model, content=report)
+        assert words in (model / "README.md").read_text()
+
+
 def test_what_to_change_is_said(tmp_path):
     reasons, advice = ["7 of 12 are still said."], ["Give it more --epochs."]
     record = outcome(status="known", reasons=reasons, advice=advice)
