@@ -15,15 +15,17 @@ import numpy as np
 
 from palu.comparison.bootstrap import RESAMPLES, draw, interval
 from palu.comparison.tables import write_csv
-from palu.evaluation.eval_log import EVAL, RECORD, Log, LogError
+from palu.evaluation.eval_log import Log, LogError
 from palu.evaluation.names import PER_EXAMPLE
 from palu.evaluation.tofu import summarize
+from palu.storage.output import evaluation_files
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
 CSV, PNG = "logs.csv", "logs.png"
+ENDING = "_EVAL.json"  # TOFU_EVAL.json, MUSE_EVAL.json, ...
 JSON_KEYS = {"model", "template", "versions", "summary"}
 """Of a file of `palu evaluate --json`."""
 AGAINST = ("forget_quality", "privleak")
@@ -171,10 +173,10 @@ def _field(rows: Mapping[str, Any]) -> str | None:
 
 
 def _settings(file: Path) -> Mapping[str, Any]:
-    beside = file.parent / RECORD
-    if file.name != EVAL or not beside.is_file():
+    if not file.name.endswith(ENDING):
         return {}
-    return Log.read(beside, RECORD).entry("settings")
+    beside = file.parent / evaluation_files(file.name.removesuffix(ENDING))[2]
+    return Log.read(beside, beside.name).entry("settings") if beside.is_file() else {}
 
 
 def _of_json(log: Log, name: str) -> EvaluationLog:
@@ -273,20 +275,18 @@ def _names(named: Sequence[tuple[str | None, Path]]) -> list[str]:
 def _parts(path: Path) -> list[str]:
     """Return the parts of a path that tell what a log is of."""
     path = path.resolve()
-    last = path.name.removesuffix(".json").removesuffix(".TOFU_EVAL")
-    parts = [*path.parts[1:-1], last]
-    return parts[:-1] if path.name == EVAL and len(parts) > 1 else parts
+    named = path.name.removesuffix(".json").removesuffix(".TOFU_EVAL")
+    folder = list(path.parts[1:-1])
+    return folder if path.name.endswith(ENDING) and named.endswith("_EVAL") else [*folder, named]
 
 
 def _file(path: Path) -> Path:
     """Return the log of a path, which may be its folder. Raises LogError."""
     if not path.is_dir():
         return path
-    if (path / EVAL).is_file():
-        return path / EVAL
-    found = [*path.glob("*TOFU_EVAL.json"), *path.glob("*/TOFU_EVAL.json")]
+    found = sorted(path.glob(f"*{ENDING}"))
     if len(found) != 1:
-        said = f"has {len(found)} logs in it" if found else f"has no {EVAL}"
+        said = f"has {len(found)} logs in it" if found else f"has no TOFU{ENDING}"
         raise LogError(f"{path}: {said}; name the file")
     return found[0]
 
