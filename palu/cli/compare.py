@@ -33,14 +33,27 @@ FAILED_STATUS = 3
 class CompareOptions:
     """What is compared, where, and how much of it at once."""
 
-    config: Path = option(
-        MISSING, "The comparison, YAML or JSON; docs/comparison.md has its keys.", argument=True
+    config: list[Path] = option(
+        MISSING,
+        "The comparison, YAML or JSON; docs/comparison.md has its keys. With --logs: logs.",
+        argument=True,
+    )
+    logs: bool = option(
+        False,
+        "Compare evaluation logs that are there, palu's and open-unlearning's: TOFU_EVAL.json, "
+        "--json files or their folders, or NAME=PATH.",
+        panel="Compared with",
+    )
+    retain_log: Path | None = option(
+        None,
+        "With --logs: log of the retrained model; forget quality and privleak are made anew.",
+        panel="Compared with",
     )
     output: Path | None = _output(
         None,
         "Folder for the runs and the tables; the same command goes on with what is in it, on "
-        "several machines too.",
-        shown="CONFIG without its ending",
+        "several machines too. With --logs: for a CSV and plots.",
+        shown="CONFIG without its ending; with --logs none",
     )
     plan: bool = _output(
         False,
@@ -61,7 +74,11 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     The same command goes on with a comparison that was stopped. A run that diverges or fails is a
     row that says so. Exit status 3: a run failed.
     """
+    if options.logs:
+        _compare_logs(options)
+        return
     with user_errors():
+        options.config = _only(options)
         comparison = _read(options)
     with user_errors(), bars.status("Checking the configuration, models and data"):
         from palu.comparison.folder import check_folder, open_folder
@@ -97,6 +114,29 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
             f"{failed} runs failed (their run.json says why; --retry does them again)",
         )
         raise typer.Exit(FAILED_STATUS)
+
+
+def _compare_logs(options: SimpleNamespace) -> None:
+    """Print the table of some logs, and write it and its plots into `--output`."""
+    from palu.comparison.logs import compare_logs
+
+    with user_errors(), plain_warnings():
+        if given := {"plan", "retry", "jobs"} & options.given:
+            raise ValueError(f"--{min(given)} is for runs, and --logs makes none; leave it out")
+        out.print(compare_logs(options.config, options.output, retain_log=options.retain_log))
+    if options.output is not None:
+        out.print(f"Written to {options.output}", soft_wrap=True)
+
+
+def _only(options: SimpleNamespace) -> Path:
+    """Return the one configuration."""
+    if options.retain_log is not None:
+        raise ValueError("--retain-log is for --logs; a comparison has its retrained model")
+    if len(options.config) > 1:
+        raise ValueError(
+            f"give one configuration, not {len(options.config)} (--logs compares evaluation logs)"
+        )
+    return options.config[0]
 
 
 def _read(options: SimpleNamespace) -> Comparison:

@@ -80,6 +80,11 @@ class EvaluateOptions:
     )
     overwrite: bool = _output(False, "Measure anew what --output holds.")
     json: Path | None = _output(None, "Write every number to this file.")
+    plots: Path | None = _output(
+        None,
+        "Folder for the numbers as logs.csv and as a picture, logs.png; `palu compare --logs` puts "
+        "several models side by side.",
+    )
     batch_size: int = option(16, "Examples in a forward pass.", least=1, panel="Machine")
     max_new_tokens: int = _data(200, "Limit of an answer; 0: none.", least=0)
     samples: int = _sampling(
@@ -143,6 +148,8 @@ class EvaluateRun:
                 )
             inputs = without_slices(options.forget, options.retain, options.holdout)
             check_json(json, inputs=(*inputs, options.retain_log))
+        if options.plots is not None and options.plots.exists() and not options.plots.is_dir():
+            raise ValueError(f"--plots {str(options.plots)!r} is a file; name a folder")
         self.files = _own_files(options.forget, options.retain, options.tofu, options.split)
         self.columns = dict.fromkeys(("forget", "holdout"), options.columns)
         self.columns["retain"] = options.retain_columns or options.columns
@@ -329,8 +336,19 @@ class EvaluateRun:
             out.print(f"Written to {self.store.folder}", soft_wrap=True)
         if json is not None:
             content = {"model": model, "template": self.template.to_dict(), "versions": versions()}
+            content["data"] = {name: data.digest() for name, data in self.sets.items()}
             check_json(json)
             write_json(json, {**content, **results, "summary": summary(self.log)})
+        if options.plots is not None:
+            self._plot(Path(model).name)
+
+    def _plot(self, model: str) -> None:
+        from palu.comparison.logs import logs_frame, take_log, write_logs
+        from palu.evaluation.eval_log import Log
+
+        logs = [take_log(Log(self.log, "log"), model)]
+        write_logs(logs, logs_frame(logs), self.options.plots)
+        out.print(f"Plots written to {self.options.plots}", soft_wrap=True)
 
 
 def _own_files(

@@ -95,7 +95,7 @@ def _draw_spread(axes: Any, logs: Sequence[EvaluationLog], metric: str) -> None:
             values = np.array([*log.values[metric].values()])
             axes.ecdf(values, color=style(number)["color"], linewidth=1.6)
     if metric == "forget_truth_ratio":
-        axes.set_xscale("log")
+        _log_scale(axes)
     else:
         axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0, 1.02)
@@ -104,6 +104,18 @@ def _draw_spread(axes: Any, logs: Sequence[EvaluationLog], metric: str) -> None:
     axes.set_title(SPREAD[metric], loc="left", fontweight="bold", fontsize=10)
     axes.grid(True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _log_scale(axes: Any) -> None:
+    """Scale an axis by powers of ten, with labels that do not run into one another."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    between = (1.0,) if high > 50 * low else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=between))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _shown(name: str) -> str:

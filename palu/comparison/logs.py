@@ -50,6 +50,7 @@ class EvaluationLog:
         means: the metrics whose aggregate is the mean of their rows.
         rows: metric (or part of a membership attack) -> its rows, measured or not.
         answers: metric -> row -> the true answer.
+        ids: set -> the ids of its rows in their order; those of `--json` files alone are known.
         settings: what it was measured with, as far as it is known.
     """
 
@@ -60,6 +61,7 @@ class EvaluationLog:
     rows: dict[str, frozenset[str]]
     answers: dict[str, dict[str, str]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ids: Mapping[str, list[str]] = field(default_factory=dict)
 
     @cached_property
     def means(self) -> list[str]:
@@ -91,7 +93,7 @@ def compare_logs(
     logs = read_logs(paths, retain_log)
     frame = logs_frame(logs)
     if output is not None:
-        write_logs(logs, frame, Path(output) / CSV, Path(output) / PNG)
+        write_logs(logs, frame, Path(output))
     return logs_table(logs, frame)
 
 
@@ -116,6 +118,13 @@ def read_log(path: Path, name: str, retain_log: Path | None = None) -> Evaluatio
     log = Log.read(file, name)
     if set(log.metrics) >= JSON_KEYS:
         return _of_json(log, name)
+    return take_log(log, name, retain_log, _settings(file))
+
+
+def take_log(
+    log: Log, name: str, retain_log: Path | None = None, settings: Mapping[str, Any] | None = None
+) -> EvaluationLog:
+    """Return what a log that was read says. Raises LogError."""
     values, rows, answers = {}, {}, {}
     for metric in log.metrics:
         parts = [None] if not metric.startswith("mia_") else ["forget", "holdout"]
@@ -137,8 +146,7 @@ def read_log(path: Path, name: str, retain_log: Path | None = None) -> Evaluatio
     if not rows:
         log.rows(next(iter(log.metrics), "forget_Q_A_Prob"))  # says what is missing
     aggregates = _aggregates(log, retain_log)
-    settings = _settings(file)
-    return EvaluationLog(name, log.source, aggregates, values, rows, answers, settings)
+    return EvaluationLog(name, log.source, aggregates, values, rows, answers, settings or {})
 
 
 def _aggregates(log: Log, retain_log: Path | None) -> Values:
@@ -181,30 +189,30 @@ def _settings(file: Path) -> Mapping[str, Any]:
 
 def _of_json(log: Log, name: str) -> EvaluationLog:
     """Return what a file of `palu evaluate --json` says, by the names that logs have."""
-    values, rows, aggregates = {}, {}, dict(log.metrics["summary"])
+    values, rows, ids, aggregates = {}, {}, {}, dict(log.metrics["summary"])
     for part, result in log.metrics.items():
         if not isinstance(result, Mapping) or "examples" not in result:
             continue
-        ids = [str(example["id"]) for example in result["examples"]]
+        ids[part] = [str(example["id"]) for example in result["examples"]]
         for metric in PER_EXAMPLE:
             known = f"{part}_{_IN_LOGS.get(metric, metric)}"
             if part == "forget" and metric in ("exact_memorization", "extraction_strength"):
                 known = metric
             numbers = [example.get(metric) for example in result["examples"]]
-            measured = {i: v for i, v in zip(ids, numbers, strict=True) if v is not None}
+            measured = {str(n): v for n, v in enumerate(numbers) if v is not None}
             if measured:
-                values[known], rows[known] = measured, frozenset(ids)
+                values[known], rows[known] = measured, frozenset(map(str, range(len(numbers))))
                 aggregates.setdefault(known, float(np.mean([*measured.values()])))
     if not rows:
         raise LogError(f"{log.source}: has no examples of any set")
     settings = {f"data_{part}": digest for part, digest in log.metrics.get("data", {}).items()}
     settings["template"] = log.metrics["template"]
-    return EvaluationLog(name, log.source, aggregates, values, rows, {}, settings)
+    return EvaluationLog(name, log.source, aggregates, values, rows, {}, settings, ids)
 
 
 def check_same_rows(one: EvaluationLog, other: EvaluationLog) -> None:
     """Raise LogError where two logs are not of the same rows, as far as they tell; warn where they
-    were measured in another way."""
+    do not tell, or were measured in another way."""
     both = [metric for metric in one.rows if metric in other.rows]
     if not both:
         raise LogError(f"{other.source}: has no metric that {one.source} has too")
@@ -214,27 +222,46 @@ def check_same_rows(one: EvaluationLog, other: EvaluationLog) -> None:
                 f"{other.source}: {metric} has {_apart(one.rows[metric], other.rows[metric])} "
                 f"{one.source}: they are of other rows or another split, and cannot be compared"
             )
-    for metric in one.answers.keys() & other.answers.keys():
+    settings = one.settings.keys() & other.settings.keys()
+    data = sorted(name for name in settings if name.startswith("data_"))
+    sets = sorted(one.ids.keys() & other.ids.keys())
+    differ = [name.removeprefix("data_") for name in data if _differ(one, other, name)]
+    differ += [name for name in sets if one.ids[name] != other.ids[name]]
+    if differ:
+        raise LogError(
+            f"{other.source}: its {differ[0]} set is another one than that of {one.source}: they "
+            "cannot be compared"
+        )
+    told = _same_answers(one, other)
+    if not (data or sets or told):
+        warnings.warn(
+            f"whether {other.source} and {one.source} are of the same rows is known by their "
+            "numbers alone",
+            stacklevel=3,
+        )
+    for name in sorted(settings & {"max_length", "max_new_tokens", "template"}):
+        if _differ(one, other, name):
+            warnings.warn(
+                f"{other.source} was measured with another {name} than {one.source}", stacklevel=3
+            )
+
+
+def _differ(one: EvaluationLog, other: EvaluationLog, setting: str) -> bool:
+    return one.settings[setting] != other.settings[setting]
+
+
+def _same_answers(one: EvaluationLog, other: EvaluationLog) -> bool:
+    """Return whether both logs have true answers. Raises LogError where those are not the same."""
+    metrics = one.answers.keys() & other.answers.keys()
+    for metric in sorted(metrics):
         mine, theirs = one.answers[metric], other.answers[metric]
-        for row in mine.keys() & theirs.keys():
+        for row in sorted(mine.keys() & theirs.keys()):
             if " ".join(mine[row].split()) != " ".join(theirs[row].split()):
                 raise LogError(
                     f"{other.source}: the true answer of row {row!r} of {metric} is another one "
                     f"than in {one.source}: they are of other data, and cannot be compared"
                 )
-    for setting in one.settings.keys() & other.settings.keys():
-        if one.settings[setting] == other.settings[setting]:
-            continue
-        if setting.startswith("data_"):
-            raise LogError(
-                f"{other.source}: its {setting.removeprefix('data_')} set is another one than that "
-                f"of {one.source}: they cannot be compared"
-            )
-        if setting in ("max_length", "max_new_tokens", "template"):
-            warnings.warn(
-                f"{other.source} was measured with another {setting} than {one.source}",
-                stacklevel=3,
-            )
+    return bool(metrics)
 
 
 def _apart(one: frozenset[str], other: frozenset[str]) -> str:
@@ -370,11 +397,10 @@ def logs_table(logs: Sequence[EvaluationLog], frame: pd.DataFrame) -> Table:
     return table
 
 
-def write_logs(logs: Sequence[EvaluationLog], frame: pd.DataFrame, csv: Path, png: Path) -> None:
-    """Write the table of `logs_frame`, and plots."""
+def write_logs(logs: Sequence[EvaluationLog], frame: pd.DataFrame, folder: Path) -> None:
+    """Write the table of `logs_frame`, and plots, into a folder."""
     from palu.comparison.log_plot import draw_logs
 
-    for path in (csv, png):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(csv, frame)
-    draw_logs(png, logs, frame)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / CSV, frame)
+    draw_logs(folder / PNG, logs, frame)

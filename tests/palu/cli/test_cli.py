@@ -35,12 +35,16 @@ def test_unlearn_then_evaluate(palu, work):
     old = AutoModelForCausalLM.from_pretrained(work / "model")
     assert not torch.equal(model.lm_head.weight, old.lm_head.weight)
 
-    status, said, _ = palu(f"evaluate --model new {DATA} --max-new-tokens 4 --json numbers.json")
+    words = "--max-new-tokens 4 --json numbers.json --plots plots"
+    status, said, _ = palu(f"evaluate --model new {DATA} {words}")
     assert status == 0 and "forget" in said and "retain" in said
+    assert "new,forget_Q_A_Prob,3,0." in (work / "plots/logs.csv").read_text()
+    assert (work / "plots/logs.png").stat().st_size
     numbers = json.loads((work / "numbers.json").read_text())
     assert 0 < numbers["forget"]["mean"]["sensitive_probability"] < 1
     assert numbers["retain"]["mean"]["sensitive_probability"] is None
     assert len(numbers["forget"]["examples"]) == 3
+    assert set(numbers["data"]) == {"forget", "retain"}
 
 
 def test_a_slice_of_a_file_and_no_retain(palu):

@@ -179,3 +179,23 @@ def test_killed_and_gone_on_with(world):
     for run in runs.values():
         assert (run.reason is None) == (run.status == "done")
         assert run.environment["threads"] == 1
+
+
+def test_logs_that_were_made_elsewhere_are_compared(tmp_path, monkeypatch, capsys):
+    palu = command.palu_in(tmp_path, monkeypatch, capsys)
+    for name, prob in (("npo", 0.5), ("palu", 0.1)):
+        rows = {str(n): {"prob": prob + n / 10, "avg_loss": 1.0} for n in range(3)}
+        log = {"forget_Q_A_Prob": {"agg_value": prob + 0.1, "value_by_index": rows}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "TOFU_EVAL.json").write_text(json.dumps(log))
+    status, said, _ = palu("compare --logs npo palu/TOFU_EVAL.json --output out")
+    assert status == 0 and "0.2 *" in said and "Written to out" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["logs.csv", "logs.png"]
+    for line, error in (
+        ("compare --logs npo none", "none: no such file"),
+        ("compare npo palu", "give one configuration, not 2"),
+        ("compare --logs npo palu --plan", "--plan is for runs"),
+        ("compare npo --retain-log palu", "--retain-log is for --logs"),
+    ):
+        status, _, errors = palu(line)
+        assert status == 2 and error in errors

@@ -90,7 +90,8 @@ def test_intervals_are_those_of_a_bootstrap_over_the_rows(write):
 def test_a_log_and_a_json_file_stand_in_one_table(write):
     log = write("a.json", a_log([0.9, 0.8, 0.7, 0.6]))
     json_file = write("b.json", of_json([0.1, 0.2, 0.1, 0.2]))
-    one, other = read_logs([log, json_file])
+    with pytest.warns(UserWarning, match="known by their numbers alone"):
+        one, other = read_logs([log, json_file])
     assert other.aggregates["forget_Q_A_Prob"] == pytest.approx(0.15)
     assert one.rows["forget_Q_A_Prob"] == other.rows["forget_Q_A_Prob"]
     assert "forget_sensitive_probability" not in other.values
@@ -101,8 +102,11 @@ def test_logs_of_other_rows_are_refused(write):
     less = write("less.json", a_log([0.9, 0.8, 0.7], answers=ANSWERS[:3]))
     with pytest.raises(LogError, match=r"forget_Q_A_Prob has 3 rows and not 4 as in .*a\.json"):
         read_logs([log, less])
+    three = {"forget_Q_A_Prob": copy.deepcopy(a_log([0.9] * 4)["forget_Q_A_Prob"])}
+    rows = three["forget_Q_A_Prob"]["value_by_index"]
+    rows["4"] = rows.pop("0")
     with pytest.raises(LogError, match=r"forget_Q_A_Prob has row '4' and not '0' as in"):
-        read_logs([log, write("b.json", of_json([0.9] * 4, "1234"))])
+        read_logs([log, write("b.json", three)])
     texts = ["Ada was born in Rome.", *ANSWERS[1:]]
     other = write("other.json", a_log([0.9, 0.8, 0.7, 0.6], answers=texts))
     with pytest.raises(LogError, match="the true answer of row '0' of forget_Q_A_ROUGE is another"):
@@ -129,6 +133,9 @@ def test_logs_of_other_data_are_refused_by_what_stands_beside_them(write):
 def test_json_files_of_other_data_are_refused(write):
     one, other = of_json([0.9] * 4), of_json([0.9] * 4)
     one["data"], other["data"] = {"forget": "x"}, {"forget": "y"}
+    with pytest.raises(LogError, match="its forget set is another one"):
+        read_logs([write("a.json", one), write("b.json", other)])
+    one, other = of_json([0.9] * 4), of_json([0.9] * 4, "abcd")
     with pytest.raises(LogError, match="its forget set is another one"):
         read_logs([write("a.json", one), write("b.json", other)])
 
