@@ -35,13 +35,19 @@ class Claims:
     Args:
         folder: for the files.
         stale: seconds after which a claim that nobody touches is taken over.
+        every: seconds between touches of its own claims, for who holds them.
         clock: of this process, in seconds.
     """
 
     def __init__(
-        self, folder: Path, *, stale: float = STALE, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        *,
+        stale: float = STALE,
+        every: float = BEAT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder, self.stale, self.clock = folder, stale, clock
+        self.folder, self.stale, self.every, self.clock = folder, stale, every, clock
         # Of claims of others: what was seen, and since when it is the same.
         self.seen: dict[str, tuple[tuple, float]] = {}
         folder.mkdir(parents=True, exist_ok=True)

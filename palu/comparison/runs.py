@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from palu.comparison.claims import BEAT, Claim, Claims
+from palu.comparison.claims import Claim, Claims
 from palu.comparison.config import Comparison, Task
 from palu.comparison.perform import MODEL, RUN_FILE, Job, run_of
 from palu.comparison.pool import Died, Worker
@@ -146,9 +146,9 @@ class Runs:
         """Wait a little. Return the runs that have ended."""
         sentinels = {one.worker.sentinel: one for one in self.active}
         if not sentinels:
-            time.sleep(min(BEAT, self.claims.stale) / 4)
+            time.sleep(self.claims.every / 4)
             return []
-        return [sentinels[one] for one in wait(list(sentinels), timeout=BEAT)]
+        return [sentinels[one] for one in wait(list(sentinels), timeout=self.claims.every)]
 
     def _end(self, one: Active, ended: Callable[[Task, Run], None]) -> None:
         """Put what a run has left in its place."""
