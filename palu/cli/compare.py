@@ -211,14 +211,17 @@ def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
     from palu.cli.unlearn import check_unlearn
     from palu.comparison.config import ConfigError
     from palu.comparison.measure import Measuring, check_measure
-    from palu.comparison.planning import key_of, setup_of
+    from palu.comparison.planning import key_of, setup_of, tried
+    from palu.comparison.search import check_optuna
     from palu.models.loading import load_tokenizer, model_folder
 
     quiet()
     model_folder(comparison.model)
+    if any(method.search for method in comparison.methods.values()):
+        check_optuna()
     with tempfile.TemporaryDirectory(prefix="palu-") as folder, plain_warnings():
         checked: dict[str, Any] = {}
-        for task in comparison.tasks():
+        for task in tried(comparison):
             if (key := key_of(task)) in checked:
                 continue
             try:
@@ -304,9 +307,8 @@ def print_plan(
     from palu.comparison.run_file import DONE, read_run
     from palu.progress import bar
 
-    tasks = comparison.tasks()
-    files = {task.id: output / "runs" / task.id / "run.json" for task in tasks}
-    runs = {name: read_run(path) for name, path in files.items() if path.is_file()}
+    tasks = planning.tried(comparison)
+    runs = {path.parent.name: read_run(path) for path in output.glob("runs/*/run.json")}
     first = {task.method: task for task in reversed(tasks)}
     timed = {run.method for run in runs.values() if run.status == DONE}
     probed = {}
@@ -372,6 +374,7 @@ def _run(
     from palu.comparison.measures import Measures
     from palu.comparison.run_file import DONE, FAILED, Run, read_run
     from palu.comparison.runs import ORIGINAL, RETRAINED, Runs
+    from palu.comparison.search import Searches
     from palu.progress import bar
 
     models = [Task(ORIGINAL)] + ([Task(RETRAINED)] if comparison.retrained is not None else [])
@@ -398,6 +401,11 @@ def _run(
         Measures(measured, comparison.forgetting, comparison.utility_metrics)
     with bar(bars, "Runs") as report:
         runs.run(tasks, report, ended)
+    searches = Searches(comparison, runs.file, measured[ORIGINAL])
+    while more := searches.next():
+        with bar(bars, "Runs of a search") as report:
+            runs.run(more, report, ended)
+        tasks += more
     statuses = [read_run(runs.file(task)).status for task in tasks]
     counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
     out.print(", ".join(f"{count} runs {status}" for status, count in counts.items()))

@@ -168,7 +168,8 @@ def check_names(comparison: Comparison, known: Sequence[str], methods: Sequence[
                 raise ConfigError(f"{where}.{name} must be the same in all runs: put it in common")
     for name, one in comparison.methods.items():
         given = {**comparison.common, **one.options}
-        if "method" in given or all("method" in setting for setting in one.settings):
+        varies = [*one.settings, *([one.search["space"]] if one.search else [])]
+        if "method" in given or all("method" in setting for setting in varies):
             continue
         called = [method for method in methods if _bare(method) == _bare(name)]
         if not called:
@@ -334,6 +335,8 @@ def _method(name: str, value: Any) -> MethodConfig:
     search = None
     if "search" in value:
         search = _search(f"{name}.search", value["search"])
+        if both := [key for key in search["space"] if key in options]:
+            raise ConfigError(f"{name}: {both[0]} is in options, and sought; leave it out of one")
     if not settings and search is None:
         settings = [{}]
     for n, setting in enumerate(settings):
@@ -345,7 +348,37 @@ def _method(name: str, value: Any) -> MethodConfig:
 
 
 def _search(name: str, value: Any) -> dict[str, Any]:
-    raise ConfigError(f"{name}: no search is available")
+    sizes = {"trials": _whole(1), "generation": _whole(1), "startup": _whole(1), "seed": _whole(0)}
+    _keys(name, value, (*sizes, "space"), needed=("trials", "space"))
+    search = {"generation": 4, "startup": 8, "seed": 0}
+    search |= {
+        key: check(f"{name}.{key}", value[key]) for key, check in sizes.items() if key in value
+    }
+    space = value["space"]
+    if not isinstance(space, Mapping) or not space:
+        raise ConfigError(f"{name}.space must name at least one option, not {shown(space)}")
+    search["space"] = {
+        str(key).replace("-", "_"): _range(f"{name}.space.{key}", one) for key, one in space.items()
+    }
+    return search
+
+
+def _range(name: str, value: Any) -> Any:
+    """Return a list of values, or `low`, `high` and `log`."""
+    if isinstance(value, list) and value:
+        return value
+    _keys(name, value, ("low", "high", "log"), needed=("low", "high"))
+    low, high = value["low"], value["high"]
+    log = _flag(f"{name}.log", value.get("log", False))
+    for one in (low, high):
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            raise ConfigError(f"{name}: low and high must be numbers, not {one!r}")
+    if not (0 if log else -math.inf) < low < high < math.inf:
+        least = " above 0" if log else ""
+        raise ConfigError(f"{name}: low must be a number{least} and below high, not {low!r}")
+    if not (isinstance(low, int) and isinstance(high, int)):
+        low, high = float(low), float(high)
+    return {"low": low, "high": high, "log": log}
 
 
 def _methods(name: str, value: Any) -> dict[str, MethodConfig]:

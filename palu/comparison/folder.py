@@ -15,6 +15,8 @@ from palu.storage.json_files import NotJSON, parse_yaml, read_text
 
 FILE, FORMAT = "comparison.yaml", "palu-comparison-config/1"
 FIXED = ("common", "attacks", "evaluate")
+FIXED_BY_SEARCH = ("seeds", "forgetting", "utility_metrics")
+"""What decides which settings a search looks for."""
 
 
 def open_folder(
@@ -100,6 +102,8 @@ def _check_same(
         for name, method in wanted["methods"].items()
         if name in known["methods"] and known["methods"][name]["options"] != method["options"]
     ]
+    if any(method.search for method in comparison.methods.values()):
+        differs += [name for name in FIXED_BY_SEARCH if known.get(name) != wanted[name]]
     asked = comparison.threads
     if asked is not None and asked != known["threads"]:
         differs.append("threads")

@@ -13,6 +13,7 @@ from typing import Any
 
 from palu.comparison.config import Comparison, Task
 from palu.comparison.run_file import DONE, Run
+from palu.comparison.search import corners
 
 FEW, MORE = 2, 6
 """Steps of the two runs of a probe: what a step takes is their difference."""
@@ -38,6 +39,18 @@ class Row:
     memory: int | None
 
 
+def tried(comparison: Comparison) -> list[Task]:
+    """Return the runs of all settings that are written down, and, for each search, runs at the ends
+    of its space."""
+    ends = [
+        comparison.task(name, setting, comparison.seeds[0])
+        for name, method in comparison.methods.items()
+        if method.search is not None
+        for setting in corners(method.search["space"])
+    ]
+    return [*comparison.tasks(), *ends]
+
+
 def rows(
     comparison: Comparison,
     runs: Mapping[str, Run],
@@ -47,21 +60,22 @@ def rows(
     """Return a row for each method.
 
     Args:
-        runs: those that are there, by the names of their tasks.
+        runs: those that are there, by name.
         setups: `memory` and `steps` of each setting, by (method, setting) joined by a newline.
         probed: seconds of a run, by method, where no run is there.
     """
     found = []
     for name in comparison.methods:
-        tasks = [task for task in comparison.tasks() if task.method == name]
-        there = [runs[task.id] for task in tasks if task.id in runs]
+        tasks = [task for task in tried(comparison) if task.method == name]
+        there = [run for run in runs.values() if run.method == name]
+        search = comparison.methods[name].search
+        settings = len(comparison.methods[name].settings) + (search["trials"] if search else 0)
+        count = settings * len(comparison.seeds)
         took = [sum(run.seconds.values()) for run in there if run.status == DONE]
         memory = [setups[key_of(task)]["memory"] for task in tasks]
         seconds = statistics.median(took) if took else probed.get(name)
         known = [size for size in memory if size is not None]
-        found.append(
-            Row(name, len(tasks), len(there), seconds, not took, max(known) if known else None)
-        )
+        found.append(Row(name, count, len(there), seconds, not took, max(known) if known else None))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 from palu.comparison import claims as module
@@ -10,20 +11,28 @@ from palu.comparison.claims import Claims
 
 
 def test_one_of_many_gets_a_claim(tmp_path):
-    """As the file system decides, not an order in this process."""
+    """All see that nobody has it before any takes it: the file system decides."""
     got, barrier = [], threading.Barrier(8)
 
-    def take():
-        own = Claims(tmp_path)
-        barrier.wait()
-        got.append(own.take("run"))
+    class Together(Claims):
+        waits = True
 
-    threads = [threading.Thread(target=take) for _ in range(8)]
+        def _last(self, name):
+            found = super()._last(name)
+            if self.waits:
+                self.waits = False
+                barrier.wait()
+            return found
+
+    threads = [
+        threading.Thread(target=lambda: got.append(Together(tmp_path).take("run")))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(claim is not None for claim in got) == 1
+    assert sum(claim is not None for claim in got) == 1 and len(got) == 8
 
 
 def test_a_claim_that_is_given_up_can_be_taken(tmp_path):
@@ -58,8 +67,6 @@ def test_who_is_gone_on_another_machine_is_replaced_after_a_while(tmp_path, monk
     other_machine(claim.path)
     assert watch.take(0) is None and watch.take(59) is None
     # It beats once more: the watch begins anew.
-    import os
-
     os.utime(claim.path, ns=(1, 1))
     assert watch.take(30) is None and watch.take(59) is None
     second = watch.take(2)
