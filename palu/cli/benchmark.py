@@ -140,6 +140,8 @@ class BenchmarkRun:
             self.benchmark = self.kind(options.data, options.split)
             self.benchmark.check_retrained(self.retrained)
         self.tokenizer = load_tokenizer(options.model)
+        if self.benchmark is not None:
+            self.benchmark.check_tokenizer(self.tokenizer)
         self.model = load_model(
             options.model, options.dtype, options.device, allow_missing=options.allow_missing
         )

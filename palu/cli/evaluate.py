@@ -36,17 +36,19 @@ class EvaluateOptions:
         f"What was forgotten: a file ({FILES}), a datasets folder, or a data set on the hub "
         "(org/name:split). Takes a slice.",
     )
-    benchmark: Literal["tofu", "muse", "wmdp"] | None = _data(
+    benchmark: Literal["tofu", "muse", "wmdp", "rwku"] | None = _data(
         None, "Instead of --forget: measure what a benchmark of the field measures, on --data."
     )
     data: str | None = _data(
         None,
         "Of --benchmark: a folder with its files, or its id on the hub (muse-bench/MUSE-News, "
-        "cais/wmdp).",
+        "cais/wmdp, jinzhuoran/RWKU).",
     )
     tofu: Path | None = _data(None, "Folder with TOFU's files: --benchmark tofu --data DIR.")
     split: str | None = _data(
-        None, "Of TOFU: forget01, forget10, ...; of WMDP: topics, such as bio,cyber.", shown="all"
+        None,
+        "Of TOFU: forget01, forget10, ...; of WMDP: topics, such as bio,cyber; of RWKU: a person.",
+        shown="all",
     )
     lm_eval: str | None = _data(
         None, "Tasks of lm-evaluation-harness: mmlu,arc_easy. Alone, or with any other data."

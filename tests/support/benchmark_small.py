@@ -128,7 +128,10 @@ def rwku():
         "utility_truthfulness": [
             {
                 "question": r["question"].strip(),
-                "mc1_targets": {"choices": r["choices"], "labels": [1, 0, 0, 0]},
+                "mc1_targets": {
+                    "choices": r["choices"],
+                    "labels": [int(k == (0, 0, 1, 1)[n]) for k in range(4)],
+                },
                 "mc2_targets": {"choices": r["choices"], "labels": [1, 1, 0, 0]},
             }
             | who[n % 2]

@@ -41,6 +41,9 @@ class Benchmark:
         """Return the entries that follow from measured ones."""
         return {}
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise ValueError where a tokenizer lacks what the questions are put with."""
+
     def check_retrained(self, retrained: Log | None) -> None:
         """Raise LogError where the retrained model's log lacks what a number is compared with."""
 

@@ -124,23 +124,29 @@ class Meter:
         return self._scores(title, rows, standardise=standardise)
 
     def continue_texts(
-        self, title: str, prompts: Sequence[str | list[int]], max_new_tokens: int
+        self,
+        title: str,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        ends: Sequence[int] | None = None,
     ) -> list[str]:
         """Continue prompts with the likeliest token until an end token or `max_new_tokens`.
 
         Args:
-            prompts: texts or token ids.
+            ends: ids that end a text; None: every one that the model and the tokenizer name.
 
         Returns:
             The new text with its white space, special tokens left out.
         """
-        ids = [self.encode(one) if isinstance(one, str) else one for one in prompts]
+        ids = [self.encode(one) for one in prompts]
+        ends = eos_token_ids(self.model, self.tokenizer) if ends is None else ends
         with self.bar(title) as report:
             found = continuations(
                 self.model,
                 self.tokenizer,
                 ids,
-                eos_token_ids=eos_token_ids(self.model, self.tokenizer),
+                eos_token_ids=ends,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._size([len(one) for one in ids]),
                 **self._sharing(report),

@@ -224,7 +224,7 @@ def test_the_command_writes_a_log_of_the_benchmark(palu, tmp_path):
         ("--benchmark muse --data nowhere/to/go", "no such folder, and no data set on the hub"),
         ("--benchmark muse --data .", "holds no verbmem/forget.json"),
         ("--benchmark muse --data . --split x", "MUSE has one evaluation for every forget set"),
-        ("--benchmark law --data .", "tofu, muse, wmdp"),
+        ("--benchmark law --data .", "tofu, muse, wmdp, rwku"),
         ("--benchmark tofu --data .", "--tofu needs --split"),
     ],
 )
