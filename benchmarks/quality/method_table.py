@@ -30,7 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,16 +237,25 @@ def measure(runs: Runs, settings: dict[str, str], *, made_by: str) -> Rows:
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(
+    rows: Sequence[dict[str, Any]],
+    columns: Mapping[str, str] = TABLE,
+    labels: Mapping[str, str] | None = None,
+) -> str:
     """A Markdown table of a world: the mean over its seeds, and least and greatest where there are
-    several."""
+    several.
+
+    Args:
+        columns: metric -> heading.
+        labels: setting -> what it is called, in the order of the table; None: all, as they are.
+    """
     seeds = sorted({row["seed"] for row in rows}, key=str)
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    lines = [f"| {rows[0]['world']} | " + " | ".join(TABLE.values()) + " |"]
-    lines.append("|" + " --- |" * (1 + len(TABLE)))
-    for setting in settings:
-        cells = [setting]
-        for metric in TABLE:
+    labels = labels or {row["setting"]: row["setting"] for row in rows}
+    lines = ["| | " + " | ".join(columns.values()) + " |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    for setting, label in labels.items():
+        cells = [label]
+        for metric in columns:
             found = [
                 float(row["value"])
                 for row in rows
@@ -260,12 +269,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(values: Sequence[float], seeds: int) -> str:
     if not values:
         return "-"
-    mean = _number(statistics.fmean(values))
-    return mean if seeds == 1 else f"{mean} ({_number(min(values))} to {_number(max(values))})"
+    mean, *ends = map(_number, (statistics.fmean(values), min(values), max(values)))
+    return mean if seeds == 1 or {*ends} == {mean} else f"{mean} ({ends[0]} to {ends[1]})"
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if value >= 1e-3 or value == 0 else f"{value:.0e}"
+    return f"{value:.3f}" if value >= 9.5e-4 or value == 0 else f"{value:.0e}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

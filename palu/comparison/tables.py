@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 JSON, RUNS, FRONTIER, TEX = "comparison.json", "comparison.csv", "frontier.csv", "comparison.tex"
 FILES = (JSON, RUNS, FRONTIER, TEX)
 NONE = "-"
+ONLY = "as given"
+"""What a setting is called of a method that has one: empty cells of a CSV are those of none."""
 
 Content = Mapping[str, Any]
 
@@ -111,12 +113,16 @@ def frontier_frame(content: Content) -> pd.DataFrame:
                 | {"left_out_forgetting": left_out["forgetting"]}
                 | {"best_probability": point["best_probability"]}
                 | _interval("loss", point["loss"])
-                | {"left_out_loss": left_out["loss"], "setting": point["setting"]}
+                | {"left_out_loss": left_out["loss"], "setting": _named(point["setting"])}
                 | {"chosen": point["chosen"]}
             )
     columns = ["method", "at", *_interval("forgetting", None), "left_out_forgetting"]
     columns += ["best_probability", *_interval("loss", None), "left_out_loss", "chosen", "setting"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _named(setting: str | None) -> str | None:
+    return ONLY if setting == "" else setting
 
 
 def _interval(name: str, one: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -274,7 +280,7 @@ def notes(content: Content) -> list[str]:
 def main_settings(content: Content) -> Sequence[str]:
     """Return the settings of the best points, a line each."""
     return [
-        f"{method['method']} within {percent(point['limit'])}: {point['setting'] or 'as it is'} "
+        f"{method['method']} within {percent(point['limit'])}: {_named(point['setting'])} "
         f"(loss {percent(point['loss']['value'], 1)})"
         for method in content["methods"]
         for point in method["within"]
