@@ -16,7 +16,7 @@ import typer
 from palu.cli.data import plain_warnings, quiet, without_slices
 from palu.cli.options import with_options
 from palu.errors import user_errors
-from palu.terminal import bars, out, say
+from palu.terminal import bars, out, say, warn
 from palu.training.options import RunOptions, choices, option
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
         return
     with user_errors():
         threads = open_folder(output, comparison, facts["digests"], threads=threads)
+    if jobs * threads > (cores or 1) and not facts["cards"]:
+        warn(
+            f"{jobs} runs at a time with {threads} threads each are more than {cores} cores"
+            " (threads are those of the first start, or of the configuration)"
+        )
     failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
     with user_errors(ValueError, FileExistsError), bars.status("Ranking"):
         content = write_tables(output)

@@ -128,9 +128,8 @@ class Measuring:
                 settings=self.settings,
                 template=self.template,
                 seed=self.attack_seed,
-                resume=output / ATTACK,
-                overwrite=True,
             )
+            write_json(output / ATTACK, found)
         secrets, attacks = _attacks(found)
         return {
             "seconds": seconds,

@@ -158,6 +158,7 @@ def test_another_model_or_other_data_is_refused(tmp_path):
 @pytest.mark.slow
 def test_killed_and_gone_on_with(world):
     """Killed between runs as power cuts do; the rest is done, and what was done stays."""
+    write(world, retrained=None)
     process = start(world)
     until = time.monotonic() + 300
     while not runs_in(world) and process.poll() is None and time.monotonic() < until:

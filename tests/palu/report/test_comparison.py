@@ -68,6 +68,15 @@ def test_the_page_of_what_the_tables_have(tmp_path):
     assert "cannot be told apart" in said and content["forgetting"]["title"] in said
 
 
+def test_without_a_retrained_model(tmp_path):
+    compared.write(tmp_path / "cmp", methods=("NPO", "PALU"))
+    (tmp_path / "cmp" / "retrained.json").unlink()
+    content = write_tables(tmp_path / "cmp")
+    said = text_of(write_page(tmp_path / "cmp", content, forget=tmp_path / "forget.jsonl"))
+    assert "No retrained model stands beside them." in said
+    assert "A model retrained without the records has" not in said
+
+
 def test_the_smallest_comparison(tmp_path):
     path = written(tmp_path, methods=("PALU",), settings=1, seeds=1, failed=False)
     said = text_of(path)
