@@ -139,9 +139,9 @@ def fell_apart(tokens: Sequence[int], ended: bool) -> bool:
     """Return whether an answer is no text any more: it does not end within the limit, holds
     nothing, repeats at least 0.3 of its 4-grams, or has a token 8 times in a row.
 
-    The two numbers are far from what people write (seq-rep-4 of human text is 0.03 at most in
-    Welleck et al. 2020). A list or a long number may still be above them, and an answer cut by a
-    low limit does not end: compare with the original model's share.
+    Of TOFU's 4,000 true answers, in the tokens of SmolLM2, none does: at most 0.2 of the 4-grams
+    are repeated, and 3 tokens are the same in a row. A list or a long number may, and an answer
+    that a low limit cuts does not end: compare with the original model's share.
     """
     often = (repetition(tokens) or 0.0) >= REPEATED or longest_run(tokens) >= RUN
     return not ended or not tokens or often

@@ -20,7 +20,7 @@ from palu.evaluation.report import text_table
 from palu.evaluation.text import sample_numbers
 from palu.evaluation.tofu import summarize
 from tests.support import planted, small
-from tests.support.tofu_small import SMALL, records
+from tests.support.tofu_small import SMALL, learn, records
 
 
 def losses(model, ids, start):
@@ -35,6 +35,7 @@ def test_fluency_is_the_originals_probability_of_what_was_said(tok):
     """Of ended answers with the end token, of others without."""
     model, original = small.model(tok), small.model(tok, seed=1)
     examples = small.examples()
+    learn(model, tok, [("Who came?", "Nobody came.")], 40)
     result = evaluate_examples(model, tok, examples, max_new_tokens=5, original=original)
     for example, got in zip(examples, result["examples"], strict=True):
         row = label_example(tok, example.question, example.answer, (), max_length=64)
@@ -48,6 +49,7 @@ def test_fluency_is_the_originals_probability_of_what_was_said(tok):
         assert got["fluency"] == pytest.approx(math.exp(-sum(nll) / len(nll)), rel=1e-4)
         assert got["ended"] == float(ids[-1] == tok.eos_token_id)
         assert got["answer_tokens"] == len(ids) - start - int(got["ended"])
+    assert 0 < result["mean"]["ended"] < 1  # or one of the two is not looked at
     values = [row["fluency"] for row in result["examples"]]
     assert result["mean"]["fluency"] == pytest.approx(sum(values) / len(values))
     own = evaluate_examples(model, tok, examples, max_new_tokens=5, original=model)
