@@ -36,8 +36,8 @@ class AttackOptions:
     attacks: str | None = _attacks(
         None,
         "greedy, prefix_forcing, sampling, paraphrase, quantization, relearning, weight_noise, "
-        "membership_inference, with commas between them.",
-        shown="all",
+        "membership_inference, with commas between them; open_unlearning: its stress tests.",
+        shown="all but open_unlearning",
     )
     quick: bool = _attacks(False, "A first look: few samples, and at most 20 records.")
     samples: int = _attacks(10, "Answers drawn for each question.", least=1)
@@ -206,9 +206,12 @@ def _run(
 
 
 def _print(content: dict[str, Any], options: SimpleNamespace) -> None:
-    from palu.evaluation.attacks.table import attack_table
+    from palu.evaluation.attacks.table import attack_table, stress_table
 
-    out.print(attack_table(content, f"Secrets that leak: {options.model}"))
+    if content["attacks"]:
+        out.print(attack_table(content, f"Secrets that leak: {options.model}"))
+    for model in content["models"] if "open_unlearning" in content else ():
+        out.print(stress_table(content, model))
     if worst := content["worst"]:
         beside = worst.get("retrained")
         out.print(

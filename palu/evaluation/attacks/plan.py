@@ -11,6 +11,20 @@ from typing import Any
 from palu.data.labels import LabeledExample
 from palu.data.records import Example, split_answers
 from palu.evaluation.attacks.attack import Attack, LeakAttack, MembershipAttack, seed_of
+from palu.evaluation.attacks.open_unlearning import (
+    ACCUMULATE,
+    BATCH,
+    BEFORE,
+    PROBE_EPOCHS,
+    PROBE_RATE,
+    PROBING,
+    QUANTIZATION,
+    RATE,
+    RELEARNING,
+    StressTest,
+    sets_of,
+    steps_of,
+)
 from palu.evaluation.attacks.paraphrase import given_paraphrases, rewritten, templated
 from palu.evaluation.attacks.probes import (
     SLACK,
@@ -23,14 +37,16 @@ from palu.evaluation.attacks.probes import (
     questions,
     reworded,
 )
-from palu.evaluation.attacks.settings import HALF, AttackSettings
+from palu.evaluation.attacks.settings import HALF, OPEN_UNLEARNING, AttackSettings
 from palu.evaluation.attacks.unrelated import UNRELATED
 from palu.evaluation.attacks.weights import (
     LIBRARIES,
     missing_library,
     noisy,
+    probed,
     quantized,
     quantized_by,
+    quantized_fp4,
     relearned,
 )
 from palu.evaluation.leaks import leaks
@@ -56,7 +72,7 @@ class Plan:
     holdout: Sequence[Example] = ()
     skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
-    def attacks(self, names: Sequence[str]) -> list[Attack]:
+    def attacks(self, names: Sequence[str]) -> list[Attack | StressTest]:
         """Return the attacks of these names."""
         made = {
             "greedy": self._greedy,
@@ -67,6 +83,7 @@ class Plan:
             "relearning": self._relearning,
             "weight_noise": self._weight_noise,
             "membership_inference": self._membership,
+            OPEN_UNLEARNING: self._open_unlearning,
         }
         return [attack for name in names for attack in made[name]()]
 
@@ -319,6 +336,63 @@ class Plan:
                 rows,
                 self.settings.batch_size,
             )
+
+    def _open_unlearning(self) -> Iterator[StressTest]:
+        """Yield its stress tests: nothing changed, relearned, quantized, probed."""
+        targets = self.targets
+        how = {"template": targets.template, "max_length": targets.max_length}
+        sets = sets_of(targets.examples, self.holdout, targets.tokenizer, **how)
+        limit = min(self.settings.max_new_tokens, targets.longest)
+        sizes = {"sets": sets, "batch_size": self.settings.batch_size, "max_new_tokens": limit}
+
+        def test(kind: str, title: str, what: str, setting: dict, **more: Any) -> StressTest:
+            setting = {"test": kind, **setting}
+            return StressTest(OPEN_UNLEARNING, title, what, setting, **sizes, **more)
+
+        yield test(BEFORE, "nothing changed", "The metrics of the model as it is.", {})
+        steps = steps_of(len(targets.rows))
+        for rate in dict.fromkeys((RATE, *self.settings.relearning_rates)):
+            yield test(
+                RELEARNING,
+                f"one epoch at {rate:g}",
+                "The model is fine-tuned on all forget records, as open-unlearning trains.",
+                {"steps": steps, "learning_rate": rate},
+                change=self._trained(relearned, targets.rows, steps, rate, decay=True),
+                change_size=steps,
+            )
+        yield test(
+            QUANTIZATION,
+            "4 bits, FP4",
+            "The weights of the linear layers are rounded as transformers' load_in_4bit does.",
+            {"bits": 4, "type": "fp4"},
+            change=lambda model, report: quantized_fp4(model),
+        )
+        if not self.retain:
+            self._skip(OPEN_UNLEARNING, "probing: no retain set is given to train a head on")
+            return
+        kept = self._rows(self.retain)
+        steps = PROBE_EPOCHS * steps_of(len(kept))
+        for share in (0.5, 1.0):
+            yield test(
+                PROBING,
+                f"probe of {'half the' if share < 1 else 'all'} layers",
+                "The layers after them are left out, and the output head alone is trained further, "
+                "on the retain set.",
+                {"layers": share, "steps": steps, "learning_rate": PROBE_RATE},
+                change=self._trained(probed, kept, steps, PROBE_RATE, decay=True, share=share),
+                change_size=steps,
+            )
+
+    def _trained(
+        self, change: Any, rows: Sequence[LabeledExample], steps: int, rate: float, **more: Any
+    ) -> Any:
+        """Return a change of a model by training as open-unlearning's trainer does."""
+        seed = seed_of(self.seed, OPEN_UNLEARNING, change.__name__, *more.values())
+        accumulate = min(ACCUMULATE, -(-len(rows) // BATCH))
+        sizes = {"batch": BATCH, "accumulate": accumulate, "steps": steps, "learning_rate": rate}
+        return lambda model, report: change(
+            model, self.targets.tokenizer, rows, seed=seed, report=report, **sizes, **more
+        )
 
 
 def _forced_title(given: int | str) -> str:

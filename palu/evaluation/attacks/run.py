@@ -17,9 +17,10 @@ from palu.data.records import Example
 from palu.data.template import Template
 from palu.errors import one_line, out_of_memory
 from palu.evaluation.attacks.attack import Answered, Attack, LeakAttack
+from palu.evaluation.attacks.open_unlearning import stress_tests
 from palu.evaluation.attacks.plan import Plan
 from palu.evaluation.attacks.probes import Probe, Targets
-from palu.evaluation.attacks.settings import AttackSettings, check_names
+from palu.evaluation.attacks.settings import OPEN_UNLEARNING, AttackSettings, check_names
 from palu.evaluation.attacks.weights import LIBRARIES
 from palu.evaluation.leaks import BOX, redact, secrets_of
 from palu.models.loading import check_token_ids, load_model, model_folder
@@ -261,7 +262,8 @@ class Results:
                 "another --output, or add --overwrite"
             )
         self.head["models"] = {**found["models"], **self.head["models"]}
-        known = {_key(entry): entry for entry in found["attacks"]}
+        tests = (found.get(OPEN_UNLEARNING) or {"tests": []})["tests"]
+        known = {_key(entry): entry for entry in (*found["attacks"], *tests)}
         for entry in self.entries:
             entry["results"] = known.pop(_key(entry), entry)["results"]
         self.entries += known.values()
@@ -323,12 +325,14 @@ class Results:
 
     def content(self) -> dict[str, Any]:
         """Return the JSON content."""
+        tests = stress_tests([e for e in self.entries if e["name"] == OPEN_UNLEARNING])
         return {
             **self.head,
-            "attacks": [entry for entry in self.entries if entry["results"]],
+            "attacks": [e for e in self.entries if e["results"] and e["name"] != OPEN_UNLEARNING],
             "worst": worst_leak(self.entries),
             "skipped": self.skipped,
             "examples": self.examples,
+            **({} if tests is None else {OPEN_UNLEARNING: tests}),
             "versions": versions(),
         }
 

@@ -19,6 +19,10 @@ NAMES = {
 }
 """Attacks by name, in the order in which they are made."""
 
+OPEN_UNLEARNING = "open_unlearning"
+"""Its stress tests, which measure and do not ask; made where they are named. Relearning teaches the
+secrets themselves there."""
+
 HALF = "half"
 
 
@@ -90,16 +94,18 @@ class AttackSettings:
 
 
 def check_names(names: Sequence[str] | None) -> list[str]:
-    """Return the names of the chosen attacks, each once, in their order; all when None.
+    """Return the names of the chosen attacks, each once, in their order; those of `NAMES` when
+    None.
 
     Raises:
         ValueError: a name of no attack, or none at all.
     """
+    known = (*NAMES, OPEN_UNLEARNING)
     if names is None:
         return list(NAMES)
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f"attacks has {name!r}; it must be of {', '.join(NAMES)}")
+        if name not in known:
+            raise ValueError(f"attacks has {name!r}; it must be of {', '.join(known)}")
     if not names:
-        raise ValueError(f"attacks must name at least one of {', '.join(NAMES)}")
-    return [name for name in NAMES if name in names]
+        raise ValueError(f"attacks must name at least one of {', '.join(known)}")
+    return [name for name in known if name in names]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ from torch.nn import Parameter
 from palu.data.collator import Collator
 from palu.data.labels import LabeledExample
 from palu.data.roles import IGNORE
+from palu.models.layers import decoder_layers
 from palu.models.wrappers import unwrap
 
 GROUP = 128
 """Weights of a row that share a scale."""
 LIBRARIES = ("bitsandbytes", "torchao")
+FP4 = tuple(value / 12 for value in (0, 0.0625, 2, 3, 4, 6, 8, 12))
+"""Magnitudes of bitsandbytes' FP4: two bits of exponent, one of mantissa, over the largest."""
+FP4_BLOCK = 64
 BATCH = 4
 """Examples in a step of relearning."""
 Report = Callable[[int, int], None]
@@ -89,9 +94,9 @@ def matrices(model: nn.Module, *, embeddings: bool) -> set[str]:
 
 
 @contextmanager
-def quantized(model: nn.Module, bits: int) -> Iterator[nn.Module]:
-    """Round the weights of linear layers to the nearest of `2^bits - 1` levels, evenly spaced
-    around 0 up to the largest magnitude in each group of 128; embeddings and output head stay."""
+def _rounding(model: nn.Module, how: Callable[[Tensor], Tensor]) -> Iterator[nn.Module]:
+    """Let the weights of linear layers hold what `how` makes of them, adapters folded in first;
+    embeddings and output head stay."""
     names = matrices(model, embeddings=False)
     with (
         replaced(model, lambda name, own: own.clone() if name in names else None),
@@ -99,8 +104,19 @@ def quantized(model: nn.Module, bits: int) -> Iterator[nn.Module]:
     ):
         for name, parameter in model.named_parameters():
             if name in names:
-                parameter.data = rounded(parameter.data, bits)
+                parameter.data = how(parameter.data)
         yield model
+
+
+def quantized(model: nn.Module, bits: int) -> AbstractContextManager[nn.Module]:
+    """Round the weights of linear layers to the nearest of `2^bits - 1` levels, evenly spaced
+    around 0 up to the largest magnitude in each group of 128."""
+    return _rounding(model, lambda weight: rounded(weight, bits))
+
+
+def quantized_fp4(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Round the weights of linear layers as transformers' `load_in_4bit` does, by `fp4`."""
+    return _rounding(model, fp4)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
@@ -111,6 +127,19 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / top
     levels = (groups / scale).round().clamp(-top, top)
     return (levels * scale).flatten(-2)[..., :size].to(weight.dtype)
+
+
+def fp4(weight: Tensor) -> Tensor:
+    """Return a weight rounded as by bitsandbytes with its default type: blocks of 64 entries in
+    their order in memory, each scaled by its largest magnitude, to the nearest of FP4's values."""
+    flat = weight.float().flatten()
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % FP4_BLOCK)).unflatten(0, (-1, FP4_BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    values = torch.tensor(FP4, device=weight.device)
+    scaled = blocks / scale
+    nearest = values[torch.bucketize(scaled.abs(), (values[1:] + values[:-1]) / 2)]
+    back = (nearest.copysign(scaled) * scale).flatten()[: flat.numel()]
+    return back.view_as(weight).to(weight.dtype)
 
 
 @contextmanager
@@ -139,34 +168,97 @@ def relearned(
     steps: int,
     learning_rate: float,
     seed: int,
+    batch: int = BATCH,
+    accumulate: int = 1,
+    decay: bool = False,
     report: Report | None = None,
 ) -> Iterator[nn.Module]:
-    """Train all weights a few steps on answers, in float32, with AdamW (the next-token loss of a
-    usual fine-tuning run, clipped at 1, without dropout and decay)."""
+    """Train all weights a few steps on answers, in float32 (see `_train`)."""
 
     def own_copy(name: str, own: Tensor) -> Tensor | None:
         return own.float().clone() if own.is_floating_point() else None
 
-    collate, device = Collator(tokenizer), next(model.parameters()).device
-    shuffle, order = random.Random(seed), []
     with replaced(model, own_copy):
         trained = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-        for step in range(steps):
-            while len(order) < min(BATCH, len(rows)):
-                order += shuffle.sample(range(len(rows)), len(rows))
-            chosen, order = order[:BATCH], order[BATCH:]
-            batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-            targets = batch["input_ids"].masked_fill(batch["labels"] == IGNORE, -100)
-            with torch.enable_grad():
-                model(**inputs, labels=targets, use_cache=False).loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if report is not None:
-                report(step + 1, steps)
+        how = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "report": report}
+        how |= {"batch": batch, "accumulate": accumulate, "decay": decay}
+        _train(model, trained, tokenizer, rows, **how)
         yield model
+
+
+def _train(
+    model: nn.Module,
+    trained: list[Parameter],
+    tokenizer: Any,
+    rows: Sequence[LabeledExample],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    batch: int,
+    accumulate: int,
+    decay: bool,
+    report: Report | None,
+) -> None:
+    """Train parameters on answers with AdamW (the next-token loss of a usual fine-tuning run,
+    clipped at 1, without dropout and weight decay).
+
+    Args:
+        batch, accumulate: examples in a micro-batch, whose loss is a mean, and micro-batches in a
+            step.
+        decay: the learning rate falls in a line to 0, as the Trainer's does by default.
+    """
+    collate, device = Collator(tokenizer), next(model.parameters()).device
+    shuffle, order = random.Random(seed), []
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps if decay else 1)
+        for _ in range(accumulate):
+            while len(order) < min(batch, len(rows)):
+                order += shuffle.sample(range(len(rows)), len(rows))
+            chosen, order = order[:batch], order[batch:]
+            inputs = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
+            labels = inputs.pop("labels")
+            targets = inputs["input_ids"].masked_fill(labels == IGNORE, -100)
+            inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+            with torch.enable_grad():
+                loss = model(**inputs, labels=targets, use_cache=False).loss
+                (loss / accumulate).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if report is not None:
+            report(step + 1, steps)
+
+
+@contextmanager
+def probed(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[LabeledExample],
+    *,
+    share: float,
+    **training: Any,
+) -> Iterator[nn.Module]:
+    """Give a copy of the model that ends after `share` of its decoder layers (rounded up), with an
+    output head of its own that was trained on answers while all else was frozen, from the model's
+    on (open-unlearning's `ProbedLlamaForCausalLM`, for any decoder). `training`: as of `_train`."""
+    other = _plain_copy(model).float().requires_grad_(False)
+    inner, layers = unwrap(other), decoder_layers(other)
+    config = inner.config.get_text_config(decoder=True)
+    config.num_hidden_layers = math.ceil(share * len(layers))
+    del layers[config.num_hidden_layers :]
+    head = copy.deepcopy(inner.get_output_embeddings())  # which the input embedding may share
+    head.weight = Parameter(head.weight.data.clone())
+    inner.set_output_embeddings(head)
+    _train(other, [head.weight], tokenizer, rows, **training)
+    yield other.eval()
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy with adapters merged."""
+    other = copy.deepcopy(model)
+    return other.merge_and_unload() if hasattr(other, "merge_and_unload") else other
 
 
 def missing_library(name: str) -> str | None:
@@ -183,9 +275,7 @@ def quantized_by(model: nn.Module, library: str, bits: int) -> Iterator[nn.Modul
     Raises:
         RuntimeError: the library leaves layers as they are.
     """
-    other = copy.deepcopy(model)
-    if hasattr(other, "merge_and_unload"):
-        other = other.merge_and_unload()
+    other = _plain_copy(model)
     head = unwrap(other).get_output_embeddings()
     linear = [
         (parent, name)
