@@ -130,7 +130,7 @@ class BenchmarkRun:
         """Read the data, the model and what an earlier run left."""
         from palu.evaluation.eval_log import Log
         from palu.models.checks import check_causal
-        from palu.models.loading import load_model, load_tokenizer
+        from palu.models.loading import check_token_ids, load_model, load_tokenizer
 
         options = self.options
         log = options.retain_log
@@ -146,6 +146,7 @@ class BenchmarkRun:
             options.model, options.dtype, options.device, allow_missing=options.allow_missing
         )
         text = self.tokenizer("A text of several words.", return_tensors="pt")["input_ids"][0]
+        check_token_ids(self.model, self.tokenizer, [{"input_ids": text.tolist()}])
         check_causal(self.model, [text])
         self.store = self._open_store()
 

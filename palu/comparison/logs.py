@@ -32,7 +32,7 @@ AGAINST = ("forget_quality", "privleak")
 """Metrics that depend on a retrained model's log."""
 # Names of `--json` that open-unlearning has other ones for.
 _IN_LOGS = {"answer_probability": "Q_A_Prob", "rougeL_recall": "Q_A_ROUGE"}
-_FIELDS = ("prob", "rougeL_recall", "score")
+_FIELDS = ("score", "prob", "rougeL_recall")
 _ROUNDING = 1e-9
 
 Values = dict[str, float]

@@ -201,6 +201,8 @@ def _of_json(file: str, text: str) -> Source:
             records = parse(text)
         except NotJSON as error:
             raise ValueError(f"{file}:{error.line or 1}: malformed JSON, {error}") from None
+        # MUSE's corpora are lists of bare texts.
+        records = [{"text": one} if isinstance(one, str) else one for one in records]
         return Source(file, JSON, len(records), lambda row: (records[row], f"{file}, row {row}"))
     # Only line feeds end a line of JSON lines: strings may hold other line separators as they are.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

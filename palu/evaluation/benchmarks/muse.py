@@ -73,7 +73,8 @@ class MUSE(Benchmark):
             for name in self.asked
         }
         self.documents = {
-            name: self.tables[f"privleak_{name}"].documents() for name in ("forget", "holdout")
+            name: [text for (text,) in self.tables[f"privleak_{name}"].texts("text")]
+            for name in ("forget", "holdout")
         }
 
     def metrics(self, meter: Meter) -> dict[str, Callable[[], Entry]]:
@@ -151,5 +152,7 @@ def _rouge_entry(truths: list[str], found: list[str]) -> Entry:
     """Return an entry whose aggregate is the mean ROUGE-L F1 in percent."""
     rows: list[dict[str, Any]] = []
     for truth, text in zip(truths, found, strict=True):
-        rows.append({**rouge(truth, text, stem=False), "ground_truth": truth, "generation": text})
-    return by_index(rows, 100 * math.fsum(row["rougeL_f1"] for row in rows) / len(rows))
+        scores = rouge(truth, text, stem=False)
+        rows.append({"score": 100 * scores["rougeL_f1"], **scores})
+        rows[-1] |= {"ground_truth": truth, "generation": text}
+    return by_index(rows, math.fsum(row["score"] for row in rows) / len(rows))

@@ -46,17 +46,6 @@ class Table(NamedTuple):
             for record, where in self.records
         ]
 
-    def documents(self) -> list[str]:
-        """Return the texts of a table of documents: records with `text`, or bare texts.
-
-        Raises:
-            ValueError, TypeError: as `texts`.
-        """
-        return [
-            check_text(where, record if isinstance(record, str) else value(record, where, "text"))
-            for record, where in self.records
-        ]
-
 
 def value(record: Any, where: str, name: str) -> Any:
     """Return a field of a record. Raises ValueError where it has none, naming it."""

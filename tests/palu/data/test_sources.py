@@ -92,6 +92,19 @@ def test_cells_of_a_csv_are_text(tmp_path):
     assert read == [("007", "1", "07700"), ("008", "2", "1e3")], "no number loses its zeros"
 
 
+def test_a_file_of_bare_texts_is_of_documents(tmp_path):
+    """MUSE's corpora; a list in Python is not taken so, since it may be of files."""
+    path = tmp_path / "forget.json"
+    path.write_text(json.dumps(["Ada is in Lund.", "Bob left."]))
+    read = load(path, require_spans=False)
+    assert [(e.question, e.answer) for e in read] == [
+        (None, "Ada is in Lund."),
+        (None, "Bob left."),
+    ]
+    with pytest.raises(ValueError, match="records, row 0: a record must be an object"):
+        load(["forget.json"], require_spans=False)
+
+
 def test_objects(tmp_path):
     assert load(RECORDS) == load(tuple(RECORDS)) == EXAMPLES
     assert load(table(RECORDS)) == load(pandas.DataFrame(RECORDS)) == EXAMPLES
