@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from palu.report.compared_runs import (
     not_done,
     read_runs,
 )
+from palu.report.compared_text import broken, text_rows
 from palu.report.comparison_charts import Frontiers, curve_chart
 from palu.report.comparison_limits import comparison_limits
 from palu.report.examples import Secrets, masked, read_secrets
@@ -140,6 +141,7 @@ def render_comparison(
     }
     known = _known_models(content, models)
     frontiers = Frontiers(methods, known, limits) if methods else None
+    text = text_rows({name: [run] for name, run in models.items()} | shown)
     report = {
         "palu": __version__,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -154,6 +156,8 @@ def render_comparison(
         "beyond": frontiers.beyond if frontiers else 0,
         "widest": frontiers.x[1] if frontiers else 0,
         "attacks": _attacks(methods, models, shown),
+        "text": [(data, list(rows)) for data, rows in groupby(text, lambda row: row["set"])],
+        "broken": broken(text, methods),
         **_not_compared(content, runs, secrets),
         "runs": sum(map(len, runs.values())),
         "answers": _answers(methods, models, shown, secrets),

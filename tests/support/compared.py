@@ -59,6 +59,9 @@ def run_file(leaked: int, after: float, said: str | None = None, **of_run: Any) 
     ids = [str(number) for number in range(6)]
     kept = [0.9, 0.8 * (0.95 + 0.05 * after)]
     sets = {"forget": {"ids": ids, "answer_probability": [after] * 6}}
+    sets["forget"]["fell_apart"] = [
+        1.0 * (n < 2 and of_run.get("method") == "NPO") for n in range(6)
+    ]
     sets["general"] = {"ids": ["g0", "g1"], "answer_probability": kept, "rougeL_recall": kept}
     attacks: list[dict[str, Any]] = [
         {"name": n, "title": t, "of": [*range(12)], "said": [1] * leaked + [0] * (12 - leaked)}

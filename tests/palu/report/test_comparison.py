@@ -1,5 +1,6 @@
 """What the page of a comparison says: the numbers of the files, and no secret."""
 
+import html
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from palu.comparison.tables import write_tables
 from palu.report.compared import differences, letter, methods_of, places, sentences
 from palu.report.compared_runs import attack_rows, curve_ends, geometric_mean, hide
+from palu.report.compared_text import broken, text_rows
 from palu.report.comparison import write_page
 from palu.report.comparison_charts import Frontiers, thinned
 from palu.report.examples import Secrets
@@ -20,7 +22,7 @@ SAID = [word for pair in erasure.SECRETS for word in pair]
 def text_of(path):
     """The page's text, without tags and style."""
     page = re.sub(r"<style>.*?</style>", "", path.read_text(), flags=re.S)
-    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", page).split()))
 
 
 def written(folder, **how):
@@ -49,6 +51,10 @@ def test_it_says_what_was_found(tmp_path):
         "Each setting was run with 2 seeds.",
         # The original, the retrained model, and 3 of 12 secrets of each of two seeds.
         "first 3 tokens given away 100% 12 of 12 8.3% 1 of 12 25% 6 of 24",
+        # Of NPO 2 of 6.
+        "NPO: 33% of the answers to the records to forget fell apart (original 0%, retrained 0%).",
+        "or the same again and again 0.000 0.000 0.000 0.333 0.000",
+        "Answers fell apart in 1 place:",
         "Probability of a token: to forget 0.075, the rest 0.907.",
     ):
         assert words in said, words
@@ -226,6 +232,27 @@ def test_the_setting_that_is_shown(tmp_path):
         {"setting": names[3], "limit": 0.1},
         {"setting": names[0], "limit": None},  # that of the least loss
     ]
+
+
+def test_numbers_of_answers():
+    def run(apart, **others):
+        forget = {"ids": [*"abcd"], "fell_apart": apart, "unknown": [9.0] * 4}
+        return Node({"sets": {"others": {"answer_probability": [0.5, 0.7]}, "forget": forget}}, "r")
+
+    columns = {"original": [run([0.0, 1.0, None, 0.0])], "A": [run([1.0] * 4), run([0.0] * 4)]}
+    rows = text_rows(columns)
+    assert [(row["set"], row["name"]) for row in rows] == [
+        ("forget", "fell_apart"),
+        ("others", "answer_probability"),
+    ]
+    assert rows[0]["values"] == pytest.approx({"original": 1 / 3, "A": 0.5})
+    assert rows[1]["values"] == pytest.approx({"original": 0.6, "A": 0.6})
+    (sentence,) = broken(rows, [{"name": "NPO", "letter": "A"}])
+    assert sentence.startswith(
+        "NPO: 50% of the answers to the records to forget fell apart (original 33%)."
+    )
+    rows[0]["values"]["A"] = 0.43  # less than 10% more than the original's
+    assert broken(rows, [{"name": "NPO", "letter": "A"}]) == []
 
 
 def test_attacks_of_several_seeds():

@@ -84,7 +84,8 @@ def hostile_comparison(tmp_path_factory):
 
     def spoil(value):
         if isinstance(value, dict):
-            return {k: v if k in keep else spoil(v) for k, v in value.items()}
+            named = {f"{text} {k}" if k == "general" else k: v for k, v in value.items()}
+            return {k: v if k in keep else spoil(v) for k, v in named.items()}
         if isinstance(value, list):
             return [spoil(one) for one in value]
         return f"{text} {value}" if isinstance(value, str) else value
