@@ -365,6 +365,16 @@ def _print_plan(rows: list[Any], seeds: int, jobs: int, threads: int) -> None:
         out.print("* from a probe: a few steps, and a few examples of each set, scaled up.")
 
 
+def _cards(comparison: Comparison, count: int) -> list[dict[str, str]]:
+    """Return variables that give each of several runs a CUDA device of its own, where the
+    configuration names none."""
+    if comparison.common.get("device", "auto") not in ("auto", "cuda"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(count)))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:count]]
+
+
 def _run(
     output: Path,
     comparison: Comparison,
@@ -384,7 +394,7 @@ def _run(
 
     models = [Task(ORIGINAL)] + ([Task(RETRAINED)] if comparison.retrained is not None else [])
     tasks = comparison.tasks()
-    cards = [{"CUDA_VISIBLE_DEVICES": str(n)} for n in range(facts["cards"])] if jobs > 1 else []
+    cards = _cards(comparison, facts["cards"]) if jobs > 1 else []
     words = partial(words_of, comparison)
     runs = Runs(output, comparison, work, words, jobs=jobs, threads=threads, environments=cards)
     if retry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import shutil
+import subprocess
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Job:
         words: of `palu unlearn`; none where the model is measured as it is.
         measured: folder of the model that is measured.
         folder: for all that the run leaves.
+        commit: of palu's source, when the comparison was started.
         original: the shown answers of the original model; None: they are made here.
     """
 
@@ -39,6 +41,7 @@ class Job:
     measured: Path
     folder: Path
     threads: int
+    commit: str | None = None
     original: Sequence[Mapping[str, Any]] | None = None
 
 
@@ -86,7 +89,7 @@ def _found(job: Job, unlearn: Callable[[list[str]], int]) -> dict[str, Any]:
 def run_of(job: Job, **found: Any) -> Run:
     """Return the content of a run file."""
     task = job.task
-    head: dict[str, Any] = {"environment": environment(job.threads)}
+    head: dict[str, Any] = {"environment": environment(job)}
     if task.method is not None:
         head |= {"method": task.method, "setting": task.setting, "seed": task.seed}
         words = ["OUT" if word == str(job.measured) else word for word in job.words]
@@ -94,9 +97,26 @@ def run_of(job: Job, **found: Any) -> Run:
     return Run(**head, **found)
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(job: Job) -> dict[str, Any]:
     """Return what a run's numbers may depend on besides its settings."""
-    return {"processor": processor(), "threads": threads, "versions": versions()}
+    found = {"processor": processor(), "threads": job.threads, "versions": versions()}
+    return found if job.commit is None else {**found, "commit": job.commit}
+
+
+def commit() -> str | None:
+    """Return the commit of palu's source, with a `+` where it was changed; None where it is
+    installed and no checkout."""
+    try:
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".")
+        return _git("rev-parse", "HEAD").strip() + "+" * bool(changed.strip())
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[1]), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
 
 
 def processor() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from palu.comparison.claims import Claim, Claims
 from palu.comparison.config import Comparison, Task
-from palu.comparison.perform import MODEL, RUN_FILE, Job, run_of
+from palu.comparison.perform import MODEL, RUN_FILE, Job, commit, run_of
 from palu.comparison.pool import Died, Worker
 from palu.comparison.run_file import FAILED, Run, read_run, write_run
 from palu.storage.files import publish
@@ -62,6 +62,7 @@ class Runs:
         self.jobs, self.threads = jobs, threads
         self.environments = [dict(one) for one in environments] or [{}]
         self.claims = claims or Claims(folder / "claims")
+        self.commit = commit()
         self.active: list[Active] = []
         self.done = self.total = 0
 
@@ -130,7 +131,7 @@ class Runs:
             measured = Path(getattr(self.comparison, _MODELS[task.id]))
         else:
             words = self.words(task, measured)
-        job = Job(self.comparison, task, words, measured, work, self.threads, original)
+        job = Job(self.comparison, task, words, measured, work, self.threads, self.commit, original)
         used = [one.slot for one in self.active]
         slot = next(number for number in range(self.jobs) if number not in used)
         environment = self.environments[slot % len(self.environments)]

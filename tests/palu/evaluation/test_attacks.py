@@ -2,6 +2,7 @@
 was."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -218,6 +219,24 @@ def test_samples_are_counted_by_secret_and_by_answer(monkeypatch):
     result = content["attacks"][0]["results"]["unlearned"]
     assert (result["leaked"], result["of"]) == (2, 8)
     assert (result["answers"]["leaked"], result["answers"]["of"]) == (3, 16)
+    # Town and phone of the first person; by number, and no text.
+    asked = [[record, secret] for record in range(4) for secret in range(2)]
+    assert result["secrets"] == [[*pair, int(pair[0] == 0)] for pair in asked]
+
+
+def test_whose_secrets_leaked_is_told_by_number(both):
+    """In all attacks as often as is counted; the numbers are the forget file's, even where few
+    records are asked about."""
+    for entry in both["attacks"]:
+        for result in entry["results"].values():
+            if "leaked" in result:
+                assert result["leaked"] == sum(said for *_, said in result["secrets"])
+                assert result["of"] == len(result["secrets"])
+    few = dataclasses.replace(QUICK, records=2)
+    content = attacked({"unlearned": planted.knows_all()}, ["greedy"], few, seed=3)
+    (entry,) = content["attacks"]
+    records = {record for record, *_ in entry["results"]["unlearned"]["secrets"]}
+    assert len(records) == 2 and records != {0, 1}
 
 
 def test_only_the_rest_of_the_secret_counts(monkeypatch):
