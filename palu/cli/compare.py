@@ -87,6 +87,8 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
         from palu.report.comparison import write_page
 
         facts = call(check, comparison, options.plan)
+        for line in facts["notes"]:
+            warn(line)
         jobs = options.jobs or comparison.jobs
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = comparison.threads or max(1, (cores or 1) // jobs)
@@ -249,6 +251,7 @@ def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
                 "answers are of different tokens"
             )
     facts = {"digests": _digests(comparison), "cards": torch.cuda.device_count()}
+    facts["notes"] = measuring.shared()
     if plan:
         count, longest = measuring.training_size()
         model = comparison.model

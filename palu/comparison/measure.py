@@ -65,6 +65,31 @@ class Measuring:
             max_length=self.max_length,
         )
 
+    def shared(self) -> list[str]:
+        """Return a line for each utility set that has examples which runs train on to keep.
+
+        Raises:
+            ValueError: a utility set has examples of the forget file.
+        """
+        forget, retain = (
+            {(one.question, one.answer) for one in some}
+            for some in (self.sets[FORGET], self.retain)
+        )
+        lines = []
+        for name in self.comparison.utility:
+            own = [(one.question, one.answer) for one in self.sets[name]]
+            if lost := sum(one in forget for one in own):
+                raise ValueError(
+                    f"utility.{name}: {lost} of its {len(own)} examples are in the forget file "
+                    "too, where they are to be lost"
+                )
+            if kept := sum(one in retain for one in own):
+                lines.append(
+                    f"utility.{name}: {kept} of its {len(own)} examples are in the retain file too;"
+                    " what runs train on is kept better than the rest"
+                )
+        return lines
+
     def training_size(self) -> tuple[int, int]:
         """Return how many forget examples a run trains on, and the tokens of the longest example
         of the forget and retain files."""

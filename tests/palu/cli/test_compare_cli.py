@@ -81,6 +81,7 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     write(world, seeds=[0])
     status, _, said = palu("compare c.yaml")
     assert status == 0 and "diverged: PALU-learning_rate=1e+30-s0" in said, said
+    assert "utility.others: 2 of its 2 examples are in the retain file too" in said
     runs = runs_in(world)
     (gone,) = (name for name, run in runs.items() if run.status == "done")
     shutil.rmtree(world / "c" / "runs" / gone)
@@ -122,6 +123,7 @@ def test_mistakes_are_said_before_any_run(world, monkeypatch, capsys):
         ({"attacks": {"sample": 3}}, "attacks: unknown key 'sample'; it must be of names, quick"),
         ({"utility": {"o": "no.jsonl"}}, "no.jsonl"),
         ({"forgetting": "greedily"}, "greedily"),
+        ({"utility": {"o": "forget.jsonl"}}, "utility.o: 3 of its 3 examples are in the forget"),
     ]:
         write(world, **parts)
         assert said in command.refusal(palu, "compare c.yaml"), said

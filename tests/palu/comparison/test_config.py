@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from palu.comparison.config import ConfigError, check_names, from_dict, read_config
 
+ROOT = Path(__file__).parents[3]
 METHODS = ("palu", "npo", "grad_diff")
 
 
@@ -105,3 +108,12 @@ def test_a_file_with_a_key_twice_is_refused(tmp_path):
     path.write_text("model: m\nmethods:\n  NPO: {}\n  NPO: {}\n")
     with pytest.raises(ConfigError, match=r"c\.yaml: not readable: it has the key 'NPO' twice"):
         read_config(path)
+
+
+def test_the_example_of_the_docs(tmp_path):
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    path = tmp_path / "c.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    tasks = check_names(read_config(path), [], METHODS).tasks()
+    assert len(tasks) == 3 * (2 * 2 + 2)
+    assert {task.options["method"] for task in tasks} == {"npo", "palu"}
