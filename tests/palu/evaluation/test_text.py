@@ -113,6 +113,10 @@ def test_a_documents_first_token_counts_where_it_can_be_predicted(tok):
     assert alone["spans"][0]["first"] == pytest.approx(math.exp(-nll[at[0] - 1]), rel=1e-4)
     assert first["spans"][0]["first"] == pytest.approx(math.exp(-led_nll[0]), rel=1e-4)
     assert first["spans"][1]["first"] == pytest.approx(math.exp(-led_nll[at[0]]), rel=1e-4)
+    # The token that BOS pushes over the limit has no score, though it has one without BOS.
+    with pytest.warns(UserWarning, match="cut at max_length"):
+        cut = evaluate_examples(model, tok, [both], max_length=at[0] + 1)["examples"][0]
+    assert cut["spans"][0] is not None and cut["spans"][1] is None
 
 
 def test_samples_by_hand():
