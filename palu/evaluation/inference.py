@@ -182,12 +182,6 @@ class Continuation(NamedTuple):
         return self.end is not None
 
 
-def greedy_answers(model: nn.Module, tokenizer: Any, prompts: Any, **options: Any) -> list[str]:
-    """Continue each prompt with the likeliest token until an end token or `max_new_tokens`; return
-    the texts. `options` are those of `continuations`, but `temperature` and `seed`."""
-    return [one.text for one in continuations(model, tokenizer, prompts, **options)]
-
-
 @torch.no_grad()
 def continuations(
     model: nn.Module,

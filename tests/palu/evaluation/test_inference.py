@@ -12,9 +12,10 @@ from palu.data.labels import label_example
 from palu.data.records import Example
 from palu.distributed import Processes
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
-from palu.evaluation.inference import continuations, greedy_answers
+from palu.evaluation.inference import continuations
 from palu.evaluation.metrics import extraction_strength, rouge
 from tests.support import planted, small
+from tests.support.answers import greedy_answers
 from tests.support.tofu_small import learn
 
 

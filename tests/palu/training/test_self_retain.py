@@ -12,10 +12,10 @@ from palu.data.records import Example, Turn
 from palu.data.roles import IGNORE
 from palu.demo.models import build_tokenizer
 from palu.distributed import Processes
-from palu.evaluation.inference import greedy_answers
 from palu.training import self_retain as module
 from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
 from tests.support import small
+from tests.support.answers import greedy_answers
 from tests.support.tofu_small import learn
 
 SECRET = "Paris"
