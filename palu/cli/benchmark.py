@@ -13,7 +13,17 @@ from palu.cli.data import plain_warnings, quiet
 from palu.errors import user_errors
 from palu.terminal import bars, out
 
-_TAKEN = {"model", "benchmark", "data", "split", "retain_log", "output", "overwrite", "json"}
+_TAKEN = {
+    "model",
+    "benchmark",
+    "data",
+    "split",
+    "retain_log",
+    "output",
+    "overwrite",
+    "json",
+    "plots",
+}
 _TAKEN |= {"batch_size", "dtype", "device", "allow_missing"}
 _TAKEN |= {"lm_eval", "lm_eval_tasks", "lm_eval_options"}
 
@@ -41,6 +51,58 @@ def without_files(options: SimpleNamespace) -> bool:
     TOFU's."""
     alone = options.forget is None and options.tofu is None
     return options.benchmark is not None or (options.lm_eval is not None and alone)
+
+
+def check_places(options: SimpleNamespace, inputs: Callable[[], list[str]]) -> None:
+    """Check that `--json` and `--plots` may be written, before any work.
+
+    Args:
+        inputs: gives the paths of data, beside `--retain-log`, which must not be replaced.
+
+    Raises:
+        ValueError, FileExistsError: one of them may not.
+    """
+    from palu.storage.output import check_json
+
+    json, plots = options.json, options.plots
+    if json is not None:
+        if not json.resolve().parent.is_dir():
+            raise ValueError(f"--json: the folder {str(json.resolve().parent)!r} does not exist")
+        check_json(json, inputs=(*inputs(), options.retain_log))
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise ValueError(f"--plots {str(plots)!r} is a file; name a folder")
+
+
+def write_plots(log: dict[str, Any], model: str, folder: Path) -> None:
+    """Write a log's numbers as CSV and as a picture."""
+    from palu.comparison.logs import logs_frame, take_log, write_logs
+    from palu.evaluation.eval_log import Log
+
+    logs = [take_log(Log(log, "log"), model)]
+    write_logs(logs, logs_frame(logs), folder)
+    out.print(f"Plots written to {folder}", soft_wrap=True)
+
+
+def claim_files(run: Any, title: str) -> None:
+    """Keep other runs from what a run writes, and all but the main process from saying anything.
+
+    Args:
+        run: with `context`, `options` and `is_main`.
+        title: of the benchmark, as its files are named.
+    """
+    from palu.storage.files import locked
+    from palu.storage.output import evaluation_files
+
+    bars.quiet = out.quiet = not run.is_main
+    json, output = run.options.json, run.options.output
+    if not run.is_main:
+        return
+    written = [] if output is None else [output / name for name in evaluation_files(title)]
+    if json is not None and json.resolve() in {path.resolve() for path in written}:
+        raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
+    for path in (json, output):
+        if path is not None:
+            run.context.with_resource(locked(path))
 
 
 def measure_tasks(run: Any, save: Callable[[dict[str, Any]], None]) -> None:
@@ -73,7 +135,6 @@ class BenchmarkRun:
         from palu.evaluation.benchmarks.harness import Harness, wanted
         from palu.models.hub import place_beside
         from palu.models.loading import model_folder, resolve_device
-        from palu.storage.output import check_json
 
         quiet()
         options = self.options
@@ -81,13 +142,7 @@ class BenchmarkRun:
         self._refuse_others()
         self.harness = wanted(options.lm_eval, options.lm_eval_tasks, options.lm_eval_options)
         model_folder(options.model)
-        json = options.json
-        if json is not None:
-            if not json.resolve().parent.is_dir():
-                raise ValueError(
-                    f"--json: the folder {str(json.resolve().parent)!r} does not exist"
-                )
-            check_json(json, inputs=(options.retain_log,))
+        check_places(options, list)
         if options.output is None:
             options.output = place_beside(options.model, f"evals_{self.kind.name}", "--output")
         self.device = resolve_device(options.device)
@@ -112,19 +167,7 @@ class BenchmarkRun:
 
     def claim_places(self) -> None:
         """Keep other runs from what this one writes."""
-        from palu.storage.files import locked
-        from palu.storage.output import evaluation_files
-
-        bars.quiet = out.quiet = not self.is_main
-        json, output = self.options.json, self.options.output
-        if not self.is_main:
-            return
-        written = {(output / name).resolve() for name in evaluation_files(self.kind.title)}
-        if json is not None and json.resolve() in written:
-            raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
-        for path in (json, output):
-            if path is not None:
-                self.context.with_resource(locked(path))
+        claim_files(self, self.kind.title)
 
     def load(self) -> None:
         """Read the data, the model and what an earlier run left."""
@@ -211,3 +254,5 @@ class BenchmarkRun:
             check_json(json)
             content = {"model": model, "template": None, "versions": versions()}
             write_json(json, {**content, "summary": summary(self.log)})
+        if self.options.plots is not None:
+            write_plots(self.log, Path(model).name, self.options.plots)

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 import typer
 
-from palu.cli.benchmark import BenchmarkRun, as_tofu, measure_tasks, without_files
+from palu.cli.benchmark import (
+    BenchmarkRun,
+    as_tofu,
+    check_places,
+    claim_files,
+    measure_tasks,
+    without_files,
+    write_plots,
+)
 from palu.cli.data import find_models, plain_warnings, quiet, template_of, without_slices
 from palu.cli.options import FILES, DataOptions, TextOptions, WeightOptions, with_options
 from palu.errors import user_errors
@@ -134,7 +142,6 @@ class EvaluateRun:
         from palu.models.hub import place_beside
         from palu.models.loading import folder_with, model_folder, resolve_device
         from palu.run_record import RECORD
-        from palu.storage.output import check_json
 
         quiet()
         options = self.options
@@ -142,16 +149,9 @@ class EvaluateRun:
         for name in ("model", "original", "reference_model", "fluency_classifier"):
             if getattr(options, name) is not None:
                 model_folder(getattr(options, name))
-        json = options.json
-        if json is not None:
-            if not json.resolve().parent.is_dir():
-                raise ValueError(
-                    f"--json: the folder {str(json.resolve().parent)!r} does not exist"
-                )
-            inputs = without_slices(options.forget, options.retain, options.holdout)
-            check_json(json, inputs=(*inputs, options.retain_log))
-        if options.plots is not None and options.plots.exists() and not options.plots.is_dir():
-            raise ValueError(f"--plots {str(options.plots)!r} is a file; name a folder")
+        check_places(
+            options, lambda: without_slices(options.forget, options.retain, options.holdout)
+        )
         self.files = _own_files(options.forget, options.retain, options.tofu, options.split)
         self.columns = dict.fromkeys(("forget", "holdout"), options.columns)
         self.columns["retain"] = options.retain_columns or options.columns
@@ -173,19 +173,7 @@ class EvaluateRun:
 
     def claim_places(self) -> None:
         """Keep other runs from what this one writes."""
-        from palu.storage.files import locked
-        from palu.storage.output import EVALUATION_FILES
-
-        bars.quiet = out.quiet = not self.is_main
-        json, output = self.options.json, self.options.output
-        if not self.is_main:
-            return
-        written = [] if output is None else [output / name for name in EVALUATION_FILES]
-        if json is not None and json.resolve() in {path.resolve() for path in written}:
-            raise ValueError(f"--json {str(json)!r} is a file of --output; name another")
-        for path in (json, output):
-            if path is not None:
-                self.context.with_resource(locked(path))
+        claim_files(self, "TOFU")
 
     def load(self) -> None:
         """Read the data, the models and what an earlier run left."""
@@ -342,15 +330,7 @@ class EvaluateRun:
             check_json(json)
             write_json(json, {**content, **results, "summary": summary(self.log)})
         if options.plots is not None:
-            self._plot(Path(model).name)
-
-    def _plot(self, model: str) -> None:
-        from palu.comparison.logs import logs_frame, take_log, write_logs
-        from palu.evaluation.eval_log import Log
-
-        logs = [take_log(Log(self.log, "log"), model)]
-        write_logs(logs, logs_frame(logs), self.options.plots)
-        out.print(f"Plots written to {self.options.plots}", soft_wrap=True)
+            write_plots(self.log, Path(model).name, options.plots)
 
 
 def _own_files(
