@@ -137,7 +137,6 @@ def places(
         place; None is the place of a method without a setting within the loss.
     """
     ranked = sorted(methods, key=lambda one: -one["within"][limit]["forgetting"]["value"])
-    ranked.sort(key=lambda one: one["within"][limit]["setting"] is None)
     rows: list[Row] = []
     for number, method in enumerate(ranked):
         best = method["within"][limit]

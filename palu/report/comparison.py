@@ -28,7 +28,6 @@ from palu.report.compared_runs import (
     attack_rows,
     curve_ends,
     curves_of,
-    is_done,
     not_done,
     read_runs,
 )
@@ -134,8 +133,11 @@ def render_comparison(
     limits = sorted(methods[0]["within"]) if methods else []
     apart = differences(content)
     ranked = {limit: places(methods, apart, limit) for limit in limits}
-    shown = {
-        method["letter"]: [run for run in runs.get((method["name"], chosen), ()) if is_done(run)]
+    seeds = [one.count() for one in content["seeds"].each()]
+    shown = {  # a folder may hold runs of further seeds, which the ranking leaves out
+        method["letter"]: [
+            run for run in runs[method["name"], chosen] if run["seed"].value in seeds
+        ]
         for method in methods
         if (chosen := (method["chosen"] or {}).get("setting")) is not None
     }

@@ -110,6 +110,7 @@ def write(
     save(folder / "original.json", run_file(12, 0.98))
     save(folder / "retrained.json", run_file(1, 0.02, none))
     content: dict[str, Any] = {"format": "palu-comparison/1", "not_ranked": []}
+    content["seeds"] = [*range(seeds)]
     content |= {"methods": [], "settings": []}
     for m, method in enumerate(methods):
         own = [(name_of(s), *setting_of(m, s)) for s in range(settings)]

@@ -83,6 +83,15 @@ def test_without_a_retrained_model(tmp_path):
     assert "A model retrained without the records has" not in said
 
 
+def test_runs_of_other_seeds_are_left_out(tmp_path):
+    """As the ranking leaves them out: attacks and curves are of the same runs as the frontier."""
+    content = compared.write(tmp_path / "cmp")
+    content["seeds"] = [1]
+    said = text_of(write_page(tmp_path / "cmp", content))
+    assert "first 3 tokens given away 100% 12 of 12 8.3% 1 of 12 25% 3 of 12" in said
+    assert "Each setting was run once" in said
+
+
 def test_the_smallest_comparison(tmp_path):
     path = written(tmp_path, methods=("PALU",), settings=1, seeds=1, failed=False)
     said = text_of(path)
