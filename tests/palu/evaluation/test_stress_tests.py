@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from palu.data.template import Template
 from palu.evaluation import evaluate_examples
 from palu.evaluation.attacks import AttackSettings, run_attacks, weights
 from palu.evaluation.attacks.open_unlearning import (
+    metrics,
     quantized_ratio,
     relearned_ratio,
+    sets_of,
     steps_of,
     stress_tests,
     truth_ratio,
@@ -27,6 +30,7 @@ from palu.evaluation.attacks.open_unlearning import (
 from palu.evaluation.attacks.probes import label_all
 from palu.evaluation.attacks.settings import check_names
 from palu.evaluation.attacks.table import stress_table
+from palu.evaluation.evaluator import Evaluator
 from tests.support import planted, small
 from tests.support.planted import FORGET, RETAIN
 
@@ -136,6 +140,37 @@ def test_ratios_by_hand():
     wrong = {"0": {"avg_loss": [1.0, 3.0]}, "1": {"avg_loss": [0.5, 0.5]}}
     p, q = math.exp(-1), math.exp(-2)
     assert truth_ratio(right, wrong) == pytest.approx((p / (p + q) + 0.5) / 2, abs=1e-9)
+
+
+OF_OPEN_UNLEARNING = {
+    "none": (0.001164842, 0.06458333, 0.4580979),
+    "relearning": (0.002833463, 0.06458333, 0.5208607),
+    "probing": (0.001349311, 0.06458333, 0.4700113),
+}
+"""Probability, extraction strength and truth ratio by open-unlearning's own code (commit d3d7cf9:
+`FinetuneTrainer`, `ProbedLlamaForCausalLM`, `evals.metrics.memorization`; transformers 4.45.1) on
+this model and these tokens, with our order of examples."""
+
+
+def test_numbers_are_those_of_open_unlearnings_code():
+    tokenizer = planted.tokenizer()
+    model = small.model(tokenizer, num_hidden_layers=3)
+    rows = rows_of(tokenizer, [*FORGET, *RETAIN])[:8]
+    how = {"steps": 2, "learning_rate": 1e-2, "seed": 5, "batch": 2, "accumulate": 2}
+    how |= {"decay": True, "report": None}
+    changes = {
+        "none": nullcontext(model),
+        "relearning": weights.relearned(model, tokenizer, rows, **how),
+        "probing": weights.probed(model, tokenizer, rows, share=0.5, **how),
+    }
+    shape = {"template": Template(), "max_length": 64}
+    sets = sets_of(with_wrong_answers(FORGET), [], tokenizer, **shape)
+    for name, wanted in OF_OPEN_UNLEARNING.items():
+        with changes[name] as changed, torch.no_grad():
+            sizes = {"batch_size": 16, "max_new_tokens": 0}
+            found = metrics(Evaluator(changed.eval(), tokenizer, sets, **sizes))
+        names = ("forget_Q_A_Prob", "extraction_strength", "truth_ratio")
+        assert [found[n] for n in names] == pytest.approx(wanted, rel=2e-5), name
 
 
 def entry(test, unlearned, retrained, **setting):
