@@ -6,7 +6,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `NAME` is one of `TABLES`, or
 of a comparison that `take` brought here: `comparison NAME` (the ranking), `settings NAME` (the best
-points) or `attacks NAME` (what each attack gets of them).
+points), `attacks NAME` (what each attack gets of them) or `pairs NAME` (differences of areas).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pandas as pd
 from benchmarks import tables
 from benchmarks.quality import method_table
 from benchmarks.runner import RESULTS
-from palu.comparison.tables import FRONTIER, ONLY, RUNS, percent, summary_frame
+from palu.comparison.tables import FRONTIER, ONLY, PAIRS, RUNS, percent, summary_frame
 
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "docs/results.md")
@@ -187,26 +187,37 @@ TABLES: dict[str, Callable[[], str]] = {
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
-def places(name: str) -> tuple[Path, Path]:
-    """Return where the runs and the frontiers of a comparison are."""
-    return RESULTS / f"comparison_{name}.csv", RESULTS / f"comparison_{name}_frontier.csv"
+def place(name: str, file: str) -> Path:
+    """Return where a CSV of a comparison is, by its name in the comparison's folder."""
+    ending = {RUNS: "", FRONTIER: "_frontier", PAIRS: "_pairs"}[file]
+    return RESULTS / f"comparison_{name}{ending}.csv"
+
+
+def read(name: str, file: str) -> pd.DataFrame:
+    """Return a CSV of a comparison. Raises ValueError where there is none."""
+    path = place(name, file)
+    if not path.is_file():
+        raise ValueError(
+            f"there is no {path}: python -m benchmarks.docs_tables take FOLDER {name} brings it"
+        )
+    return pd.read_csv(path)
 
 
 def take(folder: Path, name: str) -> None:
     """Copy the CSVs of a comparison here."""
-    for source, place in zip((RUNS, FRONTIER), places(name), strict=True):
-        shutil.copyfile(folder / source, place)
+    for file in (RUNS, FRONTIER, PAIRS):
+        shutil.copyfile(folder / file, place(name, file))
 
 
 def comparison(name: str) -> str:
     """Return the ranking of a comparison."""
-    frame = summary_frame(pd.read_csv(places(name)[1]))
+    frame = summary_frame(read(name, FRONTIER))
     return markdown(list(frame.columns), frame.to_numpy().tolist())
 
 
 def settings(name: str) -> str:
     """Return the settings of the best points, with their losses."""
-    frame = pd.read_csv(places(name)[1])
+    frame = read(name, FRONTIER)
     own = frame[~frame["at"].str.startswith("area") & (frame["at"] != "model")]
     lines = []
     for row in own.to_dict("records"):
@@ -227,7 +238,7 @@ def settings(name: str) -> str:
 def attacks(name: str) -> str:
     """Return the share of secrets that each attack gets of each method's best point within the
     middle loss, mean over seeds, beside the original and the retrained model."""
-    runs, frontier = (pd.read_csv(path) for path in places(name))
+    runs, frontier = read(name, RUNS), read(name, FRONTIER)
     limits = [at for at in dict.fromkeys(frontier["at"]) if re.fullmatch(r"[\d.]+%", at)]
     at = limits[len(limits) // 2]
     columns = {model: runs[runs["run"] == model] for model in MODELS}
@@ -246,13 +257,28 @@ def attacks(name: str) -> str:
     return markdown([f"within {at}", *columns], lines)
 
 
+def pairs(name: str) -> str:
+    """Return the differences of areas between every two methods, the larger first."""
+    frame = read(name, PAIRS)
+    lines = []
+    for row in frame[frame["at"].str.startswith("area")].to_dict("records"):
+        names = [row["first"], row["second"]]
+        ends = [row["difference_low"], row["difference_high"]]
+        share = row["probability"]
+        if row["difference"] < 0:
+            names, ends, share = names[::-1], [-end for end in ends[::-1]], 1 - share
+        shown = f"{abs(row['difference']):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+        lines.append([*names, shown, percent(share, 0)])
+    return markdown(["", "over", "difference of areas", "ahead"], lines)
+
+
 def _number(value: Any, unit: str = "") -> str:
     if pd.isna(value):
         return "-"
     return percent(value, 1) if unit else f"{value:.3f}"
 
 
-COMPARED = {"comparison": comparison, "settings": settings, "attacks": attacks}
+COMPARED = {"comparison": comparison, "settings": settings, "attacks": attacks, "pairs": pairs}
 
 
 # ---- the files -----------------------------------------------------------------------------------
@@ -263,7 +289,7 @@ def made(name: str) -> str:
     if name in TABLES:
         return TABLES[name]()
     kind, _, of = name.partition(" ")
-    if kind in COMPARED and of and all(path.is_file() for path in places(of)):
+    if kind in COMPARED and of:
         return COMPARED[kind](of)
     raise ValueError(
         f"no table {name!r}: it must be one of {', '.join(TABLES)}, or {', '.join(COMPARED)} and "

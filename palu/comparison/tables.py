@@ -1,4 +1,4 @@
-"""Tables of a comparison: `comparison.json`, two CSVs, a LaTeX table, and one for the terminal."""
+"""Tables of a comparison: `comparison.json`, three CSVs, one in LaTeX and one for the terminal."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palu.comparison.results import ORIGINAL, RETRAINED, Choices, Folder, rank
+from palu.data.spans import shown
 from palu.storage.files import new_file, write_json
+from palu.storage.json_files import NotJSON, parse_yaml, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-JSON, RUNS, FRONTIER, TEX = "comparison.json", "comparison.csv", "frontier.csv", "comparison.tex"
-FILES = (JSON, RUNS, FRONTIER, TEX)
+JSON, TEX = "comparison.json", "comparison.tex"
+RUNS, FRONTIER, PAIRS = "comparison.csv", "frontier.csv", "pairs.csv"
+FILES = (JSON, RUNS, FRONTIER, PAIRS, TEX)
 NONE = "-"
+ENDS = ("low", "high")
 ONLY = "as given"
 """What a setting is called of a method that has one: empty cells of a CSV are those of none."""
 
@@ -36,8 +40,8 @@ def write_tables(folder: str | Path, choices: Choices | None = None) -> dict[str
     folder = Path(folder)
     content = rank(Folder.read(folder), choices or read_choices(folder / "comparison.yaml"))
     write_json(folder / JSON, content)
-    for name, frame in ((RUNS, runs_frame(content)), (FRONTIER, frontier_frame(content))):
-        write_csv(folder / name, frame)
+    for name, frame in ((RUNS, runs_frame), (FRONTIER, frontier_frame), (PAIRS, pairs_frame)):
+        write_csv(folder / name, frame(content))
     with new_file(folder / TEX) as file:
         file.write(latex(content))
     return content
@@ -45,11 +49,14 @@ def write_tables(folder: str | Path, choices: Choices | None = None) -> dict[str
 
 def read_choices(path: Path) -> Choices:
     """Return what a comparison's file says of its ranking; the defaults where there is none."""
-    import yaml
-
     if not path.is_file():
         return Choices()
-    content = yaml.safe_load(path.read_text("utf-8")) or {}
+    try:
+        content = parse_yaml(read_text(path))
+    except NotJSON as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold names and values, not {shown(content)}")
     known = {key: content[key] for key in ("forgetting", "losses", "seeds") if key in content}
     if "utility_metrics" in content:
         known["metrics"] = content["utility_metrics"]
@@ -118,6 +125,22 @@ def frontier_frame(content: Content) -> pd.DataFrame:
             )
     columns = ["method", "at", *_interval("forgetting", None), "left_out_forgetting"]
     columns += ["best_probability", *_interval("loss", None), "left_out_loss", "chosen", "setting"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pairs_frame(content: Content) -> pd.DataFrame:
+    """Return a row for every two methods and every area or loss: the first's forgetting minus the
+    second's, and how often it is above 0."""
+    import pandas as pd
+
+    rows = []
+    for pair in content["pairs"]:
+        found = [(f"area to {percent(content['area_to'])}", pair["area"])]
+        found += [(percent(one["limit"]), one) for one in pair["within"]]
+        for at, one in found:
+            row = {"first": pair["first"], "second": pair["second"], "at": at}
+            rows.append({**row, **_interval("difference", one), "probability": one["probability"]})
+    columns = ["first", "second", "at", *_interval("difference", None), "probability"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -260,7 +283,8 @@ def _narrow(cell: str) -> str:
 
 def notes(content: Content) -> list[str]:
     """Return what a reader of the table must know besides, a line each."""
-    lines = [
+    lines = apart(content)
+    lines += [
         f"Not ranked: {one['method']}{', ' * bool(one['setting'])}{one['setting']} ({one['why']})"
         for one in content["not_ranked"]
     ]
@@ -274,6 +298,24 @@ def notes(content: Content) -> list[str]:
         for one in content["methods"]
         if one["method"] not in ranked
     ]
+    return lines
+
+
+def apart(content: Content) -> list[str]:
+    """Return how far the method with the largest area is ahead of each of the others."""
+    areas = {one["method"]: one["area"]["value"] for one in content["methods"]}
+    first = max(areas, key=areas.get)
+    lines = []
+    for pair in content["pairs"]:
+        if first not in (pair["first"], pair["second"]) or pair["area"]["low"] is None:
+            continue
+        ends = sorted(pair["area"][end] * (1 if pair["first"] == first else -1) for end in ENDS)
+        other = pair["second"] if pair["first"] == first else pair["first"]
+        noise = "more than noise" if ends[0] > 0 else "within the noise"
+        lines.append(
+            f"{first} is ahead of {other} in area by {areas[first] - areas[other]:.3f} "
+            f"[{ends[0]:.3f}, {ends[1]:.3f}]: {noise}"
+        )
     return lines
 
 

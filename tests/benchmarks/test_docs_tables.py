@@ -3,7 +3,16 @@
 import pytest
 
 from benchmarks import docs_tables
-from benchmarks.docs_tables import attacks, comparison, filled, made, markdown, settings, take
+from benchmarks.docs_tables import (
+    attacks,
+    comparison,
+    filled,
+    made,
+    markdown,
+    pairs,
+    settings,
+    take,
+)
 from palu.comparison.run_file import write_run
 from palu.comparison.tables import write_tables
 from tests.palu.comparison.made import made_run
@@ -30,7 +39,7 @@ def test_marks_that_are_not_whole_and_unknown_names_are_refused():
         filled("<!-- table: demo -->\n")
     with pytest.raises(ValueError, match="no table 'dmeo'"):
         made("dmeo")
-    with pytest.raises(ValueError, match="no table 'comparison nothing'"):
+    with pytest.raises(ValueError, match=r"there is no .*comparison_nothing_frontier\.csv"):
         made("comparison nothing")
 
 
@@ -63,6 +72,9 @@ def test_a_comparison_becomes_its_tables(compared):
     assert lines[2].startswith(r"| A\|B | 0.625 [") and lines[4].startswith("| C | 0.000 [")
     assert settings("people").splitlines()[2] == r"| A\|B | 2% | x | 0.0% | 0.625 | 0.625 | 0.0% |"
     assert "| D | 5% | as given | 0.0% | 0.250 | 0.250 | 0.0% |" in settings("people")
+    first, second = (line.split(" | ") for line in pairs("people").splitlines()[2:4])
+    assert first[:2] == [r"| A\|B", "C"] and first[2].startswith("0.625 [")
+    assert second[:2] == [r"| A\|B", "D"] and second[2].startswith("0.375 [")
     assert attacks("people").splitlines() == [
         r"| within 5% | original | retrained | A\|B | D |",
         "| --- | --- | --- | --- | --- |",

@@ -67,7 +67,7 @@ def test_a_setting_that_is_not_whole_is_not_ranked_and_said(folder):
         },
         {"method": "C", "setting": "", "why": "seed 1 was not run"},
     ]
-    assert notes(content)[:2] == [
+    assert notes(content)[1:3] == [
         "Not ranked: A & b, learning_rate=1e-3 (seed 1 diverged: loss is NaN at step 3)",
         "Not ranked: C (seed 1 was not run)",
     ]
@@ -107,6 +107,26 @@ def test_the_table_can_be_made_of_the_csv_alone(folder):
     assert frame.equals(summary_frame(pd.read_csv(folder / "frontier.csv")))
     assert frame[""].tolist() == ["A & b", "C", "retrained (loss 0.0%)", "original (loss 0.0%)"]
     assert frame["within 2%"].tolist()[1:] == ["-", "", ""]
+
+
+def test_pairs_are_told_with_their_intervals(folder):
+    content = write_tables(folder)
+    pairs = pd.read_csv(folder / "pairs.csv")
+    assert pairs["at"].tolist() == ["area to 10%", "2%", "5%", "10%"]
+    row = pairs.iloc[0]
+    assert (row["first"], row["second"]) == ("A & b", "C")
+    assert row["difference"] == pytest.approx(0.9 * 0.625)
+    low, high = row["difference_low"], row["difference_high"]
+    assert notes(content)[0] == (
+        f"A & b is ahead of C in area by 0.562 [{low:.3f}, {high:.3f}]: more than noise"
+    )
+    assert 0 < low < row["difference"] < high
+
+
+def test_the_method_ahead_is_named_first_whichever_comes_first(folder):
+    content = write_tables(folder, Choices(methods=("C", "A & b")))
+    assert content["pairs"][0]["first"] == "C" and content["pairs"][0]["area"]["high"] < 0
+    assert notes(content)[0].startswith("A & b is ahead of C in area by 0.562 [0.")
 
 
 def test_latex_is_escaped(folder):
