@@ -413,7 +413,9 @@ def _run(
         run = read_run(runs.file(task))
         if run.status != DONE:
             with user_errors():
-                raise ValueError(f"the {task.id} model cannot be measured: {run.reason}")
+                raise ValueError(
+                    f"the {task.id} model cannot be measured: {run.reason} (--retry tries again)"
+                )
     with user_errors():  # what every ranking would refuse
         measured = {task.id: read_run(runs.file(task)) for task in models}
         Measures(measured, comparison.forgetting, comparison.utility_metrics)

@@ -65,17 +65,19 @@ def rows(
         probed: seconds of a run, by method, where no run is there.
     """
     found = []
-    for name in comparison.methods:
+    for name, method in comparison.methods.items():
         tasks = [task for task in tried(comparison) if task.method == name]
-        there = [run for run in runs.values() if run.method == name]
-        search = comparison.methods[name].search
-        settings = len(comparison.methods[name].settings) + (search["trials"] if search else 0)
+        settings = len(method.settings) + (method.search["trials"] if method.search else 0)
         count = settings * len(comparison.seeds)
-        took = [sum(run.seconds.values()) for run in there if run.status == DONE]
-        memory = [setups[key_of(task)]["memory"] for task in tasks]
+        own = [run for run in runs.values() if run.method == name]
+        # Which settings a search looks for is known once those before them are there.
+        there = len(own) if method.search else sum(task.id in runs for task in tasks)
+        took = [sum(run.seconds.values()) for run in own if run.status == DONE]
         seconds = statistics.median(took) if took else probed.get(name)
+        memory = [setups[key_of(task)]["memory"] for task in tasks]
         known = [size for size in memory if size is not None]
-        found.append(Row(name, count, len(there), seconds, not took, max(known) if known else None))
+        peak = max(known) if known else None
+        found.append(Row(name, count, min(there, count), seconds, not took, peak))
     return found
 
 
