@@ -1,4 +1,4 @@
-"""A world in which unlearning can do harm: the demo's people, most of whom no retain set names.
+"""Make a world of the demo's people in which unlearning can do harm, for `palu compare`.
 
     python -m benchmarks.quality.hard_people --seed 0 --output people-0
 
@@ -17,8 +17,8 @@ Writes a folder with two models and the files of a comparison (`palu compare`, o
     holdout.jsonl           6 people whom no model knows: for membership inference
     world.json              what both models know of each file
 
-Each question is taught in four wordings, so that one of a fifth kind is understood. The models are
-the demo's. It takes about three minutes of one core; the exit status is 1 where the original does
+Each question is taught in four wordings (facts in three), so that one of another kind is
+understood. The models are the demo's. It takes two minutes of one core; the exit status is 1 where the original does
 not know its files (answer probability above 0.95; of wordings it never saw above 0.5).
 """
 
