@@ -18,8 +18,9 @@ Writes a folder with two models and the files of a comparison (`palu compare`, o
     world.json              what both models know of each file
 
 Each question is taught in four wordings (facts in three), so that one of another kind is
-understood. The models are the demo's. It takes two minutes of one core; the exit status is 1 where the original does
-not know its files (answer probability above 0.95; of wordings it never saw above 0.5).
+understood. The models are the demo's. It takes two minutes of one core; the exit status is 1 where
+the original does not know its files (answer probability above 0.95; of wordings it never saw above
+0.5).
 """
 
 from __future__ import annotations
