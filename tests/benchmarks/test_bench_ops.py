@@ -40,9 +40,10 @@ def without_compile(benchmark):
     [
         (bench_ops, ["--dtype", "float32", "float16", "--kernels", *bench_ops.LOSSES]),
         (bench_ops, [*TOP_K, "--dtype", "float32", "bfloat16"]),
-        (
+        pytest.param(
             bench_linear,
             ["--dtype", "float32", "bfloat16", "--together", "--kernels", *bench_linear.KERNELS],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["ops", "topk", "linear"],

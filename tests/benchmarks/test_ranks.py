@@ -20,6 +20,8 @@ MODELS = {
     "gemma2": GEMMA,
     "qwen2": QWEN,
 }
+pytestmark = pytest.mark.slow  # two processes measure every case: a minute of one core
+
 # processes -> name -> model and the fields of a Setup
 QUICK = {
     2: {
@@ -96,11 +98,7 @@ def off_by(case, ranks, without=()):
 
 
 CASES = [pytest.param(n, QUICK, name, id=name) for n, own in QUICK.items() for name in own]
-CASES += [
-    pytest.param(n, SLOW, name, id=f"{n}: {name}", marks=pytest.mark.slow)
-    for n, own in SLOW.items()
-    for name in own
-]
+CASES += [pytest.param(n, SLOW, name, id=f"{n}: {name}") for n, own in SLOW.items() for name in own]
 
 
 @pytest.mark.parametrize(("processes", "cases", "name"), CASES)

@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # Every entry of a long row is in S, which the interpreter takes long for.
-LONG = [c for c in cases() if c.k and min(c.k, c.columns) > 2**16]
+LONG = [c for c in cases() if c.k and min(c.k, c.columns) > 2**14]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -298,6 +298,7 @@ def test_no_rows_give_a_zero_with_a_gradient(tok, tmp_path, name):
     assert made.model.lm_head.weight.grad.abs().max() == 0
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -88,6 +88,7 @@ def test_every_checkpoint_leads_to_the_same_end(tok, tmp_path, changes, steps):
         assert curve(again) == curve(whole) and len(curve(whole)) > 2
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_files_of_a_checkpoint(tok, tmp_path, monkeypatch):
     """An exception stands for the kill: everything that has been written by then stays."""
 
