@@ -87,6 +87,14 @@ def test_intervals_are_those_of_a_bootstrap_over_the_rows(write):
     assert [row["difference_low"], row["difference_high"]] == pytest.approx(wanted, abs=0.06)
 
 
+def test_a_difference_that_is_the_same_in_all_rows_is_certain(write):
+    probs = [0.9, 0.8, 0.7, 0.6]
+    logs = [write("a.json", a_log(probs)), write("b.json", a_log([p - 0.25 for p in probs]))]
+    row = logs_frame(read_logs(logs)).set_index(["log", "metric"]).loc[("b", "forget_Q_A_Prob")]
+    assert row["low"] < 0.45 < row["high"]
+    assert [row["difference_low"], row["difference_high"]] == pytest.approx([-0.25, -0.25])
+
+
 def test_a_log_and_a_json_file_stand_in_one_table(write):
     log = write("a.json", a_log([0.9, 0.8, 0.7, 0.6]))
     json_file = write("b.json", of_json([0.1, 0.2, 0.1, 0.2]))
