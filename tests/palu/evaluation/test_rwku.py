@@ -12,7 +12,7 @@ import pytest
 
 from palu.evaluation.benchmarks import RWKU, Meter
 from palu.evaluation.benchmarks.rwku import rouge_l_recall
-from palu.evaluation.benchmarks.rwku_utility import _reason, exact_match, word_f1
+from palu.evaluation.benchmarks.rwku_utility import _general, _reason, exact_match, word_f1
 from palu.models.wrappers import eval_mode
 from tests.support.benchmark_small import FOLDER, load
 
@@ -93,6 +93,21 @@ def test_what_stands_after_the_answer_is(meter, monkeypatch):
     rows = _reason(meter, "x", told)["value_by_index"].values()
     # the second has no full stop after it, so all of it counts
     assert [row["score"] for row in rows] == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_letters_are_the_last_tokens_after_a_space(meter, monkeypatch):
+    """In the tests' tokenizer a letter is a token of its own, with a space before it or not."""
+    ids = {f" {letter}": [9, n] for n, letter in enumerate("ABCD")}
+    monkeypatch.setattr(meter.tokenizer, "encode", lambda text, add_special_tokens: ids[text])
+    asked = []
+
+    def next_tokens(title, prompts, candidates):
+        asked.append(candidates)
+        return [[-1.0, -2.0, -0.5, -0.5]] * len(prompts)
+
+    monkeypatch.setattr(meter, "next_tokens", next_tokens)
+    entry = _general(meter, "x", [("q", 2), ("q", 3)])
+    assert asked == [[[0, 1, 2, 3]] * 2] and entry["agg_value"] == 0.5  # of equal ones the first
 
 
 def test_one_person_in_the_authors_files(meter, tmp_path):
