@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -13,6 +15,7 @@ from palu.data.roles import FORGET, IGNORE, NONE, PRESERVE
 from palu.methods.answers import Answers
 from palu.methods.micro_batch import RETAINED, RowRoles
 from palu.methods.step_loss import AnswerStepLoss, StepLoss
+from palu.models.wrappers import unwrap
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS
 
@@ -33,6 +36,9 @@ class Method:
         forget_weight: of the forget term, a finite number of at least 0.
         backend: `auto`, `triton` or `torch`, for every operator.
         seed: of what the method draws at random.
+        trainable_params_regex: trains only the parameters whose whole name in the model it matches,
+            of those that were to train; None: all. (With LoRA names end in `lora_A.default.weight`
+            and `lora_B.default.weight`.)
 
     Raises:
         TypeError, ValueError: an option is not as above.
@@ -41,6 +47,7 @@ class Method:
     forget_weight: float = 1.0
     backend: str = "auto"
     seed: int = 0
+    trainable_params_regex: str | None = None
 
     name: ClassVar[str]  # of `PALUConfig.method`
     needs_reference: ClassVar[bool] = False  # whether `loss` asks for the original model
@@ -55,6 +62,7 @@ class Method:
     def __post_init__(self) -> None:
         arguments.choice("backend", self.backend, BACKENDS)
         check_number("forget_weight", self.forget_weight, above_zero=False)
+        _check_regex(self.trainable_params_regex)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -99,7 +107,31 @@ class Method:
         """Raise ValueError where a model of so many decoder layers will not do."""
 
     def prepare(self, model: nn.Module) -> None:
-        """What is done to a model before it is trained: nothing, unless the method says so."""
+        """Turn off `requires_grad` of what does not train.
+
+        Raises:
+            ValueError: nothing would train.
+        """
+        if self.trainable_params_regex is not None:
+            named = unwrap(model).named_parameters()
+            self.train_only(model, [name for name, p in named if p.requires_grad], "the model")
+
+    def train_only(self, model: nn.Module, could: Collection[str], where: str) -> None:
+        """Freeze every parameter but those of `could` that `trainable_params_regex` matches.
+
+        Args:
+            where: these are, in a message.
+        """
+        regex = self.trainable_params_regex
+        train = {name for name in could if regex is None or re.fullmatch(regex, name)}
+        if not train:
+            raise ValueError(
+                f"trainable_params_regex is {regex!r} and matches none of the parameters that may "
+                f"train in {where}; it must match the whole name of one, such as "
+                f"{', '.join(list(could)[-3:]) or '(there is none)'}"
+            )
+        for name, parameter in unwrap(model).named_parameters():
+            parameter.requires_grad_(name in train)
 
     def roles(self, labels: Tensor) -> Tensor:
         """int8 `[B, T]`: FORGET for every answer token but one at position 0, which nothing
@@ -123,3 +155,14 @@ def check_number(name: str, value: Any, *, above_zero: bool = True) -> None:
     if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
         least = "above 0" if above_zero else "of at least 0"
         raise ValueError(f"{name} is {value}; it must be a finite number {least}")
+
+
+def _check_regex(regex: Any) -> None:
+    if regex is not None and not isinstance(regex, str):
+        raise TypeError(f"trainable_params_regex is {regex!r}; it must be a text or None")
+    try:
+        re.compile(regex or "")
+    except re.error as error:
+        raise ValueError(
+            f"trainable_params_regex is {regex!r}; it must be a regular expression ({error})"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -115,9 +114,8 @@ class RMU(Method):
         steering_coeff: length of the vector that activations are pulled to, above 0. Published
             are 6.5 beside `retain_weight=1200` (the paper's Zephyr-7B); 2 beside 1, the default, is
             open-unlearning's configuration.
-        trainable_params_regex: trains the parameters of layers 0 to `layer_id` whose whole name in
-            the model it matches, instead of those above; only those that were to train already.
-            (With LoRA names end in `lora_A.default.weight` and `lora_B.default.weight`.)
+        trainable_params_regex: as of `Method`, within the layers 0 to `layer_id` and instead of
+            those above.
         seed: of the direction.
     """
 
@@ -127,7 +125,6 @@ class RMU(Method):
     retain_losses: ClassVar[tuple[str, ...]] = ("embed_diff",)
     layer_id: int | None = None
     steering_coeff: float = 2.0
-    trainable_params_regex: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,15 +134,6 @@ class RMU(Method):
             raise TypeError(f"layer_id is {layer!r}; it must be an integer")
         if layer is not None and layer < 0:
             raise ValueError(f"layer_id is {layer}; it must be at least 0, the first layer")
-        regex = self.trainable_params_regex
-        if regex is not None and not isinstance(regex, str):
-            raise TypeError(f"trainable_params_regex is {regex!r}; it must be a text or None")
-        try:
-            re.compile(regex or "")
-        except re.error as error:
-            raise ValueError(
-                f"trainable_params_regex is {regex!r}; it must be a regular expression ({error})"
-            ) from None
 
     def check_layers(self, count: int) -> None:
         """Raise ValueError where `layer_id` is none of so many layers."""
@@ -165,20 +153,12 @@ class RMU(Method):
         self.check_layers(len(layers))
         if self.layer_id is None:
             self.layer_id = min(USUAL_LAYER, len(layers) - 1)
-        regex, last = self.trainable_params_regex, self.layer_id
-        first = max(last - 2, 0) if regex is None else 0
+        last = self.layer_id
+        first = 0 if self.trainable_params_regex is not None else max(last - 2, 0)
         within = {id(p) for layer in layers[first : last + 1] for p in layer.parameters()}
-        named = list(unwrap(model).named_parameters())
+        named = unwrap(model).named_parameters()
         could = [name for name, p in named if id(p) in within and p.requires_grad]
-        train = {n for n in could if regex is None or re.fullmatch(regex, n)}
-        if not train:
-            raise ValueError(
-                f"trainable_params_regex is {regex!r} and matches none of the parameters that may "
-                f"train in the decoder layers {first} to {last}; it must match the whole name of "
-                f"one, such as {', '.join(could[-3:]) or '(there is none)'}"
-            )
-        for name, parameter in named:
-            parameter.requires_grad_(name in train)
+        self.train_only(model, could, f"the decoder layers {first} to {last}")
 
     def counts(self, roles: RowRoles) -> list[int]:
         """Answers to forget, 0, answers to retain."""

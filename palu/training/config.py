@@ -132,9 +132,10 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
         Args:
             eos_token_id: of `PALULoss`.
         """
+        names = ("forget_weight", "backend", "seed", "trainable_params_regex")
+        shared = {name: getattr(self, name) for name in names}
         if self.method == "palu":
-            return PALU(**self.loss_options(), eos_token_id=eos_token_id, seed=self.seed)
-        shared = {"forget_weight": self.forget_weight, "backend": self.backend, "seed": self.seed}
+            return PALU(**shared | self.loss_options(), eos_token_id=eos_token_id)
         return make_method(self.method, self.method_options(), **shared)
 
     def method_options(self) -> dict[str, Any]:

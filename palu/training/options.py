@@ -148,12 +148,6 @@ class MethodOptions:
         of={"rmu": None},
     )
     steering_coeff: float | None = _other(None, "length of the vector steered to.", of={"rmu": 2})
-    trainable_params_regex: str | None = _other(
-        None,
-        "which parameters up to that layer train, by whole names; default: all of that layer and "
-        "the two before it.",
-        of={"rmu": None},
-    )
 
 
 @dataclass
@@ -193,6 +187,12 @@ class RunOptions:
     )
     retain_batch_size: int | None = _method(
         None, "Retain examples beside each forget batch.", shown="as many as forget examples"
+    )
+    trainable_params_regex: str | None = _method(
+        None,
+        "Which parameters train: a regular expression of their whole names, such as "
+        "'.*layers\\.[0-3]\\..*'. Of rmu within the layers up to --layer-id.",
+        shown="all; of rmu that layer and the two before it",
     )
     normalization: Literal["step", "micro_batch"] = _method(
         "step",

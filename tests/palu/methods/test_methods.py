@@ -496,3 +496,22 @@ def test_the_command_line_says_what_is_wrong(palu, work, unmarked, words, said):
     files = "--forget", "unmarked.jsonl", "--retain", "retain.jsonl", "--output", "not"
     status, _, told = palu(*RUN, *files, *words)
     assert status == 2 and said in told and not (work / "not").exists()
+
+
+@pytest.mark.parametrize("method", ["palu", "npo"])
+def test_only_what_a_regex_matches_trains(tok, tmp_path, method):
+    options = {"method": method, "max_steps": 1, "weight_decay": 0.1}
+    options |= {"trainable_params_regex": r".*layers\.0\..*_proj\.weight"}
+    made = trainer(tok, config(tmp_path, **options))
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    named = dict(made.model.named_parameters())
+    changed = {name for name, p in named.items() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in named.items() if p.requires_grad}
+    wanted = {name for name in named if ".layers.0." in name and name.endswith("_proj.weight")}
+    assert changed == wanted and len(wanted) == 7
+
+
+def test_a_regex_that_matches_nothing_is_refused(tok, tmp_path):
+    with pytest.raises(ValueError, match=r"'layers' and matches none .* of one, such as .*weight"):
+        trainer(tok, config(tmp_path, trainable_params_regex="layers"))

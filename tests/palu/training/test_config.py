@@ -51,6 +51,7 @@ WRONG = {
     "reference": (*NO_CHOICE, None),
     "checks": NO_CHOICE,
     "reference_cache": (1, 0.5, True, math.nan),
+    "trainable_params_regex": ("[", 1, True),
     "stop_at_forget_prob": ("0.5", True, math.nan, math.inf, -0.1, 0, 1),
 }
 # options of other methods: a method that has it, its wrong values
@@ -65,7 +66,6 @@ OF_METHODS = {
     "dual_warmup_epochs": ("pdu", NUMBERS),
     "layer_id": ("rmu", ("1", True, math.nan, 2.5, -1)),
     "steering_coeff": ("rmu", (*NUMBERS, 0)),
-    "trainable_params_regex": ("rmu", ("[", 1, True)),
 }
 CASES = [({}, name, value) for name, values in WRONG.items() for value in values]
 CASES += [
