@@ -18,7 +18,7 @@ from palu.data.files import load_examples
 from palu.data.records import Example
 from palu.data.template import Template
 from palu.evaluation.attacks.run import run_attacks
-from palu.evaluation.attacks.settings import AttackSettings, check_names
+from palu.evaluation.attacks.settings import NAMES, AttackSettings, check_names
 from palu.evaluation.evaluator import evaluate_examples
 from palu.models.loading import load_model, load_tokenizer
 from palu.run_record import choose_template
@@ -213,6 +213,11 @@ def attack_settings(comparison: Comparison) -> tuple[int, list[str], AttackSetti
             raise ValueError(f"attacks: unknown key {name!r}; it must be of {allowed}")
     try:
         names = check_names(names)
+        if other := [name for name in names if name not in NAMES]:
+            raise ValueError(
+                f"names has {other[0]!r}, which asks for no secret and counts in no ranking: keep "
+                "the models, and run palu attack on them"
+            )
         length = comparison.common.get("max_length", 512)
         settings = AttackSettings(**given, max_length=length)
     except (TypeError, ValueError) as error:

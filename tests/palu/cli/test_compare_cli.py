@@ -122,6 +122,7 @@ def test_mistakes_are_said_before_any_run(world, monkeypatch, capsys):
         ({"methods": wrong}, "methods.PALU, options: top_k is -1; it must be at least 1"),
         ({"attacks": {"sample": 3}}, "attacks: unknown key 'sample'; it must be of names, quick"),
         ({"utility": {"o": "no.jsonl"}}, "no.jsonl"),
+        ({"attacks": {"names": ["open_unlearning"]}}, "'open_unlearning', which asks for no"),
         ({"forgetting": "greedily"}, "greedily"),
         ({"utility": {"o": "forget.jsonl"}}, "utility.o: 3 of its 3 examples are in the forget"),
     ]:
