@@ -176,6 +176,8 @@ def test_answers_that_fell_apart_are_said(tmp_path, data, unlearned, others, lev
             json.dumps(evaluation["models"][name][data])
         )
         part["mean"] |= {"fell_apart": 0.0} | models
+    if data == "forget" and "fluency" in others:  # its own answers hold the secrets
+        evaluation["models"]["original"][data]["mean"]["fluency"] = 0.99
     model = erasure.write(tmp_path, evaluation=evaluation, attack=leaking(0))
     report = build_report(model)
     assert report["verdict"]["level"] == level
