@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from palu.comparison.measures import UTILITY
 from palu.data.spans import shown
 from palu.storage.json_files import NotJSON, parse, parse_yaml, read_text
 
@@ -94,7 +95,7 @@ class Comparison:
     evaluate: dict[str, Any] = field(default_factory=dict)
     forgetting: str = "attacks"
     losses: tuple[float, ...] = LOSSES
-    utility_metrics: tuple[str, ...] = ("answer_probability", "rougeL_recall")
+    utility_metrics: tuple[str, ...] = UTILITY
     keep_models: bool = False
     jobs: int = 1
     threads: int | None = None

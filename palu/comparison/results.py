@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palu.comparison.bootstrap import AREA_TO, RESAMPLES, TAILS, Ranking, Setting
+from palu.comparison.config import LOSSES
 from palu.comparison.measures import (
     ATTACKS,
     RECORDS,
@@ -18,11 +19,9 @@ from palu.comparison.measures import (
     Measures,
     leak_rates,
 )
-from palu.comparison.run_file import DONE, MEMBERSHIP, Run, read_run
+from palu.comparison.run_file import DONE, MEMBERSHIP, ORIGINAL, RETRAINED, Run, read_run
 
 FORMAT = "palu-comparison/1"
-ORIGINAL, RETRAINED = "original", "retrained"
-LOSSES = (0.02, 0.05, 0.10)
 
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """The file of one run of a comparison: what was done, and what came of every example and secret.
 
 `runs/ID/run.json` is of a run; `original.json` and `retrained.json` are of models that nothing was
-done to, and lack method, setting, options and seed. Texts of secrets are in none of them.
+done to, and lack method, setting, options and seed. Secrets are numbers in them, but `answers`
+have the texts of a few examples, with what is secret in them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ STATUSES = (DONE, DIVERGED, FAILED)
 FORGET = "forget"
 """The set of what is to be forgotten; every other set is of utility."""
 MEMBERSHIP = "membership_inference"
+ORIGINAL, RETRAINED = "original", "retrained"
+"""Names of the models that nothing was done to."""
 
 
 class RunFileError(ValueError):

@@ -14,10 +14,9 @@ from palu.comparison.claims import Claim, Claims
 from palu.comparison.config import Comparison, Task
 from palu.comparison.perform import MODEL, RUN_FILE, Job, commit, run_of
 from palu.comparison.pool import Died, Worker
-from palu.comparison.run_file import FAILED, Run, read_run, write_run
+from palu.comparison.run_file import FAILED, ORIGINAL, RETRAINED, Run, read_run, write_run
 from palu.storage.files import publish
 
-ORIGINAL, RETRAINED = "original", "retrained"
 LOG = "log.txt"
 
 Tell = Callable[[int, int, str], None]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.quality import hard_people
 from benchmarks.quality.hard_people import (
     GROUPS,
     SHARED,
@@ -14,7 +17,10 @@ from benchmarks.quality.hard_people import (
     unknown,
     write_files,
 )
+from palu.cli.compare import _known
+from palu.comparison.config import check_names, comparison_options, read_config
 from palu.data.files import load_examples
+from palu.training.options import RunOptions, choices
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,14 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
         main(["--output", str(tmp_path)])
     assert stopped.value.code == 2 and "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["people", "people_palu", "smollm2"])
+def test_a_committed_comparison_can_be_read(name):
+    path = Path(hard_people.__file__).parent / "configs" / f"{name}.yaml"
+    comparison = check_names(read_config(path), _known(), choices(RunOptions, "method"))
+    assert comparison.retrained is not None and set(comparison.losses) == {0.02, 0.05, 0.1}
+    for where, options in comparison_options(comparison):
+        assert set(options) <= set(_known()), where
+    for task in comparison.tasks():
+        assert task.options["method"] in choices(RunOptions, "method")
