@@ -186,7 +186,7 @@ def _loss(
         wide, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     backend = resolve(backend, wide.device, wide.dtype)
     if dtensor(logits) is None:
-        out = logits_op.logits_loss(wide, ref_logits, data, encode(loss), reduction, backend)[0]
+        out = logits_op.logits_loss(wide, ref_logits, data, encode([loss]), reduction, backend)[0]
     else:
         out = sharded_logits.loss(wide, ref_logits, data, loss, reduction, backend)
     return out.to(accum_dtype(logits.dtype))

@@ -49,7 +49,7 @@ def logits_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the reduced loss, and for backward state `[N, 4]` and `kept` (`RowLoss.forward`)."""
-    decoded = row_loss.decode(loss)
+    (decoded,) = row_loss.decode(loss)
     if data is not None and check_values(data.device):
         decoded.check_values(data, logits.shape[-1])
     with on_device_of(logits):
@@ -68,7 +68,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = logits.shape[:-1] if reduction == "none" else ()
-    kept = row_loss.decode(loss).kept_shape(Operands(logits, ref_logits, data, backend))
+    kept = row_loss.decode(loss)[0].kept_shape(Operands(logits, ref_logits, data, backend))
     return (
         logits.new_empty(shape, dtype=accum_dtype(logits.dtype)),
         logits.new_empty((math.prod(logits.shape[:-1]), STATE), dtype=torch.float32),
@@ -88,7 +88,7 @@ def logits_loss_backward(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    decoded, rows = row_loss.decode(loss), len(state)
+    (decoded,), rows = row_loss.decode(loss), len(state)
     if reduction == "mean":
         count = decoded.count(rows, data)
         grad = grad / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     loss, _, backend = ctx.options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    saved = row_loss.decode(loss).saved(Operands(logits, ref_logits, data, backend))
+    saved = row_loss.decode(loss)[0].saved(Operands(logits, ref_logits, data, backend))
     ctx.save_for_backward(logits, *saved, *output[1:])
 
 

@@ -63,7 +63,7 @@ def role_losses(
         weights: `[n]`, of the losses in the total.
     """
     resolved = resolve(backend, logits.device, _wider(logits, ref_logits))
-    encoded = "\n".join([row_losses.encode(loss) for loss in losses])
+    encoded = row_losses.encode(losses)
     local, vocabulary = slice_of(logits)
     if vocabulary is None:
         return by_role(logits, ref_logits, roles, weights, encoded, resolved)
@@ -134,11 +134,11 @@ def _pieces(
     """Yield the number of a loss, the loss and the indices of some of its rows, until all are."""
     columns = logits.shape[-1] if vocabulary is None else vocabulary.largest
     step = max(1, PIECE_BYTES // (columns * logits.element_size()))
-    for number, line in enumerate(losses.split("\n")):
+    for number, loss in enumerate(row_losses.decode(losses)):
         # roles may be on the host, where looking them up waits for no device
         rows = [moved(n, logits.device) for n in (roles == number + 1).nonzero(as_tuple=True)]
         for start in range(0, len(rows[0]), step):
-            yield number, row_losses.decode(line), tuple(n[start : start + step] for n in rows)
+            yield number, loss, tuple(n[start : start + step] for n in rows)
 
 
 def _operands(

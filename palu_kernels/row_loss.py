@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
@@ -359,15 +359,22 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"palu_kernels.triton.{name}")
 
 
-def encode(loss: RowLoss) -> str:
-    """Return a loss as text, which `torch.compile` can trace: a custom op takes no objects."""
-    fields = [repr(getattr(loss, name)) for name in type(loss).__match_args__]
-    return ",".join([type(loss).__name__, *fields])
+def encode(losses: Sequence[RowLoss]) -> str:
+    """Return losses as text, a line each, which `torch.compile` can trace: a custom op takes no
+    objects."""
+    lines = []
+    for loss in losses:
+        fields = [repr(getattr(loss, name)) for name in type(loss).__match_args__]
+        lines.append(",".join([type(loss).__name__, *fields]))
+    return "\n".join(lines)
 
 
 @lru_cache
-def decode(text: str) -> RowLoss:
-    """Return the loss that `encode` was given."""
-    name, *fields = text.split(",")
+def decode(text: str) -> tuple[RowLoss, ...]:
+    """Return the losses that `encode` was given."""
     kinds = {kind.__name__: kind for kind in RowLoss.__subclasses__()}
-    return kinds[name](*map(ast.literal_eval, fields))
+    losses = []
+    for line in text.split("\n"):
+        name, *fields = line.split(",")
+        losses.append(kinds[name](*map(ast.literal_eval, fields)))
+    return tuple(losses)

@@ -103,7 +103,7 @@ def loss(
     if data is not None and check_values(data.device):
         row_loss_.check_values(data, vocabulary.size)
     ref = slice_of_reference(ref_logits, vocabulary)
-    facts = {"losses": row_loss.encode(row_loss_), "reduction": reduction, "backend": backend}
+    facts = {"losses": row_loss.encode([row_loss_]), "reduction": reduction, "backend": backend}
     shape = {"shape of logits": list(logits.shape), "dtype": str(local.dtype)}
     agree_on_call(vocabulary, facts | shape, None, local.device, [data])
     return SlicedLoss.apply(local, ref, data, row_loss_, reduction, backend, vocabulary)

@@ -98,10 +98,7 @@ FAULTS = [
     Fault(
         "rows of a chunk's second part take the reference's first rows",
         [
-            (
-                "slice(self.ref_start + start - self.start, self.ref_start + stop - self.start)",
-                "slice(start - self.start, stop - self.start)",
-            )
+            ("ref_hidden[ref_start : ref_start + count]", "ref_hidden[:count]"),
         ],
         "linear loss_hidden",
     ),

@@ -193,10 +193,12 @@ def local_rows(rows: Tensor) -> Tensor:
     Raises:
         UnsupportedHead: it hands on parts of them.
     """
-    placements = getattr(rows, "placements", ())
+    placements = getattr(rows, "placements", None)
+    if placements is None:
+        return rows
     if not all(placement.is_replicate() for placement in placements):
         raise UnsupportedHead(f"rows with placements {placements} enter the output embedding")
-    return rows.to_local() if placements else rows
+    return rows.to_local()
 
 
 def refuse_compiled(model: nn.Module, module: nn.Module) -> None:

@@ -83,15 +83,14 @@ class Loops:
 
 def loops_for(*tensors: Tensor | None) -> Loops | None:
     """Return the loops if they take such rows: of one dtype they know, entries side by side."""
-    first = tensors[0]
-    fit = all(
-        t is None
-        or (in_memory(t) and t.dtype == first.dtype and (t.shape[-1] == 1 or t.stride(-1) == 1))
-        for t in tensors
-    )
+    dtype, columns = tensors[0].dtype, tensors[0].shape[-1]
     # a float32 holds the number of live entries
-    fit = fit and first.dtype in Loops.TYPES and 0 < first.shape[-1] < 2**24
-    return _opened()[0] if fit else None
+    if dtype not in Loops.TYPES or not 0 < columns < 2**24 or not in_memory(*tensors):
+        return None
+    for t in tensors:
+        if t is not None and (t.dtype != dtype or not (t.shape[-1] == 1 or t.stride(-1) == 1)):
+            return None
+    return _opened()[0]
 
 
 def loops_for_indices(indices: Tensor) -> Loops | None:
@@ -99,9 +98,13 @@ def loops_for_indices(indices: Tensor) -> Loops | None:
     return _opened()[0] if in_memory(indices) else None
 
 
-def in_memory(t: Tensor) -> bool:
-    """Whether a tensor's entries can be read at its address: what is traced has none."""
-    return type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+def in_memory(*tensors: Tensor | None) -> bool:
+    """Whether tensors' entries can be read at their addresses: what is traced has none."""
+    for t in tensors:
+        plain = t is None or type(t) in (Tensor, torch.nn.Parameter)
+        if not plain or (t is not None and t.device.type != "cpu"):
+            return False
+    return True
 
 
 def served_by() -> str:

@@ -12,8 +12,9 @@ weights and whatever comes from upstream are applied in float32 afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,33 +70,43 @@ class Head:
             return
         torch.addmm(out, grad, self.weight, beta=0, alpha=self.scale, out=out)
 
-    @property
+    @cached_property
     def in_float32(self) -> bool:
         """PyTorch's float16 products on the CPU are hundreds of times slower than float32's."""
         return self.weight.dtype == torch.float16 and self.weight.device.type == "cpu"
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """Return the head with its tensors in `dtype`."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
 @dataclass(frozen=True)
 class Part:
     """Consecutive rows with one loss; `data` are its integers (indices `[rows, k]` or labels
-    `[rows]`), `ref_start` the first of its rows among those of the reference."""
+    `[rows]`), `ref_hidden` the reference's rows, where the loss needs them."""
 
     loss: RowLoss
     start: int
     stop: int
-    ref_start: int
     data: Tensor | None
-
-    def ref_slice(self, start: int, stop: int) -> slice:
-        return slice(self.ref_start + start - self.start, self.ref_start + stop - self.start)
+    ref_hidden: Tensor | None
 
 
-def parts_of(losses: list[RowLoss], counts: list[int], data: list[Tensor | None]) -> list[Part]:
+def parts_of(
+    losses: Sequence[RowLoss],
+    counts: list[int],
+    data: list[Tensor | None],
+    ref_hidden: Tensor | None,
+) -> list[Part]:
     parts, start, ref_start = [], 0, 0
     for loss, count, own in zip(losses, counts, data, strict=True):
-        parts.append(Part(loss, start, start + count, ref_start, own))
+        refs = None
+        if loss.needs_reference and ref_hidden is not None:
+            refs = ref_hidden[ref_start : ref_start + count]
+            ref_start += count
+        parts.append(Part(loss, start, start + count, own, refs))
         start += count
-        ref_start += count if loss.needs_reference else 0
     return parts
 
 
@@ -155,8 +166,7 @@ class LoopInputs:
     hidden: Tensor  # [R, D]
     head: Head
     own_head: Head  # in its own dtype, for sparse parts, which work in float32
-    ref_hidden: Tensor | None  # rows of the parts that need the reference
-    ref_head: Head | None
+    ref_head: Head
     parts: list[Part]
     mean: tuple[Tensor, Tensor] | None  # of the head's rows, where a sparse part needs it
     chunk_bytes: int
@@ -191,7 +201,8 @@ def run(
                 compute = _sparse if rows.vocabulary is None else _sparse_slices
                 compute(rows, part, losses, grad_hidden, kept, sums)
         for parts in _runs(rows.parts):
-            _dense(rows, parts, losses, grad_hidden, kept, sums)
+            if parts:
+                _dense(rows, parts, losses, grad_hidden, kept, sums)
     if grad_hidden is None:
         return losses, hidden.new_empty(0)
     if rows.vocabulary is not None:
@@ -201,18 +212,15 @@ def run(
     return losses, grad_hidden
 
 
-def _runs(parts: list[Part]) -> Iterator[list[Part]]:
-    """Neighbouring parts that share chunks."""
-    run: list[Part] = []
+def _runs(parts: list[Part]) -> list[list[Part]]:
+    """Neighbouring parts that share chunks; a run may be of none."""
+    runs: list[list[Part]] = [[]]
     for part in parts:
         if part.loss.sparse:
-            if run:
-                yield run
-            run = []
+            runs.append([])
         elif part.stop > part.start:
-            run.append(part)
-    if run:
-        yield run
+            runs[-1].append(part)
+    return runs
 
 
 def _dense(
@@ -224,15 +232,13 @@ def _dense(
     sums: HeadGradAccumulator | None,
 ) -> None:
     hidden, head = rows.hidden, rows.head
-    gradient = any(t is not None for t in (grad_hidden, kept, sums))
+    gradient = grad_hidden is not None or kept is not None or sums is not None
     first, last = parts[0].start, parts[-1].stop
     columns = head.weight.shape[0]
     step = chunk_rows(last - first, rows.columns, hidden.element_size(), rows.chunk_bytes)
     chunk = buffer(hidden, step, columns) if kept is None else None
-    ref_chunk = None
-    if any(part.loss.needs_reference for part in parts):
-        longest = max(p.stop - p.start for p in parts if p.loss.needs_reference)
-        ref_chunk = buffer(hidden, min(step, longest), columns)
+    ref_rows = max([0 if part.ref_hidden is None else len(part.ref_hidden) for part in parts])
+    ref_chunk = buffer(hidden, min(step, ref_rows), columns) if ref_rows else None
     for start in range(first, last, step):
         stop = min(start + step, last)
         out = kept[start:stop] if chunk is None else chunk[: stop - start]
@@ -241,17 +247,16 @@ def _dense(
             a, b = max(start, part.start), min(stop, part.stop)
             if a >= b:
                 continue
-            ref_logits = None
-            if part.loss.needs_reference:
-                ref_rows = rows.ref_hidden[part.ref_slice(a, b)]
-                ref_logits = rows.ref_head.logits(ref_rows, ref_chunk[: b - a])
+            ref_logits, own = None, slice(a - part.start, b - part.start)
+            if part.ref_hidden is not None:
+                ref_logits = rows.ref_head.logits(part.ref_hidden[own], ref_chunk[: b - a])
             operands = Operands(
                 logits[a - start : b - start],
                 ref_logits,
-                None if part.data is None else part.data[a - part.start : b - part.start],
+                None if part.data is None else part.data[own],
                 rows.backend,
                 head.softcap,
-                rows.ref_head.softcap if rows.ref_head else None,
+                rows.ref_head.softcap,
                 rows.vocabulary,
             )
             losses[a:b] = part.loss.fused(operands, gradient)
@@ -373,11 +378,9 @@ def _chosen(rows: LoopInputs, part: Part) -> tuple[Tensor, Tensor]:
 
 def _ref_logits(rows: LoopInputs, part: Part) -> Iterator[Tensor]:
     """Yield the reference's logits of a part's rows chunk by chunk, in one buffer."""
-    step = chunk_rows(
-        part.stop - part.start, rows.columns, rows.hidden.element_size(), rows.chunk_bytes
-    )
+    count, element_size = len(part.ref_hidden), rows.hidden.element_size()
+    step = chunk_rows(count, rows.columns, element_size, rows.chunk_bytes)
     chunk = buffer(rows.hidden, step, rows.ref_head.weight.shape[0])
-    for start in range(part.start, part.stop, step):
-        stop = min(start + step, part.stop)
-        ref_rows = rows.ref_hidden[part.ref_slice(start, stop)]
-        yield rows.ref_head.logits(ref_rows, chunk[: stop - start])
+    for start in range(0, count, step):
+        ref_rows = part.ref_hidden[start : start + step]
+        yield rows.ref_head.logits(ref_rows, chunk[: len(ref_rows)])

@@ -84,12 +84,6 @@ def prefer_sparse(
     return sparse < dense
 
 
-def supports(objective: str, center_kind: str, softcap: float | None) -> bool:
-    """Whether the loss needs nothing outside S: all but the global mean under a softcap, which is
-    no function of the mean row."""
-    return not needs_mean(objective, center_kind) or softcap is None
-
-
 def needs_mean(objective: str, center_kind: str) -> bool:
     """Whether `forward` wants a `mean_row`."""
     return objective == "flatten" and center_kind == "global_mean"
@@ -116,7 +110,9 @@ def choose(
         ValueError: `implementation` is unknown, or is `sparse` where only dense is right.
     """
     validation.choice("implementation", implementation, IMPLEMENTATIONS)
-    possible = supports(objective, center_kind, softcap)
+    global_mean = needs_mean(objective, center_kind)
+    # under a softcap the mean is no function of the mean row, and needs what is outside S
+    possible = softcap is None or not global_mean
     if implementation == "sparse" and not possible:
         raise ValueError(
             f"implementation is 'sparse', center is {center_kind!r} and softcap is {softcap}; the "
@@ -133,7 +129,7 @@ def choose(
         device_type=device_type,
         dtype=dtype,
         train_head=train_head,
-        global_mean=needs_mean(objective, center_kind),
+        global_mean=global_mean,
     )
     kind = (chosen, objective, center_kind, softcap, k, vocab_size, hidden_size, device_type, dtype)
     if not torch.compiler.is_compiling() and (kind, train_head) not in _logged:

@@ -170,20 +170,20 @@ class LMHead:
 
     def mean_row(self) -> tuple[Tensor, Tensor]:
         """Return the means of the weight's rows `[D]` and of the bias (`sparse.mean_row`)."""
-        head = self.detach()
         if self.vocabulary is None:
-            return self._once("mean row", lambda: sparse.mean_row(head.weight, head.bias))
+            return self._once("mean row", lambda: sparse.mean_row(self.weight, self.bias))
         # what is kept may not decide whether a rank takes part in a sum
-        sums = self._once("sums of rows", lambda: sparse.sums_of_rows(head.weight, head.bias))
+        sums = self._once("sums of rows", lambda: sparse.sums_of_rows(self.weight, self.bias))
         return sparse.mean_of_sums(sums, self.vocabulary)
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias in `dtype`, detached."""
-        head = self.detach()
-        if dtype == head.weight.dtype:
-            return head.weight, head.bias
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return self._once(str(dtype), lambda: (head.weight.to(dtype), bias))
+        weight = self.weight.detach()
+        bias = None if self.bias is None else self.bias.detach()
+        if dtype == weight.dtype:
+            return weight, bias
+        bias = None if bias is None else bias.to(dtype)
+        return self._once(str(dtype), lambda: (weight.to(dtype), bias))
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` makes, kept while the head is as it was.
@@ -282,29 +282,16 @@ def prepare(
 ) -> torch.dtype:
     """Check what the operator `name` is given, and return the dtype of its products."""
     check_hidden("hidden", hidden, head)
-    no_transforms(name, hidden, head, ref_hidden, ref_head, **integers)
+    given = {"hidden": hidden, "ref_hidden": ref_hidden, **integers}
+    given |= {"head.weight": head.weight, "head.bias": head.bias}
+    if ref_head is not None:
+        given |= {"ref_head.weight": ref_head.weight, "ref_head.bias": ref_head.bias}
+    validation.no_transforms(name, **given)
     if ref_hidden is not None:
         check_hidden("ref_hidden", ref_hidden, head if ref_head is None else ref_head)
         _frozen("ref_hidden", ref_hidden, hidden)
         frozen_head(head, ref_head)
     return compute_dtype(hidden, head, ref_hidden, ref_head)
-
-
-def no_transforms(
-    name: str,
-    hidden: Tensor,
-    head: LMHead,
-    ref_hidden: Tensor | None,
-    ref_head: LMHead | None,
-    **more: Tensor | None,
-) -> None:
-    heads = {
-        f"{kind}.{part}": getattr(own, part)
-        for kind, own in (("head", head), ("ref_head", ref_head))
-        if own is not None
-        for part in ("weight", "bias")
-    }
-    validation.no_transforms(name, hidden=hidden, ref_hidden=ref_hidden, **heads, **more)
 
 
 def _frozen(name: str, value: Tensor, hidden: Tensor) -> None:

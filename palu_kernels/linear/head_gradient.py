@@ -180,5 +180,6 @@ class HeadGradAccumulator:
     def results(self) -> tuple[Tensor, Tensor]:
         """Return the sums of weight and bias; empty where not wanted."""
         self._zeros()
-        sums = self.weight, self.bias
-        return tuple([self.row_scale.new_empty(0) if t is None else t for t in sums])
+        empty = self.row_scale.new_empty
+        weight, bias = self.weight, self.bias
+        return empty(0) if weight is None else weight, empty(0) if bias is None else bias

@@ -82,20 +82,18 @@ def linear_role_losses(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    data = [None] * len(losses) if data is None else data
-    integers = {f"data[{i}]": values for i, values in enumerate(data)}
-    compute = prepare("a loss by roles", hidden, head, ref_hidden, ref_head, **integers)
-    for loss in losses:
+    data, integers = [None] * len(losses) if data is None else data, {}
+    for i, (loss, values) in enumerate(zip(losses, data, strict=True)):
         if loss.needs_reference and ref_hidden is None:
             raise ValueError("ref_hidden is None; it must be the reference's hidden rows")
+        integers[f"data[{i}]"] = values
+    compute = prepare("a loss by roles", hidden, head, ref_hidden, ref_head, **integers)
     rows, counts = roles, []
     if not torch.compiler.is_compiling() and not hidden.is_meta:
-        flat = hidden.detach().flatten(0, 1)
-        rows, counts, ref_hidden, data = pick(
-            roles, losses, flat, head.vocab_size, ref_hidden, data
-        )
+        flat, vocab_size = hidden.detach().flatten(0, 1), head.vocab_size
+        rows, counts, ref_hidden, data = pick(roles, losses, flat, vocab_size, ref_hidden, data)
         options = {"train_head": head.requires_grad, "compute": compute}
-        losses = settle(losses, counts, head.weight, head.vocab_size, head.softcap, **options)
+        losses = settle(losses, counts, head.weight, vocab_size, head.softcap, **options)
     total, sums = call(
         hidden.flatten(0, 1),
         head,
@@ -154,10 +152,10 @@ def call(
     eager = not torch.compiler.is_compiling() and not hidden.is_meta
     mean: tuple[Tensor | None, Tensor | None] = (None, None)
     cast: tuple[Tensor | None, Tensor | None] = (None, None)
-    if eager and _need_mean(losses):
-        mean = head.mean_row()
-    if eager and not head.requires_grad and _need_all_of_head(losses):
-        cast = head.cast(compute)
+    if eager:
+        needs_mean, needs_whole = _needs(losses)
+        mean = head.mean_row() if needs_mean else mean
+        cast = head.cast(compute) if needs_whole and not any(want[1:]) else cast
     scales = [float(head.logit_scale), float(head.softcap or 0), 1.0, 0.0]
     frozen = [ref_hidden, None, None, *mean, *cast, *data]
     vocabulary = head.vocabulary
@@ -170,9 +168,9 @@ def call(
     # how many rows have a role is not known yet where roles are looked up inside
     known = rows is None or bool(counts)
     picked = hidden.shape[0] if rows is None else rows.shape[0]
-    width = head.hidden_size
+    width = hidden.shape[1]
     keep = known and want[1] and is_kept(picked, head.most_rows, width, compute.itemsize)
-    encoded = "\n".join([row_loss.encode(loss) for loss in losses])
+    encoded = row_loss.encode(losses)
     backend = resolve(backend, hidden.device, compute)
     if vocabulary is not None:
         facts = {
@@ -222,17 +220,16 @@ def pick(
         TypeError, ValueError: `ref_hidden` or `data` have other rows than the losses.
     """
     flat = roles.flatten()
-    rows_by_loss = [
-        moved((flat == i + 1).nonzero()[:, 0], hidden.device) for i in range(len(losses))
-    ]
-    counts = [len(rows_of_loss) for rows_of_loss in rows_by_loss]
-    own_data, refs = [], []
-    for loss, rows_of_loss, values in zip(losses, rows_by_loss, data, strict=True):
+    order, counts, own_data, refs = [], [], [], []
+    for number, (loss, values) in enumerate(zip(losses, data, strict=True), 1):
+        rows_of_loss = moved((flat == number).nonzero()[:, 0], hidden.device)
         if values is not None and values.shape[: roles.dim()] == roles.shape:
             values = values.flatten(0, roles.dim() - 1)[rows_of_loss]
         if values is not None and isinstance(loss, LocalEntropy):
             names = "the forget rows", "ref_indices"
             validation.indices(values, loss.top_k, hidden[: len(rows_of_loss)], vocab_size, *names)
+        order.append(rows_of_loss)
+        counts.append(len(rows_of_loss))
         own_data.append(values)
         if loss.needs_reference:
             refs.append(rows_of_loss)
@@ -247,7 +244,7 @@ def pick(
                 f"ref_hidden has {len(ref_hidden)} rows; it must be [B, T, D], or have the "
                 f"{needed} preserve rows"
             )
-    return Picked(torch.cat(rows_by_loss), counts, ref_hidden, own_data)
+    return Picked(torch.cat(order), counts, ref_hidden, own_data)
 
 
 def settle(
@@ -268,32 +265,31 @@ def settle(
         ValueError: sparse is asked for where only dense is right.
     """
 
-    def settled(loss: RowLoss, rows: int) -> RowLoss:
-        if not isinstance(loss, LocalEntropy):
-            return loss
-        if loss.select_by == "current":
-            if implementation == "sparse":
-                raise ValueError(
-                    "implementation is 'sparse' and neither ref_hidden nor indices is given; it "
-                    "must be 'dense' (or 'auto') where the current logits choose S"
-                )
-            return loss
-        is_sparse = choose(
-            implementation,
-            loss.objective,
-            loss.center_kind,
-            softcap,
-            rows=rows,
-            k=min(loss.top_k, vocab_size),
-            vocab_size=vocab_size,
-            hidden_size=weight.shape[1],
-            device_type=weight.device.type,
-            dtype=compute,
-            train_head=train_head,
-        )
-        return replace(loss, sparse=True) if is_sparse else loss
-
-    return [settled(loss, rows) for loss, rows in zip(losses, counts, strict=True)]
+    settled = []
+    for loss, rows in zip(losses, counts, strict=True):
+        current = isinstance(loss, LocalEntropy) and loss.select_by == "current"
+        if current and implementation == "sparse":
+            raise ValueError(
+                "implementation is 'sparse' and neither ref_hidden nor indices is given; it "
+                "must be 'dense' (or 'auto') where the current logits choose S"
+            )
+        if isinstance(loss, LocalEntropy) and not current:
+            is_sparse = choose(
+                implementation,
+                loss.objective,
+                loss.center_kind,
+                softcap,
+                rows=rows,
+                k=min(loss.top_k, vocab_size),
+                vocab_size=vocab_size,
+                hidden_size=weight.shape[1],
+                device_type=weight.device.type,
+                dtype=compute,
+                train_head=train_head,
+            )
+            loss = replace(loss, sparse=True) if is_sparse else loss
+        settled.append(loss)
+    return settled
 
 
 @torch.library.custom_op("palu_kernels::linear_loss", mutates_args=())
@@ -325,17 +321,17 @@ def linear_loss(
     """
     options = losses, scales, compute, chunk_bytes, backend, vocabulary, any(want[1:])
     given, order = _rows(hidden, weight, bias, rows, frozen, counts, *options)
-    sizes = [part.stop - part.start for part in given.parts]
     by_row = kept = sums = None
     if weights is not None:
-        by_row = torch.cat([w.expand(n) for w, n in zip(weights, sizes, strict=True)])
+        shares = zip(weights, given.parts, strict=True)
+        by_row = torch.cat([w.expand(part.stop - part.start) for w, part in shares])
     if keep:
         kept = whole_buffer(given.hidden, len(given.hidden), len(weight))
     elif by_row is not None and any(want[1:]):
         sums = HeadGradAccumulator(given.head, given.hidden, by_row, *want[1:])
     view = None if kept is None else kept[:, : len(weight)]
     by_loss, grad_hidden = run(given, want[0], view, sums)
-    sum_by_loss = torch.stack([part.sum() for part in by_loss.split(sizes)])
+    sum_by_loss = torch.stack([by_loss[part.start : part.stop].sum() for part in given.parts])
     of_head = [grad_hidden.new_empty(0) if kept is None else kept]
     of_head += [by_loss.new_empty(0) for _ in range(2)] if sums is None else sums.results()
     if by_row is None:
@@ -352,13 +348,14 @@ def _spread(values: Tensor, order: Tensor, rows: int) -> Tensor:
     return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, order, values)
 
 
-def _need_mean(losses: Sequence[RowLoss]) -> bool:
-    return any(loss.needs_mean for loss in losses)
-
-
-def _need_all_of_head(losses: Sequence[RowLoss]) -> bool:
-    """Whether products with the whole head are made, or may be with that of the reference."""
-    return any(not loss.sparse or loss.needs_reference for loss in losses)
+def _needs(losses: Sequence[RowLoss]) -> tuple[bool, bool]:
+    """Whether they need the head's mean row, and whether products with the whole head are made, or
+    may be with that of the reference."""
+    mean = whole = False
+    for loss in losses:
+        mean = mean or loss.needs_mean
+        whole = whole or not loss.sparse or loss.needs_reference
+    return mean, whole
 
 
 def _rows(
@@ -384,7 +381,7 @@ def _rows(
         present
     )
     scale, softcap, ref_scale, ref_softcap = scales
-    decoded = [row_loss.decode(line) for line in losses.split("\n")]
+    decoded = row_loss.decode(losses)
     sharded = distributed.decode(vocabulary)
     vocab_size = len(weight) if sharded is None else sharded.size
     order = rows
@@ -398,28 +395,27 @@ def _rows(
         if values is not None and check_values(values.device):
             loss.check_values(values, vocab_size)
     mean = None if mean_weight is None else (mean_weight, mean_bias)
-    if mean is None and _need_mean(decoded):
+    needs_mean, needs_whole = _needs(decoded)
+    if mean is None and needs_mean:
         mean = sparse.mean_of_sums(sparse.sums_of_rows(weight, bias), sharded)
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(compute)
 
     head = own_head = Head(weight, bias, scale, softcap or None)
     if cast_weight is not None:
         head = replace(head, weight=cast_weight, bias=cast_bias)
-    elif _need_all_of_head(decoded):
-        head = replace(head, weight=cast(weight), bias=cast(bias))
+    elif needs_whole:
+        head = head.to(compute)
     ref_head = head
-    if ref_weight is not None and ref_hidden is not None:
-        ref_head = Head(cast(ref_weight), cast(ref_bias), ref_scale, ref_softcap or None)
+    if ref_hidden is not None:
+        ref_hidden = apart(ref_hidden.to(compute))
+        if ref_weight is not None:
+            ref_head = Head(ref_weight, ref_bias, ref_scale, ref_softcap or None).to(compute)
     picked = hidden if order is None else hidden.index_select(0, order)
     given = LoopInputs(
-        apart(cast(picked)),
+        apart(picked.to(compute)),
         head,
         own_head,
-        None if ref_hidden is None else apart(cast(ref_hidden)),
         ref_head,
-        parts_of(decoded, counts, data),
+        parts_of(decoded, counts, data, ref_hidden),
         mean,
         chunk_bytes,
         backend,
