@@ -43,11 +43,6 @@ class PALUStepLoss(StepLoss):
         """See `StepLoss`."""
         if not self.without_logits:
             return self._from_logits(model, batch, denominators)
-        return self._from_hidden(model, batch, denominators)
-
-    def _from_hidden(
-        self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor
-    ) -> Terms:
         roles = batch[ROLES]
         losses, weights, which = self._losses(batch)
         data: list[Tensor | None] = [None] * len(losses)

@@ -21,11 +21,9 @@ from palu.models.wrappers import (
     FSDP1,
     FSDP2,
     UnsupportedHead,
-    forward_replaced,
     is_a,
     is_sharded,
     is_tensor_parallel,
-    local_rows,
     output_embedding,
     refuse_compiled,
     unwrap,
@@ -114,7 +112,7 @@ class LossInHead:
             inputs["token_type_ids"] = torch.zeros_like(input_ids)
         inputs |= model_inputs
         try:
-            with forward_replaced(self.layer, call):
+            with _forward_replaced(self.layer, call):
                 output = self.model(**inputs)
         except Exception as error:
             if not call.given or isinstance(error, (UnsupportedHead, torch.OutOfMemoryError)):
@@ -156,7 +154,7 @@ class _Call:
         # Under a checkpoint around the whole model the rows would come without a gradient.
         if torch.is_grad_enabled() != self.with_grad:
             raise UnsupportedHead("the model switches gradients on or off inside its forward")
-        entered, input = input, local_rows(input)
+        entered, input = input, _local_rows(input)
         if input.dim() != 3 or list(input.shape[:2]) != self.shape:
             raise UnsupportedHead(
                 f"rows of shape {list(input.shape)} enter the output embedding for input_ids of "
@@ -192,6 +190,35 @@ class _Call:
             return value
         rest = [x.detach() if isinstance(x, Tensor) else x for x in result[1:]]
         return result._make([value, *rest]) if hasattr(result, "_make") else (value, *rest)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have `forward` run in the place of the module's own inside the block: after its pre-hooks and
+    before its forward hooks, which is where FSDP has made its parameters whole."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:  # accelerate's dispatch and offloading
+            module.forward = own
+
+
+def _local_rows(rows: Tensor) -> Tensor:
+    """Return hidden rows as a plain tensor: tensor parallelism hands all of them to each rank.
+
+    Raises:
+        UnsupportedHead: it hands on parts of them.
+    """
+    placements = getattr(rows, "placements", None)
+    if placements is None:
+        return rows
+    if not all(placement.is_replicate() for placement in placements):
+        raise UnsupportedHead(f"rows with placements {placements} enter the output embedding")
+    return rows.to_local()
 
 
 def _as_logits(empty: Tensor, rows: Tensor) -> Tensor:

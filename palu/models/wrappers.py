@@ -1,9 +1,9 @@
 """What a Hugging Face model may be wrapped in (DDP, FSDP, `torch.compile`, PEFT), and how to look
-inside, switch modes and put hooks on it without leaving a trace."""
+inside and switch modes without leaving a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -187,37 +187,8 @@ def output_embedding(model: nn.Module) -> nn.Module:
     return module
 
 
-def local_rows(rows: Tensor) -> Tensor:
-    """Return hidden rows as a plain tensor: tensor parallelism hands all of them to each rank.
-
-    Raises:
-        UnsupportedHead: it hands on parts of them.
-    """
-    placements = getattr(rows, "placements", None)
-    if placements is None:
-        return rows
-    if not all(placement.is_replicate() for placement in placements):
-        raise UnsupportedHead(f"rows with placements {placements} enter the output embedding")
-    return rows.to_local()
-
-
 def refuse_compiled(model: nn.Module, module: nn.Module) -> None:
     """Raise UnsupportedHead if `module` is in compiled code: what was compiled before does not run
     a hook, and what is compiled now may keep it."""
     if is_compiled(model, module):
         raise UnsupportedHead("the model is compiled, and compiled code does not see a hook")
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Have `forward` run in the place of the module's own inside the block: after its pre-hooks and
-    before its forward hooks, which is where FSDP has made its parameters whole."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:  # accelerate's dispatch and offloading
-            module.forward = own
