@@ -45,7 +45,7 @@ def check() -> None:
                 assert result.passed, (backend, result)
     logits = torch.randn(2, 3, 33, requires_grad=True)
     for backend in ("torch", "triton"):
-        options = (None, None, row_loss.encode(row_loss.ZLoss()), "mean", backend)
+        options = (None, None, row_loss.encode([row_loss.ZLoss()]), "mean", backend)
         torch.library.opcheck(logits_op.logits_loss, (logits, *options))
     right = reference.z_loss(logits.reshape(-1, 33)).mean()
     torch.testing.assert_close(z_loss(logits), right)
