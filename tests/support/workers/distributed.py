@@ -9,6 +9,7 @@ case has the same total batch for any number of processes, so its numbers must b
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -245,6 +246,7 @@ def run_words(words: list[str]) -> dict:
 def main() -> None:
     from accelerate import PartialState
 
+    gc.freeze()  # the Trainer collects at the start of every training
     folder, target = Path(sys.argv[1]), float(sys.argv[2])
     state = PartialState(cpu=True)
     processes = state.num_processes

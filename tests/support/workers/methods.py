@@ -8,6 +8,7 @@ of processes, so its numbers must be the same.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -64,6 +65,7 @@ def run(folder: Path, processes: int) -> dict:
 if __name__ == "__main__":
     import torch.distributed
 
+    gc.freeze()  # the Trainer collects at the start of every training
     folder = Path(sys.argv[1])
     found = run(folder, 2)
     rank = torch.distributed.get_rank()

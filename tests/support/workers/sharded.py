@@ -9,6 +9,7 @@ processes. Every process writes what it found to `FOLDER/WHAT-rank-N.json`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -227,6 +228,7 @@ def run_all(folder: Path, state: PartialState) -> dict:
 
 
 def main() -> None:
+    gc.freeze()  # the Trainer collects at the start of every training
     folder, what = Path(sys.argv[1]), sys.argv[2]
     state = PartialState(cpu=True)
     resume = what == "resume"
