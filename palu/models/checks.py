@@ -83,25 +83,27 @@ def check_causal(model: nn.Module, texts: Sequence[Tensor]) -> None:
 
 def _changes(model: nn.Module, text: Tensor) -> Iterator[tuple[float, float, float]]:
     """Yield, at places of a text, how much the logits change with the tokens before, with those
-    after, and by rounding."""
+    after, and by rounding. The text and all that is changed of it are one batch."""
     length = len(text)
     others = [next((t for t in text.tolist() if t != token), None) for token in text.tolist()]
     if length < 4 or None in others:
         return
     other = torch.tensor(others, dtype=text.dtype, device=text.device)
-    logits = _logits(model, text)
-    if logits is None:
-        return
-    for position in sorted({length // 3, length // 2, 2 * length // 3} - {0}):
+    places = sorted({length // 3, length // 2, 2 * length // 3} - {0})
+    texts = [text]
+    for position in places:
         count = min(position, length - 1 - position)
-        if count < 1:
-            continue
-        sizes = []
         for start in (position - count, position + 1):
             changed = text.clone()
             changed[start : start + count] = other[start : start + count]
-            sizes.append(_distance(_logits(model, changed)[position], logits[position]))
-        yield *sizes, max(_eps(model, logits) / 8, 1e-5)
+            texts.append(changed)
+    logits = _logits(model, torch.stack(texts))
+    if logits is None:
+        return
+    noise = max(_eps(model, logits) / 8, 1e-5)
+    for position, before, after in zip(places, logits[1::2], logits[2::2], strict=True):
+        plain = logits[0, position]
+        yield *(_distance(changed[position], plain) for changed in (before, after)), noise
 
 
 # ---- the original, with the adapter off ----------------------------------------------------------
@@ -117,11 +119,11 @@ def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
     whole = peft_model(model)
     worst = tolerance = 0.0
     with eval_mode(model):
-        on = [_logits(whole, text) for text in texts]
+        on = [_logits(whole, text[None]) for text in texts]
         with adapters_off(whole):
             for text, logits in zip(texts, on, strict=True):
                 if logits is not None:
-                    worst = max(worst, _distance(_logits(whole, text), logits))
+                    worst = max(worst, _distance(_logits(whole, text[None]), logits))
                     tolerance = 8 * _eps(model, logits)
     if worst > max(tolerance, 1e-4) or worst != worst:
         raise ValueError(
@@ -137,14 +139,14 @@ def check_adapter_off(model: nn.Module, texts: Sequence[Tensor]) -> None:
 # ---- logits --------------------------------------------------------------------------------------
 
 
-def _logits(model: nn.Module, text: Tensor) -> Tensor | None:
-    """`[T, V]` of one text; None of a model that has none, or for no token."""
-    if len(text) == 0:
+def _logits(model: nn.Module, texts: Tensor) -> Tensor | None:
+    """`[B, T, V]` of texts `[B, T]`; None of a model that has none, or for no token."""
+    if texts.numel() == 0:
         return None
-    ids = text[None].to(next(model.parameters()).device)
+    ids = texts.to(next(model.parameters()).device)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits = getattr(output, "logits", None)
-    return logits[0] if isinstance(logits, Tensor) and logits.dim() == 3 else None
+    return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
 
 
 def _distance(logits: Tensor, other: Tensor) -> float:
