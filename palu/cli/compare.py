@@ -147,12 +147,24 @@ def _only(options: SimpleNamespace) -> Path:
 
 
 def _read(options: SimpleNamespace) -> Comparison:
-    """Return the configuration, with the names of its options checked and its models found."""
-    from palu.cli.config_file import check_trainer_names
-    from palu.comparison.config import ConfigError, check_names, comparison_options, read_config
+    """Return the configuration, with its models found."""
     from palu.models.hub import located
 
-    comparison = read_config(options.config)
+    comparison = configuration(options.config)
+    retrained = comparison.retrained
+    return replace(
+        comparison,
+        model=str(located(comparison.model)),
+        retrained=None if retrained is None else str(located(retrained)),
+    )
+
+
+def configuration(path: str) -> Comparison:
+    """Return what a file says, with the names of its methods and options checked."""
+    from palu.cli.config_file import check_trainer_names
+    from palu.comparison.config import ConfigError, check_names, comparison_options, read_config
+
+    comparison = read_config(path)
     known = _known()
     try:
         comparison = check_names(comparison, known, choices(RunOptions, "method"))
@@ -162,13 +174,8 @@ def _read(options: SimpleNamespace) -> Comparison:
             except ValueError as error:
                 raise ConfigError(f"{where}: {error}") from None
     except ConfigError as error:
-        raise ConfigError(f"{options.config}: {error}") from None
-    retrained = comparison.retrained
-    return replace(
-        comparison,
-        model=str(located(comparison.model)),
-        retrained=None if retrained is None else str(located(retrained)),
-    )
+        raise ConfigError(f"{path}: {error}") from None
+    return comparison
 
 
 def _known() -> list[str]:
