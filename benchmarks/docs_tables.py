@@ -25,6 +25,8 @@ import pandas as pd
 from benchmarks import tables
 from benchmarks.quality import method_table
 from benchmarks.runner import RESULTS
+from palu.comparison.results import FELL_APART
+from palu.comparison.run_file import FORGET
 from palu.comparison.tables import FRONTIER, ONLY, PAIRS, RUNS, percent, summary_frame
 
 ROOT = Path(__file__).parents[1]
@@ -216,12 +218,13 @@ def comparison(name: str) -> str:
 
 
 def settings(name: str) -> str:
-    """Return the settings of the best points, with their losses."""
-    frame = read(name, FRONTIER)
-    own = frame[~frame["at"].str.startswith("area") & (frame["at"] != "model")]
+    """Return the settings of the best points, with their losses, and the share of the answers to
+    the forget file that fell apart, mean over the seeds."""
+    runs, frontier = read(name, RUNS), read(name, FRONTIER)
+    own = frontier[~frontier["at"].str.startswith("area") & (frontier["at"] != "model")]
     lines = []
     for row in own.to_dict("records"):
-        cells = [row["method"], row["at"], "none", "", "", "", ""]
+        cells = [row["method"], row["at"], "none", "", "", "", "", ""]
         if not pd.isna(row["setting"]):
             cells[2:] = [
                 row["setting"],
@@ -229,10 +232,17 @@ def settings(name: str) -> str:
                 _number(row["forgetting"]),
                 _number(row["left_out_forgetting"]),
                 _number(row["left_out_loss"], "%"),
+                percent(_of_setting(runs, row)[f"{FORGET} {FELL_APART}"].mean(), 0),
             ]
         lines.append(cells)
-    headings = ["", "within", "setting", "loss", "forgetting", "left out", "its loss"]
+    headings = ["", "within", "setting", "loss", "forgetting", "left out", "its loss", "fell apart"]
     return markdown(headings, lines)
+
+
+def _of_setting(runs: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the runs of a best point's setting."""
+    own = (runs["method"] == row["method"]) & (runs["setting"].fillna(ONLY) == row["setting"])
+    return runs[own]
 
 
 def attacks(name: str) -> str:
@@ -243,8 +253,7 @@ def attacks(name: str) -> str:
     at = limits[len(limits) // 2]
     columns = {model: runs[runs["run"] == model] for model in MODELS}
     for row in frontier[frontier["at"] == at].to_dict("records"):
-        own = (runs["method"] == row["method"]) & (runs["setting"].fillna(ONLY) == row["setting"])
-        columns[row["method"]] = runs[own]
+        columns[row["method"]] = _of_setting(runs, row)
     names = [one for one in runs.columns if one.startswith("leaked ")]
     columns = {column: found for column, found in columns.items() if len(found)}
     lines = [

@@ -77,6 +77,8 @@ class Comparison:
         forgetting: by which measure methods are ranked.
         losses: of utility, at which the best points are given.
         utility_metrics: of the utility sets, of which utility is made.
+        max_fell_apart: of a setting that is ranked, the largest share of answers to the forget file
+            that are no text any more; None: any.
         keep_models: whether a run's weights stay.
         jobs: runs at a time on this machine.
         threads: of a run, on a CPU; None: the cores, shared by the jobs.
@@ -96,6 +98,7 @@ class Comparison:
     forgetting: str = "attacks"
     losses: tuple[float, ...] = LOSSES
     utility_metrics: tuple[str, ...] = UTILITY
+    max_fell_apart: float | None = None
     keep_models: bool = False
     jobs: int = 1
     threads: int | None = None
@@ -291,6 +294,12 @@ def _losses(name: str, value: Any) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < 1:
+        raise ConfigError(f"{name} must be a number from 0 to below 1, not {shown(value)}")
+    return float(value)
+
+
 def _utility(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{name} must name at least one file: NAME: FILE, not {shown(value)}")
@@ -422,6 +431,7 @@ _PARTS: dict[str, Callable[[str, Any], Any]] = {
     "forgetting": _text,
     "losses": _losses,
     "utility_metrics": _metrics,
+    "max_fell_apart": _maybe(_share),
     "keep_models": _flag,
     "jobs": _whole(1),
     "threads": _maybe(_whole(1)),

@@ -19,9 +19,10 @@ from palu.comparison.measures import (
     Measures,
     leak_rates,
 )
-from palu.comparison.run_file import DONE, MEMBERSHIP, ORIGINAL, RETRAINED, Run, read_run
+from palu.comparison.run_file import DONE, FORGET, MEMBERSHIP, ORIGINAL, RETRAINED, Run, read_run
 
 FORMAT = "palu-comparison/1"
+FELL_APART = "fell_apart"
 
 Row = dict[str, Any]
 
@@ -33,6 +34,8 @@ class Choices:
     Attributes:
         seeds: that a setting must have to be ranked; None: all that any run has.
         methods: in the order of the tables; others that have runs come after them.
+        max_fell_apart: of a setting that is ranked, the largest share of answers to the forget file
+            that are no text any more, mean over the seeds; None: any.
     """
 
     forgetting: str = ATTACKS
@@ -40,6 +43,7 @@ class Choices:
     metrics: Sequence[str] = UTILITY
     seeds: Sequence[int] | None = None
     methods: Sequence[str] = ()
+    max_fell_apart: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,14 @@ def rank(
         raise ValueError("there is no run to rank")
     seeds = sorted(choices.seeds or {run.seed for run in found.runs.values()})
     whole, parts = _settings(found.runs, list(done), methods, seeds)
+    if (limit := choices.max_fell_apart) is not None:
+        broken = [_broken(done, one, limit) for one in whole]
+        parts += [
+            {"method": one.method, "setting": one.name, "why": why}
+            for one, why in zip(whole, broken, strict=True)
+            if why
+        ]
+        whole = [one for one, why in zip(whole, broken, strict=True) if not why]
     ranking = Ranking(measures, whole, methods, choices.losses, resamples=resamples, seed=seed)
     places = {name: number for number, name in enumerate(done)}
     return {
@@ -114,6 +126,7 @@ def rank(
             for p in measures.parts
         ],
         "losses": list(choices.losses),
+        "max_fell_apart": choices.max_fell_apart,
         "area_to": AREA_TO,
         "seeds": seeds,
         "bootstrap": {
@@ -162,6 +175,19 @@ def _settings(
             numbers = tuple(columns.index(own[one]) for one in seeds)
             whole.append(Setting(method, setting, numbers))
     return whole, parts
+
+
+def _broken(done: Mapping[str, Run], setting: Setting, limit: float) -> str | None:
+    """Return why a setting is not ranked whose answers to the forget file fell apart more often
+    than `limit`; None where they did not."""
+    runs = [name for number, name in enumerate(done) if number in setting.runs]
+    shares = {name: _means(done[name])[FORGET].get(FELL_APART) for name in runs}
+    if unknown := [name for name, share in shares.items() if share is None]:
+        raise ValueError(f"max_fell_apart: run {unknown[0]!r} has no answers to the forget file")
+    share = math.fsum(shares.values()) / len(shares)
+    if share <= limit:
+        return None
+    return f"{share:.1%} of its answers to the forget file fell apart, more than {limit:.1%}"
 
 
 def natural(text: str) -> list[tuple[bool, float, str]]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palu.comparison.results import ORIGINAL, RETRAINED, Choices, Folder, rank
+from palu.comparison.results import FELL_APART, ORIGINAL, RETRAINED, Choices, Folder, rank
+from palu.comparison.run_file import FORGET
 from palu.data.spans import shown
 from palu.storage.files import new_file, write_json
 from palu.storage.json_files import NotJSON, parse_yaml, read_text
@@ -57,7 +58,8 @@ def read_choices(path: Path) -> Choices:
         raise ValueError(f"{path}: not readable: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold names and values, not {shown(content)}")
-    known = {key: content[key] for key in ("forgetting", "losses", "seeds") if key in content}
+    keys = ("forgetting", "losses", "seeds", "max_fell_apart")
+    known = {key: content[key] for key in keys if key in content}
     if "utility_metrics" in content:
         known["metrics"] = content["utility_metrics"]
     return Choices(methods=tuple(content.get("methods", ())), **known)
@@ -223,11 +225,16 @@ def caption(content: Content) -> str:
     """Return what the numbers of the table are, in one sentence or two."""
     seeds, drawn = len(content["seeds"]), content["bootstrap"]["drawn"]
     of = ", ".join(f"{size} {name}" for name, size in drawn.items() if name != "seeds")
+    limit, broken = content.get("max_fell_apart"), ""
+    if limit is not None:
+        broken = (
+            f" Settings of which over {percent(limit)} of the forget answers fell apart are out."
+        )
     seeds = f"{seeds} seeds" if seeds > 1 else "one seed, which the intervals know nothing of"
     return (
         f"Forgetting ({content['forgetting']['title']}) at a loss of utility of at most so much, "
         f"with 95% intervals: {seeds}; {of}. Left out: the area where settings are chosen on the "
-        "other seeds. Best: how often a method's area is the largest."
+        f"other seeds. Best: how often a method's area is the largest.{broken}"
     )
 
 
@@ -294,7 +301,7 @@ def notes(content: Content) -> list[str]:
         )
     ranked = {one["method"] for one in content["settings"]}
     lines += [
-        f"{one['method']}: no setting with all seeds"
+        f"{one['method']}: no setting is ranked"
         for one in content["methods"]
         if one["method"] not in ranked
     ]
@@ -323,8 +330,22 @@ def main_settings(content: Content) -> Sequence[str]:
     """Return the settings of the best points, a line each."""
     return [
         f"{method['method']} within {percent(point['limit'])}: {_named(point['setting'])} "
-        f"(loss {percent(point['loss']['value'], 1)})"
+        f"(loss {percent(point['loss']['value'], 1)}"
+        f"{_fell_apart(content, method['method'], point['setting'])})"
         for method in content["methods"]
         for point in method["within"]
         if point["setting"] is not None
     ]
+
+
+def _fell_apart(content: Content, method: str, setting: str) -> str:
+    """Return how many of a setting's answers to the forget file fell apart, mean over the seeds."""
+    shares = [
+        run["means"].get(FORGET, {}).get(FELL_APART)
+        for run in content["runs"]
+        if (run["method"], run["setting"]) == (method, setting)
+    ]
+    known = [share for share in shares if share is not None]
+    if not any(known):
+        return ""
+    return f"; {percent(sum(known) / len(known), 0)} of the forget answers fell apart"

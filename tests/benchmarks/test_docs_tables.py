@@ -59,7 +59,8 @@ def compared(tmp_path, monkeypatch):
         for seed, one in enumerate(of_seeds):
             place = folder / "runs" / f"{method[0]}{seed}"
             place.mkdir(parents=True)
-            write_run(place / "run.json", made_run(method, setting, seed, kept=kept, said=one))
+            run = made_run(method, setting, seed, kept=kept, said=one, apart=[seed, 0, 0, 0])
+            write_run(place / "run.json", run)
     write_tables(folder)
     take(folder, "people")
     return results
@@ -70,8 +71,11 @@ def test_a_comparison_becomes_its_tables(compared):
     lines = comparison("people").splitlines()
     assert lines[0].startswith("| | area to 10% | within 2% | within 5%")
     assert lines[2].startswith(r"| A\|B | 0.625 [") and lines[4].startswith("| C | 0.000 [")
-    assert settings("people").splitlines()[2] == r"| A\|B | 2% | x | 0.0% | 0.625 | 0.625 | 0.0% |"
-    assert "| D | 5% | as given | 0.0% | 0.250 | 0.250 | 0.0% |" in settings("people")
+    assert (
+        settings("people").splitlines()[2]
+        == r"| A\|B | 2% | x | 0.0% | 0.625 | 0.625 | 0.0% | 12% |"
+    )
+    assert "| D | 5% | as given | 0.0% | 0.250 | 0.250 | 0.0% | 12% |" in settings("people")
     first, second = (line.split(" | ") for line in pairs("people").splitlines()[2:4])
     assert first[:2] == [r"| A\|B", "C"] and first[2].startswith("0.625 [")
     assert second[:2] == [r"| A\|B", "D"] and second[2].startswith("0.375 [")

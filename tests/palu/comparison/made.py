@@ -5,14 +5,26 @@ import numpy as np
 from palu.comparison.run_file import Attack, Run
 
 
-def made_run(method=None, setting="", seed=0, *, kept=(1.0,), said=(0,), status="done", rouge=None):
+def made_run(
+    method=None,
+    setting="",
+    seed=0,
+    *,
+    kept=(1.0,),
+    said=(0,),
+    status="done",
+    rouge=None,
+    apart=None,
+):
     """A run of one utility set `facts` with these probabilities (and ROUGE: the same), whose greedy
-    answers say these secrets, one a record."""
+    answers say these secrets, one a record, and fell apart where `apart` says so."""
     of_run = {} if method is None else {"options": {}, "seed": seed, "setting": setting}
     if status != "done":
         return Run(method=method, **of_run, status=status, reason="loss is NaN at step 3")
     ids = [f"fact-{n}" for n in range(len(kept))]
     forget = {"ids": [f"p-{n}" for n in range(len(said))], "sensitive_probability": list(said)}
+    if apart is not None:
+        forget["fell_apart"] = list(apart)
     facts = {
         "ids": ids,
         "answer_probability": list(kept),

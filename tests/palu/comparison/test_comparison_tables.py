@@ -13,6 +13,7 @@ from palu.comparison.run_file import write_run
 from palu.comparison.tables import (
     FILES,
     caption,
+    main_settings,
     notes,
     ranking_table,
     read_choices,
@@ -71,7 +72,47 @@ def test_a_setting_that_is_not_whole_is_not_ranked_and_said(folder):
         "Not ranked: A & b, learning_rate=1e-3 (seed 1 diverged: loss is NaN at step 3)",
         "Not ranked: C (seed 1 was not run)",
     ]
-    assert notes(content)[-1] == "C: no setting with all seeds"
+    assert notes(content)[-1] == "C: no setting is ranked"
+
+
+def test_settings_whose_answers_fell_apart_are_not_ranked_where_a_limit_is_given(tmp_path):
+    """1 and 2 of 4 over two seeds are 37.5%; utility's sets may fall apart as they like."""
+    write_run(tmp_path / "original.json", made_run(kept=[1.0] * 4, said=[1] * 4))
+    for setting, apart in (
+        ("lr=1", ([1, 0, 0, 0], [1, 1, 0, 0])),
+        ("lr=2", ([0] * 4, [1, 0, 0, 0])),
+    ):
+        for seed in range(2):
+            said = [0] * 4 if setting == "lr=1" else [0, 0, 0, 1]
+            run = made_run("A", setting, seed, kept=[0.99] * 4, said=said, apart=apart[seed])
+            save(tmp_path, f"{setting}-{seed}", run)
+    found = Folder.read(tmp_path)
+    best = {}
+    for limit in (None, 0.375, 0.37, 0.125, 0.12):
+        content = rank(found, Choices(max_fell_apart=limit))
+        best[limit] = content["methods"][0]["within"][0]["setting"], len(content["not_ranked"])
+    assert best == {
+        None: ("lr=1", 0),
+        0.375: ("lr=1", 0),
+        0.37: ("lr=2", 1),
+        0.125: ("lr=2", 1),
+        0.12: (None, 2),
+    }
+    content = rank(found)
+    assert main_settings(content)[0] == (
+        "A within 2%: lr=1 (loss 1.0%; 38% of the forget answers fell apart)"
+    )
+    content = rank(found, Choices(max_fell_apart=0.12))
+    why = "37.5% of its answers to the forget file fell apart, more than 12.0%"
+    assert content["not_ranked"][0] == {"method": "A", "setting": "lr=1", "why": why}
+    assert "over 12% of the forget answers fell apart are out" in caption(content)
+    (tmp_path / "comparison.yaml").write_text("max_fell_apart: 0.2\n")
+    assert write_tables(tmp_path)["max_fell_apart"] == 0.2
+
+
+def test_a_limit_of_answers_that_fell_apart_needs_answers(folder):
+    with pytest.raises(ValueError, match="max_fell_apart: run 'A-1e-4-s0' has no answers"):
+        rank(Folder.read(folder), Choices(max_fell_apart=0.1))
 
 
 def test_the_csv_has_a_row_a_run_whatever_became_of_it(folder):
