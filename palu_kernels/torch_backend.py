@@ -53,19 +53,17 @@ def store(out: Tensor, grad: Tensor, slope: Tensor | None, weights: Tensor | Non
         torch.mul(grad, weights[:, None], out=out)
 
 
-def compiled(*tensors: Tensor | None, state: Tensor | None = None) -> cpu.Loops | None:
-    """Return the compiled loops where they take these rows; in backward, where they also made
-    `state [N, 4]`, whose last column nobody else sets."""
-    if state is not None and not (len(state) and float(state[0, 3])):
-        return None
-    return cpu.loops_for(*tensors)
+def loops_that_made(state: Tensor, *tensors: Tensor) -> cpu.Loops | None:
+    """Return the compiled loops where they take these rows and also made `state [N, 4]`, whose last
+    column nobody else sets: what a backward reads."""
+    return cpu.loops_for(*tensors) if len(state) and float(state[0, 3]) else None
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """`reference.topk_indices` without a sort of the whole row."""
     rows, columns = scores.shape
     out = scores.new_empty((rows, min(k, columns)), dtype=torch.int32)
-    if loops := compiled(scores):
+    if loops := cpu.loops_for(scores):
         loops("topk", logits=scores, chosen=out, k=out.shape[1])
         return out
     if k >= columns:
@@ -130,7 +128,7 @@ def local_entropy(
     its entries."""
     work = accum_dtype(logits.dtype)
     losses = logits.new_empty(logits.shape[0], dtype=work)
-    if loops := compiled(logits, None if indices is not None else ref_logits, grad):
+    if loops := cpu.loops_for(logits, None if indices is not None else ref_logits, grad):
         rows = {"logits": logits, "grad": grad, "weights": weights}
         rows["chosen" if indices is None else "values"] = kept
         options = _local_entropy_options(logits, ref_logits, indices, top_k, objective, center)
@@ -238,7 +236,7 @@ def local_entropy_backward(
 ) -> None:
     """Write the gradient alone; `state` is that of `local_entropy`, `indices` are its S and
     `values`, where it kept those, S's entries."""
-    if loops := compiled(logits, grad, state=state):
+    if loops := loops_that_made(state, logits, grad):
         rows = {"logits": logits, "grad": grad, "weights": weights, "values": values}
         options = _local_entropy_options(logits, None, indices, top_k, objective, center)
         loops("local_entropy", **rows, state=state, softcap=softcap, **options)
@@ -292,7 +290,7 @@ def kl(
     state: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
-    if loops := compiled(logits, ref_logits, grad):
+    if loops := cpu.loops_for(logits, ref_logits, grad):
         options = _kl_options(direction, softcap, ref_softcap)
         rows = {"logits": logits, "ref_logits": ref_logits, "grad": grad, "weights": weights}
         loops("kl", **rows, losses=losses, state=state, **options)
@@ -336,7 +334,7 @@ def kl_backward(
     grad: Tensor,
 ) -> None:
     """Write the gradient alone; `state` is that of `kl`."""
-    if loops := compiled(logits, ref_logits, grad, state=state):
+    if loops := loops_that_made(state, logits, ref_logits, grad):
         options = _kl_options(direction, softcap, ref_softcap)
         rows = {"logits": logits, "ref_logits": ref_logits, "grad": grad, "weights": weights}
         loops("kl", **rows, state=state, **options)
@@ -375,7 +373,7 @@ def cross_entropy(
     state: Tensor | None = None,
 ) -> Tensor:
     losses = logits.new_empty(logits.shape[0], dtype=accum_dtype(logits.dtype))
-    if loops := compiled(logits, grad):
+    if loops := cpu.loops_for(logits, grad):
         rows = {"logits": logits, "labels": labels, "grad": grad}
         options = {"ignore_index": ignore_index, "softcap": softcap, "weights": weights}
         loops("cross_entropy", **rows, losses=losses, state=state, **options)
@@ -403,7 +401,7 @@ def cross_entropy_backward(
     grad: Tensor,
 ) -> None:
     """Write the gradient alone; `state` is that of `cross_entropy`."""
-    if loops := compiled(logits, grad, state=state):
+    if loops := loops_that_made(state, logits, grad):
         rows = {"logits": logits, "labels": labels, "grad": grad}
         options = {"ignore_index": ignore_index, "softcap": softcap, "weights": weights}
         loops("cross_entropy", **rows, state=state, **options)

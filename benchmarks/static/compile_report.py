@@ -183,7 +183,8 @@ def call_capped(dtype: torch.dtype, columns: int) -> None:
         for chooser in ("reference", "indices", "current")
     ]
     for loss in (*forget, KL("reverse"), KL("forward"), CrossEntropy()):
-        chunk, ref_chunk = (buffer(torch.zeros(0, dtype=dtype), ROWS, columns) for _ in range(2))
+        pair = [buffer(torch.zeros(0, dtype=dtype), ROWS, columns) for _ in range(2)]
+        chunk, ref_chunk = (whole[:, :columns] for whole in pair)
         ref_chunk = ref_chunk if loss.needs_reference else None
         data = labels if isinstance(loss, CrossEntropy) else None
         if isinstance(loss, LocalEntropy) and loss.select_by == "indices":

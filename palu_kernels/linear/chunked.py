@@ -140,12 +140,8 @@ def blocks(columns: int, width: int) -> Iterator[slice]:
 
 
 def buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """`[rows, columns]`, uninitialised, with zeros after every row as far as a product reads."""
-    return whole_buffer(like, rows, columns)[:, :columns]
-
-
-def whole_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """A `buffer` with the zeros that end its rows, `[rows, padded(columns)]`."""
+    """`[rows, padded(columns)]`, uninitialised but for the zeros from `columns` on, which a product
+    with the rows before them may read."""
     whole = like.new_empty((rows, padded(columns)))
     whole[:, columns:] = 0
     return whole
@@ -156,7 +152,7 @@ def apart(rows: Tensor) -> Tensor:
     row's too, a copy with zeros between."""
     if rows.device.type != "cpu" or rows.shape[1] % READ == 0:
         return rows
-    return buffer(rows, *rows.shape).copy_(rows)
+    return buffer(rows, *rows.shape)[:, : rows.shape[1]].copy_(rows)
 
 
 @dataclass(frozen=True)
@@ -236,9 +232,9 @@ def _dense(
     first, last = parts[0].start, parts[-1].stop
     columns = head.weight.shape[0]
     step = chunk_rows(last - first, rows.columns, hidden.element_size(), rows.chunk_bytes)
-    chunk = buffer(hidden, step, columns) if kept is None else None
+    chunk = buffer(hidden, step, columns)[:, :columns] if kept is None else None
     ref_rows = max([0 if part.ref_hidden is None else len(part.ref_hidden) for part in parts])
-    ref_chunk = buffer(hidden, min(step, ref_rows), columns) if ref_rows else None
+    ref_chunk = buffer(hidden, min(step, ref_rows), columns)[:, :columns] if ref_rows else None
     for start in range(first, last, step):
         stop = min(start + step, last)
         out = kept[start:stop] if chunk is None else chunk[: stop - start]
@@ -380,7 +376,8 @@ def _ref_logits(rows: LoopInputs, part: Part) -> Iterator[Tensor]:
     """Yield the reference's logits of a part's rows chunk by chunk, in one buffer."""
     count, element_size = len(part.ref_hidden), rows.hidden.element_size()
     step = chunk_rows(count, rows.columns, element_size, rows.chunk_bytes)
-    chunk = buffer(rows.hidden, step, rows.ref_head.weight.shape[0])
+    columns = rows.ref_head.weight.shape[0]
+    chunk = buffer(rows.hidden, step, columns)[:, :columns]
     for start in range(0, count, step):
         ref_rows = part.ref_hidden[start : start + step]
         yield rows.ref_head.logits(ref_rows, chunk[: len(ref_rows)])

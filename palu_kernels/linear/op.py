@@ -30,10 +30,10 @@ from palu_kernels.linear.chunked import (
     Head,
     LoopInputs,
     apart,
+    buffer,
     padded,
     parts_of,
     run,
-    whole_buffer,
 )
 from palu_kernels.linear.cost_model import choose
 from palu_kernels.linear.head import LMHead, prepare, together
@@ -326,7 +326,7 @@ def linear_loss(
         shares = zip(weights, given.parts, strict=True)
         by_row = torch.cat([w.expand(part.stop - part.start) for w, part in shares])
     if keep:
-        kept = whole_buffer(given.hidden, len(given.hidden), len(weight))
+        kept = buffer(given.hidden, len(given.hidden), len(weight))
     elif by_row is not None and any(want[1:]):
         sums = HeadGradAccumulator(given.head, given.hidden, by_row, *want[1:])
     view = None if kept is None else kept[:, : len(weight)]
