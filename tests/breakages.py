@@ -4,10 +4,9 @@
 
 Each fault replaces a piece of text that stands in one source file alone. The checkout is copied,
 the fault put in, and the test files named beside it run as `pytest -x` runs them by default. A
-fault that no test notices is a line `NOT CAUGHT`, and the exit status is 1. A fault has more than
-one pair of texts where the code was written otherwise before; the first one that is found counts.
-With `--control` nothing is broken, and every line is to say `NOT CAUGHT`: tests that fail anyway
-would look as if they noticed.
+fault that no test notices is a line `NOT CAUGHT`, and the exit status is 1. With `--control`
+nothing is broken, and every line is to say `NOT CAUGHT`: tests that fail anyway would look as if
+they noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from typing import NamedTuple
 
 class Fault(NamedTuple):
     name: str
-    texts: list[tuple[str, str]]  # (as it is, broken)
+    text: str  # as it is
+    broken: str
     tests: str  # stems of test files, without `test_`, the likeliest first
 
 
@@ -32,343 +32,328 @@ FAULTS = [
     # what a run leaves known
     Fault(
         "a span counts as recited where one token is",
-        [("bool(first[own].all())", "bool(first[own].any())")],
+        "bool(first[own].all())",
+        "bool(first[own].any())",
         "until_forgotten",
     ),
     Fault(
         "what the text before says counts as a secret",
-        [("return text if sort_secrets([text], before).judged else None", "return text")],
+        "judged = sort_secrets([text.strip()], before).judged",
+        "judged = [text.strip()]",
         "until_forgotten",
     ),
     Fault(
         "the worst weights stay",
-        [("(self.best is None or bad <= self.best[0])", "(self.best is None or bad >= 9)")],
+        "(self.best is None or bad <= self.best[0])",
+        "(self.best is None or bad >= 9)",
         "until_forgotten",
     ),
     Fault(
         "a resumed run forgets what it had kept",
-        [("        self.best = self._kept_before(state.global_step)\n", "")],
+        "        self.best = self._kept_before(state.global_step)\n",
+        "",
         "until_forgotten",
     ),
     Fault(
         "secrets that are still known end with 0",
-        [("        raise typer.Exit(3)\n\n    def _outcome", "\n    def _outcome")],
+        'say("try", "red", line)\n        raise typer.Exit(3)',
+        'say("try", "red", line)',
         "until_forgotten",
     ),
     Fault(
         "harm is not seen",
-        [("return now.retain_probability / before.retain_probability", "return 1.0")],
+        "return now.retain_probability / before.retain_probability",
+        "return 1.0",
         "until_forgotten",
     ),
     # kernels and operators
     Fault(
         "KL without its gradient (PyTorch)",
-        [
-            ("difference.sub_(rows[:, None]).mul_(p)", "difference.mul_(0)"),
-            ("difference.sub_(found[:, None]).mul_(p)", "difference.mul_(0)"),
-        ],
-        "eager torch_backend operators check_linear check",
+        "difference.sub_(rows[:, None]).mul_(p)",
+        "difference.mul_(0)",
+        "eager operators check_linear check",
     ),
     Fault(
         "cross-entropy's gradient misses the label",
-        [("torch.full_like(out[:, :1], -1.0)", "torch.full_like(out[:, :1], 0.0)")],
-        "eager torch_backend operators check_linear check",
+        "torch.full_like(out[:, :1], -1.0)",
+        "torch.full_like(out[:, :1], 0.0)",
+        "eager operators check_linear check",
     ),
     Fault(
         "a tie goes to the highest index (PyTorch)",
-        [("tie_column[rank < need[tie_row]]", "tie_column[rank >= (ties - need)[tie_row]]")],
-        "eager torch_backend operators",
+        "tie_column[rank < need[tie_row]]",
+        "tie_column[rank >= (ties - need)[tie_row]]",
+        "eager operators",
     ),
     Fault(
         "flatten's gradient without the term of the mean",
-        [("off_s = -on_s.sum(-1, keepdim=True) / columns", "off_s = 0 * on_s[:, :1]")],
-        "eager torch_backend operators check",
+        "off_s = -on_s.sum(-1, keepdim=True) / columns",
+        "off_s = 0 * on_s[:, :1]",
+        "eager operators check",
     ),
     Fault(
         "entropy without log k",
-        [("math.log(z_s.shape[1]) + negative_entropy[:, 0]", "negative_entropy[:, 0]")],
-        "eager torch_backend operators check",
+        "math.log(z_s.shape[1]) + negative_entropy[:, 0]",
+        "negative_entropy[:, 0]",
+        "eager operators check",
     ),
     Fault(
         "a softcap whose slope is forgotten",
-        [("1 - share.square()", "1 + 0 * share")],
-        "eager torch_backend linear check_linear check",
+        "1 - share.square()",
+        "1 + 0 * share",
+        "eager linear check_linear check",
     ),
     # the chunk loop
     Fault(
         "rows of a chunk's second part take the reference's first rows",
-        [
-            ("ref_hidden[ref_start : ref_start + count]", "ref_hidden[:count]"),
-        ],
+        "ref_hidden[ref_start : ref_start + count]",
+        "ref_hidden[:count]",
         "linear loss_hidden",
     ),
     Fault(
         "the head's gradient misses the logit scale",
-        [
-            ("self.row_scale[rows] * self.head.scale", "self.row_scale[rows]"),
-            ("self.shares[rows] * self.head.scale", "self.shares[rows]"),
-        ],
+        "self.row_scale[rows] * self.logit_scale",
+        "self.row_scale[rows]",
         "linear check_linear check",
     ),
     Fault(
         "the head's gradient misses the common scale of the weights",
-        [("t.mul_(self.scale)", "t")],
+        "weights / torch.where(common > 0, common, 1)",
+        "weights",
         "linear check_linear check",
     ),
     Fault(
         "hidden gradients are not weighted by row",
-        [
-            ("(grad_hidden * scale[:, None])", "(grad_hidden * scale.mean())"),
-            ("grad_hidden * by_row[:, None]", "grad_hidden * by_row.mean()"),
-        ],
+        "(grad_hidden * weights[:, None])",
+        "(grad_hidden * weights.mean())",
         "linear loss_hidden",
     ),
     Fault(
         "padding behind a row is left as it was",
-        [("whole[:, columns:] = 0", "whole[:, columns:] = float('nan')")],
+        "whole[:, columns:] = 0",
+        "whole[:, columns:] = float('nan')",
         "read_beyond",
     ),
     # labels and roles
     Fault(
         "a prefix is one token longer",
-        [("sensitive & (rank <= prefix_length)", "sensitive & (rank <= prefix_length + 1)")],
+        "sensitive & (rank <= prefix_length)",
+        "sensitive & (rank <= prefix_length + 1)",
         "labels loss",
     ),
     Fault(
         "the end token is forgotten too",
-        [("(labels >= 0) & ~is_eos & predicted", "(labels >= 0) & predicted")],
+        "(labels >= 0) & ~is_eos & predicted",
+        "(labels >= 0) & predicted",
         "labels loss",
     ),
     Fault(
         "roles are not shifted to the rows that predict them",
-        [("pad(self.roles(labels)[:, 1:], (0, 1), value=NONE)", "pad(self.roles(labels), (0, 0))")],
+        "pad(self.roles(labels)[:, 1:], (0, 1), value=NONE)",
+        "pad(self.roles(labels), (0, 0))",
         "loss loss_hidden",
     ),
     Fault(
         "the trainer's roles are not shifted",
-        [
-            ("functional.pad(roles.cpu()[:, 1:], (0, 1))", "functional.pad(roles.cpu(), (0, 0))"),
-            ("rows[:, :-1] = at_labels[:, 1:]", "rows[:] = at_labels"),
-        ],
+        "functional.pad(roles.cpu()[:, 1:], (0, 1))",
+        "functional.pad(roles.cpu(), (0, 0))",
         "objective trainer",
     ),
     # trainer
     Fault(
         "means over a micro-batch instead of the step",
-        [
-            (
-                "reduce(counts.sum(0)).clamp(min=1).repeat(len(batches), 1)",
-                "counts.clamp(min=1)",
-            )
-        ],
+        "reduce(counts.sum(0)).clamp(min=1).repeat(len(batches), 1)",
+        "counts.clamp(min=1)",
         "trainer methods",
     ),
     Fault(
         "a resumed run begins its retain examples anew",
-        [("walked = step * self.step_rows", "walked = 0 * self.step_rows")],
+        "walked = step * self.step_rows",
+        "walked = 0 * self.step_rows",
         "trainer resume",
     ),
     Fault(
         "retained tokens are taken one place early",
-        [
-            ('functional.pad(batch["input_ids"][:, 1:], (0, 1))', 'batch["input_ids"]'),
-            (
-                'retain["input_ids"][:, 1:][retain["labels"][:, 1:] != IGNORE]',
-                'retain["input_ids"][:, :-1][retain["labels"][:, 1:] != IGNORE]',
-            ),
-        ],
+        'functional.pad(batch["input_ids"][:, 1:], (0, 1))',
+        'batch["input_ids"]',
         "trainer objective methods",
     ),
     Fault(
         "the model stays in evaluation mode after its adapter was off",
-        [
-            ("module.training = mode", "module.training = False"),
-        ],
-        "objective lora modeling model_checks checks",
+        "module.training = mode",
+        "module.training = False",
+        "objective lora modeling model_checks",
     ),
     Fault(
         "the reference trains along",
-        [("self.model.requires_grad_(False)", "self.model.requires_grad_(True)")],
+        "self.model.requires_grad_(False)",
+        "self.model.requires_grad_(True)",
         "objective trainer",
     ),
     Fault(
         "repeated examples count",
-        [
-            (
-                "range(places.start, max(min(places.stop, self.rows), places.start))",
-                "places",
-            )
-        ],
+        "range(places.start, max(min(places.stop, self.rows), places.start))",
+        "places",
         "distributed collated batches",
     ),
     # methods
     Fault(
         "NPO by the sum of the wrong sign",
-        [("logsigmoid(-self.beta * log_ratio)", "logsigmoid(self.beta * log_ratio)")],
+        "logsigmoid(-self.beta * log_ratio)",
+        "logsigmoid(self.beta * log_ratio)",
         "methods",
     ),
     Fault(
         "DPO prefers the answer to forget",
-        [("self.beta * (second - first)", "self.beta * (first - second)")],
+        "self.beta * (second - first)",
+        "self.beta * (first - second)",
         "methods",
     ),
     Fault(
         "RMU steers at the row before the token",
-        [
-            ("roles.order(RETAINED)]) + 1", "roles.order(RETAINED)])"),
-            ("output[:, 1:][inputs.keep[:, :-1]]", "output[:, :-1][inputs.keep[:, :-1]]"),
-        ],
+        "for role in (FORGET, RETAINED)]) + 1",
+        "for role in (FORGET, RETAINED)])",
         "rmu",
     ),
     Fault(
         "PDU's dual never moves",
-        [
-            (
-                "max(0.0, dual + self.dual_step_size * (retain - self.retain_loss_eps))",
-                "max(0.0, dual)",
-            )
-        ],
+        "max(0.0, dual + self.dual_step_size * (retain - self.retain_loss_eps))",
+        "max(0.0, dual)",
         "pdu",
     ),
     # cache and checkpoints
     Fault(
         "a cache of another model is opened",
-        [
-            ("model_fingerprint(model) != starting_model", "False"),
-            (
-                "        if differences:\n            raise CacheMismatch(",
-                "        if False:\n            raise CacheMismatch(",
-            ),
-        ],
-        "cache cache_faults manifest",
+        "model_fingerprint(model) != starting_model",
+        "False",
+        "cache cache_faults",
     ),
     Fault(
         "a checkpoint's files are not compared with their digests",
-        [("check_digests(checkpoint, read_record(checkpoint))", "read_record(checkpoint)")],
+        "check_digests(checkpoint, read_record(checkpoint))",
+        "read_record(checkpoint)",
         "resume events",
     ),
     Fault(
         "masters round to the nearest",
-        [("round_into(parameter, master, generators[where])", "parameter.copy_(master)")],
+        "round_into(parameter, master, generators[where])",
+        "parameter.copy_(master)",
         "master_weights",
     ),
     # metrics
     Fault(
         "ROUGE's precision for its recall",
-        [('("recall", "recall")', '("recall", "precision")')],
-        "tofu_definitions evaluation metrics",
+        '("recall", "recall")',
+        '("recall", "precision")',
+        "metrics tofu",
     ),
     Fault(
         "extraction strength counts from the first wrong token",
-        [
-            ("min(wrong[-1] + 1, len(argmax_correct) - 1)", "wrong[0]"),
-            ("min(wrong[-1] + 1, len(hits) - 1)", "wrong[0]"),
-        ],
-        "tofu_definitions evaluation metrics inference evaluator",
+        "min(wrong[-1] + 1, len(argmax_correct) - 1)",
+        "wrong[0]",
+        "metrics inference evaluator tofu",
     ),
     Fault(
         "privleak against 1 instead of the retrained model",
-        [("100 * (ref - value) / (1 - ref + EPSILON)", "100 * (1 - value)")],
-        "tofu_definitions tofu_summary metrics",
+        "100 * (ref - value) / (1 - ref + EPSILON)",
+        "100 * (1 - value)",
+        "metrics tofu",
     ),
     Fault(
         "an area under the curve whose ties count nothing",
-        [('np.searchsorted(low, high, "right")', 'np.searchsorted(low, high, "left")')],
-        "tofu_definitions evaluation metrics",
+        'np.searchsorted(low, high, "right")',
+        'np.searchsorted(low, high, "left")',
+        "metrics tofu",
     ),
     Fault(
         "min-k of the likeliest tokens",
-        [
-            (
-                'np.sort(finite_numbers("log_probs", log_probs))',
-                'np.sort(finite_numbers("log_probs", log_probs))[::-1]',
-            )
-        ],
-        "tofu_definitions evaluation metrics",
+        'np.sort(finite_numbers("log_probs", log_probs))',
+        'np.sort(finite_numbers("log_probs", log_probs))[::-1]',
+        "metrics tofu",
     ),
     # Triton's kernels
     Fault(
         "slices of a KL are added without their scales",
-        [
-            (
-                "sum_b = tl.exp(drop_b) * sum_b + tl.sum(tl.exp(b), 1)",
-                "sum_b += tl.sum(tl.exp(b), 1)",
-            )
-        ],
+        "sum_b = exp(drop_b) * sum_b + tl.sum(exp(b), 1)",
+        "sum_b += tl.sum(exp(b), 1)",
         "operators check masked_rows",
     ),
     Fault(
         "ties at the k-th largest forget what is larger",
-        [("low, high, _reach, above = bisect(keys", "above, (low, high, _r, _a) = 0, bisect(keys")],
+        "low, high, _reach, above = bisect(keys",
+        "above, (low, high, _r, _a) = 0, bisect(keys",
         "select operators check",
     ),
     Fault(
         "an ignored label has a loss",
-        [("tl.where(counted, loss, 0.0)", "loss")],
+        "tl.where(counted, loss, 0.0)",
+        "loss",
         "operators linear check",
     ),
     Fault(
         "the gradient on S goes to the neighbours",
-        [("lane = index + first\n", "lane = index + first + 1\n")],
+        "lane = index + first\n",
+        "lane = index + first + 1\n",
         "operators linear sparse check",
     ),
     # data
     Fault(
         "padding is attended to",
-        [("torch.arange(longest) < torch", "torch.arange(longest) <= torch")],
+        "torch.arange(longest) < torch",
+        "torch.arange(longest) <= torch",
         "data batches",
     ),
     # command line, callbacks and files
     Fault(
         "the command line does not hand on --top-k",
-        [
-            (
-                "(RunOptions, LossOptions, MethodOptions, TrainingOptions)",
-                "(RunOptions, MethodOptions, TrainingOptions)",
-            ),
-            (
-                "trainable_params_regex=trainable_params_regex,\n            top_k=top_k,",
-                "trainable_params_regex=trainable_params_regex,",
-            ),
-        ],
+        "(RunOptions, LossOptions, MethodOptions, TrainingOptions)",
+        "(RunOptions, MethodOptions, TrainingOptions)",
         "cli",
     ),
     Fault(
         "a run stops above the probability it is to reach",
-        [("if probability > args.stop_at_forget_prob:", "if probability < 0:")],
+        "if probability > args.stop_at_forget_prob:",
+        "if probability < 0:",
         "events",
     ),
     Fault(
         "a flipped byte of a cache is read",
-        [('if file_digest(path) != record["blake2b"]:', "if False:")],
+        'if file_digest(path) != record["blake2b"]:',
+        "if False:",
         "cache cache_faults",
     ),
     Fault(
         "a checkpoint of another length is read",
-        [("path.stat().st_size != size:", "False:")],
+        "path.stat().st_size != size:",
+        "False:",
         "resume events",
     ),
     Fault(
         "a folder that could not be replaced is gone",
-        [("            os.replace(old, path)\n        raise", "            pass\n        raise")],
+        "            os.replace(old, path)\n        raise",
+        "            pass\n        raise",
         "files folders",
     ),
     Fault(
         "a finished file does not take its place",
-        [("        os.replace(aside, path)", "        pass")],
-        "files output folders",
+        "        os.replace(aside, path)",
+        "        pass",
+        "files folders",
     ),
 ]
 
 
-def place(repo: Path, fault: Fault) -> tuple[Path, str, str] | None:
-    """Return the one source file that holds the first text found, that text, and the broken one."""
+def place(repo: Path, fault: Fault) -> Path | None:
+    """Return the one source file that holds the text; None where it is not in one alone."""
     sources = [p for top in ("palu", "palu_kernels") for p in (repo / top).rglob("*.py")]
-    for text, broken in fault.texts:
-        holders = [path for path in sources if text in path.read_text(encoding="utf-8")]
-        if len(holders) == 1 and text != broken:
-            return holders[0], text, broken
-    return None
+    holders = [path for path in sources if fault.text in path.read_text(encoding="utf-8")]
+    return holders[0] if len(holders) == 1 else None
+
+
+def noticing(repo: Path, fault: Fault) -> list[Path]:
+    """Return the test files that are to notice a fault, the likeliest first."""
+    names = [f"test_{stem}.py" for stem in fault.tests.split()]
+    return [path for name in names for path in (repo / "tests").rglob(name)]
 
 
 def main() -> int:
@@ -393,18 +378,17 @@ def main() -> int:
 
 def run(repo: Path, fault: Fault, *, control: bool = False) -> str:
     """Return `caught`, `NOT CAUGHT`, or `NOT FOUND` where the code has no such text."""
-    found = place(repo, fault)
-    if found is None:
+    path = place(repo, fault)
+    if path is None:
         return "NOT FOUND"
-    path, text, broken = found
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, repo.name)
         shutil.copytree(repo, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "results"))
         target = copy / path.relative_to(repo)
         if not control:
-            target.write_text(target.read_text(encoding="utf-8").replace(text, broken), "utf-8")
-        names = [f"test_{stem}.py" for stem in fault.tests.split()]
-        tests = [str(path) for name in names for path in (copy / "tests").rglob(name)]
+            source = target.read_text(encoding="utf-8").replace(fault.text, fault.broken)
+            target.write_text(source, encoding="utf-8")
+        tests = map(str, noticing(copy, fault))
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
             cwd=copy,
