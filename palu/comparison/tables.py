@@ -22,6 +22,8 @@ RUNS, FRONTIER, PAIRS = "comparison.csv", "frontier.csv", "pairs.csv"
 FILES = (JSON, RUNS, FRONTIER, PAIRS, TEX)
 NONE = "-"
 ENDS = ("low", "high")
+LINES = 8
+"""How many settings that are not ranked the terminal shows."""
 ONLY = "as given"
 """What a setting is called of a method that has one: empty cells of a CSV are those of none."""
 
@@ -293,8 +295,10 @@ def notes(content: Content) -> list[str]:
     lines = apart(content)
     lines += [
         f"Not ranked: {one['method']}{', ' * bool(one['setting'])}{one['setting']} ({one['why']})"
-        for one in content["not_ranked"]
+        for one in content["not_ranked"][:LINES]
     ]
+    if (more := len(content["not_ranked"]) - LINES) > 0:
+        lines.append(f"Not ranked: {more} more settings (not_ranked in {JSON}, or the page)")
     if content["models"][ORIGINAL]["forgetting"]["value"] >= 1:
         lines.append(
             "The original model gives no secret away: nothing here tells which method forgets"

@@ -149,6 +149,7 @@ def render_comparison(
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "folder": masked(name, secrets),
         "measure": content["forgetting"]["title"].text(),
+        "max_fell_apart": content["max_fell_apart"].share() if content["max_fell_apart"] else None,
         "models": known,
         "methods": methods,
         "limits_of_loss": limits,

@@ -115,6 +115,16 @@ def test_a_limit_of_answers_that_fell_apart_needs_answers(folder):
         rank(Folder.read(folder), Choices(max_fell_apart=0.1))
 
 
+def test_few_of_the_settings_that_are_not_ranked_are_shown(folder):
+    content = write_tables(folder)
+    one = {"method": "A & b", "setting": "x", "why": "seed 1 was not run"}
+    lines = notes({**content, "not_ranked": [one] * 10})
+    assert [line for line in lines if line.startswith("Not ranked")] == [
+        *["Not ranked: A & b, x (seed 1 was not run)"] * 8,
+        "Not ranked: 2 more settings (not_ranked in comparison.json, or the page)",
+    ]
+
+
 def test_the_csv_has_a_row_a_run_whatever_became_of_it(folder):
     write_tables(folder)
     rows = pd.read_csv(folder / "comparison.csv").set_index("run")

@@ -74,6 +74,20 @@ def test_the_page_of_what_the_tables_have(tmp_path):
     assert "cannot be told apart" in said and content["forgetting"]["title"] in said
 
 
+def test_a_limit_of_answers_that_fell_apart_is_said(tmp_path):
+    content = compared.write(tmp_path / "cmp")
+    why = "37.5% of its answers to the forget file fell apart, more than 10.0%"
+    content["not_ranked"].append({"method": "NPO", "setting": "learning_rate=2", "why": why})
+    said = text_of(write_page(tmp_path / "cmp", content))
+    assert why in said and "Settings of which more than" not in said
+    content["max_fell_apart"] = 0.1
+    said = text_of(write_page(tmp_path / "cmp", content))
+    assert "Settings of which more than 10% of the answers to the records to forget" in said
+    content["max_fell_apart"] = 3
+    with pytest.raises(ValueError, match="max_fell_apart is 3; it must be a number between 0 and"):
+        write_page(tmp_path / "cmp", content)
+
+
 def test_without_a_retrained_model(tmp_path):
     compared.write(tmp_path / "cmp", methods=("NPO", "PALU"))
     (tmp_path / "cmp" / "retrained.json").unlink()
