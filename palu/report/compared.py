@@ -184,7 +184,8 @@ def sentences(rows: Sequence[Row], limit: float) -> list[str]:
             )
     if none:
         said.append(
-            f"No setting of {listed(none)} forgets anything within a loss of {percent(limit)}."
+            f"No ranked setting of {listed(none)} forgets anything within a loss of "
+            f"{percent(limit)}."
         )
     return said
 

@@ -216,7 +216,7 @@ def test_the_order_and_the_noise(tmp_path):
     rows, said = ranked(content)
     assert [row["method"]["name"] for row in rows] == [*"ABCDEFG"]
     assert [row["noise"] for row in rows] == [False, True, False, False, False, False, False]
-    assert rows[6]["place"] is None and "No setting of G forgets anything" in said
+    assert rows[6]["place"] is None and "No ranked setting of G forgets anything" in said
     assert "C with 0.726" in said and "E with" in said and "F with" not in said
     assert "and 1 other with less." in said
     # Turned round, the difference is the same one: what the second pair says of A stands.
