@@ -25,8 +25,7 @@ import pandas as pd
 from benchmarks import tables
 from benchmarks.quality import method_table
 from benchmarks.runner import RESULTS
-from palu.comparison.results import FELL_APART
-from palu.comparison.run_file import FORGET
+from palu.comparison.run_file import FELL_APART, FORGET
 from palu.comparison.tables import FRONTIER, ONLY, PAIRS, RUNS, percent, summary_frame
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,18 @@ from palu.comparison.measures import (
     Measures,
     leak_rates,
 )
-from palu.comparison.run_file import DONE, FORGET, MEMBERSHIP, ORIGINAL, RETRAINED, Run, read_run
+from palu.comparison.run_file import (
+    DONE,
+    FELL_APART,
+    FORGET,
+    MEMBERSHIP,
+    ORIGINAL,
+    RETRAINED,
+    Run,
+    read_run,
+)
 
 FORMAT = "palu-comparison/1"
-FELL_APART = "fell_apart"
 
 Row = dict[str, Any]
 
@@ -102,14 +110,11 @@ def rank(
         raise ValueError("there is no run to rank")
     seeds = sorted(choices.seeds or {run.seed for run in found.runs.values()})
     whole, parts = _settings(found.runs, list(done), methods, seeds)
+    shares = {one: _fell_apart(list(done.values()), one) for one in whole}
     if (limit := choices.max_fell_apart) is not None:
-        broken = [_broken(done, one, limit) for one in whole]
-        parts += [
-            {"method": one.method, "setting": one.name, "why": why}
-            for one, why in zip(whole, broken, strict=True)
-            if why
-        ]
-        whole = [one for one, why in zip(whole, broken, strict=True) if not why]
+        broken = {one: why for one in whole if (why := _broken(one, shares[one], limit))}
+        parts += [{"method": o.method, "setting": o.name, "why": w} for o, w in broken.items()]
+        whole = [one for one in whole if one not in broken]
     ranking = Ranking(measures, whole, methods, choices.losses, resamples=resamples, seed=seed)
     places = {name: number for number, name in enumerate(done)}
     return {
@@ -143,6 +148,7 @@ def rank(
         "pairs": ranking.pairs(),
         "settings": [
             {"method": one.method, "setting": one.name, **ranking.setting(number)}
+            | {FELL_APART: shares[one]}
             for number, one in enumerate(whole)
         ],
         "not_ranked": parts,
@@ -177,14 +183,20 @@ def _settings(
     return whole, parts
 
 
-def _broken(done: Mapping[str, Run], setting: Setting, limit: float) -> str | None:
+def _fell_apart(runs: Sequence[Run], setting: Setting) -> float | None:
+    """Return the share of a setting's answers to the forget file that fell apart, mean over the
+    seeds; None where a run has no answers."""
+    shares = [_means(runs[number])[FORGET].get(FELL_APART) for number in setting.runs]
+    return None if None in shares else math.fsum(shares) / len(shares)
+
+
+def _broken(setting: Setting, share: float | None, limit: float) -> str | None:
     """Return why a setting is not ranked whose answers to the forget file fell apart more often
     than `limit`; None where they did not."""
-    runs = [name for number, name in enumerate(done) if number in setting.runs]
-    shares = {name: _means(done[name])[FORGET].get(FELL_APART) for name in runs}
-    if unknown := [name for name, share in shares.items() if share is None]:
-        raise ValueError(f"max_fell_apart: run {unknown[0]!r} has no answers to the forget file")
-    share = math.fsum(shares.values()) / len(shares)
+    if share is None:
+        raise ValueError(
+            f"max_fell_apart: {setting.method!r} {setting.name!r} has no answers to the forget file"
+        )
     if share <= limit:
         return None
     return f"{share:.1%} of its answers to the forget file fell apart, more than {limit:.1%}"

@@ -24,6 +24,8 @@ DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STATUSES = (DONE, DIVERGED, FAILED)
 FORGET = "forget"
 """The set of what is to be forgotten; every other set is of utility."""
+FELL_APART = "fell_apart"
+"""The metric of answers that are no text any more."""
 MEMBERSHIP = "membership_inference"
 ORIGINAL, RETRAINED = "original", "retrained"
 """Names of the models that nothing was done to."""

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palu.comparison.results import FELL_APART, ORIGINAL, RETRAINED, Choices, Folder, rank
-from palu.comparison.run_file import FORGET
+from palu.comparison.results import ORIGINAL, RETRAINED, Choices, Folder, rank
 from palu.data.spans import shown
 from palu.storage.files import new_file, write_json
 from palu.storage.json_files import NotJSON, parse_yaml, read_text
@@ -331,25 +330,17 @@ def apart(content: Content) -> list[str]:
 
 
 def main_settings(content: Content) -> Sequence[str]:
-    """Return the settings of the best points, a line each."""
-    return [
-        f"{method['method']} within {percent(point['limit'])}: {_named(point['setting'])} "
-        f"(loss {percent(point['loss']['value'], 1)}"
-        f"{_fell_apart(content, method['method'], point['setting'])})"
-        for method in content["methods"]
-        for point in method["within"]
-        if point["setting"] is not None
-    ]
-
-
-def _fell_apart(content: Content, method: str, setting: str) -> str:
-    """Return how many of a setting's answers to the forget file fell apart, mean over the seeds."""
-    shares = [
-        run["means"].get(FORGET, {}).get(FELL_APART)
-        for run in content["runs"]
-        if (run["method"], run["setting"]) == (method, setting)
-    ]
-    known = [share for share in shares if share is not None]
-    if not any(known):
-        return ""
-    return f"; {percent(sum(known) / len(known), 0)} of the forget answers fell apart"
+    """Return the settings of the best points, a line each, with the answers that fell apart."""
+    apart = {(one["method"], one["setting"]): one["fell_apart"] for one in content["settings"]}
+    lines = []
+    for method in content["methods"]:
+        for point in method["within"]:
+            if (setting := point["setting"]) is None:
+                continue
+            share = apart[method["method"], setting]
+            said = f"; {percent(share, 0)} of the forget answers fell apart" if share else ""
+            lines.append(
+                f"{method['method']} within {percent(point['limit'])}: {_named(setting)} "
+                f"(loss {percent(point['loss']['value'], 1)}{said})"
+            )
+    return lines

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palu.comparison.run_file import FORGET
+from palu.comparison.run_file import FELL_APART, FORGET
 from palu.report.compared_runs import MODELS
 from palu.report.inputs import Node
 from palu.report.measures import APART, TITLES
 from palu.report.page import percent
 
-FELL_APART = "fell_apart"
 _OF_FORGET = ("answer_probability", "sensitive_probability", "span_first_probability")
 _OF_FORGET += ("span_rest_probability", FELL_APART, "ended", "repetition", "fluency")
 _OF_OTHERS = ("answer_probability", "rougeL_recall", FELL_APART, "ended", "repetition", "fluency")

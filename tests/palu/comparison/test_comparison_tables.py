@@ -111,7 +111,7 @@ def test_settings_whose_answers_fell_apart_are_not_ranked_where_a_limit_is_given
 
 
 def test_a_limit_of_answers_that_fell_apart_needs_answers(folder):
-    with pytest.raises(ValueError, match="max_fell_apart: run 'A-1e-4-s0' has no answers"):
+    with pytest.raises(ValueError, match="max_fell_apart: 'A & b' 'learning_rate=1e-4' has no"):
         rank(Folder.read(folder), Choices(max_fell_apart=0.1))
 
 
