@@ -7,7 +7,7 @@ executed. Every variant is then compiled for each target, and what it needs is r
 compiler leaves behind.
 
     python -m benchmarks.static.compile_report [--arch sm_90 ...] [--only NAME] [--reduced] \\
-        [--triton FOLDER] [--json FILE]
+        [--quick] [--triton FOLDER] [--json FILE]
     python -m benchmarks.static.compile_report --entries 8 16 32   # block sizes: registers
 
 `--triton` takes another Triton than the installed one: a folder that
@@ -31,9 +31,10 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,31 @@ class Variant:
         beside = {(self.walk, *pair) for pair in values.items()}
         return beside | {(arch, *pair) for pair in (values | {"walk": self.walk}).items()}
 
+    @property
+    def capped(self) -> bool:
+        """Whether it is given a softcap: one that is None is a constant."""
+        return any(name.endswith("cap") and name not in self.named for name in self.signature)
+
+    def fewer_factors(self, arch: str) -> set[tuple[str, str, str]]:
+        """What `reduced` wants to see at least once where it is to be quick: each constant's value
+        on each chip; each two of the walk, the bytes of an entry and whether a row has several
+        blocks; and the longest blocks, of 16-bit entries, without a softcap and with one."""
+        values = {k: str(v) for k, v in self.named.items()}
+        values |= {"dtypes": str(sorted(self.dtypes)), "warps": str(self.warps), "walk": self.walk}
+        found = {(arch, *pair) for pair in (values | {"capped": str(self.capped)}).items()}
+        if self.walk == "none" or len(self.dtypes) > 1:  # walks nothing, or no rows of the dtype
+            return found
+        size, several = ITEM_BYTES[min(self.dtypes)], max(self.columns) > SHORT
+        found |= {("bytes", self.walk, str(size)), ("several", self.walk, str(several))}
+        longest = self.capped if size == 2 and several else None
+        return found | {("bytes, several", f"{size} {several}", str(longest))}
+
+    @property
+    def common(self) -> tuple[bool, ...]:
+        """A key that puts the commonest variants first."""
+        columns = max(self.columns) > SHORT
+        return (self.walk != "aligned", "bf16" not in self.dtypes, not columns, self.capped)
+
 
 Task = tuple[Variant, str]  # for an architecture
 
@@ -129,10 +155,13 @@ def recording(
     one, with its grid and its argument `n_cols`, in `launches`."""
     backends = {t.backend: make_backend(t) for t in TARGETS.values()}
 
+    @cache
+    def binder(kernel: Any, name: str) -> Callable[..., tuple[Any, Any, Any]]:
+        return jit.create_function_from_signature(kernel.signature, kernel.params, backends[name])
+
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         for name, backend in backends.items():
-            bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-            bound, specialization, options = bind(*args, **kwargs)
+            bound, specialization, options = binder(kernel, name)(*args, **kwargs)
             packed = kernel._pack_args(backend, kwargs, bound, specialization, options)
             names = (kernel.__module__, kernel.__name__, name)
             variant = Variant(*names, packed[0].num_warps, *packed[1:])
@@ -220,18 +249,26 @@ def tasks_of(variants: list[Variant], archs: list[str]) -> list[Task]:
     return [(v, a) for v in variants for a in archs if TARGETS[a].backend == v.backend]
 
 
-def reduced(tasks: list[Task]) -> list[Task]:
+def reduced(tasks: list[Task], quick: bool = False) -> list[Task]:
     """A few tasks a kernel, in which every value of every constant, every dtype, every number of
     warps and every walk occurs on every chip, and each of the others with every walk on some chip
-    of NVIDIA's and of AMD's."""
+    of NVIDIA's and of AMD's; `quick`: fewer, as `Variant.fewer_factors` says, and rather those that
+    are common."""
+    factors = Variant.fewer_factors if quick else Variant.factors
     kept = []
     for kernel in dict.fromkeys((v.kernel, v.backend) for v, _ in tasks):
-        pool = [(t, t[0].factors(t[1])) for t in tasks if (t[0].kernel, t[0].backend) == kernel]
-        missing = set().union(*(factors for _, factors in pool))
+        pool = [(t, factors(*t)) for t in tasks if (t[0].kernel, t[0].backend) == kernel]
+        missing = set().union(*(has for _, has in pool))
+        if quick:
+            pool.sort(key=lambda one: one[0][0].common)
+        own = []
         while missing:
-            best, factors = max(pool, key=lambda one: len(one[1] & missing))
-            missing -= factors
-            kept.append(best)
+            own.append(max(pool, key=lambda one: len(one[1] & missing)))
+            missing -= own[-1][1]
+        for one in list(own):  # what later ones cover too
+            others = set().union(*(other[1] for other in own if other is not one))
+            own = [other for other in own if other is not one or not one[1] <= others]
+        kept += [task for task, _ in own]
     return kept
 
 
@@ -255,8 +292,9 @@ def first_int(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def compile_one(task: Task) -> dict[str, Any]:
-    """Compiles a variant for an architecture -> a row of the report (with `error` on failure)."""
+def compile_one(task: Task, quick: bool = False) -> dict[str, Any]:
+    """Compiles a variant for an architecture -> a row of the report (with `error` on failure).
+    `quick`: without the loop where it goes around once."""
     variant, arch = task
     target = TARGETS[arch]
     first = next(iter(variant.signature.values())).lstrip("*")
@@ -287,9 +325,11 @@ def compile_one(task: Task) -> dict[str, Any]:
         row["shared"] = compiled.metadata.shared
         row["loads"] = access_widths(code, "load", nvidia)
         row["stores"] = access_widths(code, "store", nvidia)
-        loop = machine_code.hot_loop(compiled, nvidia)
         entries = variant.named.get("BLOCK", 0) / row["threads"]
-        row["loop"] = loop.an_entry(entries) if loop and entries else None
+        # disassembling takes longer than compiling
+        counted = entries and (max(variant.columns) > SHORT or not quick)
+        loop = machine_code.hot_loop(compiled, nvidia) if counted else None
+        row["loop"] = loop.an_entry(entries) if loop else None
     except Exception as error:  # any failure of the compiler is a result, not an accident
         row["error"] = f"{type(error).__name__}: {str(error).strip()}"
     return row
@@ -354,13 +394,16 @@ def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
     print("\n".join(lines))
 
 
-def compiled_rows(tasks: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(jobs, spawn, prepare_worker, (cache,)) as pool,
-    ):
-        yield from pool.map(compile_one, tasks, chunksize=4)
+def compiled_rows(tasks: list[Task], jobs: int, quick: bool = False) -> Iterator[dict[str, Any]]:
+    make = partial(compile_one, quick=quick)
+    with tempfile.TemporaryDirectory() as cache:
+        if jobs == 1:
+            prepare_worker(cache)
+            yield from map(make, tasks)
+            return
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, spawn, prepare_worker, (cache,)) as pool:
+            yield from pool.map(make, tasks, chunksize=4)
 
 
 def is_bad(row: dict[str, Any]) -> bool:
@@ -372,9 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--reduced", action="store_true", help="a few variants a kernel")
+    words = "with --reduced: still fewer, and loops of long rows alone"
+    parser.add_argument("--quick", action="store_true", help=words)
     parser.add_argument("--triton", metavar="FOLDER", help="take Triton from there")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
+    parser.add_argument("--jobs", type=int, default=2, help="compiling processes; 1: this one")
     parser.add_argument("--entries", nargs="+", type=int, help="a thread's, of a block: try these")
     given = parser.parse_args(arguments)
     if given.entries:
@@ -384,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = tasks_of([v for v in all_variants() if given.only in v.kernel], given.arch)
     if not tasks:
         parser.error(f"no kernel's name contains {given.only!r}")
-    tasks = reduced(tasks) if given.reduced else tasks
+    tasks = reduced(tasks, given.quick) if given.reduced else tasks
     if given.json:
         try:
             check_json(given.json, {"kernels"}, "this report")
@@ -392,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--json: {error}")
     print(f"triton {triton.__version__}\n{FORMAT.format(*HEADINGS.split())}")
     found: list[dict[str, Any]] = []
-    for row in compiled_rows(tasks, given.jobs):
+    for row in compiled_rows(tasks, given.jobs, given.quick):
         found.append(row)
         print(table_line(row), flush=True)
     print(summary(found))
