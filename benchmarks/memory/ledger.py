@@ -23,7 +23,7 @@ kernel, workspaces of BLAS libraries, what an allocator holds back, the CUDA con
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_iter
 
 
 class Entry(NamedTuple):
@@ -118,28 +117,33 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # a DTensor: what it does with its local tensors comes back here
         kwargs = kwargs or {}
         name = func.name()
-        for value in tree_iter((args, kwargs)):
-            self._see(value, "")
+        self._see((args, kwargs), "")
         inside = _implementation(func)
         if inside is None:
             found = func(*args, **kwargs)
         else:
             with self:
                 found = inside(*args, **kwargs)
-        for value in tree_iter(found):
-            self._see(value, name)
+        self._see(found, name)
         return found
 
     def _see(self, value: Any, operator: str) -> None:
-        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
-            return
-        self._count(value.untyped_storage(), operator, tuple(value.shape), value.dtype)
+        """Count the tensors in what an operator takes or gives: lists, tuples and keywords."""
+        if isinstance(value, Tensor):
+            if not value.is_meta and value.layout == torch.strided:
+                self._count(value.untyped_storage(), operator, value.shape, value.dtype)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                self._see(one, operator)
+        elif isinstance(value, dict):
+            for one in value.values():
+                self._see(one, operator)
 
     def _count(
         self,
         storage: torch.UntypedStorage,
         operator: str,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -150,7 +154,7 @@ class Ledger(TorchDispatchMode):
             return
         if known is None:
             self._references[key] = weakref.ref(storage, partial(self._gone, key))
-        self._change(key, Entry(size, operator, shape, dtype))
+        self._change(key, Entry(size, operator, tuple(shape), dtype))
 
     def _gone(self, key: int, _: weakref.ref) -> None:
         self._references.pop(key, None)
