@@ -12,9 +12,9 @@ from benchmarks import runner, tables
 @pytest.fixture
 def in_process(monkeypatch):
     """A function that runs a benchmark in this process: it returns the exit status and the rows
-    that were written."""
+    that were written. Drawing takes longer than a small measurement: `pictures` asks for it."""
 
-    def run(benchmark, path, *options):
+    def run(benchmark, path, *options, pictures=False):
         def run_worker(module, task, threads, repo=None):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -24,6 +24,8 @@ def in_process(monkeypatch):
                 yield number, runner.Result(*result)
 
         monkeypatch.setattr(runner, "run_worker", run_worker)
+        if not pictures:
+            monkeypatch.setattr(runner.plot, "plot", lambda *given: [])
         given = ["--csv", str(path), "--threads", "1", "--device", "cpu", *options]
         status = runner.main(benchmark, given)
         return status, tables.read(path)

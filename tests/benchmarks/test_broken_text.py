@@ -31,5 +31,5 @@ def test_a_table_by_hand():
 
 
 def test_a_command_that_fails_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match="'palu evaluate --model none' ended with exit status 2"):
-        broken_text._run(tmp_path, "palu evaluate --model none")
+    with pytest.raises(RuntimeError, match="'palu evaluate --nonsense' ended with exit status 2"):
+        broken_text._run(tmp_path, "palu evaluate --nonsense")
