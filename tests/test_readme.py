@@ -160,12 +160,10 @@ def test_lora(world):
 
 
 def test_two_processes_are_one(world, tmp_path):
-    """The examples for several devices, by `torchrun`, against the plain loop: with DDP and FSDP2
-    two micro-batches a step in each process, whose rows are those of the loop, twice; and README's
-    loop with the rows of the plain one in each process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["-m", "tests.support.readme_world", str(tmp_path)]
+    """The examples for several devices, as `torchrun` starts them, against the plain loop: with DDP
+    and FSDP2 two micro-batches a step in each process, whose rows are those of the loop, twice; and
+    README's loop with the rows of the plain one in each process."""
+    command = [sys.executable, "-m", "tests.support.readme_world", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
