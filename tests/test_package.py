@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import pydoc
 import re
@@ -18,6 +19,7 @@ import palu
 import palu_kernels
 from tests.support import ROOT, small
 from tests.support.command import write_data
+from tests.support.once import once
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
@@ -84,9 +86,9 @@ def test_every_data_file_is_in_the_wheel():
     assert patterns.keys() == {"palu", "palu_kernels"}
 
 
-def python(code: str, folder: Path = ROOT) -> str:
+def python(code: str, folder: Path = ROOT, *arguments: str) -> str:
     """What `code` prints in a Python of its own, started in `folder`."""
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=240)
     assert run.returncode == 0, run.stderr
@@ -106,39 +108,23 @@ def test_an_editable_install_is_a_path_that_type_checkers_follow(tmp_path):
     assert [path.decode().strip() for path in paths] == [str(tmp_path)]
 
 
-def in_process_without(modules: str, code: str) -> str:
-    """What `code` prints in a Python of its own that finds none of `modules`."""
-    blocked = (
-        "import sys\n"
-        "from importlib.machinery import PathFinder\n"
-        "class Hiding(PathFinder):\n"
-        "    @classmethod\n"
-        "    def find_spec(cls, name, path=None, target=None):\n"
-        f"        hidden = name.partition('.')[0] in {modules.split()}\n"
-        "        return None if hidden else super().find_spec(name, path, target)\n"
-        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding\n"
-    )
-    return python(blocked + code)
+# ---- what is loaded, in processes that begin with torch alone ------------------------------------
+
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in MODULES
+        return None if hidden else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
 
 
-def test_kernels_need_no_transformers():
-    code = (
-        "import torch, palu_kernels\n"
-        "logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)\n"
-        "palu_kernels.kl_loss(logits, torch.zeros(1, 3), backend='torch').backward()\n"
-        "print(logits.grad.shape, sorted(m for m in sys.modules if m.partition('.')[0] == 'palu'))"
-    )
-    said = in_process_without("transformers accelerate datasets peft tokenizers typer", code)
-    assert said == "torch.Size([1, 3]) []\n"
-
-
-def test_all_but_the_trainer_needs_no_extra():
-    code = (
-        "import palu\n"
-        "print({n for n in palu.__all__ if n != 'PALUTrainer' and not getattr(palu, n)})"
-    )
-    said = in_process_without("accelerate datasets peft typer rich scipy matplotlib", code)
-    assert said == "set()\n"
+def without(modules: str) -> str:
+    """Code after which a Python finds none of `modules`."""
+    return HIDING.replace("MODULES", str(modules.split()))
 
 
 # What each command may load, one after the other in one process, of the libraries that take long.
@@ -149,31 +135,76 @@ COMMANDS = {
 }
 HEAVY = {"accelerate", "datasets", "pandas", "peft", "scipy", "sklearn", "transformers"}
 HEAVY |= {"transformers.modeling_utils", "transformers.trainer"}
+CODES = {
+    "kernels": f"{without('transformers accelerate datasets peft tokenizers typer')}"
+    "import torch, palu_kernels\n"
+    "logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)\n"
+    "palu_kernels.kl_loss(logits, torch.zeros(1, 3), backend='torch').backward()\n"
+    "print(logits.grad.shape, sorted(m for m in sys.modules if m.partition('.')[0] == 'palu'))",
+    "names": f"{without('accelerate datasets peft typer rich scipy matplotlib')}"
+    "import palu\n"
+    "print({n for n in palu.__all__ if n != 'PALUTrainer' and not getattr(palu, n)})",
+    "commands": "import sys\n"
+    "from palu.cli.app import app\n"
+    f"for command in {list(COMMANDS)}:\n"
+    "    assert not app(command.split(), standalone_mode=False)\n"
+    f"    print('LOADED', sorted({HEAVY} & set(sys.modules)))",
+    "trainer": "import sys\n"
+    "from transformers import Trainer\n"
+    "before = {name.partition('.')[0] for name in sys.modules}\n"
+    "from palu import PALUTrainer\n"
+    "after = {name.partition('.')[0] for name in sys.modules}\n"
+    "print(*sorted(after - before - sys.stdlib_module_names))",
+}
+# Importing torch is most of what a process costs.
+FORKED = """
+import json, os, sys, torch, traceback
+loaded = {"palu", "palu_kernels", "transformers", "triton"} & {*sys.modules}
+assert not loaded, loaded
+codes = json.loads(sys.argv[1])
+for name, code in codes.items():
+    if os.fork() == 0:
+        for number in (1, 2):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        try:
+            exec(code, {"__name__": "__main__"})
+            print("END")
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+for _ in codes:
+    os.wait()
+"""
 
 
-def test_a_command_starts_without_libraries_that_it_does_not_need(tmp_path):
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, list[str]]:
+    """The lines that each of `CODES` prints."""
+    return once(tmp_path_factory, "package-processes", run_codes)[1]
+
+
+def run_codes(folder: Path) -> dict[str, list[str]]:
     tokenizer = small.tokenizer()
     for part in (tokenizer, small.model(tokenizer).config):
-        part.save_pretrained(tmp_path / "model")
-    write_data(tmp_path)
-    code = (
-        "import sys\n"
-        "from palu.cli.app import app\n"
-        f"for command in {list(COMMANDS)}:\n"
-        "    assert not app(command.split(), standalone_mode=False)\n"
-        f"    print('LOADED', sorted({HEAVY} & set(sys.modules)))"
-    )
-    loaded = [line for line in python(code, tmp_path).splitlines() if line.startswith("LOADED")]
-    assert loaded == [f"LOADED {sorted(names)}" for names in COMMANDS.values()]
+        part.save_pretrained(folder / "model")
+    write_data(folder)
+    python(FORKED, folder, json.dumps(CODES))
+    return {name: (folder / name).read_text().splitlines() for name in CODES}
 
 
-def test_the_trainer_loads_what_transformers_trainer_loads_and_palu():
-    code = (
-        "import sys\n"
-        "from transformers import Trainer\n"
-        "before = {name.partition('.')[0] for name in sys.modules}\n"
-        "from palu import PALUTrainer\n"
-        "after = {name.partition('.')[0] for name in sys.modules}\n"
-        "print(*sorted(after - before - sys.stdlib_module_names))"
-    )
-    assert python(code) == "palu palu_kernels\n"
+def test_kernels_need_no_transformers(said):
+    assert said["kernels"] == ["torch.Size([1, 3]) []", "END"]
+
+
+def test_all_but_the_trainer_needs_no_extra(said):
+    assert said["names"] == ["set()", "END"]
+
+
+def test_a_command_starts_without_libraries_that_it_does_not_need(said):
+    loaded = [line for line in said["commands"] if line.startswith("LOADED")]
+    assert loaded == [f"LOADED {sorted(names)}" for names in COMMANDS.values()], said["commands"]
+
+
+def test_the_trainer_loads_what_transformers_trainer_loads_and_palu(said):
+    assert said["trainer"] == ["palu palu_kernels", "END"]
