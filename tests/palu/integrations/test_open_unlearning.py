@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from palu.integrations.open_unlearning import compat, launch, register
 from palu.integrations.open_unlearning import trainer as integration
 from palu.integrations.open_unlearning.dataset import AnnotatedQA
 from palu.integrations.open_unlearning.trainer import PALUMixin
-from tests.support import ROOT, small
+from tests.support import small
 
 # Of the audit: one row of the data has no span, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows without target")
@@ -385,9 +385,34 @@ def test_the_tokenizer_by_the_name_the_trainer_knows(monkeypatch, old):
 # ---- the launcher --------------------------------------------------------------------------------
 
 
-def test_runs_the_checkouts_train(tmp_path, tok, model):
-    """From the command line, in a process of its own; the first loss is that of the same rows
-    computed here."""
+# What needs a newer transformers than the checkout's stays out.
+NEWER = ("palu.training.trainer", "palu.training.config", "palu.models.lm_head")
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """`palu` as a process of its own would import it, from the folder that the test has, without
+    what stays out; afterwards all is as it was."""
+
+    def ours():
+        return [name for name in sys.modules if name.split(".")[0] in ("palu", "data", "trainer")]
+
+    for name in ours():
+        monkeypatch.delitem(sys.modules, name)
+    for name in NEWER:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    apply = "apply_chat_template"
+    monkeypatch.setattr(PreTrainedTokenizerBase, apply, getattr(PreTrainedTokenizerBase, apply))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ours():  # and what was there before comes back
+        del sys.modules[name]
+
+
+def test_runs_the_checkouts_train(tmp_path, tok, model, anew, monkeypatch):
+    """As from the command line; the first loss is that of the same rows computed here."""
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -406,20 +431,15 @@ def test_runs_the_checkouts_train(tmp_path, tok, model):
         "trainer": {"handler": "PALU", "method_args": method_args, "args": args},
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "palu.integrations.open_unlearning", "--checkout", STANDIN]
-    command += [f"settings={tmp_path / 'settings.json'}", "trainer=PALU"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--checkout", str(STANDIN), f"settings={tmp_path / 'settings.json'}", "trainer=PALU"]
+    monkeypatch.setattr(sys, "argv", ["palu", *words])
+    runpy.run_module("palu.integrations.open_unlearning", run_name="__main__")
     report = json.loads((tmp_path / "report.json").read_text())
     script, *arguments = report["arguments"]
     assert script == str(STANDIN / "src" / "train.py")
     assert arguments[0] == "--config-name=unlearn.yaml" and arguments[-1] == "trainer=PALU"
     assert arguments[1] == f"hydra.searchpath=['file://{launch.CONFIGS}']"
-    # What needs a newer transformers than the checkout's stays out.
-    newer = {"palu.training.trainer", "palu.training.config", "palu.models.lm_head"}
-    assert not newer & {*report["modules"]}
+    assert {*report["modules"]} >= {"palu.loss", "palu.integrations.open_unlearning.trainer"}
 
     batch = Collator(tok)(small.rows(tok))  # the same text, as the template's tags are palu's own
     logits = small.model(tok)(batch["input_ids"], batch["attention_mask"]).logits.detach()
