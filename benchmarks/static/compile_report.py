@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +292,22 @@ def first_int(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def compile_one(task: Task, quick: bool = False) -> dict[str, Any]:
+def loops_of(tasks: list[Task], quick: bool) -> list[bool]:
+    """Of each task, whether its hot loop is counted, for which disassembling takes longer than
+    compiling; `quick`: one of a kernel, bytes of an entry and softcap, for rows of several blocks.
+    """
+    seen, found = set(), []
+    for variant, arch in tasks:
+        kind = (variant.kernel, arch, ITEM_BYTES[min(variant.dtypes)], variant.capped)
+        several = max(variant.columns) > SHORT
+        found.append("BLOCK" in variant.named and (not quick or (several and kind not in seen)))
+        seen |= {kind} if found[-1] else set()
+    return found
+
+
+def compile_one(task: Task, counted: bool = True) -> dict[str, Any]:
     """Compiles a variant for an architecture -> a row of the report (with `error` on failure).
-    `quick`: without the loop where it goes around once."""
+    `counted`: with its hot loop."""
     variant, arch = task
     target = TARGETS[arch]
     first = next(iter(variant.signature.values())).lstrip("*")
@@ -326,9 +339,7 @@ def compile_one(task: Task, quick: bool = False) -> dict[str, Any]:
         row["loads"] = access_widths(code, "load", nvidia)
         row["stores"] = access_widths(code, "store", nvidia)
         entries = variant.named.get("BLOCK", 0) / row["threads"]
-        # disassembling takes longer than compiling
-        counted = entries and (max(variant.columns) > SHORT or not quick)
-        loop = machine_code.hot_loop(compiled, nvidia) if counted else None
+        loop = machine_code.hot_loop(compiled, nvidia) if counted and entries else None
         row["loop"] = loop.an_entry(entries) if loop else None
     except Exception as error:  # any failure of the compiler is a result, not an accident
         row["error"] = f"{type(error).__name__}: {str(error).strip()}"
@@ -395,15 +406,15 @@ def try_entries(counts: list[int], archs: list[str], jobs: int) -> None:
 
 
 def compiled_rows(tasks: list[Task], jobs: int, quick: bool = False) -> Iterator[dict[str, Any]]:
-    make = partial(compile_one, quick=quick)
+    counted = loops_of(tasks, quick)
     with tempfile.TemporaryDirectory() as cache:
         if jobs == 1:
             prepare_worker(cache)
-            yield from map(make, tasks)
+            yield from map(compile_one, tasks, counted)
             return
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, spawn, prepare_worker, (cache,)) as pool:
-            yield from pool.map(make, tasks, chunksize=4)
+            yield from pool.map(compile_one, tasks, counted, chunksize=4)
 
 
 def is_bad(row: dict[str, Any]) -> bool:
@@ -415,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--reduced", action="store_true", help="a few variants a kernel")
-    words = "with --reduced: still fewer, and loops of long rows alone"
+    words = "with --reduced: still fewer, and fewer loops"
     parser.add_argument("--quick", action="store_true", help=words)
     parser.add_argument("--triton", metavar="FOLDER", help="take Triton from there")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
