@@ -4,15 +4,12 @@ Processes are started once (`workers/vocabulary.py`); the tests look at what the
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from palu_kernels import LMHead
-from tests.support import ROOT, WORKERS
+from tests.support import WORKERS, ranks
 from tests.support.once import once
 from tests.support.workers import vocabulary
 
@@ -23,26 +20,12 @@ SLOW = [
 ]
 
 
-def start(folder, ranks, what):
+def start(folder, count, what):
     """What every rank found, of processes that are started here."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    if what == "kernels":
-        environment["TRITON_INTERPRET"] = "1"
-    words = [sys.executable, str(WORKERS / "vocabulary.py"), str(folder)]
-    logs = [folder / f"log-{rank}" for rank in range(ranks)]
-    started = []
-    for rank, log in enumerate(logs):
-        own = [*words, str(rank), str(ranks), what]
-        with log.open("w") as out:
-            started.append(subprocess.Popen(own, env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=1800 if what else 500) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    words = [[WORKERS / "vocabulary.py", folder, rank, count, what] for rank in range(count)]
+    status, said = ranks.run([(one, {}) for one in words], folder, limit=1800 if what else 500)
+    assert not any(status), "\n".join(text[-3000:] for text in said)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.fixture(scope="module", params=[TWO, *SLOW])

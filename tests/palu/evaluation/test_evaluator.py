@@ -3,10 +3,6 @@ definition on plain logits, stopped and shared runs."""
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import zlib
 
 import pytest
@@ -18,6 +14,7 @@ from palu.evaluation import metrics as m
 from palu.evaluation.evaluator import Evaluator
 from palu.evaluation.tofu import UTILITY, summarize
 from palu.models.loading import load_model, load_tokenizer
+from tests.support import ranks
 from tests.support.tofu_small import SMALL, records
 
 ALL = SMALL + "--holdout holdout.json "
@@ -220,24 +217,9 @@ def test_a_log_of_open_unlearning_is_taken_up(palu, work, log):
 
 
 def test_two_processes_give_the_same(work, log):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "palu.cli", "evaluate", "--model", "model"]
-    command += (ALL + "--output shared --device cpu").split()
-    running = []
-    for rank in ("0", "1"):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        env = {**os.environ, **env, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running.append(subprocess.Popen(command, cwd=work, env=env, **pipes))
-    try:
-        said = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
+    words = ["-m", "palu.cli", "evaluate", "--model", "model"]
+    words += (ALL + "--output shared --device cpu").split()
+    said = ranks.launch(words, 2, work, ACCELERATE_USE_CPU="true")
     assert "Written to shared" in said[0] and "Written to shared" not in said[1]
     got = load(work / "shared")
     assert aggregates(got) == near(aggregates(log, but="mia_reference"))

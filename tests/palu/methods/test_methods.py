@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 
@@ -16,7 +13,7 @@ from palu.data.pairs import PairCollator, add_alternates, own_alternates, refusa
 from palu.demo.people import write_jsonl
 from palu.methods import METHODS, answers, make_method
 from tests.palu.training.test_trainer import config, trainer, weights
-from tests.support import ROOT, WORKERS, small
+from tests.support import WORKERS, ranks, small
 
 # Every option away from its default. (RMU, which has no answers, is in test_rmu.py.)
 OPTIONS = {
@@ -300,12 +297,7 @@ def test_no_rows_give_a_zero_with_a_gradient(tok, tmp_path, name):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += [str(WORKERS / "methods.py"), str(tmp_path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    ranks.launch([WORKERS / "methods.py", tmp_path], 2, tmp_path)
     found = [json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in range(2)]
     from tests.support.workers import methods
 

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch import nn
 
 from palu import LMHead, PALULoss, PALUOutput, loss_in_head, model_hidden_states, whole_head
 from palu.models.wrappers import UnsupportedHead
-from tests.support import ROOT, WORKERS, families
+from tests.support import WORKERS, families, ranks
 from tests.support.once import once
 from tests.support.workers import in_head as worker
 from tests.support.workers import step_losses
@@ -22,17 +19,7 @@ LOSS = PALULoss(top_k=7, objective="entropy", eos_token_id=2)
 
 def launch(processes, folder):
     """What every process found (`tests/support/workers/in_head.py`)."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += [f"--nproc-per-node={processes}", str(WORKERS / "in_head.py"), str(folder)]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    ranks.launch([WORKERS / "in_head.py", folder], processes, folder)
     return [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(processes)]
 
 

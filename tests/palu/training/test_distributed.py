@@ -1,12 +1,9 @@
-"""Two processes by torchrun and three by accelerate launch, over gloo on the CPU, give the numbers
-of one.
+"""Two and three processes, over gloo on the CPU, give the numbers of one.
 
 Each launch runs everything once (`workers/distributed.py`); the tests look at what it found.
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -16,41 +13,27 @@ from palu import distributed as processes
 from palu.cli import app as cli
 from palu.methods.micro_batch import DENOMINATORS, RETAIN
 from palu.training.batching import Sharding
-from tests.support import ROOT, WORKERS
+from tests.support import WORKERS, ranks
 from tests.support.once import once
 from tests.support.workers import distributed
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# Its --cpu starts several processes through MPI only; the script asks for the CPU.
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=3", "--num_machines=1"]
-ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-LAUNCHERS = {"torchrun": (2, TORCHRUN), "accelerate": (3, ACCELERATE)}
 TRAINED = (*distributed.CASES, "micro_batch")
 
 
-def launch(launcher, target, folder):
+def launch(count, target, folder):
     """What every process found, and what was said."""
-    count, command = LAUNCHERS[launcher]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", *command, str(WORKERS / "distributed.py"), str(folder)]
-    words.append(str(target))
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=240, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = ranks.launch([WORKERS / "distributed.py", folder, target], count, folder)
     found = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(count)]
-    return found, done.stderr
+    return found, "".join(said)
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"]
-)
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def launched(request, alone, tmp_path_factory):
     """(folder, what every process found, what was said)."""
     one, other = probabilities(alone["stopped"])[1:3]
     options = request.param, (one + other) / 2
-    folder, found = once(tmp_path_factory, request.param, lambda folder: launch(*options, folder))
+    name = f"distributed-{request.param}"
+    folder, found = once(tmp_path_factory, name, lambda folder: launch(*options, folder))
     return folder, *found
 
 

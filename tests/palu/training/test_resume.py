@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from palu.data.collator import Collator
 from palu.training.batching import LengthGroups
 from palu.training.checkpoints import ASIDE, RECORD, CheckpointError, last_checkpoint, read_record
-from tests.support import WORKERS, small
+from tests.support import WORKERS, ranks, small
 from tests.support.training import config, trainer, weights
 
 KEYS = ("step", "loss", "forget", "preserve", "retain", "num_forget", "grad_norm", "learning_rate")
@@ -295,11 +294,10 @@ def test_groups_of_like_length_depend_on_seed_and_epoch_alone():
 WORKER = WORKERS / "killed.py"
 
 
-def unlearn(*words, kill=None):
+def unlearn(folder, *words, kill):
     """`palu unlearn` in a process of its own, which kills itself with SIGKILL at a step."""
-    command = [sys.executable, str(WORKER), "none" if kill is None else str(kill), *map(str, words)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    return found.returncode, found.stdout + found.stderr
+    (status,), (said,) = ranks.run([([WORKER, kill, *words], {})], folder)
+    return status, said
 
 
 def test_unlearn_is_killed_and_resumed(tmp_path, monkeypatch):
@@ -309,11 +307,13 @@ def test_unlearn_is_killed_and_resumed(tmp_path, monkeypatch):
     words = [*base, "--batch-size", 3, "--save-steps", 2]
     kept = tmp_path / "out-1-checkpoints"
 
-    status, said = unlearn(*words, kill="files-4")  # in the middle of writing the second one
+    status, said = unlearn(
+        tmp_path, *words, kill="files-4"
+    )  # in the middle of writing the second one
     assert status == -signal.SIGKILL, said
     assert not (tmp_path / "out-1").exists()
     assert {p.name for p in kept.iterdir()} == {"checkpoint-2", ASIDE}
-    status, said = unlearn(*words, "--resume", kill="step-5")  # between two of them
+    status, said = unlearn(tmp_path, *words, "--resume", kill="step-5")  # between two of them
     assert status == -signal.SIGKILL and f"Resuming from {kept}/checkpoint-2" in said
     assert {p.name for p in kept.iterdir()} == {"checkpoint-4"}
 

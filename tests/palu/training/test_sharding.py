@@ -4,6 +4,7 @@ without a word.
 One launch runs everything once (`workers/sharded.py`); the tests look at what it found.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import sys
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,34 +30,37 @@ from palu.training.checkpoints import (
     last_checkpoint,
     read_record,
 )
-from tests.support import ROOT, WORKERS, small, training
+from tests.support import ROOT, WORKERS, ranks, small, training
 from tests.support.once import once
 from tests.support.workers import distributed, sharded
 
+ACCELERATE = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
+ACCELERATE += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no"]
+ACCELERATE += ["--dynamo_backend=no", "--num_processes"]
+WORKER = WORKERS / "sharded.py"
+
 
 def launch(folder, processes, what="all"):
-    """What every process found."""
+    """What every process found: two as `accelerate launch` tells them to be, four as `torchrun`."""
+    told = {}
+    if processes == 2:
+        words = launch_command_parser().parse_args([*ACCELERATE, "2", str(WORKER)])
+        told = prepare_multi_gpu_env(words)
+        told = {k: v for k, v in told.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    ranks.launch([WORKER, folder, what], processes, folder, **told)
+    return [json.loads((folder / f"{what}-rank-{n}.json").read_text()) for n in range(processes)]
+
+
+def launch_by_accelerate(folder, what):
+    """The same of one process, by `accelerate launch` itself."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     more = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if processes == 2:
-        command = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2"]
-        command += [
-            "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
-            f"--num_processes={processes}",
-        ]
-        command += ["--num_machines=1", "--main_process_port=0"]
-        command += ["--mixed_precision=no", "--dynamo_backend=no"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(WORKERS / "sharded.py"), str(folder), what],
-        env={**os.environ, **more},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=folder,
-    )
+    words = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, "1"]
+    words += [str(WORKER), str(folder), what]
+    options = {"capture_output": True, "text": True, "timeout": 400, "cwd": folder}
+    done = subprocess.run(words, env={**os.environ, **more}, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"{what}-rank-{n}.json").read_text()) for n in range(processes)]
+    return [json.loads((folder / f"{what}-rank-0.json").read_text())]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -141,10 +147,11 @@ def test_a_resumed_run_is_the_whole_one(found, whole, name):
 
 def test_any_number_of_processes_goes_on(launched, whole):
     folder, found = launched
-    for processes in {1, 2, 4} - {len(found)} if len(found) == 4 else {1}:
-        for one in launch(folder, processes, "resume"):
-            for name in sharded.SAVED:
-                close(one[name], whole[name])
+    runs = [launch_by_accelerate(folder, "resume")]
+    runs += [launch(folder, 2, "resume")] if len(found) == 4 else []
+    for one in itertools.chain(*runs):
+        for name in sharded.SAVED:
+            close(one[name], whole[name])
 
 
 def test_a_sharded_checkpoint_is_whole_or_absent(launched, tmp_path, caplog):
@@ -216,25 +223,10 @@ def test_processes_that_differ_are_named_by_all_before_anything_is_built(launche
 
 
 def test_a_lost_process_ends_the_others_with_an_error(tmp_path):
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    more = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(WORKERS / "lost.py"), str(tmp_path), str(rank)],
-            env={**os.environ, **more},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert both[1].returncode == -signal.SIGKILL, said[1]
-    assert both[0].returncode not in (0, -signal.SIGKILL), said[0]
+    both = [([WORKERS / "lost.py", tmp_path, rank], {}) for rank in range(2)]
+    status, said = ranks.run(both, tmp_path, together=False)
+    assert status[1] == -signal.SIGKILL, said[1]
+    assert status[0] not in (0, -signal.SIGKILL, -signal.SIGALRM), said[0]
     assert "RuntimeError" in said[0] and "trained to the end" not in said[0]
 
 
