@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from palu.data.collator import Collator
 from palu.methods import METHODS
-from tests.support import ROOT, erasure, readme_world
+from tests.support import ROOT, erasure, ranks, readme_world
 from tests.support.readme_world import (
     ANNOTATION,
     ATTACKS,
@@ -159,16 +159,21 @@ def test_lora(world):
     assert all(torch.equal(frozen[name], value) for name, value in base.items() if name in frozen)
 
 
-def test_two_processes_are_one(world, tmp_path):
-    """The examples for several devices, as `torchrun` starts them, against the plain loop: with DDP
-    and FSDP2 two micro-batches a step in each process, whose rows are those of the loop, twice; and
-    README's loop with the rows of the plain one in each process."""
-    command = [sys.executable, "-m", "tests.support.readme_world", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_are_one(world, tmp_path, launcher):
+    """The examples for several devices, by `torchrun` or as it starts them, against the plain loop:
+    with DDP and FSDP2 two micro-batches a step in each process, whose rows are those of the loop,
+    twice; and README's loop with the rows of the plain one in each process."""
+    words = ["-m", "tests.support.readme_world", str(tmp_path)]
+    if launcher == "forked":
+        ranks.launch(words, 2, tmp_path)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        options = {"capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(command, cwd=ROOT, env=environment, **options)
+        assert done.returncode == 0, done.stderr[-3000:]
     before = weights(world)
     run(LOOP, world)
     assert changed(before, world["model"].state_dict())

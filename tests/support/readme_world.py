@@ -1,6 +1,6 @@
 """The names that README's examples take for granted, small; README's own two records as data.
 
-Run as a script it is the two processes of the examples for several: `readme_world.py FOLDER`.
+Run as a script it is one process of the example for several: `readme_world.py FOLDER NUMBER`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ import copy
 import json
 import os
 import re
-import signal
 import sys
-import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,43 +105,7 @@ def sgd(example: str) -> str:
     return example.replace(optimizer, "torch.optim.SGD(model.parameters(), lr=0.1)")
 
 
-def launch(count: int, work: Callable[[], None]) -> int:
-    """Run `work` in `count` processes as `torchrun` does, but forked, so that everything is
-    imported once. The exit status is 1 if one of them fails; the others are ended then."""
-    ports = [os.pipe() for _ in range(count)]
-    ranks = {}
-    for rank, (port, _) in enumerate(ports):
-        pid = os.fork()
-        if pid == 0:
-            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            given |= {"LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
-            given |= {"MASTER_PORT": os.read(port, 9).decode()}
-            # the store that they meet at is the launcher's
-            given |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-            os.environ.update({name: str(value) for name, value in given.items()})
-            try:
-                work()
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)  # gloo's threads abort now and then when Python takes the process down
-        ranks[pid] = rank
-    # made after the forks: it has a thread
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    for _, port in ports:
-        os.write(port, str(store.port).encode())
-    while ranks:
-        pid, status = os.wait()
-        del ranks[pid]
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            return 1
-    return 0
-
-
-def work(place: Path) -> None:
+def main(place: Path) -> None:
     rank = int(os.environ["RANK"])
     (place / str(rank)).mkdir()
     for name, example in {"ddp": DISTRIBUTED, "fsdp": FSDP, "fsdp_loop": FSDP_LOOP}.items():
@@ -158,7 +119,8 @@ def work(place: Path) -> None:
             assert all(torch.equal(found[n], p) for n, p in names["weights"].items())
         save_file(found, place / f"{name}-{rank}.safetensors")
     torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort now and then when Python takes the process down
 
 
 if __name__ == "__main__":
-    sys.exit(launch(2, partial(work, Path(sys.argv[1]))))
+    main(Path(sys.argv[1]))

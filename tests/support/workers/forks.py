@@ -52,7 +52,7 @@ def work(words: list[str], environment: dict[str, str], folder: str, log: str, l
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if status != end.code is not None:
+        if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
