@@ -252,7 +252,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_large_is_held(monkeypatch, backend):
     """No [N, k, D] and no copy of the weight: nothing over a block or a few [N, k]."""
-    hidden, weight, _, indices, weights = problem(n=8, v=3000, d=16, k=64, dtype=torch.bfloat16)
+    hidden, weight, _, indices, weights = problem(n=4, v=1100, d=16, k=40, dtype=torch.bfloat16)
     monkeypatch.setattr(sparse, "BLOCK_BYTES", 4096)
     kind = {"objective": "flatten", "center_kind": "global_mean", "center_value": 0.0}
     acc = torch.zeros(weight.shape, device=DEVICE)
@@ -262,7 +262,7 @@ def test_nothing_large_is_held(monkeypatch, backend):
         rows = sparse.forward(*args, **kind, backend=backend, want_hidden=True)
         rest = (hidden, None, indices, rows.dloss_dx, rows.mean_coeff, weights)
         sparse.add_weight_gradient(acc, None, *rest, backend=backend)
-    assert 4096 <= largest.bytes <= 3000 * 8
+    assert 4096 <= largest.bytes <= 1100 * 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -296,8 +296,8 @@ def test_parts_of_s(monkeypatch):
     """The kernel's sums over parts of S, with the last part shorter."""
     from palu_kernels.triton import gathered_matmul as gathered
 
-    inputs = problem(n=2, v=120, d=48, k=4 * 21 + 3)  # tiles of 4
-    for programs in (1, 4, 1000):
+    inputs = problem(n=2, v=120, d=48, k=4 * 10 + 3)  # tiles of 4, in two parts or four
+    for programs in (1, 1000):
         monkeypatch.setattr(gathered, "programs_wanted", lambda device, n=programs: n)
         agree(inputs, LOSSES[0], backend="triton")
 
@@ -339,7 +339,7 @@ def test_accumulators_of_any_stride(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twice_the_same_bits(backend):
     """The scatter adds in one order, whether or not deterministic algorithms are asked for."""
-    inputs = problem(n=12, v=20, k=15)
+    inputs = problem(n=6, v=12, k=8)
     first = ours(*inputs, LOSSES[0], backend=backend)
     torch.use_deterministic_algorithms(True)
     try:
