@@ -2,7 +2,8 @@
 
 import os
 
-from tests.support.interpreter import patch_once_a_launch
+from tests.support.interpreter import look_up_types_once, patch_once_a_launch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    look_up_types_once()
     patch_once_a_launch()

@@ -541,8 +541,17 @@ def test_a_frozen_head_is_cast_once():
 # --- torch.compile, higher orders --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["reverse", "global", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("reverse", "mean"),
+        ("global", "none"),
+        ("cross_entropy", "mean"),
+        pytest.param("reverse", "none", marks=pytest.mark.slow),
+        pytest.param("global", "mean", marks=pytest.mark.slow),
+        pytest.param("cross_entropy", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_one_node_under_compile(name, reduction):
     problem = Problem(torch.float32, "capped")
 

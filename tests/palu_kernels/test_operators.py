@@ -204,8 +204,10 @@ def test_every_row_loss_is_tested_here():
 @pytest.mark.parametrize(
     ("backend", "batch", "shifted"),
     [
-        *(("torch", batch, shifted) for batch in (1, 2) for shifted in (False, True)),
+        ("torch", 1, True),
+        ("torch", 2, True),
         ("triton", 1, True),
+        *(pytest.param("torch", batch, False, marks=pytest.mark.slow) for batch in (1, 2)),
         pytest.param("triton", 2, False, marks=pytest.mark.slow),
     ],
 )
@@ -375,7 +377,8 @@ def test_a_buffer_that_cannot_be_walked_is_refused():
 )
 def test_ties_that_end_where_a_slice_does(k):
     """A level reference whose rows start at other lanes than those of the logits."""
-    z, ref = normal(2, 20_001), torch.zeros(2, 20_004, device=DEVICE)[:, :-3]
+    z = normal(2, 20_001, dtype=torch.bfloat16)
+    ref = torch.zeros(2, 20_004, dtype=torch.bfloat16, device=DEVICE)[:, :-3]
     kw = {"top_k": k, "center": "local_mean", "reduction": "none"}
     expected = local_entropy_loss(z, ref, backend="torch", **kw)
     torch.testing.assert_close(local_entropy_loss(z, ref, backend="triton", **kw), expected)

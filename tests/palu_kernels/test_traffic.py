@@ -32,7 +32,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def measured():
-    return {one.operator: one for one in traffic.measure(128256, 1, "bfloat16")}
+    # half as many columns as a model has now: what is moved beside the row weighs twice as much
+    return {one.operator: one for one in traffic.measure(64000, 1, "bfloat16")}
 
 
 @pytest.mark.parametrize("operator", BUDGETS)

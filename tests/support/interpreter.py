@@ -1,6 +1,22 @@
-"""Triton's interpreter without work that it repeats."""
+"""Triton's interpreter without work that it repeats; its results are the same."""
 
 from functools import cache
+
+
+def look_up_types_once() -> None:
+    """Keep NumPy's type for each of Triton's: a table of all of them is made for every look-up."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_get_np_dtype"):  # another release of Triton
+        return
+    look_up, found = interpreter._get_np_dtype, {}
+
+    def kept(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = look_up(dtype)
+        return found[dtype.name]
+
+    interpreter._get_np_dtype = kept
 
 
 def patch_once_a_launch() -> None:
