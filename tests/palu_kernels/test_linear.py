@@ -53,7 +53,7 @@ class Problem:
         self.ref_weight = (normal(columns, dim) / 2).round().clamp(-1, 1).to(dtype)
         self.ref_bias = None if bias is None else bias.detach().round().to(dtype)
         self.labels = torch.randint(0, columns, (rows,), generator=generator)
-        self.labels[: rows // 8] = -100
+        self.labels[: max(rows // 8, 1)] = -100
         self.row_weights = torch.rand(rows, generator=generator) - 0.3
         self.k = K
 
@@ -162,10 +162,16 @@ def check(problem, name, reduction, **options):
 def test_float32_by_both_backends(name, head):
     for reduction in ("mean", "sum", "none"):
         check(Problem(torch.float32, head), name, reduction, backend="torch", chunk_bytes=1)
-    # two chunks once, or one: the interpreter is slow
-    rows = 70 if (name, head) == ("reverse", "capped") else 9
-    problem = Problem(torch.float32, head, rows=rows)
-    check(problem, name, "mean", backend="triton", chunk_bytes=1)
+    if head != "plain":  # the kernels see no scale, and nothing of a bias but in the sparse losses
+        problem = Problem(torch.float32, head, rows=5)
+        check(problem, name, "mean", backend="triton")
+
+
+def test_chunks_by_kernels(monkeypatch):
+    """Of few rows, which the interpreter takes one by one; the last one is shorter."""
+    monkeypatch.setattr(loop, "TILE_ROWS", 4)
+    problem = Problem(torch.float32, "capped", rows=10)
+    check(problem, "reverse", "mean", backend="triton", chunk_bytes=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -176,7 +182,7 @@ def test_other_dtypes(name, head, dtype):
         check(Problem(dtype, head), name, reduction, backend="torch", chunk_bytes=1)
     turn = LOSSES.index(name) + list(HEADS).index(head)  # a head each for either half dtype
     if dtype == (torch.bfloat16, torch.float16, None)[turn % 3]:
-        check(Problem(dtype, head, rows=9), name, "mean", backend="triton")
+        check(Problem(dtype, head, rows=5), name, "mean", backend="triton")
 
 
 @pytest.mark.parametrize("name", ["reverse", "global", "cross_entropy"])
@@ -535,8 +541,17 @@ def test_a_frozen_head_is_cast_once():
 # --- torch.compile, higher orders --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["reverse", "global", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("reverse", "mean"),
+        ("global", "none"),
+        ("cross_entropy", "mean"),
+        pytest.param("reverse", "none", marks=pytest.mark.slow),
+        pytest.param("global", "mean", marks=pytest.mark.slow),
+        pytest.param("cross_entropy", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_one_node_under_compile(name, reduction):
     problem = Problem(torch.float32, "capped")
 
@@ -601,7 +616,8 @@ def test_opcheck(backend, monkeypatch):
     linear_role_losses(*args, **given, backend=backend)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     linear_role_losses(*args, **given, backend=backend)
-    for call in calls:
+    # of the kernels one call of the first operator, and the one with rows picked inside
+    for call in calls if backend == "torch" else calls[::3]:
         torch.library.opcheck(linear_loss, call)
 
 

@@ -60,20 +60,20 @@ def add_what_is_read(result, left):
 N, D, V, K = 70, 33, 123, 20
 
 
-def tensors(dtype):
+def tensors(dtype, n=N, d=D):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return normal(N, D), normal(V, D), normal(V), normal(N, D), normal(V, D)
+    return normal(n, d), normal(V, d), normal(V), normal(n, d), normal(V, d)
 
 
-def linear_losses(dtype, backend="torch"):
+def linear_losses(dtype, backend="torch", n=N, d=D):
     """name -> hidden rows -> losses of the rows and the gradients of hidden rows, weight, bias."""
-    hidden, weight, bias, ref_hidden, ref_weight = tensors(dtype)
-    labels = torch.arange(N) % V
-    s = pk.topk_indices(torch.randn(N, V, generator=torch.Generator().manual_seed(1)), K)
+    hidden, weight, bias, ref_hidden, ref_weight = tensors(dtype, n, d)
+    labels = torch.arange(n) % V
+    s = pk.topk_indices(torch.randn(n, V, generator=torch.Generator().manual_seed(1)), K)
 
     def of(loss, bias, *, by_reference=True):
         frozen = (ref_hidden, pk.LMHead(ref_weight)) if by_reference else ()
@@ -82,7 +82,7 @@ def linear_losses(dtype, backend="torch"):
             leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias) if t is not None]
             rows = loss(leaves[0], pk.LMHead(*leaves[1:]), *frozen, reduction="none")
             mean = loss(leaves[0], pk.LMHead(*leaves[1:]), *frozen, reduction="mean")
-            weights = torch.arange(N) + 1.0
+            weights = torch.arange(n) + 1.0
             grads = torch.autograd.grad((rows * weights).sum() + mean, leaves)
             return [rows.detach(), *grads]
 
@@ -193,8 +193,11 @@ def test_fresh_memory_reaches_no_result(group, dtype):
             assert products.seen >= {"addmm"} or dtype == torch.float16 or "sparse" in name
 
 
-def test_fresh_memory_reaches_no_result_of_the_kernels():
-    call = linear_losses(torch.bfloat16, "triton")["reverse kl"]  # the others: test_check_linear.py
+def test_fresh_memory_reaches_no_result_of_the_kernels(monkeypatch):
+    """Chunks of few rows, the last of one, whose head's gradient is kept, and added up."""
+    monkeypatch.setattr(linear, "TILE_ROWS", 4)
+    # the others: test_check_linear.py
+    call = linear_losses(torch.bfloat16, "triton", 9, 3)["reverse kl"]
     plain, products = call(), Products()
     with poisoned(), products:
         filled = call()

@@ -52,8 +52,9 @@ KERNELS = [
 @pytest.mark.parametrize(("name", "backend"), [*((name, "torch") for name in LOSSES), *KERNELS])
 def test_on_logits(name, backend):
     half = (torch.float32, torch.bfloat16)
+    length = 2 if backend == "triton" and name in QUICK else 6
     for own, other in PAIRS if backend == "torch" else (half, half[::-1]):
-        z, r = rows(own, 0, 2, 6, 23), rows(other, 1, 2, 6, 23)
+        z, r = rows(own, 0, 2, length, 23), rows(other, 1, 2, length, 23)
         wide = torch.promote_types(own, other)
         found, grad = loss_and_gradient(LOSSES[name], z, r, backend)
         right, right_grad = loss_and_gradient(LOSSES[name], z.to(wide), r.to(wide), backend)

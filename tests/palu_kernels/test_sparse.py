@@ -110,24 +110,39 @@ def agree(inputs, loss, *, backend, tolerance=None, **head):
         assert error <= (tolerance or TOLERANCE[inputs[0].dtype]), (name, error)
 
 
-def backends_of(dtype):
-    return ["torch"] if dtype == torch.float64 else BACKENDS
+# Kernels make the products and sums, PyTorch whatever a loss makes of them: they get a loss with a
+# mean over the vocabulary, and one without.
+OTHERS = LOSSES[1:3]
+LOSS_AND_BACKEND = [
+    pytest.param(
+        loss,
+        backend,
+        marks=pytest.mark.slow if backend == "triton" and loss in OTHERS else (),
+        id=f"{name}-{backend}",
+    )
+    for loss, name in zip(LOSSES, IDS, strict=True)
+    for backend in BACKENDS
+]
+
+
+def backends_of(dtype, loss):
+    return ["torch"] if dtype == torch.float64 or loss in OTHERS else BACKENDS
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
 def test_numbers(loss, dtype):
-    for backend in backends_of(dtype):
-        agree(problem(dtype=dtype), loss, backend=backend, scale=0.6)
-        agree(problem(dtype=dtype, bias=False), loss, backend=backend)
+    for backend in backends_of(dtype, loss):
+        agree(problem(n=3, k=6, dtype=dtype), loss, backend=backend, scale=0.6)
+        agree(problem(n=3, k=6, dtype=dtype, bias=False), loss, backend=backend)
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:], ids=IDS[1:])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_softcap(loss, dtype):
     """Logits up to 10 before a cap of 4: some of them lie flat against it."""
-    for backend in backends_of(dtype):
-        agree(problem(dtype=dtype), loss, backend=backend, scale=-1.5, softcap=4.0)
+    for backend in backends_of(dtype, loss):
+        agree(problem(n=3, k=6, dtype=dtype), loss, backend=backend, scale=-1.5, softcap=4.0)
 
 
 def is_large(n, k, backend):
@@ -182,8 +197,7 @@ def test_no_rows(backend):
         assert not found["grad_weight"].any() and not found["grad_bias"].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@pytest.mark.parametrize(("loss", "backend"), LOSS_AND_BACKEND)
 def test_nan_spoils_its_row_only(loss, backend):
     inputs = problem()
     clean = ours(*inputs, loss, backend=backend)
@@ -196,8 +210,7 @@ def test_nan_spoils_its_row_only(loss, backend):
     assert found["grad_weight"][inputs[3][2]].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@pytest.mark.parametrize(("loss", "backend"), LOSS_AND_BACKEND)
 def test_masked_by_the_bias(loss, backend):
     """-inf takes no part: not in k, not in either mean, and it receives no gradient."""
     inputs = problem()
@@ -252,7 +265,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_large_is_held(monkeypatch, backend):
     """No [N, k, D] and no copy of the weight: nothing over a block or a few [N, k]."""
-    hidden, weight, _, indices, weights = problem(n=8, v=3000, d=16, k=64, dtype=torch.bfloat16)
+    hidden, weight, _, indices, weights = problem(n=4, v=1100, d=16, k=40, dtype=torch.bfloat16)
     monkeypatch.setattr(sparse, "BLOCK_BYTES", 4096)
     kind = {"objective": "flatten", "center_kind": "global_mean", "center_value": 0.0}
     acc = torch.zeros(weight.shape, device=DEVICE)
@@ -262,7 +275,7 @@ def test_nothing_large_is_held(monkeypatch, backend):
         rows = sparse.forward(*args, **kind, backend=backend, want_hidden=True)
         rest = (hidden, None, indices, rows.dloss_dx, rows.mean_coeff, weights)
         sparse.add_weight_gradient(acc, None, *rest, backend=backend)
-    assert 4096 <= largest.bytes <= 3000 * 8
+    assert 4096 <= largest.bytes <= 1100 * 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -296,8 +309,8 @@ def test_parts_of_s(monkeypatch):
     """The kernel's sums over parts of S, with the last part shorter."""
     from palu_kernels.triton import gathered_matmul as gathered
 
-    inputs = problem(n=2, v=120, d=48, k=4 * 21 + 3)  # tiles of 4
-    for programs in (1, 4, 1000):
+    inputs = problem(n=2, v=120, d=48, k=4 * 10 + 3)  # tiles of 4, in two parts or four
+    for programs in (1, 1000):
         monkeypatch.setattr(gathered, "programs_wanted", lambda device, n=programs: n)
         agree(inputs, LOSSES[0], backend="triton")
 
@@ -339,7 +352,7 @@ def test_accumulators_of_any_stride(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twice_the_same_bits(backend):
     """The scatter adds in one order, whether or not deterministic algorithms are asked for."""
-    inputs = problem(n=12, v=20, k=15)
+    inputs = problem(n=6, v=12, k=8)
     first = ours(*inputs, LOSSES[0], backend=backend)
     torch.use_deterministic_algorithms(True)
     try:
@@ -352,7 +365,7 @@ def test_twice_the_same_bits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_and_grad_mode_change_nothing(backend):
-    inputs = problem()
+    inputs = problem(n=2)
     expected = ours(*inputs, LOSSES[0], backend=backend)
     inputs[1].requires_grad_()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

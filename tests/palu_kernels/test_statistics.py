@@ -11,7 +11,7 @@ from palu_kernels import cross_entropy_loss, kl_loss, reference
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF = math.inf
 # rows of several blocks and two splits, not a multiple of either
-ROWS = {torch.float32: 9001, torch.bfloat16: 12289}
+ROWS = {torch.float32: 6145, torch.bfloat16: 12289}
 
 
 def rows(dtype):
@@ -74,8 +74,17 @@ def worse(names, found, right, losses):
     return bad
 
 
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
-@pytest.mark.parametrize("dtype", ROWS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "direction"),
+    [
+        (torch.float32, "reverse"),
+        (torch.float32, "forward"),
+        (torch.bfloat16, "reverse"),
+        # a dtype is what entries are loaded as: the directions differ after it
+        pytest.param(torch.bfloat16, "forward", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_kl(dtype, direction):
     names, z, r = rows(dtype)
     if direction == "forward":  # whose reference comes first, and is the one that may be masked

@@ -32,7 +32,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def measured():
-    return {one.operator: one for one in traffic.measure(128256, 1, "bfloat16")}
+    # half as many columns as a model has now: what is moved beside the row weighs twice as much
+    return {one.operator: one for one in traffic.measure(64000, 1, "bfloat16")}
 
 
 @pytest.mark.parametrize("operator", BUDGETS)
@@ -50,14 +51,21 @@ def test_no_operator_is_left_out(measured):
 
 def test_over_budget_is_a_failure(capsys):
     # of a row this short S weighs as much as the row
-    assert traffic.main(["--columns", "1000"]) == 1
+    assert traffic.main(["--columns", "1000", "--rows", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("topk_indices")).endswith("over")
     assert not next(line for line in lines if line.startswith("cross-entropy")).endswith("over")
 
 
-@pytest.mark.parametrize("columns", [8192, 10007])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [
+        (8192, torch.float32),
+        (10007, torch.bfloat16),
+        pytest.param(8192, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(10007, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_hand_counts(columns, dtype):
     """A launch of `programs` programs on 3 rows: what each reads and writes beside its rows."""
     torch.manual_seed(0)
