@@ -31,6 +31,12 @@ class Fault(NamedTuple):
 FAULTS = [
     # what a run leaves known
     Fault(
+        "splits of a row count from one number",
+        "total += tl.load(slot + 1) + split_live * (split_near - near)",
+        "total += tl.load(slot + 1)",
+        "statistics",
+    ),
+    Fault(
         "a span counts as recited where one token is",
         "bool(first[own].all())",
         "bool(first[own].any())",

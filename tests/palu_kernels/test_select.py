@@ -11,14 +11,16 @@ MASKED, NAN = float("-inf"), float("nan")
 
 
 def rows(columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random, level, masked, NaN, +inf, many ties, zeros of both signs, few that are live, and the
-    largest entries side by side."""
-    z = 3 * torch.randn(9, columns, generator=torch.Generator().manual_seed(0))
+    """Random, level, masked, NaN, +inf, many ties, zeros of both signs, few that are live, the
+    largest entries side by side, and NaN behind more +inf than are asked for."""
+    z = 3 * torch.randn(10, columns, generator=torch.Generator().manual_seed(0))
     z[1], z[2], z[3, 5 % columns], z[4, columns // 2 :] = 1.5, MASKED, NAN, -MASKED
     z[5] = z[5].round()
     z[6], z[6, ::2] = 0.0, -0.0
     z[7, : columns - 3] = MASKED
     z[8] = torch.arange(columns).flip(0)
+    z[9, : columns - columns // 4] = -MASKED
+    z[9, -2:] = NAN
     return z.to(DEVICE, dtype)
 
 

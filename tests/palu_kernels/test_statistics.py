@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from palu_kernels import cross_entropy_loss, kl_loss, reference
+from palu_kernels import cross_entropy_loss, kl_loss, local_entropy_loss, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF = math.inf
@@ -35,6 +35,10 @@ def rows(dtype):
         "plain": (one, other),
         "far from each other": (one + 1000, other - 1000),
         "wide": (100 * one, 30 * other),
+        "halves far from each other": (
+            change(one, second_half, one[second_half] + 300),
+            change(other, first_half, other[first_half] + 300),
+        ),
         "every second masked": both(slice(None, None, 2), -INF),
         "a half masked": both(first_half, -INF),
         "the other half masked": both(second_half, -INF),
@@ -110,4 +114,19 @@ def test_cross_entropy(dtype):
     exact, ones = z.detach().double(), torch.ones(len(names), device=DEVICE)
     assert not worse(names, loss.detach(), reference.cross_entropy_loss(exact, labels), losses=True)
     right = reference.cross_entropy_gradient(exact, labels, ones.double())
+    assert not worse(names, grad, right, losses=False)
+
+
+def test_flatten_about_the_mean():
+    """Whose mean is made of splits, each of which counts from a number of its own."""
+    names, z, _ = rows(torch.float32)
+    kept = [i for i, name in enumerate(names) if "finite mask" not in name]  # float32 has no square
+    names, z = [names[i] for i in kept], z[kept].requires_grad_()
+    kind = {"top_k": 5, "objective": "flatten", "center": "global_mean"}
+    loss = local_entropy_loss(z, **kind, reduction="none", backend="triton")
+    grad = torch.autograd.grad(loss.sum(), z)[0]
+    exact, ones = z.detach().double(), torch.ones(len(names), device=DEVICE)
+    right = reference.local_entropy_loss(exact, **kind)
+    assert not worse(names, loss.detach(), right, losses=True)
+    right = reference.local_entropy_gradient(exact, None, ones.double(), indices=None, **kind)
     assert not worse(names, grad, right, losses=False)
