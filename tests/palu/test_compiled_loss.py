@@ -145,13 +145,13 @@ def test_too_few_indices_are_found_out_when_it_runs():
         call(torch.zeros(3, 9, dtype=torch.int32), normal(4, D, seed=6))
 
 
-def tiny_model():
+def tiny_model(layers=1):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
@@ -172,8 +172,9 @@ def tiny_model():
     ],
 )
 def test_a_step_of_a_compiled_model(road, dtype, backend):
-    model, loss = tiny_model(), PALULoss(top_k=9, prefix_length=2)
-    reference = tiny_model().requires_grad_(False)
+    layers = 0 if backend == "inductor" else 1  # whose C++ takes longer than ours
+    model, loss = tiny_model(layers), PALULoss(top_k=9, prefix_length=2)
+    reference = tiny_model(layers).requires_grad_(False)
     for p in reference.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     head, ref_head = LMHead.from_model(model), LMHead.from_model(reference)
@@ -181,16 +182,16 @@ def test_a_step_of_a_compiled_model(road, dtype, backend):
     ids = labels.clamp(min=0)
 
     def step(ids, labels):
-        outs = []
+        outs = []  # one forward serves both roads: it is most of what there is to compile
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            with torch.no_grad():
+                ref_hidden = reference.model(ids, use_cache=False).last_hidden_state
+            hidden = model.model(ids, use_cache=False).last_hidden_state
             if "logits" in road:
                 with torch.no_grad():
-                    ref_logits = reference(ids, use_cache=False).logits
-                outs.append(loss(model(ids, use_cache=False).logits, labels, ref_logits))
+                    ref_logits = reference.lm_head(ref_hidden)
+                outs.append(loss(model.lm_head(hidden), labels, ref_logits))
             if "hidden" in road:
-                with torch.no_grad():
-                    ref_hidden = reference.model(ids, use_cache=False).last_hidden_state
-                hidden = model.model(ids, use_cache=False).last_hidden_state
                 outs.append(loss.from_hidden(hidden, head, labels, ref_hidden, ref_head))
         return outs
 
