@@ -96,7 +96,10 @@ class Step:
             made = loss["head gradient"] + self.precision.weights * head
             there = {**waiting, **kept, "head gradient": made, "chunk buffers": left}
             yield "backward of the loss", there
-        yield "backward of a layer", {**waiting, **self.backward_of_layer()}
+        there = {**waiting, **self.backward_of_layer()}
+        if self.full and self.sizes.tied:  # waits for the embedding's, to be added to it
+            there["head gradient"] = self.precision.weights * head
+        yield "backward of a layer", there
         yield (
             "backward of the embedding",
             {**waiting, "embedding gradient": self.embedding_gradient},
