@@ -535,12 +535,12 @@ def test_what_version_5_took_away(checkout, chatml_tokenizer, monkeypatch, tmp_p
     ids = chatml_tokenizer.apply_chat_template(turns)
     assert isinstance(ids, list) and isinstance(ids[0], int)
     assert "input_ids" in chatml_tokenizer.apply_chat_template(turns, return_dict=True)
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that what is set here is undone
+    del os.environ["TENSORBOARD_LOGGING_DIR"]
     made = checkout["trainer"].TrainingArguments(output_dir=str(tmp_path), logging_dir="logs")
     assert isinstance(made, TrainingArguments)
     where = getattr(made, "logging_dir", None) or os.environ["TENSORBOARD_LOGGING_DIR"]
     assert where == "logs"
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
 
 
 def test_the_trainer_is_the_checkouts(checkout):
