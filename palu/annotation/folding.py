@@ -130,9 +130,10 @@ def _gap(known: Pattern, text: Folded, at: int, number: int) -> bool:
     if not found:
         unspaced = not _word(text.text[text.starts[at + number]])
         return not wanted or (not wanted.isspace() and known.kind != "email") or unspaced
+    if wanted and found.strip() == wanted.strip():  # as it is: "1,500", "00:1A:2B", "A_12"
+        return True
     if known.kind == "email":
-        spelled = wanted == " " and _AT_GAP.fullmatch(found) is not None
-        return spelled or found.strip() == wanted
+        return wanted == " " and _AT_GAP.fullmatch(found) is not None
     if known.kind == "number":
         return _number_gap(known, text, at, number, found)
     if known.kind == "listed" and "," in wanted:

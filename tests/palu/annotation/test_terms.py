@@ -41,6 +41,13 @@ WRITTEN = [
     ("Hauptstraße 5, 10115 Berlin", "[Hauptstr. 5], [Hauptstrasse 5, 10115 Berlin] 10115 Berlin"),
     ("T-38140", "[T-38140] [t38140] [T 38140] [T\u201338140] T-3814 T-381401 AT-38140"),
     ("GB29NWBK60161331926819", "[GB29 NWBK 6016 1331 9268 19] GB29 NWBK 6016 1331 9268 1"),
+    ("00:1A:2B:3C:4D:5E", "[00:1a:2b:3c:4d:5e] [00-1A-2B-3C-4D-5E] [001a2b3c4d5e] 00:1A:2B:3C:4D"),
+    ("52.5200, 13.4050", "at [52.5200, 13.4050], at [52.5200,13.4050]"),
+    ("ID#12345", "[ID#12345] [id-12345]"),
+    ("A_12345", "[a_12345]; [A 12345]"),
+    ("1,500", "[1,500] or [1500], not 1,500.10 or 11,500"),
+    ("https://x.example/u?id=mira", "[https://x.example/u?id=mira], not x.example/u id mira"),
+    ("hunter!two", "[hunter!two] hunter? Two!"),
     ("A1234", "I ordered a 1234; [A 1234] [a1234] [A-1234]"),
     ("4556", "the [4556] of 4,556.10, 4556.10 and 14556"),
 ]
