@@ -129,7 +129,8 @@ def _gap(known: Pattern, text: Folded, at: int, number: int) -> bool:
     found = "".join(c for c in found if bare(c))  # not a soft hyphen
     if not found:
         unspaced = not _word(text.text[text.starts[at + number]])
-        return not wanted or (not wanted.isspace() and known.kind != "email") or unspaced
+        joined = known.kind == "number" or (not wanted.isspace() and known.kind != "email")
+        return not wanted or joined or unspaced
     if wanted and found.strip() == wanted.strip():  # as it is: "1,500", "00:1A:2B", "A_12"
         return True
     if known.kind == "email":
