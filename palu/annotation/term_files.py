@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from palu.errors import one_line
 from palu.storage.json_files import NotJSON, parse, read_text
 
-_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+_LINES = (".jsonl", ".ndjson")
+_ENDINGS = (".csv", ".tsv", ".json", *_LINES, ".txt")
 _OTHER_ENDINGS = (".gz", ".parquet", ".xlsx", ".xls", ".ods", ".zip")
 # Words in the names of fields, which tell a row of names from a row of values.
 _FIELD_WORDS = """
@@ -92,7 +93,7 @@ def _read(source: str, number: int) -> Iterator[Term]:
     if ending in _OTHER_ENDINGS:
         raise ValueError(f"terms: {source}: must be CSV, JSON, JSON lines or text, got {ending}")
     text = read_text(source)
-    if ending in (".json", ".jsonl") or (ending == "" and text.lstrip()[:1] in ("[", "{")):
+    if ending in (".json", *_LINES) or (ending == "" and text.lstrip()[:1] in ("[", "{")):
         yield from _json(text, name, source)
     elif ending in (".csv", ".tsv"):
         yield from _table(text, name, source)
