@@ -154,7 +154,7 @@ def _table(text: str, name: str, source: str) -> Iterator[Term]:
     if not rows:
         return
     table = [cells for _, cells in rows]
-    if all(len(cells) == 2 and _is_name(cells[0]) for cells in table):  # field, value
+    if _is_list_of_fields(table):
         for number, (field, value) in rows:
             if value and value.lower() not in _VALUE_NAMES:
                 yield Term(value, f"{name}, row {number}, {field}", field)
@@ -172,12 +172,31 @@ def _table(text: str, name: str, source: str) -> Iterator[Term]:
                 yield Term(cell, f"{name}, row {number}, {field or f'column {column + 1}'}", field)
 
 
+def _name_words(cell: str) -> set[str]:
+    return {*re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell).lower())} - {""}
+
+
 def _is_name(cell: str) -> bool:
-    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell).lower())
-    return bool(_FIELD_NAMES & {*words}) and not re.search(r"\d{3}|@", cell)
+    return bool(_FIELD_NAMES & _name_words(cell)) and not re.search(r"\d{3}|@", cell)
+
+
+def _is_plain_name(cell: str) -> bool:
+    """Return whether a cell has no other words than names of fields have: no "Elm Street"."""
+    return bool(words := _name_words(cell)) and words <= _FIELD_NAMES
+
+
+def _is_list_of_fields(table: list[list[str]]) -> bool:
+    """Return whether the rows are a field and its value each, and no table of two columns."""
+    if not all(len(cells) == 2 and _is_name(cells[0]) for cells in table):
+        return False
+    second = table[0][1]
+    named = _is_plain_name(second) and second.lower() not in _VALUE_NAMES
+    return not named and any(_is_plain_name(field) for field, _ in table)
 
 
 def _is_header(cells: list[str]) -> bool:
-    """Return whether a row has names of fields: at least half of its cells have a word of them."""
+    """Return whether a row has names of fields: at least half of its cells have a word of them, and
+    one has no others."""
     plain = not any(re.search(r"\d{3}|@", cell) for cell in cells)
-    return plain and 2 * sum(map(_is_name, cells)) >= len([c for c in cells if c])
+    names = sum(map(_is_name, cells))
+    return plain and 2 * names >= len([c for c in cells if c]) and any(map(_is_plain_name, cells))

@@ -194,6 +194,25 @@ def test_files(name, tmp_path):
     assert [t.value for t in read_terms([str(path), "Mira"])] == [*values, "Mira"]
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (
+            "street,city\nElm Street,Cork\nKey Road,Lund\n",
+            ["Elm Street", "Cork", "Key Road", "Lund"],
+        ),
+        ("Mira Okonjo,Elm Street\nTo Brandt,\n", ["Mira Okonjo", "Elm Street", "To Brandt"]),
+        ("Elm Street,Cork\n", ["Elm Street", "Cork"]),
+        ("Kansas City\nCork\n", ["Kansas City", "Cork"]),
+        ("field,value\nFull name,Mira Okonjo\ncity,Kansas City\n", ["Mira Okonjo", "Kansas City"]),
+    ],
+)
+def test_values_with_words_of_names_of_fields(text, values, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(text)
+    assert [term.value for term in read_terms([str(path)])] == values
+
+
 def test_where_values_stand(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("name,phone\nMira Okonjo,\n,07700 900181\n")
@@ -215,6 +234,7 @@ def test_where_values_stand(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "", "a.csv holds no new value"),
+        ("a.csv", "name,phone\n", "a.csv holds no new value"),
         ("a.csv", "name,mail\nx,y,z\n", "row 1: has 3 cells, but the first row names 2"),
         ("a.json", '["a",]', "a.json:1: malformed JSON"),
         ("a.jsonl", '"a"\n{', "a.jsonl:2: malformed JSON"),
