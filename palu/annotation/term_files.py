@@ -141,12 +141,11 @@ def _leaves(value: Any, field: str) -> Iterator[tuple[str, str]]:
 
 
 def _table(text: str, name: str, source: str) -> Iterator[Term]:
-    head = text[:4096]
-    mark = max(",;\t", key=lambda c: head.count(c)) if not source.lower().endswith("tsv") else "\t"
     try:
+        mark = "\t" if source.lower().endswith("tsv") else _separator(text)
         rows = [
             (number, [cell.strip() for cell in row])
-            for number, row in enumerate(csv.reader(io.StringIO(text), delimiter=mark, strict=True))
+            for number, row in enumerate(_rows(text, mark, strict=True))
             if any(cell.strip() for cell in row)
         ]
     except csv.Error as error:
@@ -170,6 +169,20 @@ def _table(text: str, name: str, source: str) -> Iterator[Term]:
             if cell:
                 field = header[column] if header else ""
                 yield Term(cell, f"{name}, row {number}, {field or f'column {column + 1}'}", field)
+
+
+def _rows(text: str, mark: str, *, strict: bool = False) -> Any:
+    return csv.reader(io.StringIO(text, newline=None), delimiter=mark, strict=strict)
+
+
+def _separator(text: str) -> str:
+    """Return what stands between the cells: a semicolon or tab that cuts every row into as many,
+    whatever commas the cells have, else the commonest mark."""
+    for mark in ";\t":
+        sizes = {len(row) for row in _rows(text, mark) if any(cell.strip() for cell in row)}
+        if len(sizes) == 1 and sizes != {1}:
+            return mark
+    return max(",;\t", key=text[:4096].count)
 
 
 def _name_words(cell: str) -> set[str]:

@@ -202,12 +202,17 @@ def test_files(name, tmp_path):
             ["Elm Street", "Cork", "Key Road", "Lund"],
         ),
         ("Mira Okonjo,Elm Street\nTo Brandt,\n", ["Mira Okonjo", "Elm Street", "To Brandt"]),
+        (
+            'name;home\n"Okonjo, M.";"2 Elm St, Cork, Eire"\n',
+            ["Okonjo, M.", "2 Elm St, Cork, Eire"],
+        ),
+        ("To Brandt;2 Elm St, Cork, Eire\n", ["To Brandt", "2 Elm St, Cork, Eire"]),
         ("Elm Street,Cork\n", ["Elm Street", "Cork"]),
         ("Kansas City\nCork\n", ["Kansas City", "Cork"]),
         ("field,value\nFull name,Mira Okonjo\ncity,Kansas City\n", ["Mira Okonjo", "Kansas City"]),
     ],
 )
-def test_values_with_words_of_names_of_fields(text, values, tmp_path):
+def test_tables(text, values, tmp_path):
     path = tmp_path / "p.csv"
     path.write_text(text)
     assert [term.value for term in read_terms([str(path)])] == values
