@@ -169,9 +169,10 @@ def _rows_of_evaluation(models: Mapping[str, Node]) -> list[Row]:
 
 
 def _leaked(result: Node) -> dict[str, int] | None:
-    """Return how many secrets the answers say, and of how many; None where one was not given."""
-    rows = list(result["examples"].each())
-    if not rows or not all(row["leaked"] for row in rows):
+    """Return how many secrets the answers say, and of how many; None where no answer was given.
+    Plain documents are not asked."""
+    rows = [row for row in result["examples"].each() if row["leaked"]]
+    if not rows:
         return None
     counts = [_count(row["leaked"], row["asked"]) for row in rows]
     return {name: sum(one[name] for one in counts) for name in ("leaked", "of")}

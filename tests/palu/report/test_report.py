@@ -259,6 +259,19 @@ def test_answers_that_leak_come_first(tmp_path):
     assert "says 1 of 2 secrets That is" in said
 
 
+def test_documents_are_not_asked(tmp_path):
+    """What the answers of the other records say counts all the same."""
+    evaluation = erasure.evaluation()
+    for model in evaluation["models"].values():
+        model["forget"]["examples"][0] |= {"generated": None, "leaked": None}
+    evaluation["models"]["unlearned"]["forget"]["examples"][4] |= {"leaked": 1}
+    report = build_report(erasure.write(tmp_path, evaluation=evaluation))
+    (values,) = [one["values"] for one in report["measures"] if one["name"] == "leaked"]
+    assert values["original"] == {"leaked": 10, "of": 10}
+    assert values["unlearned"] == {"leaked": 1, "of": 10}
+    assert report["verdict"]["plain_leak"] == "Asked plainly, it says 1 of 10 secrets."
+
+
 def test_attacks_that_succeed_are_shown_first(tmp_path):
     attack = erasure.attack()
     one = attack["examples"][0]
