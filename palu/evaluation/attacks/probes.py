@@ -15,7 +15,7 @@ from palu.data.records import SYSTEM, USER, Example, split_answers
 from palu.data.spans import Span
 from palu.data.template import Template
 from palu.evaluation.attacks.settings import HALF, AttackSettings
-from palu.evaluation.leaks import leaks, prompt_of, secrets_of, sort_secrets
+from palu.evaluation.leaks import Secrets, leaks, prompt_of, secrets_of, sort_secrets
 
 SLACK = 16  # tokens that an answer may be longer than the longest true one
 
@@ -82,17 +82,17 @@ class Targets:
             ValueError: no examples, no secret among them that can leak, or an example that cannot
                 be tokenized; names its id.
         """
+        answers = [_answers(example, template) for example in examples]
         chosen = list(range(len(examples)))
-        if settings.records is not None and settings.records < len(chosen):
-            chosen = sorted(random.Random(f"{seed} records").sample(chosen, settings.records))
+        asked = [n for n in chosen if any(sorted_.judged for _, sorted_ in answers[n])]
+        if settings.records is not None and settings.records < len(chosen) and asked:
+            count = min(settings.records, len(asked))
+            chosen = sorted(random.Random(f"{seed} records").sample(asked, count))
         split, records, secrets, told, empty = [], [], [], [], set()
         numbers = {}
         for number in chosen:
             numbers |= {(number, s): n for n, s in enumerate(secrets_of(examples[number]))}
-            for example in split_answers(examples[number]):
-                prompt = f"{prompt_of(example)}\n{template.system_prompt or ''}"
-                own = (example.answer[start:end].strip() for start, end in example.spans)
-                sorted_ = sort_secrets(own, prompt)
+            for example, sorted_ in answers[number]:
                 empty |= {(number, secret) for secret in sorted_.empty}
                 split.append(example)
                 records.append(number)
@@ -140,6 +140,16 @@ class Targets:
             [example], self.tokenizer, template=self.template, max_length=self.max_length
         )
         return row
+
+
+def _answers(example: Example, template: Template) -> list[tuple[Example, Secrets]]:
+    """Return an example for each answer of a record, with its secrets."""
+    parts = []
+    for part in split_answers(example):
+        prompt = f"{prompt_of(part)}\n{template.system_prompt or ''}"
+        own = (part.answer[start:end].strip() for start, end in part.spans)
+        parts.append((part, sort_secrets(own, prompt)))
+    return parts
 
 
 def label_all(

@@ -41,7 +41,8 @@ class AttackSettings:
             a few tokens anyway.
         batch_size: examples in a forward pass.
         max_length: tokens in an example.
-        records: at most so many forget records are asked about, drawn by the seed; None: all.
+        records: at most so many forget records are asked about, drawn by the seed from those with a
+            secret to look for; None: all.
     """
 
     samples: int = 10

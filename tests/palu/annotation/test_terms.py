@@ -178,7 +178,7 @@ FILES = {
         ]
     ),
     "lines.jsonl": '{"a": "Okonjo, Mira"}\n"m@x.example"\n"07700 900181"\n{"b": "To Brandt"}\n',
-    "lines.ndjson": '{"a": ["Okonjo, Mira", "m@x.example"]}\n{"b": ["07700 900181", "To Brandt"]}\n',
+    "nd.ndjson": '{"a": ["Okonjo, Mira", "m@x.example"]}\n{"b": ["07700 900181", "To Brandt"]}\n',
     "text.txt": "Okonjo, Mira\n\n m@x.example \r\n07700 900181\nTo Brandt\n",
 }
 

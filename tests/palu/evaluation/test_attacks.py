@@ -544,6 +544,21 @@ def test_records_without_a_secret_to_look_for():
         )
 
 
+def test_few_records_are_drawn_from_those_with_a_secret_to_look_for():
+    """Of 9 records the name is in the question; a draw of 2 must have the others."""
+    told = [Example(str(n), "Who is Ada?", "Ada.", ((0, 3),)) for n in range(9)]
+    asked = [Example(f"x{n}", "Who sang?", "It was Eva.", ((7, 10),)) for n in range(2)]
+    for seed in range(3):
+        targets = Targets.of(
+            [*told, *asked],
+            planted.tokenizer(),
+            template=Template(),
+            settings=AttackSettings(records=2),
+            seed=seed,
+        )
+        assert targets.records == [9, 10]
+
+
 @pytest.mark.parametrize(
     ("question", "wanted"),
     [
