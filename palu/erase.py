@@ -323,6 +323,7 @@ class _Run:
 
     def attack(self) -> None:
         """Attack every model; what was done before a stop is not done again."""
+        from palu.evaluation.attacks.probes import NothingToAsk
         from palu.evaluation.attacks.run import run_attacks
         from palu.models.loading import load_tokenizer
 
@@ -333,19 +334,23 @@ class _Run:
             return
         with self.doing("attack", key) as report:
             sets = self._examples()
-            found = run_attacks(
-                self.models,
-                load_tokenizer(self.folder),
-                sets["forget"],
-                retain=sets["retain"],
-                settings=settings,
-                template=self._template(),
-                seed=self.request.seed,
-                report=report,
-                resume=path,
-                overwrite=True,
-                loading=self._loading(),
-            )
+            try:
+                found = run_attacks(
+                    self.models,
+                    load_tokenizer(self.folder),
+                    sets["forget"],
+                    retain=sets["retain"],
+                    settings=settings,
+                    template=self._template(),
+                    seed=self.request.seed,
+                    report=report,
+                    resume=path,
+                    overwrite=True,
+                    loading=self._loading(),
+                )
+            except NothingToAsk as error:  # a name that every question says
+                warnings.warn(f"no attack is made: {error}", stacklevel=2)
+                return
             for name, place in self.named.items():
                 found["models"][name]["path"] = place
             write_json(path, found)

@@ -89,6 +89,16 @@ def test_a_folder_with_the_model_and_its_proof(work, monkeypatch, capsys):
     check_output(out, overwrite=True)
 
 
+def test_a_name_that_the_questions_say(work, monkeypatch, capsys):
+    """Nothing can be asked for: the model is made all the same, and nobody attacked it."""
+    palu = palu_in(work, monkeypatch, capsys)
+    status, _, error = palu(LINE + "--terms Bob")
+    assert status in (0, 3) and "no attack is made: the 1 forget records hold no secret" in error
+    assert {path.name for path in (work / "out").iterdir()} >= FILES - {"attack.json"}
+    assert "attack.json" in [one["what"] for one in read(work / "out/report.json")["missing"]]
+    assert not (work / "out-work").exists()
+
+
 def stopped_after(monkeypatch, stage):
     """Stop a run in a stage, as a kill would; return the stages that were begun."""
     begun = []

@@ -20,6 +20,10 @@ from palu.evaluation.leaks import Secrets, leaks, prompt_of, secrets_of, sort_se
 SLACK = 16  # tokens that an answer may be longer than the longest true one
 
 
+class NothingToAsk(ValueError):
+    """No secret can leak: prompts say them all, or they are of stop words alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """One prompt.
@@ -79,8 +83,8 @@ class Targets:
         """Split and tokenize forget records.
 
         Raises:
-            ValueError: no examples, no secret among them that can leak, or an example that cannot
-                be tokenized; names its id.
+            NothingToAsk: no secret among them can leak.
+            ValueError: an example cannot be tokenized; names its id.
         """
         answers = [_answers(example, template) for example in examples]
         chosen = list(range(len(examples)))
@@ -99,7 +103,7 @@ class Targets:
                 secrets.append(tuple(sorted_.judged))
                 told.append(tuple(sorted_.told))
         if not any(secrets):
-            raise ValueError(
+            raise NothingToAsk(
                 f"the {len(examples)} forget records hold no secret to look for "
                 f"({sum(map(len, told))} are in the prompts themselves, {len(empty)} are stop "
                 "words): mark spans in the answers"
