@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palu.comparison.measures import UTILITY
+from palu.comparison.measures import RECORDS, UTILITY
+from palu.comparison.run_file import FORGET, ORIGINAL, RETRAINED
 from palu.data.spans import shown
 from palu.storage.json_files import NotJSON, parse, parse_yaml, read_text
 
@@ -147,7 +148,7 @@ def from_dict(content: Any) -> Comparison:
     content = _plain(content)
     _keys("the configuration", content, _PARTS, needed=("model", "forget", "utility", "methods"))
     values = {name: check(name, content[name]) for name, check in _PARTS.items() if name in content}
-    names = ("forget", "original", "retrained", "holdout")
+    names = (FORGET, ORIGINAL, RETRAINED, "holdout", RECORDS)
     if taken := [name for name in values["utility"] if name in names]:
         raise ConfigError(f"utility.{taken[0]} is a name of another set; name it otherwise")
     _check_common(values)
