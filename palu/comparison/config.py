@@ -292,6 +292,8 @@ def _losses(name: str, value: Any) -> tuple[float, ...]:
     fine = isinstance(value, list) and value
     if not fine or not all(isinstance(one, float | int) and 0 < one < 1 for one in value):
         raise ConfigError(f"{name} must be a list of numbers between 0 and 1, not {shown(value)}")
+    if len(set(value)) < len(value):
+        raise ConfigError(f"{name} has a loss twice: {shown(value)}")
     return tuple(map(float, value))
 
 

@@ -71,6 +71,7 @@ def test_a_method_without_settings_is_one_run():
         ({"jobs": 0}, "jobs must be a whole number of at least 1, not 0"),
         ({"keep_models": 1}, "keep_models must be true or false"),
         ({"losses": [2]}, "losses must be a list of numbers between 0 and 1"),
+        ({"losses": [0.05, 0.1, 0.05]}, "losses has a loss twice"),
         ({"max_fell_apart": 10}, "max_fell_apart must be a number from 0 to below 1, not 10"),
         ({"methods": {"NPO": {"gird": {}}}}, "methods.NPO: unknown key 'gird'"),
         ({"methods": {"NPO": {"grid": {"beta": 1}}}}, "methods.NPO.grid.beta must be a list"),
