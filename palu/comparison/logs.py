@@ -175,9 +175,9 @@ def _aggregates(log: Log, retain_log: Path | None) -> Values:
 
 
 def _field(rows: Mapping[str, Any]) -> str | None:
-    """Return which field of the rows is the metric's number."""
-    row = next((row for row in rows.values() if isinstance(row, Mapping)), {})
-    return next((name for name in _FIELDS if name in row), None)
+    """Return which field of the rows is the metric's number; None where no row has a value."""
+    known = [row for row in rows.values() if isinstance(row, Mapping)]
+    return next((name for name in _FIELDS if any(row.get(name) is not None for row in known)), None)
 
 
 def _settings(file: Path) -> Mapping[str, Any]:

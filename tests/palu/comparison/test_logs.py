@@ -166,6 +166,15 @@ def test_a_stored_aggregate_is_not_believed(write):
     assert log.aggregates["forget_Q_A_Prob"] == pytest.approx(0.75)
 
 
+def test_a_metric_that_no_row_has_is_left_out(write):
+    log = a_log([0.5] * 4)
+    rows = {str(n): {"score": None} for n in range(4)}
+    log["forget_repetition"] = {"agg_value": None, "value_by_index": rows}
+    (read,) = read_logs([write("a/TOFU_EVAL.json", log)])
+    assert "forget_repetition" not in {*read.values, *read.aggregates}
+    assert read.values["forget_Q_A_Prob"] == dict.fromkeys("0123", 0.5)
+
+
 def test_what_is_no_log_is_refused(write, tmp_path):
     with pytest.raises(LogError, match=r"give the TOFU_EVAL\.json beside it"):
         read_logs([write("TOFU_SUMMARY.json", {"forget_Q_A_Prob": 0.5})])
