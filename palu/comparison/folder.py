@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palu.comparison.config import Comparison
+from palu.comparison.run_file import read_run
 from palu.storage.files import new_file
 from palu.storage.json_files import NotJSON, parse_yaml, read_text
 
@@ -41,6 +42,7 @@ def open_folder(
         "threads": threads,
         "digests": dict(digests),
     }
+    content["methods"] |= _gone(folder, content["methods"])
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,18 @@ def check_folder(folder: Path, comparison: Comparison, digests: Mapping[str, str
     known = _read(path)
     _check_same(path, known, comparison, digests)
     return known["threads"]
+
+
+def _gone(folder: Path, methods: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the methods that the configuration has no longer and of which runs are there: who
+    takes one of them up again may not give it other options."""
+    if not (folder / FILE).is_file():
+        return {}
+    before = _read(folder / FILE)["methods"]
+    gone = [name for name in before if name not in methods]
+    runs = sorted(folder.glob("runs/*/run.json")) if gone else ()
+    there = {read_run(path).method for path in runs}
+    return {name: before[name] for name in gone if name in there}
 
 
 def as_config(comparison: Comparison) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from palu.comparison import claims, config, folder
-from palu.comparison.run_file import read_run
+from palu.comparison.run_file import read_run, write_run
+from palu.comparison.tables import read_choices
+from tests.palu.comparison.made import made_run
 from tests.support import command, small
 
 CONFIG = {
@@ -156,6 +158,24 @@ def test_another_model_or_other_data_is_refused(tmp_path):
         folder.open_folder(tmp_path / "c", comparison, digests, threads=3)
     (tmp_path / "c" / "mine.txt").unlink()
     assert "model: model" in before
+
+
+def test_a_method_that_was_left_out_does_not_come_back_with_other_options(tmp_path):
+    """Its runs are still there, and would stand in one line of the table with the new ones."""
+    place = tmp_path / "c"
+    both = {**CONFIG["methods"], "NPO": {"options": {"beta": 0.1}}}
+    for methods in (both, CONFIG["methods"], CONFIG["methods"]):
+        comparison = config.from_dict({**CONFIG, "methods": methods})
+        folder.open_folder(place, comparison, {}, threads=1)
+        (place / "runs" / "npo").mkdir(parents=True, exist_ok=True)
+        write_run(place / "runs" / "npo" / "run.json", made_run("NPO"))
+    other = config.from_dict({**CONFIG, "methods": {"NPO": {"options": {"beta": 5.0}}}})
+    with pytest.raises(ValueError, match=r"methods\.NPO\.options differs"):
+        folder.open_folder(place, other, {}, threads=1)
+    shutil.rmtree(place / "runs")
+    folder.open_folder(place, comparison, {}, threads=1)
+    folder.open_folder(place, other, {}, threads=1)
+    assert read_choices(place / folder.FILE).methods == ("NPO",)
 
 
 @pytest.mark.slow
