@@ -430,6 +430,8 @@ def _run(
         runs.run(tasks, report, ended)
     searches = Searches(comparison, runs.file, measured[ORIGINAL])
     while more := searches.next():
+        if retry:
+            runs.forget_failed(more)
         with bar(bars, "Runs of a search") as report:
             runs.run(more, report, ended)
         tasks += more

@@ -13,11 +13,12 @@ import time
 import pytest
 import yaml
 
-from palu.comparison import claims, config, folder
+from palu.cli import compare
+from palu.comparison import claims, config, folder, measures, search
 from palu.comparison.run_file import read_run, write_run
 from palu.comparison.tables import read_choices
 from tests.palu.comparison.made import made_run
-from tests.support import command, small
+from tests.support import command, comparing, small
 
 CONFIG = {
     "model": "model",
@@ -176,6 +177,21 @@ def test_a_method_that_was_left_out_does_not_come_back_with_other_options(tmp_pa
     folder.open_folder(place, comparison, {}, threads=1)
     folder.open_folder(place, other, {}, threads=1)
     assert read_choices(place / folder.FILE).methods == ("NPO",)
+
+
+def test_retry_does_failed_runs_of_a_search_again(tmp_path, monkeypatch):
+    """Which it proposes is known only while it goes on."""
+    monkeypatch.setattr(compare, "work", comparing.work)
+    monkeypatch.setattr(measures, "Measures", lambda *runs: None)
+    monkeypatch.setattr(search, "proposals", lambda c, name, known, values: [{}][len(known) :])
+    sought = {"trials": 1, "space": {"learning_rate": [1.0]}}
+    methods = {"killed": {"options": {"method": "npo"}, "search": sought}}
+    parts = {"model": "m", "forget": "f", "utility": {"u": "u"}, "methods": methods}
+    for retry, times in ((False, 1), (False, 1), (True, 2)):
+        how = {"jobs": 1, "threads": 1, "retry": retry}
+        failed = compare._run(tmp_path, config.from_dict(parts), {"cards": 0}, **how)
+        done = (tmp_path / comparing.LIST).read_text().count("killed-")
+        assert (failed, done) == (1, times)
 
 
 @pytest.mark.slow
