@@ -16,7 +16,7 @@ import numpy as np
 from palu.comparison.bootstrap import RESAMPLES, draw, interval
 from palu.comparison.tables import write_csv
 from palu.evaluation.eval_log import Log, LogError
-from palu.evaluation.names import PER_EXAMPLE
+from palu.evaluation.names import PER_EXAMPLE, SAMPLE_LEAKS, TEXT
 from palu.evaluation.tofu import summarize
 from palu.storage.output import evaluation_files
 
@@ -32,6 +32,9 @@ AGAINST = ("forget_quality", "privleak")
 """Metrics that depend on a retrained model's log."""
 # Names of `--json` that open-unlearning has other ones for.
 _IN_LOGS = {"answer_probability": "Q_A_Prob", "rougeL_recall": "Q_A_ROUGE"}
+# What an example of `--json` has where logs have a row of the metric; of all others they have all.
+_ROWS_OF = {name: "generated" for name in PER_EXAMPLE if name in TEXT or name.startswith("rouge")}
+_ROWS_OF |= {SAMPLE_LEAKS: SAMPLE_LEAKS}
 _FIELDS = ("score", "prob", "rougeL_recall")
 _ROUNDING = 1e-9
 
@@ -201,7 +204,12 @@ def _of_json(log: Log, name: str) -> EvaluationLog:
             numbers = [example.get(metric) for example in result["examples"]]
             measured = {str(n): v for n, v in enumerate(numbers) if v is not None}
             if measured:
-                values[known], rows[known] = measured, frozenset(map(str, range(len(numbers))))
+                values[known] = measured
+                rows[known] = frozenset(
+                    str(n)
+                    for n, example in enumerate(result["examples"])
+                    if example.get(_ROWS_OF.get(metric, "id")) is not None
+                )
                 aggregates.setdefault(known, float(np.mean([*measured.values()])))
     if not rows:
         raise LogError(f"{log.source}: has no examples of any set")

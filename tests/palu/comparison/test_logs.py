@@ -148,6 +148,21 @@ def test_json_files_of_other_data_are_refused(write):
         read_logs([write("a.json", one), write("b.json", other)])
 
 
+def test_a_json_file_has_the_rows_of_its_log(write):
+    """Which has none of the answer to a plain document, nor of samples where no secret is."""
+    log, said = a_log([0.5, 0.4, 0.3, 0.2]), of_json([0.5, 0.4, 0.3, 0.2])
+    del log["forget_Q_A_ROUGE"]["value_by_index"]["1"]
+    log["forget_sample_leak_rate"] = {"value_by_index": {"0": {"score": 0.5}}}
+    for n, example in enumerate(said["forget"]["examples"]):
+        example["sample_leak_rate"] = None if n else 0.5
+        example["rougeL_recall"] = 1.0
+    said["forget"]["examples"][1] |= {"generated": None, "rougeL_recall": None}
+    paths = [write("a/TOFU_EVAL.json", log), write("b.json", said)]
+    with pytest.warns(UserWarning, match="known by their numbers alone"):
+        one, other = read_logs(paths)
+    assert one.rows.keys() == other.rows.keys() and one.rows == other.rows
+
+
 def test_names_tell_logs_apart(write):
     paths = [
         write(f"{name}/evals_forget10/TOFU_EVAL.json", a_log([0.5] * 4)) for name in ("a", "b")
