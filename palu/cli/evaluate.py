@@ -246,6 +246,7 @@ class EvaluateRun:
             "max_length": options.max_length,
             "max_new_tokens": options.max_new_tokens,
             **{f"data_{name}": data.digest() for name, data in self.sets.items()},
+            "spans_forget": self.sets["forget"].span_digest(),
         }
         if options.samples:
             settings |= {name: getattr(options, name) for name in SAMPLING}

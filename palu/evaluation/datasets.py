@@ -144,6 +144,11 @@ class EvalSet:
             digest.update(json.dumps([said, answers]).encode())
         return digest.hexdigest()
 
+    def span_digest(self) -> str:
+        """Return an order-sensitive hash of where the set's sensitive spans are."""
+        places = [[spans for _, spans in example.texts] for example in self.examples]
+        return hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
+
     def describe(self, number: int, field: str) -> str:
         """Return the name of a field of example `number` in messages."""
         return _describe(self.source, self.examples[number], field)

@@ -271,6 +271,15 @@ def test_the_log_and_json_hold_the_same_and_go_on(palu, work, spanned, monkeypat
     assert status == 2 and "was measured with samples = 2, this run has 3" in error
 
 
+def test_numbers_of_other_spans_are_not_kept(palu, work, spanned):
+    line = "--forget spanned.jsonl --max-new-tokens 2 --output spans"
+    assert palu(line)[0] == 0
+    text = (work / "spanned.jsonl").read_text()
+    (work / "spanned.jsonl").write_text(text.replace('"start": 10', '"start": 11', 1))
+    status, _, error = palu(line)
+    assert status == 2 and "was measured with spans_forget = " in error
+
+
 def test_answers_of_a_log_that_are_not_the_models_are_told(palu, work):
     assert palu(SMALL + "--output told")[0] == 0
     path = work / "told" / "TOFU_EVAL.json"
