@@ -268,22 +268,29 @@ def check(comparison: Comparison, plan: bool = False) -> dict[str, Any]:
 
 def _digests(comparison: Comparison) -> dict[str, str]:
     """Return what tells whether models and data are the same, by name."""
-    from palu.comparison.folder import digest
+    from palu.cli.retain import NONE, SELF
+    from palu.comparison.config import comparison_options
+    from palu.comparison.folder import OF_METHODS, digest
     from palu.storage.fingerprint import data_digests, model_digests
 
     digests = {}
     for name in ("model", "retrained"):
         if (path := getattr(comparison, name)) is not None:
             digests[name] = digest(model_digests(path))
-    files = {name: getattr(comparison, name) for name in ("forget", "retain", "holdout")}
+    own = ("forget", "retain", "holdout")
+    files = {name: getattr(comparison, name) for name in own}
     files |= {f"utility set {name}": file for name, file in comparison.utility.items()}
+    for _, given in comparison_options(comparison):
+        asked = given.get("retain")
+        some = asked if isinstance(asked, list) else [asked]  # a list where it is sought
+        files |= {f"{OF_METHODS}{file}": file for file in some if file not in (NONE, SELF)}
     for name, file in files.items():
         if file is None:
             continue
         here = without_slices(file)
         content = [*data_digests(here[0]).values()] if here else file
         ending = file[len(here[0]) :] if here and file.startswith(here[0]) else ""  # a slice
-        digests[f"{name} file" if "set" not in name else name] = digest([content, ending])
+        digests[f"{name} file" if name in own else name] = digest([content, ending])
     return digests
 
 

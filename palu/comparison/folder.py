@@ -18,6 +18,8 @@ FILE, FORMAT = "comparison.yaml", "palu-comparison-config/1"
 FIXED = ("common", "attacks", "evaluate")
 FIXED_BY_SEARCH = ("seeds", "forgetting", "utility_metrics")
 """What decides which settings a search looks for."""
+OF_METHODS = "retain file of a method: "
+"""Begins the names of digests of files that come and go with methods."""
 
 
 def open_folder(
@@ -42,7 +44,10 @@ def open_folder(
         "threads": threads,
         "digests": dict(digests),
     }
-    content["methods"] |= _gone(folder, content["methods"])
+    if path.is_file():
+        before = _read(path)
+        content["methods"] |= _gone(folder, before["methods"], content["methods"])
+        content["digests"] = before["digests"] | content["digests"]
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,12 +72,9 @@ def check_folder(folder: Path, comparison: Comparison, digests: Mapping[str, str
     return known["threads"]
 
 
-def _gone(folder: Path, methods: Mapping[str, Any]) -> dict[str, Any]:
+def _gone(folder: Path, before: Mapping[str, Any], methods: Mapping[str, Any]) -> dict[str, Any]:
     """Return the methods that the configuration has no longer and of which runs are there: who
     takes one of them up again may not give it other options."""
-    if not (folder / FILE).is_file():
-        return {}
-    before = _read(folder / FILE)["methods"]
     gone = [name for name in before if name not in methods]
     runs = sorted(folder.glob("runs/*/run.json")) if gone else ()
     there = {read_run(path).method for path in runs}
@@ -108,8 +110,12 @@ def _check_same(
     path: Path, known: Mapping[str, Any], comparison: Comparison, digests: Mapping[str, str]
 ) -> None:
     wanted = as_config(comparison)
-    differs = [f"the {name}" for name in digests if known["digests"].get(name) != digests[name]]
-    differs += [f"the {name}" for name in known["digests"] if name not in digests]
+    of_methods = {name: one for name, one in digests.items() if name.startswith(OF_METHODS)}
+    before = of_methods | known["digests"]
+    differs = [f"the {name}" for name in digests if before.get(name) != digests[name]]
+    differs += [
+        f"the {name}" for name in before if name not in digests and not name.startswith(OF_METHODS)
+    ]
     differs += [name for name in FIXED if known.get(name) != wanted[name]]
     differs += [
         f"methods.{name}.options"

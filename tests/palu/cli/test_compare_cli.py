@@ -179,6 +179,20 @@ def test_a_method_that_was_left_out_does_not_come_back_with_other_options(tmp_pa
     assert read_choices(place / folder.FILE).methods == ("NPO",)
 
 
+def test_a_retain_file_of_one_method_is_data_too(world):
+    """Other runs are not asked what is in it, and methods that name one may be added."""
+    methods = {"PALU": {"options": {"retain": "more.jsonl"}}, "NPO": {"grid": {"retain": ["none"]}}}
+    (world / "more.jsonl").write_text((world / "retain.jsonl").read_text())
+    both = config.from_dict({**CONFIG, "methods": methods})
+    one = config.from_dict({**CONFIG, "methods": {"NPO": methods["NPO"]}})
+    for comparison in (one, both, one, both):
+        folder.open_folder(world / "c", comparison, compare._digests(comparison), threads=1)
+    (world / "more.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    folder.open_folder(world / "c", one, compare._digests(one), threads=1)
+    with pytest.raises(ValueError, match=r"the retain file of a method: more\.jsonl differs"):
+        folder.open_folder(world / "c", both, compare._digests(both), threads=1)
+
+
 def test_retry_does_failed_runs_of_a_search_again(tmp_path, monkeypatch):
     """Which it proposes is known only while it goes on."""
     monkeypatch.setattr(compare, "work", comparing.work)
