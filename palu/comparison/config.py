@@ -15,6 +15,7 @@ from typing import Any
 from palu.comparison.measures import RECORDS, UTILITY
 from palu.comparison.run_file import FORGET, ORIGINAL, RETRAINED
 from palu.data.spans import shown
+from palu.evaluation.names import PER_EXAMPLE
 from palu.storage.json_files import NotJSON, parse, parse_yaml, read_text
 
 LOSSES = (0.02, 0.05, 0.10)
@@ -270,7 +271,11 @@ def _above_zero(name: str, value: Any) -> float:
 def _metrics(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{name} must be a list of metrics, not {shown(value)}")
-    return tuple(_text(f"{name}[{n}]", one) for n, one in enumerate(value))
+    if unknown := [one for one in value if one not in PER_EXAMPLE]:
+        raise ConfigError(f"{name}: {unknown[0]!r} must be one of {', '.join(PER_EXAMPLE)}")
+    if len(set(value)) < len(value):
+        raise ConfigError(f"{name} has a metric twice: {shown(value)}")
+    return tuple(value)
 
 
 def _flag(name: str, value: Any) -> bool:

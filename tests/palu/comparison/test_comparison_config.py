@@ -72,6 +72,11 @@ def test_a_method_without_settings_is_one_run():
         ({"keep_models": 1}, "keep_models must be true or false"),
         ({"losses": [2]}, "losses must be a list of numbers between 0 and 1"),
         ({"losses": [0.05, 0.1, 0.05]}, "losses has a loss twice"),
+        (
+            {"utility_metrics": ["answer_probability", "rougeL_recal"]},
+            "utility_metrics: 'rougeL_recal' must be one of answer_probability, ",
+        ),
+        ({"utility_metrics": ["fluency", "fluency"]}, "utility_metrics has a metric twice"),
         ({"max_fell_apart": 10}, "max_fell_apart must be a number from 0 to below 1, not 10"),
         ({"methods": {"NPO": {"gird": {}}}}, "methods.NPO: unknown key 'gird'"),
         ({"methods": {"NPO": {"grid": {"beta": 1}}}}, "methods.NPO.grid.beta must be a list"),
