@@ -83,6 +83,7 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors(), bars.status("Checking the configuration, models and data"):
         from palu.comparison.folder import check_folder, open_folder
         from palu.comparison.pool import call
+        from palu.comparison.run_file import RunFileError
         from palu.comparison.tables import main_settings, notes, ranking_table, write_tables
         from palu.report.comparison import write_page
 
@@ -96,7 +97,8 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
         if options.plan:
             threads = check_folder(output, comparison, facts["digests"]) or threads
     if options.plan:
-        print_plan(output, comparison, facts, jobs=jobs, threads=threads)
+        with user_errors(RunFileError):
+            print_plan(output, comparison, facts, jobs=jobs, threads=threads)
         return
     with user_errors():
         threads = open_folder(output, comparison, facts["digests"], threads=threads)
@@ -105,7 +107,8 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
             f"{jobs} runs at a time with {threads} threads each are more than {cores} cores"
             " (threads are those of the first start, or of the configuration)"
         )
-    failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
+    with user_errors(RunFileError):
+        failed = _run(output, comparison, facts, jobs=jobs, threads=threads, retry=options.retry)
     with user_errors(ValueError, FileExistsError), bars.status("Ranking"):
         content = write_tables(output)
         columns = comparison.common.get("columns")

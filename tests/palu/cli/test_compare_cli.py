@@ -115,6 +115,10 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     original = read_run(world / "c" / "original.json")
     assert original.method is None and set(original.sets) == set(one.sets)
     assert [a["original"] for a in one.answers] == [a["answer"] for a in original.answers]
+    damaged = world / "c" / "runs" / gone / "run.json"
+    damaged.write_text(damaged.read_text()[:100])
+    status, _, error = palu("compare c.yaml")
+    assert status == 2 and f"{gone}/run.json: not readable JSON" in error
 
 
 def test_mistakes_are_said_before_any_run(world, monkeypatch, capsys):
