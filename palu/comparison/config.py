@@ -316,7 +316,10 @@ def _utility(name: str, value: Any) -> dict[str, str]:
 
 def _name(where: str, name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: {name!r} must be a name of letters, digits and - _ + = . ,")
+        raise ConfigError(
+            f"{where}: {name!r} must be a name of letters, digits, blanks and - _ + = . , ( ), and "
+            "begin with a letter of English or a digit"
+        )
     return name
 
 
@@ -402,6 +405,8 @@ def _range(name: str, value: Any) -> Any:
 def _methods(name: str, value: Any) -> dict[str, MethodConfig]:
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{name} must name at least one method, not {shown(value)}")
+    if taken := [key for key in value if key in (ORIGINAL, RETRAINED)]:
+        raise ConfigError(f"{name}.{taken[0]} is a name of another model's rows; name it otherwise")
     return {_name(name, key): _method(f"{name}.{key}", one) for key, one in value.items()}
 
 

@@ -66,6 +66,7 @@ def test_a_method_without_settings_is_one_run():
         ({"utility": {}}, "utility must name at least one file"),
         ({"utility": {"forget": "x"}}, "utility.forget is a name of another set"),
         ({"utility": {"records": "x"}}, "utility.records is a name of another set"),
+        ({"methods": {"retrained": None}}, "methods.retrained is a name of another model's rows"),
         ({"seeds": [1, 1]}, "seeds has a seed twice"),
         ({"seeds": [-1]}, r"seeds\[0\] must be a whole number of at least 0, not -1"),
         ({"jobs": 0}, "jobs must be a whole number of at least 1, not 0"),
