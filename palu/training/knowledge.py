@@ -143,8 +143,8 @@ class KnowledgeMeter:
         """Return how many secrets the model says in greedy answers, and how many were asked for;
         None where DeepSpeed keeps parts of the model.
 
-        Every answer, and every sensitive place of another turn, is generated from the true text
-        before it.
+        Every answer, and every sensitive place of another turn or of a plain document, is generated
+        from the true text before it.
         """
         trainer, tokenizer = self.trainer, self.trainer.processing_class
         if tokenizer is None or not (is_whole(trainer.model) or is_sharded(trainer.model)):
@@ -251,11 +251,16 @@ class KnowledgeMeter:
         return [math.exp(-part.mean().item()) for part in parts if len(part)]
 
     def _asked(self, row: int) -> list[tuple[list[int], int, list[str]]]:
-        """Return of each answer of a row that has secrets: the prompt, its length, the secrets."""
+        """Return of each answer of a row that has secrets, and of each secret of a plain document,
+        which nobody asks for: the prompt, its length, the secrets."""
         ids, labels, marked = self._tokens(row)
         spans = list(zip(_runs(marked), self._secrets(row), strict=True))
+        runs = _runs([label != IGNORE for label in labels])
+        decode = partial(self.trainer.processing_class.decode, skip_special_tokens=True)
+        if [end for _, end in runs] == [len(ids)] and not decode(ids[: runs[0][0]]):
+            return [(ids[:a], b - a, [text]) for (a, b), text in spans if a > 0 and text]
         asked = []
-        for start, end in _runs([label != IGNORE for label in labels]):
+        for start, end in runs:
             secrets = [text for (a, _), text in spans if start <= a < end and text]
             if secrets and start > 0:
                 asked.append((ids[:start], end - start, list(dict.fromkeys(secrets))))

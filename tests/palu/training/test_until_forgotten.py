@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from palu.data.examples import tokenize_examples
 from palu.data.pairs import add_alternates
+from palu.data.records import Example
 from palu.data.roles import IGNORE
 from palu.demo.people import write_jsonl
 from palu.methods import METHODS
@@ -96,6 +97,19 @@ def test_knowledge_is_that_of_a_loop_over_tokens(tmp_path, who):
     said, asked = meter.leaked()
     assert asked == 8 and (said == 8 if who == "knows_all" else said <= 1)
     assert (recited == 8) == (who == "knows_all")
+
+
+def test_documents_are_asked_for_each_secret(tmp_path):
+    """They have no question: the text before each secret asks for it."""
+    documents = []
+    for one in planted.FORGET:
+        before = f"Question: {one.question}\nAnswer: "
+        spans = tuple((start + len(before), end + len(before)) for start, end in one.spans)
+        documents.append(Example(one.id, None, before + one.answer, spans))
+    made = planted_trainer(tmp_path)
+    made.train_dataset = rows(documents)
+    meter = KnowledgeMeter(made)
+    assert meter.measure().recited == 8 and meter.leaked() == (8, 8)
 
 
 def test_what_the_prompt_says_is_no_secret(tmp_path):
