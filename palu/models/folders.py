@@ -3,6 +3,7 @@ they raise into one line."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from torch import nn
 
 from palu.errors import one_line, out_of_memory
 from palu.models.hub import hub_name
+from palu.models.wrappers import is_sharded, unwrap
 from palu.storage.json_files import NotJSON, check_kind, look, parse, read_object, read_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -205,6 +207,35 @@ def check_loaded(
             "of another shape hold random numbers",
             stacklevel=2,
         )
+
+
+def load_renamed(model: nn.Module, folder: Path) -> bool:
+    """Load the weights of a folder into a model if they have other names there: transformers saves
+    the experts of a mixture apart, as its hub has them. Return whether they have.
+
+    Raises:
+        ValueError: they are not those of the model.
+    """
+    if is_sharded(model):
+        return False  # it has files of its own
+    inner = unwrap(model)
+    files = [folder / name for name in _shards(folder)] if (folder / INDEX).is_file() else []
+    files += [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    held, own = {name for path in files for name in tensor_names(path)}, set(inner.state_dict())
+    if not (held - own and own - held and hasattr(inner, "from_pretrained")):
+        return False
+    dtypes = [parameter.dtype for parameter in inner.parameters()]
+    loaded, info = type(inner).from_pretrained(
+        folder,
+        dtype=functools.reduce(torch.promote_types, dtypes),  # which holds each of them
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_loaded(loaded, info, folder)
+    inner.load_state_dict(loaded.state_dict())
+    return True
 
 
 def check_architecture(model: nn.Module) -> None:

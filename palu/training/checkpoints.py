@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from palu.distributed import agree
 from palu.errors import WriteError, failed_to_write, one_line, out_of_memory
+from palu.models.folders import load_renamed
 from palu.models.lora import check_adapter_names
 from palu.storage.files import MARK, put, remove_aside, settle, write_json
 from palu.storage.fingerprint import (
@@ -451,12 +452,14 @@ class CheckpointTrainer(ShardingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None):
         with _whole_weights(resume_from_checkpoint):
             check_adapter_names(self.model, Path(resume_from_checkpoint))
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not load_renamed(self.model, Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         with _whole_weights(self.state.best_model_checkpoint):
             check_adapter_names(self.model, Path(self.state.best_model_checkpoint))
-            super()._load_best_model()
+            if not load_renamed(self.model, Path(self.state.best_model_checkpoint)):
+                super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that were not loaded would go on as they are: no matter for a warning."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
 from palu.data.collator import Collator
 from palu.training.batching import LengthGroups
@@ -85,6 +85,25 @@ def test_every_checkpoint_leads_to_the_same_end(tok, tmp_path, changes, steps):
         again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
         assert torch.equal(weights(again.model), weights(whole.model))
         assert curve(again) == curve(whole) and len(curve(whole)) > 2
+
+
+def test_experts_have_other_names_in_a_checkpoint(tok, tmp_path):
+    def mixture():
+        torch.manual_seed(0)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        names += ("num_attention_heads", "num_key_value_heads", "eos_token_id", "pad_token_id")
+        settings = {name: getattr(small.model(tok).config, name) for name in names}
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **settings))
+
+    whole = make(tok, tmp_path, model=mixture())
+    whole.train()
+    resumed = make(tok, tmp_path, model=mixture())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    best = make(tok, tmp_path, model=mixture())
+    best.state.best_model_checkpoint = str(tmp_path / "out/checkpoint-6")
+    best._load_best_model()
+    assert not torch.equal(weights(best.model), weights(mixture()))
 
 
 @pytest.mark.slow
