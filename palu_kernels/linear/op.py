@@ -223,7 +223,10 @@ def pick(
     order, counts, own_data, refs = [], [], [], []
     for number, (loss, values) in enumerate(zip(losses, data, strict=True), 1):
         rows_of_loss = moved((flat == number).nonzero()[:, 0], hidden.device)
-        if values is not None and values.shape[: roles.dim()] == roles.shape:
+        # indices by row, [rows, k], may have the shape of roles
+        by_row = 2 if isinstance(loss, LocalEntropy) else 1
+        given_by_place = values is not None and values.dim() > by_row
+        if given_by_place and values.shape[: roles.dim()] == roles.shape:
             values = values.flatten(0, roles.dim() - 1)[rows_of_loss]
         if values is not None and isinstance(loss, LocalEntropy):
             names = "the forget rows", "ref_indices"

@@ -73,6 +73,18 @@ def test_it_is_the_loss_on_logits(objective, center, select_from, preserve, soft
     same(cached, theirs, hidden, head)
 
 
+def test_indices_by_row_that_look_like_the_batch():
+    """As many forget rows as examples, and k as long as they are."""
+    hidden, head, labels, ref_hidden, ref_head = made = problem()
+    labels[labels >= 0] = -200
+    labels[:, 3] = 9
+    loss = PALULoss(top_k=labels.shape[1])
+    indices = topk_indices(ref_head.logits(ref_hidden[:, 2]), labels.shape[1])
+    assert indices.shape == labels.shape
+    found = loss.from_hidden(*made, ref_indices=indices)
+    same(found, by_logits(loss, *made), hidden, head)
+
+
 def test_frozen_head_of_its_own():
     loss = PALULoss(top_k=5)
     hidden, head, labels, ref_hidden, _ = problem()
