@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.models.wrappers import adapters_off, eval_mode, is_sharded, peft_model, unwrap
+from palu.models.wrappers import (
+    UnsupportedHead,
+    adapters_off,
+    eval_mode,
+    is_sharded,
+    output_embedding,
+    peft_model,
+    unwrap,
+)
 
 _ROWS, _TOKENS = 2, 64  # of the data, to check the model on
 
@@ -99,11 +107,23 @@ def _changes(model: nn.Module, text: Tensor) -> Iterator[tuple[float, float, flo
             texts.append(changed)
     logits = _logits(model, torch.stack(texts))
     if logits is None:
+        _refuse_headless(model)
         return
     noise = max(_eps(model, logits) / 8, 1e-5)
     for position, before, after in zip(places, logits[1::2], logits[2::2], strict=True):
         plain = logits[0, position]
         yield *(_distance(changed[position], plain) for changed in (before, after)), noise
+
+
+def _refuse_headless(model: nn.Module) -> None:
+    """Raise ValueError where there is no output embedding either, whose rows a loss could take."""
+    try:
+        output_embedding(model)
+    except UnsupportedHead:
+        raise ValueError(
+            "the model must be a causal language model (AutoModelForCausalLM loads one): "
+            f"{type(unwrap(model)).__name__} gives no logits [B, T, V] and has no module for them"
+        ) from None
 
 
 # ---- the original, with the adapter off ----------------------------------------------------------

@@ -191,6 +191,13 @@ def test_models_that_see_later_tokens_are_refused(tok, texts, dtype):
             check_causal(model, texts)
 
 
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_models_without_logits_of_tokens_are_refused(tok, texts, kind):
+    model = getattr(transformers, kind).from_config(small.model(tok).config)
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM.* gives no logits"):
+        check_causal(model, texts)
+
+
 def test_a_trainer_refuses_what_is_not_causal(tok, tmp_path):
     bert = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=len(tok), **SMALL))
     made = training.trainer(tok, training.config(tmp_path), model=bert)
