@@ -12,6 +12,7 @@ WINDOW_BYTES = 1000  # of UTF-8, where there is no tokenizer to ask
 _OVERLAP = 8  # an eighth of a window is in the next one too
 _FIRST_TRY = 4000  # characters
 _SPACE = re.compile(r"\s+")
+_NOT_SPACE = re.compile(r"\S")
 
 
 def fits_bytes(text: str) -> bool:
@@ -32,10 +33,10 @@ def fits_tokens(tokenizer: Any, max_length: int) -> Fits:
 
 def windows(text: str, fits: Fits | None = None) -> Iterator[tuple[int, int]]:
     """Yield the character ranges of overlapping windows which together cover `text`, but for white
-    space at its ends.
+    space at its ends and in stretches that are longer than a window.
 
     Windows end and begin at white space where there is any, and an eighth of each is in the next
-    one too.
+    one too. Each begins with a character that is none, so that none is blank.
 
     Args:
         fits: whether a window is short enough; None: at most `WINDOW_BYTES` bytes of UTF-8.
@@ -67,7 +68,9 @@ def _at_word_end(text: str, start: int, end: int) -> int:
 
 
 def _next_start(text: str, start: int, end: int) -> int:
-    """Return where the next window begins: an eighth of this one before its end, at a word."""
+    """Return where the next window begins: an eighth of this one before its end, at a
+    word. (One follows: this window is not the last.)"""
     wanted = max(end - max((end - start) // _OVERLAP, 1), start + 1)
     gap = _SPACE.search(text, wanted, end)
-    return gap.end() if gap and gap.end() < end else wanted
+    start = gap.end() if gap and gap.end() < end else wanted
+    return _NOT_SPACE.search(text, start).start()

@@ -374,3 +374,12 @@ def test_plain_text_is_cut_into_windows_that_overlap(tmp_path, text):
         assert [e.id for e in examples] == [str(n) for n in range(len(places))]
     with pytest.raises(ValueError, match="tokenizer and max_length must be given together"):
         load_records(path, max_length=9)
+
+
+def test_blanks_longer_than_a_window_make_no_blank_window(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one two" + " \n" * 1500 + "three four" + "\n" * 999 + "five", "utf-8")
+    for options in ({}, {"tokenizer": small.tokenizer(), "max_length": 24}):
+        texts = [example.answer for example in load(path, require_spans=False, **options)]
+        assert " ".join(texts).split() == ["one", "two", "three", "four", "five"]
+        assert not any(text[0].isspace() for text in texts)
