@@ -329,8 +329,10 @@ def _is_json(text: str) -> bool:
 
 
 def _of_table(name: str, format: str, table: Any) -> Source:
-    """Return the rows of a `datasets.Dataset`."""
-    table = table.with_format(None)
+    """Return the rows of a `datasets.Dataset`, as its transform (`set_transform`) gives them where
+    it has one."""
+    if table.format["type"] != "custom":
+        table = table.with_format(None)
 
     def read(row: int) -> tuple[Any, str]:
         try:

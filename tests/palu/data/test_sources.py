@@ -105,6 +105,17 @@ def test_a_file_of_bare_texts_is_of_documents(tmp_path):
         load(["forget.json"], require_spans=False)
 
 
+def test_rows_are_read_as_a_transform_gives_them():
+    def masked(batch):
+        return {**batch, "answer": [text.replace("Ada", "She") for text in batch["answer"]]}
+
+    (example,) = load(
+        table([{"question": "Who?", "answer": "Ada left."}]).with_transform(masked),
+        require_spans=False,
+    )
+    assert example.answer == "She left."
+
+
 def test_objects(tmp_path):
     assert load(RECORDS) == load(tuple(RECORDS)) == EXAMPLES
     assert load(table(RECORDS)) == load(pandas.DataFrame(RECORDS)) == EXAMPLES
