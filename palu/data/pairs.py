@@ -118,9 +118,11 @@ class PairCollator:
         self.collator = collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = dict(self.collator(features))
         if not any(PREFIX + "input_ids" in row for row in features):
-            return batch
+            return dict(self.collator(features))
+        # Some of transformers' pad no other columns than a model's.
+        bare = [{n: v for n, v in row.items() if not n.startswith(PREFIX)} for row in features]
+        batch = dict(self.collator(bare))
         others = []
         for number, row in enumerate(features):
             labels = row.get(PREFIX + "labels", ())

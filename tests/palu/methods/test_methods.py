@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from palu.data.collator import Collator
 from palu.data.pairs import PairCollator, add_alternates, own_alternates, refusals
@@ -441,6 +442,15 @@ def test_pairs_that_are_none_are_refused(tok, tmp_path):
     del rows[1]["alternate_labels"]
     with pytest.raises(ValueError, match="example 1 of the batch has no answer token in"):
         PairCollator(Collator(tok))(rows)
+
+
+def test_pairs_are_padded_by_a_collator_that_pads_few_columns(tok):
+    rows = [{n: v for n, v in row.items() if n != "example_id"} for row in forget_rows(tok, "dpo")]
+    batch = PairCollator(DataCollatorForSeq2Seq(tok))(rows)
+    own = PairCollator(Collator(tok))(rows)
+    assert batch.keys() == own.keys()
+    for name, value in own.items():
+        assert torch.equal(batch[name], value), name
 
 
 RUN = ["unlearn", "--model", "model", "--device", "cpu", "--epochs", 1, "--batch-size", 2]
