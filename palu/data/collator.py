@@ -1,6 +1,6 @@
 """Pad tokenised examples to a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,19 +12,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Of columns that not every example needs to have: their values, by the number of tokens.
+_DEFAULTS: dict[str, Callable[[int], Sequence[int]]] = {
+    "attention_mask": lambda length: [1] * length,
+    "position_ids": range,
+    "token_type_ids": lambda length: [0] * length,
+}
+
+
 class Collator:
     """Pad tokenised examples on the right to the longest of a batch.
 
     Args:
         tokenizer: the tokenizer, or the id to pad with. A tokenizer's pad token is used, else its
-            EOS, else 0: the choice does not matter, since the mask is built from lengths and never
-            from ids.
+            EOS, else 0: the choice does not matter, since the mask is built from lengths, and from
+            the examples' own masks, and never from ids.
         keep_ids: whether the batch holds `example_id`, a list of str. (Models do not take it.)
         pad_to_multiple_of: round the length up to a multiple of this.
 
     Calling it with a list of B dicts returns `input_ids`, `labels` (padded with -100) and
-    `attention_mask` (1 for real tokens), each int64 [B, T]; `position_ids` and `token_type_ids`
-    too (padded with 0) where an example has them. Other fields are left out.
+    `attention_mask` (1 for real tokens; an example's own where it has one), each int64 [B, T];
+    `position_ids` and `token_type_ids` too (padded with 0) where an example has them. Other fields
+    are left out.
     """
 
     def __init__(
@@ -65,19 +74,19 @@ class Collator:
         for row, (feature, length) in enumerate(zip(features, lengths, strict=True)):
             input_ids[row, :length] = torch.as_tensor(feature["input_ids"], dtype=torch.int64)
             labels[row, :length] = torch.as_tensor(feature["labels"], dtype=torch.int64)
-        real = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": real.to(torch.int64),
-        }
-        for name in ("position_ids", "token_type_ids"):
-            if not any(name in feature for feature in features):
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
+        for name, default in _DEFAULTS.items():
+            if name != "attention_mask" and not any(name in feature for feature in features):
                 continue
             batch[name] = torch.zeros(shape, dtype=torch.int64)
             for row, (feature, length) in enumerate(zip(features, lengths, strict=True)):
-                default = range(length) if name == "position_ids" else [0] * length
-                values = feature.get(name, default)
+                values = feature.get(name)
+                values = default(length) if values is None else values  # tables fill with None
+                if len(values) != length:
+                    raise ValueError(
+                        f"example {row} of the batch has {length} input_ids but {len(values)} "
+                        f"{name}"
+                    )
                 batch[name][row, :length] = torch.as_tensor(values, dtype=torch.int64)
         if self.keep_ids:
             batch["example_id"] = [feature["example_id"] for feature in features]

@@ -504,6 +504,23 @@ def test_collators_that_pad_labels(tok, tmp_path, side, monkeypatch):
     assert not (batch["labels"][:, length:] != -100).any()
 
 
+def test_rows_that_are_padded_already_keep_their_masks(tok, tmp_path):
+    """By palu's own collator; one without a mask, as a table has it, is all tokens."""
+    bare = small.rows(tok)[:3]
+    batch = {name: value.tolist() for name, value in left(bare).items()}
+    padded = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    made = trainer(tok, config(tmp_path))
+    found, right = made.data_collator(padded), made.data_collator(bare)
+    real = right["attention_mask"].bool()
+    assert torch.equal(found["attention_mask"].bool(), real)
+    for name in ("input_ids", "labels"):
+        assert torch.equal(found[name][real], right[name][real])
+    absent = [{**row, "attention_mask": None} for row in bare]
+    assert torch.equal(Collator(tok)(absent)["attention_mask"], right["attention_mask"])
+    with pytest.raises(ValueError, match=r"example 1 of the batch has .* but 1 att"):
+        Collator(tok)([bare[0], {**bare[1], "attention_mask": [1]}])
+
+
 def test_a_collator_that_makes_the_labels(tok, tmp_path):
     rows = [{n: row[n] for n in ("input_ids", "attention_mask")} for row in equal(tok)]
     collator = DataCollatorForLanguageModeling(tok, mlm=False)
