@@ -77,7 +77,7 @@ class ExampleRows:
             ]
         try:
             batch = self.collator(features)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:  # KeyError: records without tokens
             if not self._numbers_only:
                 raise  # the user's own words
             raise ValueError(

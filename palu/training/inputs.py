@@ -164,4 +164,4 @@ def _is_raw(data: Any) -> bool:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or not len(data):
         return False
     first = data[0]
-    return isinstance(first, Mapping) and "input_ids" not in first
+    return isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first)

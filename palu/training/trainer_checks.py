@@ -48,6 +48,12 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
         )
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
+    for name, data in (("train_dataset", forget), ("retain_dataset", retain)):
+        if isinstance(data, Mapping):
+            raise TypeError(
+                f"{name} is a {type(data).__name__} with {', '.join(map(repr, data))}; it must be "
+                "rows, such as one split of it"
+            )
     args.check_retain(given=retain is not None)
     loss = args.make_loss()
     short = args.max_steps <= 0 and isinstance(loss, PDU)

@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import PrinterCallback
+from transformers import DataCollatorWithFlattening, PrinterCallback
 
 from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
@@ -95,11 +95,17 @@ def test_evaluation_sets_of_records(tok, tmp_path):
         ({"forget": KEPT}, r"^train_dataset: records, row 0: field 'spans' is missing"),
         ({"retain": [{"a": "b"}]}, r"^retain_dataset: records, row 0: a list with the columns 'a'"),
         ({"processing_class": None}, "^train_dataset holds records: processing_class must be the"),
+        (
+            {"forget": ["Ada is in Lund."]},
+            "^train_dataset: records, row 0: a record must be an obj",
+        ),
+        ({"forget": {"train": RECORDS}}, "^train_dataset is a dict with 'train'; it must be rows"),
+        ({"retain": KEPT[0]}, "^retain_dataset is a dict with 'question', 'answer'; it must be"),
     ],
 )
 def test_records_that_cannot_be_used(tok, tmp_path, options, said):
     given = {"forget": RECORDS[:3], "processing_class": tok} | options
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         made(small.model(tok), config(tmp_path), **given)
 
 
@@ -107,6 +113,9 @@ def test_a_collator_of_ones_own_gets_the_records(tok, tmp_path):
     options = {"processing_class": tok, "data_collator": lambda rows: {}, "retain": None}
     trainer = made(small.model(tok), config(tmp_path), RECORDS[:3], **options)
     assert trainer.train_dataset == RECORDS[:3]
+    options["data_collator"] = DataCollatorWithFlattening()
+    with pytest.raises(ValueError, match="WithFlattening cannot take these examples; leave data_c"):
+        made(small.model(tok), config(tmp_path), RECORDS[:3], **options).train()
 
 
 def test_a_model_by_its_folder(tok, tmp_path):
