@@ -152,7 +152,7 @@ def render(
     Tokens to forget stand in `[[a|b]]`, sensitive tokens after the prefix in `((a|b))`, both with
     `|` between tokens, an answer's token that is never predicted, since nothing is before it, in
     `<<a>>`; so it can be read without colour. The bytes of one character stay together,
-    at the last of its tokens.
+    at the first of its tokens.
 
     Args:
         example: `input_ids` and `labels`, lists of int, as `label_example` makes them.
