@@ -183,8 +183,8 @@ def cross_entropy_backward(
         out = ((z - high[tile, None]) - low[tile, None]).exp()
         one = mine[tile, None].to(out.dtype)
         out.scatter_add_(-1, torch.where(mine, local, 0)[tile, None], -one)
-        out.masked_fill_(~counted[tile, None], 0)
         store(grad[tile], out, slope, weights[tile])
+        grad[tile].masked_fill_(~counted[tile, None], 0)
 
 
 # ---- the k largest ----

@@ -425,6 +425,6 @@ def _cross_entropy_gradient(
     """softmax(z) - onehot(label)"""
     out = z.softmax(-1)
     out.scatter_add_(-1, target, torch.full_like(out[:, :1], -1.0))
-    if not bool(counted.all()):
-        out.masked_fill_(~counted[:, None], 0)
     store(grad, out, slope, weights)
+    if not bool(counted.all()):  # last: the slope at a NaN is one
+        grad.masked_fill_(~counted[:, None], 0)

@@ -9,6 +9,7 @@ from palu_kernels import (
     LMHead,
     cross_entropy_loss,
     kl_loss,
+    linear_cross_entropy_loss,
     linear_kl_loss,
     linear_local_entropy_loss,
     local_entropy_loss,
@@ -175,3 +176,16 @@ def test_on_hidden_rows(masked, backend):
                 agree(a, b)
         else:
             assert not found[1].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_ignored_row_of_nan_under_a_cap(backend):
+    """As a row of padding may be: it has no gradient, whatever it holds."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (3, V))
+    hidden[1] = NAN
+    hidden.requires_grad_()
+    labels = torch.tensor([4, -100, 2])
+    loss = linear_cross_entropy_loss(hidden, LMHead(weight, softcap=3.0), labels, backend=backend)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert grad[1].eq(0).all() and grad[[0, 2]].isfinite().all() and grad[0].any()
