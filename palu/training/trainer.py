@@ -82,7 +82,7 @@ from palu.training.master_weights import (
 from palu.training.outcome import RunOutcome
 from palu.training.ranks import compare_processes
 from palu.training.step_log import TERMS, StepLog, row_means
-from palu.training.trainer_checks import check_arguments, check_marks, refuse_cached
+from palu.training.trainer_checks import check_arguments, check_kept, check_marks, refuse_cached
 from palu.training.until_forgotten import KnowledgeChecks
 from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
@@ -367,7 +367,8 @@ class PALUTrainer(CheckpointTrainer):
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
             ProcessesDiffer: the processes have other settings, data, models or versions.
-            ValueError: method `palu`, and no row of `train_dataset` has a token to forget.
+            ValueError: method `palu`, and no row of `train_dataset` has a token to forget, or no
+                row of `retain_dataset` one to keep.
 
         A warning tells how many rows of `retain_dataset` have the `input_ids` of a row of
         `train_dataset`.
@@ -375,6 +376,8 @@ class PALUTrainer(CheckpointTrainer):
         compare_processes(self)
         if self.method.by_span and _has_places(self.train_dataset):
             check_marks(self.train_dataset, self.method.eos_token_id)
+        if self.retain_dataset is not None:
+            check_kept(self.retain_dataset)
         compared = self.texts_compared or not _has_places(self.train_dataset)
         if self.retain_dataset is not None and not compared and self.is_world_process_zero():
             warn_of_overlap(self.retain_dataset, self.train_dataset)

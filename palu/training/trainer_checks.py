@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 
-from palu.data.roles import FORGET, token_roles
+from palu.data.roles import FORGET, IGNORE, token_roles
 from palu.methods import PDU
 from palu.training.config import PALUConfig
 from palu.training.sharding import check_launch
@@ -105,3 +105,17 @@ def check_marks(
             "train_dataset has no token to forget: no label is a token id other than EOS after the "
             "first place of a row"
         )
+
+
+def check_kept(dataset: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where no row of a retain set has a token to keep: its term would be 0. Rows
+    are read up to the first that has one; one without labels, which a collator may make, counts."""
+    for i in range(len(dataset)):
+        row = dataset[i]
+        # the first place of a row is never predicted
+        if "labels" not in row or any(torch.as_tensor(row["labels"]).reshape(-1)[1:] != IGNORE):
+            return
+    raise ValueError(
+        "retain_dataset has no token to keep: every label after the first place of a row is "
+        f"{IGNORE}"
+    )

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch.nn import functional
 
 from palu.data.collator import Collator
-from palu.data.roles import KEEP
+from palu.data.roles import IGNORE, KEEP
 from palu.loss import PALULoss
 from palu.models import forward as modeling
 from palu.training.batching import retain_rows
@@ -333,8 +333,8 @@ def test_every_micro_step_takes_its_own_retain_rows(tok, tmp_path):
     made = trainer(tok, args, forget=small.rows(tok)[:4], retain=retain)
     made.train()
     # three rows for each of the two micro-batches of a step, without a gap
-    # the first one is looked at once, to see whether rows are tokenised
-    assert retain.taken == [0, *retain_rows(5, range(18), seed=4)]
+    # the first one is looked at, to see whether rows are tokenised and whether a token is to be kept
+    assert retain.taken == [0, 0, *retain_rows(5, range(18), seed=4)]
 
 
 def test_a_loss_asked_for_in_evaluation_is_not_logged(tok, tmp_path):
@@ -398,3 +398,11 @@ def test_training_with_nothing_to_forget_is_refused(tok, tmp_path):
         trainer(tok, config(tmp_path), forget=rows).train()
     whole = config(tmp_path, method="grad_ascent", max_steps=1)
     trainer(tok, whole, forget=rows, retain=None).train()
+
+
+def test_a_retain_set_with_nothing_to_keep_is_refused(tok, tmp_path):
+    rows = small.rows(tok)
+    for row in rows:
+        row["labels"] = [row["input_ids"][0], *[IGNORE] * (len(row["labels"]) - 1)]
+    with pytest.raises(ValueError, match="retain_dataset has no token to keep"):
+        trainer(tok, config(tmp_path), retain=rows).train()
