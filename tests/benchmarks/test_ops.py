@@ -3,6 +3,7 @@
 import dataclasses
 import faulthandler
 import json
+import re
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -11,6 +12,7 @@ import pytest
 import benchmarks.__main__ as command
 from benchmarks import bench_linear, bench_ops, ops, runner, tables
 from benchmarks.runner import Case
+from tests.support import ROOT
 
 TINY = ["--vocab", "257", "--rows", "5", "--top-k", "9", "20", "--linear-rows", "5"]
 TINY += ["--hidden", "24", "--calls", "2", "--linear-calls", "2", "--device", "cpu", "--cached"]
@@ -23,6 +25,14 @@ def row(provider, values, kernel="kl_reverse", metric="seconds"):
 
 def test_it_is_a_command():
     assert "ops" in command.scripts()
+
+
+def test_every_script_of_the_readme_is_a_command():
+    """`python -m benchmarks run NAME` takes each name that the README has in its first table."""
+    text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    table = text.split("| script |")[1].split("\n\n")[0]
+    named = set(re.findall(r"^\| `([\w.]+)`", table, re.M))
+    assert len(named) > 20 and named <= {*command.scripts()}, named - {*command.scripts()}
 
 
 def test_every_operator_is_measured():
