@@ -261,16 +261,18 @@ def _missing(inputs: Inputs) -> list[dict[str, str]]:
             )
         )
     if not inputs[ANNOTATION]:
-        missing.append((ANNOTATION, "what found the passages", "palu annotate"))
+        command = f"palu annotate FILE --output MARKED --json {folder}/{ANNOTATION}"
+        missing.append((ANNOTATION, "what found the passages", command))
     models = evaluated(inputs)
     if not models:
-        missing.append((EVALUATION, "what the models answer", "palu evaluate"))
+        command = f"palu evaluate --model {folder} --forget FILE --json {folder}/{EVALUATION}"
+        missing.append((EVALUATION, "what the models answer", command))
     if "retrained" not in models and "retrained" not in dict(inputs[ATTACK]["models"].named()):
         missing.append(
             (
                 "a retrained model",
                 "what a model that never saw them would say",
-                "--retrained",
+                "palu attack or palu erase with --retrained DIR",
             )
         )
     if not inputs[ATTACK]:

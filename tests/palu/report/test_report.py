@@ -242,6 +242,15 @@ def test_what_is_missing_is_said(tmp_path, name):
     assert report["request"]["spans"] == 12
 
 
+@pytest.mark.parametrize("name", ["annotation", "evaluation"])
+def test_the_command_for_what_is_missing_writes_it(tmp_path, name):
+    """Without `--json` neither `palu annotate` nor `palu evaluate` leaves the file."""
+    model = erasure.write(tmp_path, **{name: None})
+    report = build_report(model, forget=tmp_path / "forget.jsonl")
+    (command,) = [m["command"] for m in report["missing"] if m["what"] == f"{name}.json"]
+    assert command.endswith(f"--json {model.name}/{name}.json")
+
+
 def test_one_model_alone(tmp_path):
     """What `palu evaluate --json` writes is of the unlearned model."""
     alone = {"model": "unlearned", "template": {}, "versions": {}, "summary": {}}
