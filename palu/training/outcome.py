@@ -130,8 +130,8 @@ class RunOutcome:
             return lines
         if self.harmed:
             return [
-                f"half the --forget-weight ({weight / 2:.2g}), or more --retain examples, or a "
-                "larger --retain-batch-size"
+                f"half the --learning-rate ({rate / 2:.2g}) or --forget-weight ({weight / 2:.2g}), "
+                "or more --retain examples, or a larger --retain-batch-size"
             ]
         return []
 

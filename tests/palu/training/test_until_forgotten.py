@@ -307,7 +307,9 @@ def test_the_outcome_says_what_is_wrong(tmp_path):
     assert outcome(good, (3, 50)).status == "known"  # 6% of the greedy answers
     assert outcome(good, (2, 50)).status == "forgotten"
     assert outcome(good._replace(sensitive_probability=0.11)).status == "known"
-    assert outcome(good._replace(retain_probability=0.85)).status == "harmed"
+    harmed = outcome(good._replace(retain_probability=0.85))
+    assert harmed.status == "harmed"
+    assert f"--learning-rate ({args.learning_rate / 2:.2g})" in harmed.advice(args)[0]
     both = outcome(good._replace(retain_probability=0.5), (9, 50))
     assert both.status == "known and harmed" and both.advice(args)
     assert outcome(good, None).status == "forgotten"
