@@ -451,7 +451,8 @@ class Run:
         for line in self._reasons():
             out.print(f"  {line}", soft_wrap=True, highlight=False)
         if good:
-            text = "Forgotten, and kept." if self.kept == FILE else "Forgotten."
+            measured = known.after.retain_probability is not None  # not with --retain-weight 0
+            text = "Forgotten, and kept." if self.kept == FILE and measured else "Forgotten."
             out.print(text, style="green")
             return
         names = {"known": "the secrets are still known", "harmed": "the retain set is harmed"}

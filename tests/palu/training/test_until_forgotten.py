@@ -391,6 +391,12 @@ def test_palu_unlearn_with_nothing_else_forgets_and_keeps(palu):
         assert secret not in said + error + json.dumps(found)
 
 
+def test_palu_unlearn_does_not_say_kept_of_a_retain_file_that_it_did_not_measure(palu):
+    status, said, error = palu(f"{LINE} --checks epochs --retain-weight 0")
+    assert status == 0 and "what was harmed is not known" in said, said + error
+    assert "Forgotten." in said and "kept." not in said
+
+
 def test_palu_unlearn_says_what_is_still_known_and_what_is_harmed(palu):
     line = f"{LINE} --epochs 1 --checks ends "
     status, said, error = palu(line + "--learning-rate 1e-6")
