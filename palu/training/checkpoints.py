@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "palu_run.json"
 STATE = "palu_objective.json"  # what the objective is to go on with, where it has a state
+BEST = "palu-best.safetensors"  # weights of the best check so far
 SELF_RETAIN = "self_retain.json"  # of `palu unlearn`: the answers that the run holds in place
 ASIDE = ".partial"  # where a checkpoint is written, in the folder it is for
 FORMAT = 1
@@ -220,7 +221,8 @@ def remove_all(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if _is_aside(folder / ASIDE):
         remove_aside(folder / ASIDE)
-    (folder / SELF_RETAIN).unlink(missing_ok=True)
+    for name in (SELF_RETAIN, BEST):
+        (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 

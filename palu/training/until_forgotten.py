@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from palu.errors import failed_to_write, one_line
 from palu.models.checks import is_whole
+from palu.training.checkpoints import BEST, CheckpointError
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import Limits, RunOutcome, kept
 from palu.training.sharding import gather, reshard, spread
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KNOWN = "sensitive_probability"  # in a log: the entry is a check
-BEST = "palu-best.safetensors"
 # A run stops where probability and harm are well within their limits, not at them: samples say what
 # a greedy answer does not, and the retain examples are those that were trained on.
 LIKELY, HARM = 0.3, 0.4
@@ -204,11 +204,20 @@ class KnowledgeChecks(TrainerCallback):
             aside.unlink(missing_ok=True)
 
     def _kept_before(self, step: int) -> tuple[float, int] | None:
-        """Return badness and step of the weights that a resumed run has kept."""
+        """Return badness and step of the weights that a resumed run has kept. A run from the
+        beginning removes those of another one, which it would go on with after a kill."""
+        if not step and self.trainer.is_world_process_zero():
+            self._file().unlink(missing_ok=True)
         if not step or not self._file().is_file():
             return None
-        with safe_open(self._file(), "pt") as file:
-            known = file.metadata() or {}
+        try:
+            with safe_open(self._file(), "pt") as file:
+                known = file.metadata() or {}
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the best weights so far, {str(self._file())!r}, are damaged "
+                f"({one_line(error)}): remove the file to go on without them, or begin anew"
+            ) from error
         found = float(known.get("badness", "inf")), int(known.get("step", step + 1))
         return found if found[1] <= step else None
 

@@ -17,9 +17,9 @@ from palu.data.roles import IGNORE
 from palu.demo.people import write_jsonl
 from palu.methods import METHODS
 from palu.training import auto
+from palu.training.checkpoints import BEST, CheckpointError, remove_all
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import RunOutcome
-from palu.training.until_forgotten import BEST
 from tests.support import planted
 from tests.support.command import palu_in, record
 from tests.support.training import config, trainer, weights
@@ -264,6 +264,37 @@ def test_a_resumed_run_goes_on_with_what_it_had_kept(tmp_path, monkeypatch):
         plain.train()
         made = planted_trainer(tmp_path / "none", **options)
         made.train(resume_from_checkpoint=True)
+
+
+def test_a_run_does_not_end_with_the_best_weights_of_another(tmp_path, monkeypatch):
+    options = {"num_train_epochs": 20, "save_strategy": "steps", "save_steps": 12}
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 13:
+                raise KeyboardInterrupt
+
+    for likely, rate in ([0.9, 0.12, 0.2], 3e-3), ([0.9, 0.9, 0.9], 1e-3):
+        script(monkeypatch, likely)
+        with pytest.raises(KeyboardInterrupt):
+            made = planted_trainer(tmp_path, callbacks=[Stops()], learning_rate=rate, **options)
+            made.train()
+    script(monkeypatch, [0.9, 0.9])
+    seen = Weights()
+    made = planted_trainer(tmp_path, callbacks=[seen], learning_rate=rate, **options)
+    made.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(made.model), seen.at[20]) and made.outcome.chosen_epoch == 20
+
+
+def test_best_weights_that_are_damaged_end_a_resumed_run(tmp_path, monkeypatch):
+    script(monkeypatch, [0.9, 0.2, 0.2])
+    options = {"num_train_epochs": 20, "save_strategy": "steps", "save_steps": 6}
+    planted_trainer(tmp_path, max_steps=6, **options).train()
+    (tmp_path / "out" / BEST).write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"palu-best\.safetensors.*damaged"):
+        planted_trainer(tmp_path, max_steps=6, **options).train(resume_from_checkpoint=True)
+    remove_all(tmp_path / "out")  # and they are removed with the checkpoints
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_had_stopped_stays_as_it_was(tmp_path, monkeypatch):
