@@ -48,12 +48,20 @@ def chosen(options: SimpleNamespace) -> tuple[SimpleNamespace, str]:
 
 
 def own_answers(
-    options: SimpleNamespace, model: Any, tokenizer: Any, template: Any, place: Path | None
+    options: SimpleNamespace,
+    model: Any,
+    tokenizer: Any,
+    template: Any,
+    place: Path | None,
+    *,
+    resumed: bool,
 ) -> tuple[SelfRetain, list[dict]]:
     """Return the model's own answers, and the same tokenised; say what they are.
 
     Args:
-        place: the folder of the run's checkpoints, where they are kept: a resumed run takes those.
+        place: the folder of the run's checkpoints, where they are kept.
+        resumed: the run goes on from a checkpoint: it takes those that are kept. Without one
+            nothing tells whether they are of this model and of these secrets.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -64,7 +72,7 @@ def own_answers(
 
     how = {"template": template, "max_length": options.max_length}
     kept = None if place is None else place / SELF_RETAIN
-    if options.resume and kept is not None and kept.is_file():
+    if resumed and kept is not None and kept.is_file():
         made = SelfRetain.read(kept)
     else:
         with warnings.catch_warnings():

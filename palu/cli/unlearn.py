@@ -342,9 +342,13 @@ class Run:
         """Let the original model answer what it is to go on answering, where there is no file."""
         self.data = data_notes(self.options)
         if self.kept == SELF:
-            place = self.checkpoints
             made, self.retain_rows = own_answers(
-                self.options, self.model, self.tokenizer, self.template, place
+                self.options,
+                self.model,
+                self.tokenizer,
+                self.template,
+                self.checkpoints,
+                resumed=self.resume_from is not None,
             )
             self.data |= {"retain": SELF, "self_retain": made.record()}
 

@@ -124,3 +124,15 @@ def test_a_resumed_run_holds_the_same_answers(palu, monkeypatch):
     assert palu(f"{whole} new --resume")[0] == 0
     assert record(palu.folder / "new")["loss_curve"] == record(palu.folder / "whole")["loss_curve"]
     assert not kept.parent.exists()
+
+
+def test_a_run_without_a_checkpoint_makes_its_answers_anew(palu, monkeypatch):
+    """Those of a run that was killed before its first checkpoint may say other secrets."""
+    made = SelfRetain([], {}, {})
+    monkeypatch.setattr("palu.training.self_retain.self_retain", lambda *a, **k: made)
+    monkeypatch.setattr(SelfRetain, "read", lambda path: pytest.fail("old answers were read"))
+    kept = palu.folder / "new-checkpoints" / "self_retain.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    palu(f"{LINE} --output new --save-steps 1 --resume")
+    assert not kept.exists() or kept.read_text() != "{}"
