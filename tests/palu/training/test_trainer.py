@@ -333,7 +333,7 @@ def test_every_micro_step_takes_its_own_retain_rows(tok, tmp_path):
     made = trainer(tok, args, forget=small.rows(tok)[:4], retain=retain)
     made.train()
     # three rows for each of the two micro-batches of a step, without a gap
-    # the first one is looked at, to see whether rows are tokenised and whether a token is to be kept
+    # the first one is looked at twice before: is it tokenised, and has it a token to keep
     assert retain.taken == [0, 0, *retain_rows(5, range(18), seed=4)]
 
 
