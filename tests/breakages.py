@@ -305,8 +305,8 @@ FAULTS = [
     # data
     Fault(
         "padding is attended to",
-        "torch.arange(longest) < torch",
-        "torch.arange(longest) <= torch",
+        "batch[name] = torch.zeros(shape",
+        "batch[name] = torch.ones(shape",
         "data batches",
     ),
     # command line, callbacks and files
