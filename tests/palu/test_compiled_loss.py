@@ -164,7 +164,7 @@ def tiny_model(layers=1):
     [
         ("logits and hidden", None, "inductor"),
         ("hidden", torch.bfloat16, "aot_eager"),
-        pytest.param("logits", torch.float16, "aot_eager", marks=pytest.mark.slow),
+        ("logits", torch.float16, "aot_eager"),
         pytest.param("logits", None, "aot_eager", marks=pytest.mark.slow),
         pytest.param("hidden", None, "aot_eager", marks=pytest.mark.slow),
         pytest.param("logits", torch.bfloat16, "aot_eager", marks=pytest.mark.slow),
