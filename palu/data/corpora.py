@@ -68,8 +68,8 @@ def _at_word_end(text: str, start: int, end: int) -> int:
 
 
 def _next_start(text: str, start: int, end: int) -> int:
-    """Return where the next window begins: an eighth of this one before its end, at a
-    word. (One follows: this window is not the last.)"""
+    """Return where the next window begins: an eighth of this one before its end, at a word. (One
+    follows: this window is not the last.)"""
     wanted = max(end - max((end - start) // _OVERLAP, 1), start + 1)
     gap = _SPACE.search(text, wanted, end)
     start = gap.end() if gap and gap.end() < end else wanted

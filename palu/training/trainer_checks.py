@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from torch import Tensor
 
 from palu.data.roles import FORGET, IGNORE, token_roles
 from palu.methods import PDU
@@ -84,16 +85,17 @@ def refuse_cached(accelerator: Accelerator) -> None:
 def marks_something(
     rows: Iterable[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
 ) -> bool:
-    """Return whether any row has a token to forget. Rows are read up to the first that has one; one
-    without labels, which a collator may make, counts as one.
-    """
-    for row in rows:
-        if "labels" not in row:
-            return True
-        labels = torch.as_tensor(row["labels"]).reshape(1, -1)
-        if bool((token_roles(labels, 0, eos_token_id) == FORGET).any()):
-            return True
-    return False
+    """Return whether any row has a token to forget."""
+    return _any_row(rows, lambda labels: token_roles(labels, 0, eos_token_id) == FORGET)
+
+
+def _any_row(rows: Iterable[Mapping[str, Any]], wanted: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether any row has a wanted place among its labels [1, T]. Rows are read up to the
+    first that has one; one without labels, which a collator may make, counts as one."""
+    return any(
+        "labels" not in row or bool(wanted(torch.as_tensor(row["labels"]).reshape(1, -1)).any())
+        for row in rows
+    )
 
 
 def check_marks(
@@ -108,14 +110,10 @@ def check_marks(
 
 
 def check_kept(dataset: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError where no row of a retain set has a token to keep: its term would be 0. Rows
-    are read up to the first that has one; one without labels, which a collator may make, counts."""
-    for i in range(len(dataset)):
-        row = dataset[i]
-        # the first place of a row is never predicted
-        if "labels" not in row or any(torch.as_tensor(row["labels"]).reshape(-1)[1:] != IGNORE):
-            return
-    raise ValueError(
-        "retain_dataset has no token to keep: every label after the first place of a row is "
-        f"{IGNORE}"
-    )
+    """Raise ValueError where no row of a retain set has a token to keep: its term would be 0."""
+    # the first place of a row is never predicted
+    if not _any_row((dataset[i] for i in range(len(dataset))), lambda one: one[:, 1:] != IGNORE):
+        raise ValueError(
+            "retain_dataset has no token to keep: every label after the first place of a row is "
+            f"{IGNORE}"
+        )
