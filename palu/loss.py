@@ -370,7 +370,8 @@ def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tenso
         if given.numel() != 1:
             raise ValueError(f"{name} has shape {list(given.shape)}; it must be one number")
         given = given.reshape(())
-        return torch.where(given > 0, given, 1)
+        # Its value is not looked at, which would wait for the device: what is no count makes NaN.
+        return torch.where(given > 0, given, torch.where(given == 0, 1, math.nan))
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r} ({type(given).__name__}); it must be a number")
     if not 0 <= given < math.inf:  # (math.isfinite would break a graph whose numbers are symbols)

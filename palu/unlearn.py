@@ -112,10 +112,10 @@ def check_method(config: PALUConfig, model: Path, *, retain: bool) -> None:
         model: its folder.
         retain: whether there is a retain set.
     """
+    method, kept = config.make_loss(), retain and config.retain_weight > 0
+    needed = method.needs_reference or (kept and config.retain_loss != "nll")
+    method.check_run(retain=kept, reference=config.reference, reference_needed=needed)
     config.check_retain(given=retain)
-    method, retain = config.make_loss(), retain and config.retain_weight > 0
-    needed = method.needs_reference or (retain and config.retain_loss != "nll")
-    method.check_run(retain=retain, reference=config.reference, reference_needed=needed)
     count = layer_count(_model_config(model))
     if count is not None:
         method.check_layers(count)

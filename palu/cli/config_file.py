@@ -32,6 +32,10 @@ DECIDED = dict.fromkeys(("do_train", "do_eval", "do_predict", "eval_strategy"), 
 DECIDED |= dict.fromkeys(("output_dir", "use_cpu"), "--output and --device")
 DECIDED |= dict.fromkeys(("save_strategy", "save_total_limit"), "--save-steps")
 DECIDED |= dict.fromkeys(("logging_strategy", "logging_steps"), "the loss curve, every step")
+DECIDED |= dict.fromkeys(
+    ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start"),
+    "--checks, which keep the best weights",
+)
 DECIDED["push_to_hub"] = "palu, which writes a folder; upload that"
 DECIDED["activation_checkpointing"] = "--gradient-checkpointing"
 DECIDED |= {"resume_from_checkpoint": "--resume", "disable_tqdm": "palu's own progress bar"}
@@ -174,6 +178,8 @@ def check_trainer_names(given: Iterable[str], known: Iterable[str] = ()) -> None
     for name in given:
         if name in DECIDED and name not in known:
             raise ValueError(f"{name} is decided by {DECIDED[name]}; it must be left out")
+        if name in known and name not in trainer:
+            raise ValueError(f"{name} stands under set; it must stand outside of it")
         if name not in trainer:
             near = difflib.get_close_matches(name, [*known, *trainer], n=1, cutoff=0.0)
             raise ValueError(f"unknown option {name!r}; the nearest known one is {near[0]!r}")

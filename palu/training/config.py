@@ -119,12 +119,15 @@ class PALUConfig(LossOptions, MethodOptions, RunOptions, TrainingArguments):
         super().__post_init__()
 
     def check_retain(self, *, given: bool) -> None:
-        """Raise ValueError for a `retain_batch_size` where no retain set is given."""
-        if self.retain_batch_size is not None and not given:
-            raise ValueError(
-                f"retain_batch_size is {self.retain_batch_size} and there is no retain set; it "
-                "must be left out, or a retain set be given"
-            )
+        """Raise ValueError for an option of the retain term where no retain set is given."""
+        usual = {"retain_batch_size": None, "retain_weight": 1.0}
+        usual["retain_loss"] = METHODS[self.method].retain_losses[0]
+        for name, value in usual.items():
+            if not given and getattr(self, name) not in (value, 0):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} and there is no retain set; it must be "
+                    "left out, or a retain set be given"
+                )
 
     def make_loss(self, eos_token_id: int | list[int] | None = None) -> Method:
         """Return the method with its options.

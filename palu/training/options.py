@@ -317,3 +317,8 @@ def check_read(options: Any, given: Collection[str] | None = None) -> None:
                 raise ValueError(
                     f"{one.name} is {value!r} and {who} has no such option; it must be left out"
                 )
+    if options.preserve in (None, "none") and options.preserve_weight not in (1, 0):
+        raise ValueError(
+            f"preserve_weight is {options.preserve_weight!r} and preserve is 'none': there is no "
+            "such term, and it must be left out"
+        )

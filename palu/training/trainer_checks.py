@@ -33,6 +33,8 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
             raise TypeError(f"{name} is not supported: the loss and its terms are PALU's own")
     if args.label_smoothing_factor:
         raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 is True and the device is a CPU, where bf16 must be taken instead")
     dealing = args.accelerator_config
     if args.world_size > 1 and (not dealing.even_batches or dealing.dispatch_batches):
         raise ValueError(
@@ -40,6 +42,19 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
             f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
             "processes with fewer batches would be waited for (repeated rows do not count anyway)"
         )
+    _check_data(forget, retain)
+    args.check_retain(given=retain is not None)
+    loss = args.make_loss()
+    short = args.max_steps <= 0 and isinstance(loss, PDU)
+    if short and args.num_train_epochs <= loss.dual_warmup_epochs:
+        warnings.warn(
+            f"num_train_epochs is {args.num_train_epochs:g} and dual_warmup_epochs "
+            f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
+            stacklevel=3,
+        )
+
+
+def _check_data(forget: Any, retain: Any) -> None:
     if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
         raise ValueError("train_dataset (the forget set) must have at least one row")
     if retain is not None and not hasattr(retain, "__len__"):
@@ -55,15 +70,6 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
                 f"{name} is a {type(data).__name__} with {', '.join(map(repr, data))}; it must be "
                 "rows, such as one split of it"
             )
-    args.check_retain(given=retain is not None)
-    loss = args.make_loss()
-    short = args.max_steps <= 0 and isinstance(loss, PDU)
-    if short and args.num_train_epochs <= loss.dual_warmup_epochs:
-        warnings.warn(
-            f"num_train_epochs is {args.num_train_epochs:g} and dual_warmup_epochs "
-            f"{loss.dual_warmup_epochs:g}: the retain weight of method 'pdu' never moves",
-            stacklevel=3,
-        )
 
 
 def refuse_cached(accelerator: Accelerator) -> None:

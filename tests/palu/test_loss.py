@@ -262,3 +262,7 @@ def test_bad_denominators():
         PALULoss()(*GOOD, num_preserve="3")
     with pytest.raises(ValueError, match=r"num_forget has shape \[2\]"):
         PALULoss()(*GOOD, num_forget=torch.ones(2))
+    # The value of a tensor is not looked at: a number that is no count gives no number.
+    for wrong in (-2.0, float("nan")):
+        assert PALULoss()(*GOOD, num_forget=torch.tensor(wrong)).loss.isnan()
+    assert PALULoss()(*GOOD, num_forget=torch.tensor(0)).loss.isfinite()

@@ -108,7 +108,7 @@ def test_wrong_options_are_named(tmp_path, options, said):
 
 def test_a_retain_set_is_needed(tok, tmp_path):
     with pytest.raises(ValueError, match="'pdu' needs a retain set"):
-        trainer(tok, config(tmp_path, **OPTIONS), retain=None)
+        trainer(tok, config(tmp_path, **OPTIONS | {"retain_weight": 1.0}), retain=None)
 
 
 def test_the_command_line(palu, work, unmarked):  # noqa: F811

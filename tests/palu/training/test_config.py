@@ -86,6 +86,10 @@ def test_a_wrong_value_is_named(tmp_path, others, name, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"preserve": "none", "preserve_weight": 2.0},
+            "preserve_weight is 2.0 and preserve is 'none'",
+        ),
         ({"method": "npo", "top_k": 4}, "top_k is 4 and method 'npo' has no such option"),
         ({"method": "rmu", "preserve": "none"}, "preserve is None and method 'rmu' has no such"),
         ({"objective": "entropy", "center": 2.0}, "center is 2.0 and objective 'entropy' has no"),

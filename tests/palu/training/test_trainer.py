@@ -366,6 +366,9 @@ def test_bad_arguments(tok, tmp_path):
         trainer(tok, args, retain=[])
     with pytest.raises(ValueError, match="retain_batch_size is 2 and there is no retain set"):
         trainer(tok, config(tmp_path, retain_batch_size=2), retain=None)
+    for name, value in (("retain_weight", 0.5), ("retain_loss", "kl")):
+        with pytest.raises(ValueError, match=f"{name} is {value!r} and there is no retain set"):
+            trainer(tok, config(tmp_path, **{name: value}), retain=None)
     with pytest.raises(TypeError, match="compute_loss_func is not supported"):
         trainer(tok, args, compute_loss_func=lambda *a: 0)
     model = small.model(tok)

@@ -346,6 +346,10 @@ def test_the_outcome_says_what_is_wrong(tmp_path):
     assert outcome(good, None).status == "forgotten"
     assert outcome(good._replace(recited=3), None).status == "known"
     assert outcome(good._replace(retain_probability=None)).status == "forgotten"
+    nan = float("nan")  # of a broken model nothing is known: neither forgotten nor kept
+    assert outcome(good._replace(sensitive_probability=nan)).status == "known"
+    assert outcome(good._replace(retain_probability=nan)).status == "harmed"
+    assert outcome(good).limits.badness(good._replace(retain_probability=nan), before)[2] > 1
     deep = outcome(good._replace(past_prefix_probability=0.8))
     assert any("0.800" in line for line in deep.reasons())
     assert json.loads(json.dumps(both.to_dict(args)))["after"]["leaked"] == 9
