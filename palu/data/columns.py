@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from palu.data.records import SYSTEM
 from palu.data.spans import as_objects, check_text, integer, shown
 from palu.storage.json_files import NotJSON, parse
 
@@ -124,8 +125,7 @@ def canonical(
     elif layout in (CHAT, SHAREGPT):
         ((name, value),) = fields.items()
         fields = {MESSAGES: _as_turns(name, value)}
-        if layout is SHAREGPT:
-            _put_system_first(fields[MESSAGES], record)
+        _put_system_first(fields[MESSAGES], record)
     # What is left under such a name is none of the record's content.
     aside = {n for n in _CONTENT if layout and n not in fields and record.get(n) is not None}
     if layout is not None and (ANSWER in fields or MESSAGES in fields):
@@ -255,10 +255,10 @@ def _joined_parts(name: str, parts: list[Any]) -> str:
 
 
 def _put_system_first(turns: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Move the system prompt that some ShareGPT files have beside the conversation into it."""
+    """Move the system prompt that some files have beside the conversation into it."""
     system = record.get("system")
-    roles = [turn.get("role") for turn in turns]
-    if not isinstance(system, str) or not system.strip() or "system" in roles[:1]:
+    begun = bool(turns) and turns[0].get("role") in SYSTEM
+    if not isinstance(system, str) or not system.strip() or begun:
         return
     turns.insert(0, {"role": "system", "content": record.pop("system")})
     spans = as_objects(SPANS, record.get(SPANS))

@@ -202,6 +202,7 @@ QA = {"question": "Who?", "answer": "Ada."}
         ),
         ({"conversations": SHARED}, {"messages": TALK[1:]}),
         ({"conversations": SHARED, "system": "Be kind."}, {"messages": TALK}),
+        ({"messages": TALK[1:], "system": "Be kind."}, {"messages": TALK}),
         ({"conversations": TALK}, {"messages": TALK}),
         ({"text": "Ada.", "prompt": None}, {"text": "Ada.", "prompt": None}),
     ],
