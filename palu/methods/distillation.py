@@ -68,10 +68,12 @@ class CEU(Method):
             raise ValueError(f"ignore_first is {self.ignore_first}; it must be at least 0")
 
     def roles(self, labels: Tensor) -> Tensor:
-        """As `Method.roles`, without the first `ignore_first` tokens of each answer."""
+        """As `Method.roles`, without the first `ignore_first` tokens of each answer. (In a
+        conversation there are several in a row, with what is no answer between them.)"""
         roles = super().roles(labels)
-        early = (roles == FORGET).cumsum(1) <= self.ignore_first
-        return torch.where(early, NONE, roles)
+        position = torch.arange(roles.shape[1], device=roles.device)
+        outside = torch.where(roles == FORGET, 0, position).cummax(1).values
+        return torch.where(position - outside <= self.ignore_first, NONE, roles)
 
     def loss(self, answers: Answers) -> Tensor:
         """Return `[tokens]`."""

@@ -237,6 +237,14 @@ def test_a_split_step_is_the_same_step(tok, tmp_path, name):
     assert log[0]["preserve"] == 0 == log[0]["num_preserve"]
 
 
+def test_the_first_tokens_of_every_answer_are_left_alone():
+    labels = torch.tensor([[-100, 5, -200, -200, -100, -100, 7, 8, -200, -200, -100, 9]])
+    found = make_method("ce_u", {"ignore_first": 2}).roles(labels)
+    assert found.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0]]
+    whole = make_method("ce_u", {"ignore_first": 0}).roles(labels)
+    assert torch.equal(whole == 1, labels != -100)
+
+
 def test_evaluation_gives_the_means_over_all(tok, tmp_path):
     made = made_by(tok, tmp_path, "npo", per_device_eval_batch_size=2)
     found = made.evaluate()
