@@ -276,7 +276,7 @@ class Run:
         from palu.models.loading import freeze_other_towers, load_tokenizer
         from palu.models.lora import add_lora
         from palu.training.inputs import second_answers
-        from palu.training.trainer_checks import marks_something
+        from palu.training.trainer_checks import check_marks, marks_something
 
         options, config = self.options, self.config
         self.tokenizer = load_tokenizer(options.model)
@@ -292,6 +292,8 @@ class Run:
             raise ValueError(
                 f"{options.forget} marks nothing to forget: no span is left in any example"
             )
+        if not self.by_span:
+            check_marks(self.rows, config.make_loss(), options.forget)
         self.digests = digests_of(options) if self.is_main else {}  # of what was read, not later
         model, self.saved = load_for_training(
             options, str(config.device), self.tokenizer, self.rows, self.retain_rows or []

@@ -367,15 +367,15 @@ class PALUTrainer(CheckpointTrainer):
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
             ProcessesDiffer: the processes have other settings, data, models or versions.
-            ValueError: method `palu`, and no row of `train_dataset` has a token to forget, or no
-                row of `retain_dataset` one to keep.
+            ValueError: no row of `train_dataset` has a token that the method forgets, or no row of
+                `retain_dataset` one to keep.
 
         A warning tells how many rows of `retain_dataset` have the `input_ids` of a row of
         `train_dataset`.
         """
         compare_processes(self)
-        if self.method.by_span and _has_places(self.train_dataset):
-            check_marks(self.train_dataset, self.method.eos_token_id)
+        if _has_places(self.train_dataset):
+            check_marks(self.train_dataset, self.method, "train_dataset")
         if self.retain_dataset is not None:
             check_kept(self.retain_dataset)
         compared = self.texts_compared or not _has_places(self.train_dataset)

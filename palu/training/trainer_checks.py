@@ -12,7 +12,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor
 
 from palu.data.roles import FORGET, IGNORE, token_roles
-from palu.methods import PDU
+from palu.methods import PDU, Method
 from palu.training.config import PALUConfig
 from palu.training.sharding import check_launch
 
@@ -104,15 +104,20 @@ def _any_row(rows: Iterable[Mapping[str, Any]], wanted: Callable[[Tensor], Tenso
     )
 
 
-def check_marks(
-    dataset: Sequence[Mapping[str, Any]], eos_token_id: int | Iterable[int] | None
-) -> None:
-    """Raise ValueError where no row of a data set has a token to forget."""
-    if not marks_something((dataset[i] for i in range(len(dataset))), eos_token_id):
-        raise ValueError(
-            "train_dataset has no token to forget: no label is a token id other than EOS after the "
-            "first place of a row"
-        )
+def check_marks(dataset: Sequence[Mapping[str, Any]], method: Method, name: str) -> None:
+    """Raise ValueError where no row of a data set has a token that the method forgets.
+
+    Args:
+        name: of the data set, for the message.
+    """
+    rows = (dataset[i] for i in range(len(dataset)))
+    if _any_row(rows, lambda labels: method.roles(labels) == FORGET):
+        return
+    own = ", ".join(f"{option}={getattr(method, option)}" for option in method.option_names())
+    why = f"method {method.name!r}{own and f' ({own})'} acts on no token of any answer"
+    if method.by_span:
+        why = "no label is a token id other than EOS after the first place of a row"
+    raise ValueError(f"{name} has no token to forget: {why}")
 
 
 def check_kept(dataset: Sequence[Mapping[str, Any]]) -> None:

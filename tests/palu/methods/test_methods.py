@@ -502,6 +502,7 @@ def test_the_command_line_runs_a_method(palu, work, unmarked):
         (["--method", "npo", "--beta", "0"], "beta is 0.0; it must be a finite number above 0"),
         (["--beta", "1"], "beta is 1.0 and method 'palu' has no such option"),
         (["--method", "dpo"], "unmarked.jsonl: example '0': field 'alternate_answer' is None"),
+        (["--method", "ce_u", "--ignore-first", "99"], "unmarked.jsonl has no token to forget"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(palu, work, unmarked, words, said):

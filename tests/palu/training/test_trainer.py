@@ -401,6 +401,9 @@ def test_training_with_nothing_to_forget_is_refused(tok, tmp_path):
         trainer(tok, config(tmp_path), forget=rows).train()
     whole = config(tmp_path, method="grad_ascent", max_steps=1)
     trainer(tok, whole, forget=rows, retain=None).train()
+    none = config(tmp_path, method="ce_u", ignore_first=64)
+    with pytest.raises(ValueError, match=r"no token to forget: method 'ce_u' \(ignore_first=64\)"):
+        trainer(tok, none, forget=rows).train()
 
 
 def test_a_retain_set_with_nothing_to_keep_is_refused(tok, tmp_path):
