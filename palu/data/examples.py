@@ -39,10 +39,11 @@ def tokenize_examples(
     template = template or Template()
     labeled = [_label(example, tokenizer, max_length, template) for example in examples]
     pairs = list(zip(examples, labeled, strict=True))
+    # A row without an answer that lost nothing has the spans of a user's last turn.
     without_answer = [
         example.id
         for example, rows in pairs
-        if any(row.answer_start == len(row["input_ids"]) for row in rows)
+        if any(row.lost_tokens and row.answer_start == len(row["input_ids"]) for row in rows)
     ]
     if without_answer:
         names = ", ".join(map(repr, without_answer[:5]))

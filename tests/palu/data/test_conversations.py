@@ -459,6 +459,17 @@ def test_one_exchange_that_does_not_fit(chatml_tokenizer):
     assert row.lost_spans == 1 and row == whole
 
 
+def test_a_user_has_the_last_word_of_a_long_conversation(chatml_tokenizer):
+    """Its spans may have a row of their own, without an answer."""
+    last = turn("user", "Thanks and bye! " * 8 + "Ada Brook", "Ada Brook")
+    example = Example.of_turns("a", [*long_chat(6), last], {})
+    with pytest.warns(UserWarning, match="became . rows, in which earlier turns are left"):
+        rows = tokenize_examples([example], chatml_tokenizer, max_length=200)
+    assert KEEP not in rows[-1]["labels"]
+    forgotten = [label for label in rows[-1]["labels"] if label >= 0]
+    assert text_of(chatml_tokenizer, forgotten).strip() == "Ada Brook"
+
+
 def test_losses_and_rows_are_counted_in_one_warning(chatml_tokenizer):
     short = Example("s", "Who?", "Ada.", ((0, 3),))
     examples = [Example.of_turns("a", long_chat(12), {}), Example.of_turns("b", CHAT, {}), short]
