@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,17 +67,27 @@ _SENTENCE_END = re.compile(rf"[.!?:][{_CLOSE})]*\s*[{_OPEN}(]?\s*$")
 
 def cut(text: str) -> list[tuple[int, int]]:
     """Return the words of a text as `(start, end)`: without a possessive `'s`, and single
-    characters in scripts that do not separate words."""
+    characters in scripts that do not separate words. Marks, such as accents that are written apart
+    and vowels of Hindi, belong to the letter before them."""
+    marks = [unicodedata.category(character)[0] == "M" for character in text]
+    letters = list(text)  # to `\w` a mark is no part of a word
+    for at in range(1, len(text)):
+        letters[at] = letters[at - 1] if marks[at] else text[at]
+    alone = [*map(unspaced, letters)]
     found = []
-    for match in _WORD.finditer(text):
+    for match in _WORD.finditer(
+        "".join(" " if apart else letter for apart, letter in zip(alone, letters, strict=True))
+    ):
         start, end = match.span()
         if possessive := _POSSESSIVE.search(match.group()):
             end = start + possessive.start()
-        if any(map(unspaced, text[start:end])):
-            found += [(at, at + 1) for at in range(start, end)]
-        else:
-            found.append((start, end))
-    return found
+        found.append((start, end))
+    for start in (at for at, apart in enumerate(alone) if apart and text[at].isalnum()):
+        end = start + 1
+        while end < len(text) and marks[end]:
+            end += 1
+        found.append((start, end))
+    return sorted(found)
 
 
 def words(text: str, context: str = "") -> list[Word]:

@@ -239,6 +239,11 @@ def test_marginal_odds_are_those_of_all_assignments():
         ("Mail ada@example.org, pay £1,200.", ["Mail", "ada@example.org", "pay", "1,200"]),
         ("LGBTQ+ and 07700 900", ["LGBTQ+", "and", "07700", "900"]),
         ("李明在北京。", list("李明在北京")),
+        ("私はMiraで07700です", ["私", "は", "Mira", "で", "07700", "で", "す"]),
+        ("Jose\u0301's Mu\u0308ller", ["Jose\u0301", "Mu\u0308ller"]),  # accents written apart
+        ("नाम अनिल है", ["नाम", "अनिल", "है"]),
+        ("مُحَمَّد \u2764\ufe0f", ["مُحَمَّد"]),
+        ("ชื่อ", ["ชื่", "อ"]),
         ("", []),
         ("...", []),
     ],
