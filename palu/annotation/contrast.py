@@ -20,6 +20,7 @@ import numpy as np
 
 from palu.annotation.base import Found, texts_of
 from palu.annotation.words import GAP, words
+from palu.data.conversations import with_tools
 from palu.data.labels import LabeledExample, check_fast, encoded, led_by_special, overlapping
 from palu.data.records import Example, split_answers
 from palu.data.roles import IGNORE, KEEP
@@ -363,7 +364,8 @@ class _Reader:
 
     def _text(self, part: Example) -> _Text:
         if part.turns:
-            rendered = self.template.render_turns(self.tokenizer, part.turns)
+            template = with_tools(self.template, part.extra.get("tools"))
+            rendered = template.render_turns(self.tokenizer, part.turns)
             place = rendered.places[-1]
         else:
             rendered = place = self.template.render(self.tokenizer, part.question, part.answer)

@@ -87,8 +87,7 @@ def label_conversation(
     template = template or Template()
     check_fast(tokenizer)
     check_limits(max_length, template)
-    if tools is not None:
-        template = _with_tools(template, tools)
+    template = with_tools(template, tools)
     names = [f"messages[{number}] ({turn.role})" for number, turn in enumerate(turns)]
     labeler = _Labeler(tokenizer, template, max_length)
     rows: list[LabeledExample] = []
@@ -102,7 +101,11 @@ def label_conversation(
     return rows
 
 
-def _with_tools(template: Template, tools: Any) -> Template:
+def with_tools(template: Template, tools: Any) -> Template:
+    """Return a template that hands the tools of a record to the chat template; itself where there
+    are none. Raises TypeError for what is no list."""
+    if tools is None:
+        return template
     if isinstance(tools, str) or not isinstance(tools, Sequence):
         raise TypeError(f"field 'tools' must be a list of tools, got {shown(tools)}")
     if not tools:

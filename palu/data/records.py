@@ -123,9 +123,8 @@ def split_answers(example: Example) -> list[Example]:
         last = example.turns[end]
         name = example.id if len(ends) == 1 else f"{example.id}#{count}"
         part = Example.of_turns(name, [*before, last], example.extra)
-        if [t.role for t in part.turns] == [USER, ASSISTANT] and not any(
-            t.extra for t in part.turns
-        ):
+        more = any(t.extra for t in part.turns) or example.extra.get("tools")
+        if [t.role for t in part.turns] == [USER, ASSISTANT] and not more:
             part = dataclasses.replace(part, turns=())
         parts.append(part)
     return parts or [example]

@@ -146,6 +146,17 @@ def test_every_answer_of_a_conversation_is_read_in_its_context(pair):
     assert got[1][0] == pytest.approx(second, abs=1e-4)
 
 
+def test_the_tools_of_a_record_are_read(pair):
+    tok = small.tokenizer()
+    tok.chat_template = "{{ tools | tojson if tools }}" + TEMPLATE
+    turns = [Turn(role, text) for role, text in zip(("user", "assistant"), FACTS[0], strict=True)]
+    called = Example.of_turns("call", turns, {"tools": [{"name": "look"}]})
+    contrast = Contrast((pair[0], tok), (pair[1], tok))
+    (got, _), *_ = contrast.log_probabilities(split_answers(called))
+    told = f'[{{"name": "look"}}]<user>{FACTS[0][0]}<assistant>'
+    assert got == pytest.approx(by_hand(pair[0], tok, told, FACTS[0][1]), abs=1e-4)
+
+
 def test_long_texts_are_read_in_windows(tok, pair):
     answer = " ".join(f"Bob is in Lisbon, Ada in Paris {n}." for n in range(30))
     contrast = Contrast((pair[0], tok), (pair[1], tok), max_length=64)

@@ -76,6 +76,8 @@ def test_an_example_for_each_answer():
     assert split_answers(plain) == [plain]
     greeting = parsed({"messages": [SYSTEM, SAID], "spans": []})
     assert greeting.question == "" and split_answers(greeting) == [greeting]
+    called = parsed({"messages": [ASKED, SAID], "tools": [{"name": "look"}], "spans": []})
+    assert split_answers(called) == [called], "what is no conversation has no tools"
 
 
 @pytest.mark.parametrize("where", [{"field": "question"}, {"turn": 0}])
