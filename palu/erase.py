@@ -36,6 +36,7 @@ from palu.storage.output import (
     list_files,
     put_in_place,
     read_record,
+    remove_cache,
 )
 
 if TYPE_CHECKING:
@@ -277,6 +278,8 @@ class _Run:
 
     def unlearn(self) -> None:
         """Run `palu unlearn`, which goes on from its own checkpoints."""
+        from palu.training.checkpoints import remove_all
+
         request = self.request
         words = ["--model", request.model, "--forget", self.forget, "--output", self.folder]
         words += ["--retain", self.retain] if self.retain.stat().st_size else []
@@ -290,17 +293,23 @@ class _Run:
         if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
             return
         again = self.state.begun == key  # with the same settings: its checkpoints are right
+        checkpoints = self.folder.with_name(f"{self.folder.name}-checkpoints")
+        cache = self.folder.with_name(f"{self.folder.name}-reference-cache")
         with self.doing("unlearn", key):
             # Nobody may take the model of another request for what this one makes.
             check_output(self.folder, overwrite=True)
             shutil.rmtree(self.folder, ignore_errors=True)
+            if not again:
+                remove_all(checkpoints)
+                remove_cache(cache)
             words.append("--overwrite")  # checkpoints that a run that was stopped has left
-            if again and self.folder.with_name(f"{self.folder.name}-checkpoints").is_dir():
+            if again and checkpoints.is_dir():
                 words.append("--resume")
             status = self.runs_unlearn(["unlearn", *words])
             # 3 is "done, but it is not good" where there is a model: the rest says how bad
             if status not in (0, 3) or not (self.folder / RECORD).is_file():
                 raise UserError(f"palu unlearn ended with exit status {status}")
+            remove_cache(cache)  # `palu unlearn` keeps one that it found, of a run that was stopped
 
     def evaluate(self) -> None:
         """Measure every model on what was forgotten and on what was to be kept."""

@@ -18,6 +18,7 @@ from palu.storage import files
 from palu.storage.files import (
     Changed,
     aside_of,
+    beside,
     locked,
     put,
     remove_abandoned,
@@ -153,17 +154,22 @@ def is_cache_file(name: str) -> bool:
 
 
 def remove_cache(folder: Path) -> None:
-    """Remove the files of a reference cache, and its folder where nothing else lies in it.
+    """Remove the files of a reference cache, if there is one, and of one that is not whole yet; and
+    their folders where nothing else lies in them.
 
     Raises:
         InUse: another process builds a cache there.
     """
-    with locked(folder):
-        for path in folder.iterdir():
-            if is_cache_file(path.name) and not path.is_dir():
-                path.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    folder = folder.resolve()
+    for place in (folder, beside(folder, "partial")):
+        if not place.is_dir():
+            continue
+        with locked(place):
+            for path in place.iterdir():
+                if is_cache_file(path.name) and not path.is_dir():
+                    path.unlink()
+            if not any(place.iterdir()):
+                place.rmdir()
 
 
 def _foreign(folder: Path) -> str | None:

@@ -21,6 +21,10 @@ from tests.support.command import palu_in, refusal, write_model
 LINE = "erase --model model --records records.jsonl --output out --device cpu --config c.json "
 TERMS = "--terms Paris --terms lisbon "
 ONE_ATTACK = ["greedy"]
+# Of a run that was stopped, beside its model: checkpoints, a cache, and one that is being built.
+LEFT = [("out-unfinished-checkpoints", "self_retain.json")]
+LEFT += [("out-unfinished-reference-cache", "manifest.json")]
+LEFT += [(".out-unfinished-reference-cache.partial", "progress.json")]
 FILES = {"README.md", "annotation.json", "attack.json", "evaluation.json", "palu.json"}
 FILES |= {"report.html", "report.json"}
 
@@ -167,6 +171,39 @@ def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, mo
     assert lines[-1][lines[-1].index("--reference-cache") + 1] == "out-reference-cache"
     assert lines[0][1:7:2] == ["--model", "--forget", "--output"]
     assert lines[0][lines[0].index("--retain") + 1] == "out-work/retain.jsonl"
+
+
+def test_what_a_stopped_run_left_beside_the_model_goes(work, monkeypatch):
+    """A reference cache is made of what is erased, and a checkpoint knows it still."""
+    monkeypatch.chdir(work)
+    request = {"model": "model", "records": "records.jsonl", "output": "out"}
+    names = [f"{place}/{name}" for place, name in LEFT]
+
+    def there():
+        return [name for name in names if (work / name).exists()]
+
+    def stopped(words):
+        for name in names:
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_text("{}")
+        raise KeyboardInterrupt
+
+    def done(words):
+        assert there() == names  # it goes on with them
+        shutil.copytree(work / "model", work / "out-unfinished")
+        return 0
+
+    def of_another(words):
+        assert there() == []
+        raise KeyboardInterrupt
+
+    for terms, unlearn in (("Paris", stopped), ("Paris", done), ("Bob", stopped)):
+        stopped_after(monkeypatch, "evaluate")
+        with pytest.raises(KeyboardInterrupt):
+            erase(Request(terms=terms, **request), unlearn=unlearn)
+        assert there() == (names if unlearn is stopped else names[:1])
+    with pytest.raises(KeyboardInterrupt):
+        erase(Request(terms="Lisbon", **request), unlearn=of_another)
 
 
 def test_what_an_earlier_request_left_is_not_taken_for_the_result(work, monkeypatch):
