@@ -157,7 +157,9 @@ class _State:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / STATE
-        there = folder.is_dir() and any(folder.iterdir())
+        # A run that was killed with its first file has left a part of that alone.
+        begun = f".{STATE}.*.partial"
+        there = folder.is_dir() and not all(path.match(begun) for path in folder.iterdir())
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is in the way of the work of this run; move it away")
         content = read_object(self.path) if self.path.is_file() else {}

@@ -215,8 +215,11 @@ def test_what_an_earlier_request_left_is_not_taken_for_the_result(work, monkeypa
         raise KeyboardInterrupt
 
     request = {"model": work / "model", "records": "records.jsonl", "output": work / "out"}
+    (work / "out-work").mkdir()  # killed with its first file
+    (work / "out-work/.erase.json.0123456789abcdef.partial").write_text("{")
     with pytest.raises(KeyboardInterrupt):
         erase(Request(**request, terms=["Paris"]), unlearn=stopped)
+    assert not list((work / "out-work").glob(".*"))
     with pytest.raises(UserError, match="palu unlearn ended with exit status 3"):
         erase(Request(**request, terms=["Lisbon"]), unlearn=lambda words: 3)
 
