@@ -110,8 +110,9 @@ def plan(context: typer.Context, options: SimpleNamespace) -> None:
             raise ValueError(f"--lora-rank must be at least 1, not {lora_rank}")
         config = read_config(options.model)
         sizes = ModelSizes.from_config(config)
-        if dtype is None:  # float16 takes what bfloat16 does
-            dtype = "float32" if str(config.dtype) == "torch.float32" else "bfloat16"
+        if dtype is None:  # `load_to_train` makes float16 float32
+            widened = str(config.dtype) in ("torch.float32", "torch.float16")
+            dtype = "float32" if widened else "bfloat16"
         sizes.tensor_parallel(split)  # or say why not
         shape = options.batch_size, options.length
         setups = [
@@ -130,7 +131,7 @@ def plan(context: typer.Context, options: SimpleNamespace) -> None:
         "Then the largest batch by tokens an example:"
     )
     out.print(_table(sizes, setups, limit))
-    fits, advice, advised = _advice(sizes, setups, limit)
+    fits, advice, advised = _advice(sizes, setups, limit, asked=options.dtype)
     _say(advice)
     if devices > 1:
         _say(_whole(sizes, advised))
@@ -157,7 +158,9 @@ def _table(sizes: ModelSizes, setups: list[Setup], limit: int) -> Table:
     return table
 
 
-def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, str, Setup]:
+def _advice(
+    sizes: ModelSizes, setups: list[Setup], limit: int, asked: str | None
+) -> tuple[bool, str, Setup]:
     """Return whether anything fits, what to take or to change, and the setup that this is of."""
     from palu.planning.step import largest_batch, predict
 
@@ -165,14 +168,14 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
     fitting = [setup for setup in setups if predict(sizes, setup).peak <= limit]
     if fitting:
         text = f"{len(fitting)} of {len(setups)} ways fit at {shape}. The first:"
-        return True, f"{text} {_described(sizes, fitting[0])}", fitting[0]
+        return True, f"{text} {_described(sizes, fitting[0], asked)}", fitting[0]
     most, setup = max(
         ((largest_batch(sizes, setup, limit), setup) for setup in setups), key=lambda pair: pair[0]
     )
     if most:
         text = f"Nothing fits at {shape}. Take smaller batches, and --gradient-accumulation:"
         setup = replace(setup, batch_size=most)
-        return True, f"{text} {_described(sizes, setup)}", setup
+        return True, f"{text} {_described(sizes, setup, asked)}", setup
     alone = [replace(setup, batch_size=1) for setup in setups]
     least = min(alone, key=lambda setup: predict(sizes, setup).peak)
     shorter = (least.length >> n for n in range(1, least.length.bit_length() - 1))
@@ -185,17 +188,17 @@ def _advice(sizes: ModelSizes, setups: list[Setup], limit: int) -> tuple[bool, s
         f"Take examples of at most {length} tokens, or " if length else "Take a smaller model, or "
     )
     text += f"a GPU with {times:.2f} times the memory. The least:"
-    return False, f"{text} {_described(sizes, least)}", least
+    return False, f"{text} {_described(sizes, least, asked)}", least
 
 
-def _described(sizes: ModelSizes, setup: Setup) -> str:
+def _described(sizes: ModelSizes, setup: Setup, asked: str | None) -> str:
     from palu.planning.step import GIB, predict
 
     moment = predict(sizes, setup)
     options = f"--batch-size {setup.batch_size} --max-length {setup.length}"
     options += f" --reference {setup.reference}"
     options += f" --lora-rank {setup.lora_rank}" if setup.lora_rank else ""
-    options += " --bf16" if setup.dtype == "autocast" else ""
+    options += " --bf16" if setup.dtype == "autocast" else f" --dtype {asked}" if asked else ""
     options += " --gradient-checkpointing" if setup.checkpointing else ""
     largest = sorted(moment.items.items(), key=lambda item: -item[1])[:5]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)

@@ -194,11 +194,15 @@ def test_what_to_change(plan):
 
 
 def test_dtype_is_the_configs(plan, tmp_path):
-    for dtype, named in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")):
+    for dtype, named in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")):
         AutoConfig.for_model(**SMALL, **MODELS["llama"], dtype=dtype).save_pretrained(tmp_path)
         status, text, _ = plan("--gpu-memory 1 --model", tmp_path)
-        assert status == 0 and f"parameters, {named}" in text
-    assert "parameters, autocast" in plan("--gpu-memory 1 --dtype autocast --model", tmp_path)[1]
+        assert status == 0 and f"parameters, {named}" in text and "--dtype" not in text
+    text = plan("--gpu-memory 1 --dtype autocast --model", tmp_path)[1]
+    assert "parameters, autocast" in text and "--reference live --bf16 " in text
+    # The command takes the dtype of the prediction, which may not be the model's.
+    text = plan("--gpu-memory 1 --dtype bfloat16 --model", tmp_path)[1]
+    assert "parameters, bfloat16" in text and "--reference live --dtype bfloat16 " in text
 
 
 BAD_OPTIONS = {
