@@ -60,7 +60,7 @@ class KnowledgeChecks(TrainerCallback):
         self.checks = [e for e in state.log_history if KNOWN in e]
         if not self.checks or self.checks[0]["step"] != 0:
             if state.global_step:
-                raise ValueError(
+                raise CheckpointError(
                     "the checkpoint was made without checks, and checks need what the original "
                     f"knew; checks is {args.checks!r}, it must be 'none'"
                 )

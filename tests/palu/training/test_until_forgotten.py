@@ -259,7 +259,7 @@ def test_a_resumed_run_goes_on_with_what_it_had_kept(tmp_path, monkeypatch):
     assert made.state.global_step == 20 and torch.equal(weights(made.model), seen.at[10])
     assert [c["step"] for c in made.outcome.checks] == [0, 5, 10, 15, 20]
     assert made.outcome.before.sensitive_probability == 0.9
-    with pytest.raises(ValueError, match="made without checks"):
+    with pytest.raises(CheckpointError, match="made without checks"):
         plain = planted_trainer(tmp_path / "none", **options | {"checks": "none"})
         plain.train()
         made = planted_trainer(tmp_path / "none", **options)
