@@ -25,7 +25,7 @@ _compared = partial(option, panel="Compared with")
 _output = partial(option, panel="Output")
 _training = partial(option, panel="Training")
 # Other errors of the file system may be a full disk, which has a status of its own.
-_MISTAKES = (ValueError, TypeError, FileExistsError, FileNotFoundError)
+_MISTAKES = (ValueError, TypeError, FileExistsError, FileNotFoundError, PermissionError)
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,10 @@ class InUse(ValueError):
     """Another process writes the same output."""
 
 
+class NotWritable(PermissionError):
+    """Nothing can be written where an output is to be."""
+
+
 class Changed(OSError):
     """What is at an output's place is not what was there when the run began."""
 
@@ -243,7 +247,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         InUse: another process holds it.
-        OSError: nothing can be written there.
+        NotWritable: nothing can be written there.
     """
     path = Path(os.path.realpath(path))
     lock, text = beside(path, "palu-lock"), os.fsencode(LOCK_TEXT.format(path.name))
@@ -253,7 +257,7 @@ def locked(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             number = os.open(lock, flags, 0o666)
         except OSError as error:
-            raise OSError(
+            raise NotWritable(
                 f"nothing can be written beside {str(path)!r}: {error.strerror or error}"
             ) from error
         try:

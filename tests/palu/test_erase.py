@@ -234,6 +234,8 @@ def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
     line = LINE + TERMS + "--retain keep.jsonl"
     said = refusal(palu, line)
     assert "--retain has terms to erase" in said and "keep.jsonl" in said and "PARIS" not in said
+    line = (LINE + TERMS).replace("--output out", "--output records.jsonl/out")
+    assert "nothing can be written beside" in refusal(palu, line)
     (work / "other-work").mkdir()
     (work / "other-work/mine.txt").write_text("of the user")
     line = (LINE + TERMS).replace("--output out", "--output other")
