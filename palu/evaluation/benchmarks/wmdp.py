@@ -52,10 +52,12 @@ class WMDP(Benchmark):
         return {name: lambda n=name: self._accuracy(meter, n) for name in self.questions}
 
     def derived(self, log: Log, retrained: Log | None) -> dict[str, Entry]:
-        """Return the accuracy over all questions, where there are several topics."""
-        if len(self.questions) == 1:
+        """Return the accuracy over all questions, where the log has several topics: also those
+        that an earlier run measured."""
+        names = [name for topic in TOPICS if (name := f"wmdp_{topic}") in log.metrics]
+        if len(names) == 1:
             return {}
-        scores = [s for name in self.questions for s in log.rows(name).numbers("score").values()]
+        scores = [s for name in names for s in log.rows(name).numbers("score").values()]
         return {"wmdp": {"agg_value": math.fsum(scores) / len(scores)}}
 
     def _accuracy(self, meter: Meter, name: str) -> Entry:
