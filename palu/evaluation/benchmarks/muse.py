@@ -107,8 +107,10 @@ class MUSE(Benchmark):
                 )
 
     def missing(self, log: Mapping[str, Entry], retrained: Log | None) -> list[str]:
-        """Return that PrivLeak has no retrained model beside it, where that is so."""
-        if retrained is not None:
+        """Return that PrivLeak has no retrained model beside it, where that is so: one of an
+        earlier run stays."""
+        alone = privleak(aggregate(Log(log, "log"), "mia_min_k"))
+        if retrained is not None or log["privleak"]["agg_value"] != alone:
             return []
         return [
             "PrivLeak against the retrained model (no --retain-log): it is against an AUC of 0.5"

@@ -87,6 +87,13 @@ def test_wmdp_of_some_topics(meter):
         WMDP(str(FOLDER / "wmdp"), "cyber")
 
 
+def test_wmdp_is_over_all_topics_that_the_log_has(meter):
+    """A topic after another, into one log."""
+    log = run(WMDP(str(FOLDER / "wmdp"), "chem"), meter)
+    log = run(WMDP(str(FOLDER / "wmdp"), "bio"), meter, log)
+    assert log["wmdp"]["agg_value"] == 5 / 12
+
+
 def test_choices_of_one_token_take_one_pass(meter, monkeypatch):
     """The likelihoods are those of a plain forward pass, and no answer is scored by itself."""
     monkeypatch.setattr(meter, "_scores", None)
@@ -142,6 +149,10 @@ def test_privleak_against_the_retrained_model(meter, muse_log):
     wanted = (MUSE_AUC - reference) / reference * 100
     assert log["privleak"]["agg_value"] == pytest.approx(wanted, rel=1e-9)
     assert muse_log["privleak"]["agg_value"] == pytest.approx((MUSE_AUC - 0.5) / 0.5 * 100)
+    # The command that goes on without the retrained model's log keeps the number, and says so.
+    kept = run(benchmark, meter, dict(log))
+    assert kept == log and benchmark.missing(kept, None) == []
+    assert "against an AUC of 0.5" in benchmark.missing(muse_log, None)[0]
     del low["0"]
     attack["holdout"]["value_by_index"] = low
     with pytest.raises(LogError, match="of 6 texts of holdout, and --data has 7"):
