@@ -25,8 +25,8 @@ SPREAD = {
     "retain_Q_A_Prob": "Probability of the answers to keep",
 }
 """Metrics whose rows are drawn -> title. Forget quality compares the curves of truth ratios."""
-COUNTS = ("longest_run", "answer_tokens")
-"""What ends the names of metrics that are counts, and no shares."""
+NO_SHARES = ("longest_run", "answer_tokens", "privleak", "verbmem_f", "knowmem_f", "knowmem_r")
+"""What ends the names of metrics that are counts or percent: between 0 and 1 by chance."""
 
 
 def draw_logs(path: Path, logs: Sequence[EvaluationLog], frame: pd.DataFrame) -> None:
@@ -39,7 +39,7 @@ def draw_logs(path: Path, logs: Sequence[EvaluationLog], frame: pd.DataFrame) ->
     from matplotlib.figure import Figure
 
     shown = frame[(frame["value"] >= 0) & (frame["value"] <= 1)]
-    shown = shown[~shown["metric"].str.endswith(COUNTS)]
+    shown = shown[~shown["metric"].str.endswith(NO_SHARES)]
     metrics = sorted(set(shown["metric"]))
     spread = [metric for metric in SPREAD if any(metric in log.values for log in logs)]
     height = max(2.6 * max(1, len(spread)), 1.6 + 0.3 * len(metrics))

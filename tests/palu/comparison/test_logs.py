@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from palu.comparison import log_plot
 from palu.comparison.logs import compare_logs, logs_frame, read_logs
 from palu.evaluation.eval_log import LogError
 
@@ -73,6 +74,17 @@ def test_two_logs_become_a_table_a_csv_and_a_picture(write, tmp_path):
     assert rows.loc[("palu", "forget_Q_A_ROUGE"), "value"] == pytest.approx((0.8 + 3) / 4)
     assert rows.loc[("palu", "forget_quality"), "value"] == 0.25
     assert (tmp_path / "out" / "logs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_percent_is_not_drawn_as_a_share(write, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        log_plot, "_draw_metrics", lambda axes, logs, shown, names: drawn.extend(names)
+    )
+    content = a_log([0.9, 0.8, 0.7, 0.6])
+    content |= {name: {"agg_value": 0.9} for name in ("verbmem_f", "knowmem_r", "privleak")}
+    compare_logs([write("a.json", content)], tmp_path / "out")
+    assert drawn == ["forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality"]
 
 
 def test_intervals_are_those_of_a_bootstrap_over_the_rows(write):
