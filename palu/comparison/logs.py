@@ -120,7 +120,7 @@ def read_log(path: Path, name: str, retain_log: Path | None = None) -> Evaluatio
     file = _file(path)
     log = Log.read(file, name)
     if set(log.metrics) >= JSON_KEYS:
-        return _of_json(log, name)
+        return _of_json(log, name, retain_log)
     return take_log(log, name, retain_log, _settings(file))
 
 
@@ -190,9 +190,14 @@ def _settings(file: Path) -> Mapping[str, Any]:
     return Log.read(beside, beside.name).entry("settings") if beside.is_file() else {}
 
 
-def _of_json(log: Log, name: str) -> EvaluationLog:
+def _of_json(log: Log, name: str, retain_log: Path | None) -> EvaluationLog:
     """Return what a file of `palu evaluate --json` says, by the names that logs have."""
     values, rows, ids, aggregates = {}, {}, {}, dict(log.metrics["summary"])
+    if retain_log is not None and (stored := [one for one in AGAINST if one in aggregates]):
+        raise LogError(
+            f"{log.source}: has {stored[0]}, and not the rows that it is computed from against "
+            f"{retain_log}: give the log that palu evaluate wrote to --output"
+        )
     for part, result in log.metrics.items():
         if not isinstance(result, Mapping) or "examples" not in result:
             continue

@@ -76,6 +76,16 @@ def test_two_logs_become_a_table_a_csv_and_a_picture(write, tmp_path):
     assert (tmp_path / "out" / "logs.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_json_file_has_nothing_to_compare_with_a_retrained_model(write):
+    """Its forget quality, as stored, would stand beside those against --retain-log."""
+    content = of_json([0.9, 0.8, 0.7, 0.6])
+    path, retrained = write("one.json", content), write("r/TOFU_EVAL.json", a_log([0.1] * 4))
+    assert len(read_logs([path], retrained)) == 1
+    content["summary"]["forget_quality"] = 0.9
+    with pytest.raises(LogError, match="has forget_quality, and not the rows"):
+        read_logs([write("one.json", content)], retrained)
+
+
 def test_percent_is_not_drawn_as_a_share(write, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
