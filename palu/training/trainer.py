@@ -184,7 +184,7 @@ class PALUTrainer(CheckpointTrainer):
         template: Template | None = None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(args, train_dataset, retain_dataset, kwargs)
+        check_arguments(args, train_dataset, retain_dataset, eval_dataset, kwargs)
         loaded = load_named(model, args, processing_class, template)
         model = with_adapter(loaded.model, peft_config, args)
         processing_class = loaded.tokenizer

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from palu.data.roles import FORGET, IGNORE, token_roles
 from palu.methods import PDU, Method
@@ -17,11 +18,11 @@ from palu.training.config import PALUConfig
 from palu.training.sharding import check_launch
 
 
-def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
+def check_arguments(args: Any, forget: Any, retain: Any, evaluation: Any, kwargs: dict) -> None:
     """Raise TypeError or ValueError, before any work.
 
     Args:
-        args, forget, retain: the trainer's arguments.
+        args, forget, retain, evaluation: the trainer's arguments.
         kwargs: what else it was given for `transformers.Trainer`.
     """
     if not isinstance(args, PALUConfig):
@@ -35,13 +36,7 @@ def check_arguments(args: Any, forget: Any, retain: Any, kwargs: dict) -> None:
         raise ValueError("label_smoothing_factor must be 0: PALU's terms have no smoothed form")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is True and the device is a CPU, where bf16 must be taken instead")
-    dealing = args.accelerator_config
-    if args.world_size > 1 and (not dealing.even_batches or dealing.dispatch_batches):
-        raise ValueError(
-            f"accelerator_config has even_batches={dealing.even_batches} and dispatch_batches="
-            f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
-            "processes with fewer batches would be waited for (repeated rows do not count anyway)"
-        )
+    _check_dealing(args, forget, evaluation)
     _check_data(forget, retain)
     args.check_retain(given=retain is not None)
     loss = args.make_loss()
@@ -70,6 +65,27 @@ def _check_data(forget: Any, retain: Any) -> None:
                 f"{name} is a {type(data).__name__} with {', '.join(map(repr, data))}; it must be "
                 "rows, such as one split of it"
             )
+
+
+def _check_dealing(args: PALUConfig, *datasets: Any) -> None:
+    """Raise ValueError where accelerate would not deal batches out to processes as `Sharding`
+    counts them, or could not."""
+    dealing = args.accelerator_config
+    if args.world_size == 1:
+        return
+    if not dealing.even_batches or dealing.dispatch_batches:
+        raise ValueError(
+            f"accelerator_config has even_batches={dealing.even_batches} and dispatch_batches="
+            f"{dealing.dispatch_batches}; with several processes they must be True and not True: "
+            "processes with fewer batches would be waited for (repeated rows do not count anyway)"
+        )
+    streams = any(isinstance(rows, IterableDataset) for rows in datasets)
+    if streams and dealing.dispatch_batches is None:  # of a stream None means True
+        raise ValueError(
+            "a data set is a stream, which the main process of several would read and deal out; "
+            "each must read it: accelerator_config={'dispatch_batches': False} (rows that are "
+            "repeated at its end count then), or a data set with a length"
+        )
 
 
 def refuse_cached(accelerator: Accelerator) -> None:

@@ -24,6 +24,7 @@ from palu.models.inputs import joined, more_inputs, stacked
 from palu.reference.cache import CacheError
 from palu.training.batching import BatchBuilder, Sharding
 from palu.training.collated import ExampleRows
+from palu.training.trainer_checks import check_arguments
 from tests.support import small
 from tests.support.training import config, logged, trainer, weights
 
@@ -589,6 +590,17 @@ def test_streams(tok, tmp_path):
     made = trainer(tok, config(tmp_path, reference="cached", max_steps=1), forget=Stream(rows))
     with pytest.raises(CacheError, match="the forget set is a Stream without a length"):
         made.train()
+
+
+def test_a_stream_that_would_be_dealt_out_by_one_process_is_refused(tmp_path, monkeypatch):
+    """accelerate's default for streams: the main process cuts up batches, of tensors alone."""
+    args, stream = config(tmp_path), Stream([])
+    monkeypatch.setattr(type(args), "world_size", 2)
+    for forget, evaluation in ((stream, None), ([{}], stream)):
+        with pytest.raises(ValueError, match="'dispatch_batches': False"):
+            check_arguments(args, forget, None, evaluation, {})
+    args.accelerator_config.dispatch_batches = False
+    check_arguments(args, stream, None, stream, {})
 
 
 def test_evaluation_leaves_no_row_out(tok, tmp_path):
