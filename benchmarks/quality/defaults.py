@@ -8,7 +8,8 @@ Every run is a `palu unlearn` in the work folder, written into its row as one wo
 setting but the seed. `nothing`: no retain file, the model's own answers are held; `retain`: the
 retain file is given; `lora`: it is given, and `--lora-rank 16`. A run that is in the folder already
 is taken. What was forgotten is what the run found (`palu.json`); the retain probability is that of
-the retain file, before and after, also where the run never saw it. Nothing here is timed.
+the retain file, before and after, also where the run never saw it. `fell_apart` is the share of the
+greedy answers to the forget file that are no text any more. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -33,22 +34,27 @@ from palu.run_record import choose_template
 
 HOW = {"nothing": "", "retain": "--retain {retain}", "lora": "--retain {retain} --lora-rank 16"}
 MEASURED = ("sensitive_before", "sensitive_after", "leaked_before", "leaked", "asked")
-MEASURED += ("retain_before", "retain_after", "retain_kept", "steps")
+MEASURED += ("retain_before", "retain_after", "retain_kept", "steps", "fell_apart")
 COLUMNS = ("testbed", "how", "seed", "status", *MEASURED, "command", *tables.ENVIRONMENT)
+
+
+def means(folder: Path, data: str, original: Path, max_new_tokens: int = 0) -> dict[str, Any]:
+    """Return the means of `evaluate_examples`."""
+    found = evaluate_examples(
+        load_model(folder, device="cpu"),
+        load_tokenizer(original),
+        load_examples(data, require_spans=False),
+        template=choose_template(original),
+        max_length=512,
+        batch_size=8,
+        max_new_tokens=max_new_tokens,
+    )
+    return found["mean"]
 
 
 def retain_probability(folder: Path, retain: str, original: Path) -> float:
     """Return `exp(-mean NLL)` over the answer tokens of a retain example, averaged."""
-    found = evaluate_examples(
-        load_model(folder, device="cpu"),
-        load_tokenizer(original),
-        load_examples(retain, require_spans=False),
-        template=choose_template(original),
-        max_length=512,
-        batch_size=8,
-        max_new_tokens=0,
-    )
-    return found["mean"]["answer_probability"]
+    return means(folder, retain, original)["answer_probability"]
 
 
 def measure(given: argparse.Namespace, how: str, seed: int, before: float) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def measure(given: argparse.Namespace, how: str, seed: int, before: float) -> di
         "retain_after": after,
         "retain_kept": after / before,
         "steps": len(found["loss_curve"]),
+        "fell_apart": means(output, given.forget, given.model, 200)["fell_apart"],
         "command": command,
         **runner.environment(torch.device("cpu")),
         "commit": runner.commit(),
@@ -100,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="CSV that rows are added to")
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
+    if given.output.exists():
+        with given.output.open(newline="", encoding="utf-8") as file:
+            if (header := next(csv.reader(file), [])) != [*COLUMNS]:
+                parser.error(f"{given.output} has other columns: {', '.join(header)}")
     before = retain_probability(given.model, given.retain, given.model)
     for seed in given.seeds:
         for how in given.how:
