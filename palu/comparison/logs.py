@@ -162,9 +162,12 @@ def _aggregates(log: Log, retain_log: Path | None) -> Values:
     left_out = AGAINST if retain_log is None else ()
     metrics = {metric: entry for metric, entry in log.metrics.items() if metric not in left_out}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             warnings.filterwarnings("ignore", message=".*left out, not one of TOFU's")
             again = summarize(metrics, retain_log)
+        for one in said:
+            warnings.warn(str(one.message).replace("eval_log", log.source, 1), stacklevel=2)
     except LogError as error:
         if "none of TOFU's metrics" not in str(error):
             raise LogError(str(error).replace("eval_log", log.source, 1)) from None
@@ -359,6 +362,7 @@ def _intervals(
 ) -> dict[str, Any]:
     own = log.values[metric]
     line: dict[str, Any] = {"rows": len(own)}
+    resamples = resamples if len(own) > 1 else 0  # one row tells nothing of others
     found = _resampled(np.array([*own.values()]), resamples)
     line |= {"low": found["low"], "high": found["high"]}
     if log is first or metric not in first.means:

@@ -86,6 +86,23 @@ def test_a_json_file_has_nothing_to_compare_with_a_retrained_model(write):
         read_logs([write("one.json", content)], retrained)
 
 
+def test_warnings_name_the_log(write):
+    """Of several logs: which one has texts that its stored numbers are not of."""
+    good, bad = a_log([0.9, 0.8, 0.7, 0.6]), a_log([0.9, 0.8, 0.7, 0.6])
+    for row in bad["forget_Q_A_ROUGE"]["value_by_index"].values():
+        row["rougeL_recall"] = 0.5
+    path = write("bad.json", bad)
+    with pytest.warns(UserWarning, match=f"{path}: metric .*is not that of the stored texts"):
+        read_logs([write("good.json", good), path])
+
+
+def test_one_row_has_no_interval(write):
+    logs = read_logs([write(f"{p}.json", of_json([p], "0")) for p in (0.9, 0.2)])
+    row = logs_frame(logs, resamples=20).set_index("log").loc["0.2"]
+    assert row["difference"] == pytest.approx(-0.7)
+    assert row[["low", "high", "difference_low", "difference_high"]].isna().all()
+
+
 def test_percent_is_not_drawn_as_a_share(write, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
