@@ -13,7 +13,7 @@ from typing import Any
 
 from palu.comparison.config import Comparison, Task
 from palu.comparison.run_file import DONE, Run
-from palu.comparison.search import corners
+from palu.comparison.search import corners, trials_of
 
 FEW, MORE = 2, 6
 """Steps of the two runs of a probe: what a step takes is their difference."""
@@ -67,7 +67,7 @@ def rows(
     found = []
     for name, method in comparison.methods.items():
         tasks = [task for task in tried(comparison) if task.method == name]
-        settings = len(method.settings) + (method.search["trials"] if method.search else 0)
+        settings = len(method.settings) + (trials_of(method.search) if method.search else 0)
         count = settings * len(comparison.seeds)
         own = [run for run in runs.values() if run.method == name]
         # Which settings a search looks for is known once those before them are there.

@@ -126,6 +126,17 @@ def corners(space: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(space, some, strict=True)) for some in zip(*ends, strict=True)]
 
 
+def trials_of(search: Mapping[str, Any]) -> int:
+    """Return how many trials a search has: no more than there are settings in its space."""
+
+    def size(one: Any) -> float:
+        if isinstance(one, list):
+            return len(one)
+        return one["high"] - one["low"] + 1 if isinstance(one["low"], int) else math.inf
+
+    return min(search["trials"], math.prod(map(size, search["space"].values())))
+
+
 class Searches:
     """The searches of a comparison, generation by generation.
 

@@ -35,3 +35,15 @@ def test_runs_time_and_memory():
     # The median of 10, 14 and 30; a run that diverged says nothing of how long one takes.
     assert (a.runs, a.there, a.seconds, a.probed, a.memory) == (6, 2, 14, False, 9)
     assert (b.runs, b.there, b.seconds, b.probed, b.memory) == (10, 0, 4.5, True, 7)
+
+
+def test_a_search_has_no_more_trials_than_settings():
+    space = {"objective": ["entropy", "flatten"], "prefix_length": {"low": 0, "high": 2}}
+    content = {**CONFIG, "methods": {"PALU": {"search": {"trials": 24, "space": space}}}}
+    comparison = from_dict(content)
+    setups = {key_of(task): {"memory": 7, "steps": 3} for task in tried(comparison)}
+    assert rows(comparison, {}, setups, {})[0].runs == 2 * 3 * 2
+    space["prefix_length"] = {"low": 0.0, "high": 2.0}
+    comparison = from_dict(content)
+    setups = {key_of(task): {"memory": 7, "steps": 3} for task in tried(comparison)}
+    assert rows(comparison, {}, setups, {})[0].runs == 24 * 2
