@@ -198,7 +198,7 @@ def words_of(comparison: Comparison, task: Task, model: Path) -> list[str]:
     retain = options.pop("retain", comparison.retain)
     words += [] if retain is None else ["--retain", retain]
     for name, value in options.items():
-        if value is None or value is False:
+        if value is None or (value is False and name in known):  # the Trainer's may be True
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, dict):

@@ -197,6 +197,16 @@ def test_a_retain_file_of_one_method_is_data_too(world):
         folder.open_folder(world / "c", both, compare._digests(both), threads=1)
 
 
+def test_an_option_of_the_trainer_can_be_turned_off():
+    """Some of them are on by default; palu unlearn's own are off."""
+    common = {"bf16": False, "average_tokens_across_devices": False}
+    content = {"model": "m", "forget": "f", "utility": {"u": "u"}, "methods": {"npo": {}}}
+    made = config.from_dict({**content, "common": common})
+    words = compare.words_of(made, made.tasks()[0], "out")
+    assert "--bf16" not in words
+    assert words[words.index("--set") + 1] == "average_tokens_across_devices=False"
+
+
 def test_retry_does_failed_runs_of_a_search_again(tmp_path, monkeypatch):
     """Which it proposes is known only while it goes on."""
     monkeypatch.setattr(compare, "work", comparing.work)
