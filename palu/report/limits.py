@@ -58,6 +58,12 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
         )
         if skipped:
             limits.append(f"These attacks were left out: {', '.join(skipped)}.")
+    tried, marked = attacks and attacks["records"], request["records_with_spans"]
+    if tried is not None and marked is not None and tried < marked:
+        limits.append(
+            f"Only {tried} of the {marked} records to forget were attacked (palu attack --quick, "
+            "or a part of the file). Of the others no secret was asked for."
+        )
     if attacks is not None and attacks["attacks"]:
         asked = [one["of"] for attack in attacks["attacks"] for one in attack["results"].values()]
         limits.append(

@@ -320,6 +320,14 @@ def test_another_file_by_the_same_name(tmp_path):
         build_report(model, forget=tmp_path / "forget.jsonl")
 
 
+def test_an_attack_on_a_part_of_the_records(tmp_path):
+    model = erasure.write(tmp_path, attack=erasure.attack() | {"records": 2})
+    build_report(model)
+    assert "Only 2 of the 6 records to forget were attacked" in text_of(model / "report.html")
+    (whole := tmp_path / "whole").mkdir()
+    assert not any("were attacked" in one for one in build_report(erasure.write(whole))["limits"])
+
+
 def test_an_adapter(tmp_path):
     record = erasure.record() | {"lora": {"rank": 16, "alpha": 32}}
     model = erasure.write(tmp_path, palu=record)
