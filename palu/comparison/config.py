@@ -124,7 +124,7 @@ class Comparison:
     def task(self, name: str, setting: Mapping[str, Any], seed: int) -> Task:
         """Return one run of a method."""
         options = {**self.common, **self.methods[name].options, **setting}
-        words = ", ".join(f"{key}={_value(value)}" for key, value in setting.items())
+        words = _words(setting)
         text = json.dumps([name, options, seed], sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         slug = re.sub(r"[^A-Za-z0-9.+=,-]+", "_", f"{name}-{words}" if words else name)[:100]
@@ -215,6 +215,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
+
+
+def _words(setting: Mapping[str, Any]) -> str:
+    """Return what a setting is called in the tables."""
+    return ", ".join(f"{key}={_value(value)}" for key, value in setting.items())
 
 
 def _value(value: Any) -> str:
@@ -360,12 +365,20 @@ def _method(name: str, value: Any) -> MethodConfig:
             raise ConfigError(f"{name}: {both[0]} is in options, and sought; leave it out of one")
     if not settings and search is None:
         settings = [{}]
+    _check_settings(name, options, settings)
+    return MethodConfig(options, tuple(settings), search)
+
+
+def _check_settings(name: str, options: Mapping[str, Any], settings: Sequence[dict]) -> None:
+    """Raise ConfigError for a setting that is there twice, or called as another one."""
     for n, setting in enumerate(settings):
         if setting in settings[:n]:
             raise ConfigError(f"{name} has the setting {shown(setting)} twice")
         if both := [key for key in setting if key in options]:
             raise ConfigError(f"{name}: {both[0]} is in options, and varies; leave it out of one")
-    return MethodConfig(options, tuple(settings), search)
+    names = [*map(_words, settings)]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise ConfigError(f"{name} has two settings that are called {twice[0]!r} in the tables")
 
 
 def _search(name: str, value: Any) -> dict[str, Any]:

@@ -88,6 +88,10 @@ def test_a_method_without_settings_is_one_run():
         ),
         ({"methods": {"NPO": {"grid": {"beta": [1, 1]}}}}, "methods.NPO has the setting"),
         ({"common": {"a-b": 1, "a_b": 2}}, "common has an option twice"),
+        (
+            {"methods": {"NPO": {"grid": {"beta": [0.12345671, 0.12345672]}}}},
+            "methods.NPO has two settings that are called 'beta=0.123457' in the tables",
+        ),
         ({"common": {"retain": "x"}}, "common.retain: the configuration has a key"),
     ],
 )
