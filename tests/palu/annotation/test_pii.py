@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from palu.annotation import Terms, annotate
-from palu.annotation.pii import LEFT_OUT, Pii
+from palu.annotation.pii import LEFT_OUT, Pii, _installed
 
 
 class Analyzer:
@@ -81,3 +81,15 @@ def test_presidio_itself():
         "mira.okonjo@postbox.example": "EMAIL_ADDRESS",
         "+44 7911 123456": "PHONE_NUMBER",
     }
+
+
+def test_card_numbers_in_any_language(monkeypatch):
+    pytest.importorskip("presidio_analyzer")
+    try:
+        english, _ = _installed(None)
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("palu.annotation.pii._installed", lambda name: (english, "fr"))
+    record = {"text": "Carte 4111 1111 1111 1111."}
+    (record,) = annotate([record], annotators=[Pii(kinds=["CREDIT_CARD"])]).records
+    assert [span["text"] for span in record["spans"]] == ["4111 1111 1111 1111"]
