@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +50,10 @@ def review(options: SimpleNamespace) -> None:
 
     if options.output is None:
         raise ValueError("--review writes a file: add --output FILE")
+    check_output("output", options.output, [options.file], overwrite=True)
     records = load_records(options.file, options.columns)
-    written: Sequence[Any] | None = None
-    if options.output.exists() and not options.overwrite:
-        written = load_records(str(options.output))
-    else:
-        check_output("output", options.output, [options.file], overwrite=options.overwrite)
+    goes_on = options.output.exists() and not options.overwrite
+    written = load_records(str(options.output)) if goes_on else None
     state = Review(records, written, str(options.output))
     try:
         _ask(state)

@@ -108,6 +108,7 @@ def test_nothing_found(palu):
         ("inspect chats.jsonl --model m --output o", "--output: only a review writes a file"),
         ("inspect chats.jsonl --html chats.jsonl --overwrite", "is an input of this run"),
         ("inspect chats.jsonl --html ada.csv", "exists; add --overwrite"),
+        ("inspect chats.jsonl --review --output chats.jsonl", "is an input of this run"),
     ],
 )
 def test_refused(palu, line, message):
