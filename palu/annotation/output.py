@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -27,19 +28,41 @@ def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, A
     Raises:
         TypeError, ValueError: a value that JSON does not have, with its record.
     """
-    lines = []
-    for number, record in enumerate(records):
-        try:
-            lines.append(to_json(record))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"record {number} cannot be written as JSON: {error}") from None
+    numbered = [(record, f"record {number}") for number, record in enumerate(records)]
+    lines = list(_lines(numbered))
     with new_file(path) as file:
         file.writelines(line + "\n" for line in lines)
 
 
+def check_records(records: Iterable[tuple[Mapping[str, Any], str]]) -> None:
+    """Check that records can be written, before work that would be lost.
+
+    Args:
+        records: as `palu.data.files.load_records` returns them.
+
+    Raises:
+        TypeError, ValueError: as `write_records`; says where the record stands.
+    """
+    for _ in _lines(records):
+        pass
+
+
+def _lines(records: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator[str]:
+    for record, where in records:
+        try:
+            yield to_json(record)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where} cannot be written as JSON: {error}") from None
+
+
 def to_json(value: Any) -> str:
-    """Return what a record or span holds as JSON in one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    """Return what a record or span holds as JSON in one line. Halves of surrogate pairs, which
+    UTF-8 does not have, are written as JSON escapes them."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    return _HALVES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def _plain(value: Any) -> Any:

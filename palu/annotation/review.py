@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from palu.annotation.base import Text, texts_of
 from palu.annotation.combine import Mark, merge, read_marks, span_of, with_marks
-from palu.annotation.output import to_json
+from palu.annotation.output import check_records, to_json
 from palu.data.records import Example
 
 # `</script>` and `<!--` would end the element that the data stand in; JavaScript's line separators
@@ -34,7 +33,7 @@ def review_page(records: Iterable[tuple[Mapping[str, Any], str]], name: str) -> 
     shown = [_shown(record, example, marks) for record, example, marks in _read(records)]
     stem = name.rsplit("/", 1)[-1].removesuffix(".jsonl")
     content = {"name": name, "download": f"{stem}.reviewed.jsonl", "records": shown}
-    data = json.dumps(content, ensure_ascii=False).translate(_ESCAPES)
+    data = to_json(content).translate(_ESCAPES)
     page = resources.files("palu.annotation").joinpath("review.html").read_text("utf-8")
     before, after = page.split("{{data}}")
     return before + data + after
@@ -44,6 +43,8 @@ def _read(
     records: Iterable[tuple[Mapping[str, Any], str]],
 ) -> list[tuple[Mapping[str, Any], Example, list[Mark]]]:
     read = []
+    records = list(records)
+    check_records(records)
     for number, (record, where) in enumerate(records):
         try:
             example, marks = read_marks(record, number)

@@ -87,13 +87,14 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
         _check_places(options)
         with bars.status("Reading the records"):
             from palu.annotation import annotate as run
-            from palu.annotation.output import summary_table, write_records
+            from palu.annotation.output import check_records, summary_table, write_records
             from palu.data.files import load_records
             from palu.progress import bar
             from palu.storage.files import locked, write_json
 
             annotators = _annotators(options)
             records = load_records(options.file, options.columns)
+            check_records(records)
             context.with_resource(locked(options.output))
         with bar(bars, "Annotating") as report:
             for annotator in annotators:

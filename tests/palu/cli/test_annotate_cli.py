@@ -115,6 +115,23 @@ def test_refused(palu, line, message):
     assert message in refusal(palu, line)
 
 
+def test_what_json_cannot_hold_is_refused_before_the_work(palu, monkeypatch):
+    (palu.folder / "nan.jsonl").write_text('{"question": "q", "answer": "Ada.", "rate": NaN}\n')
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail("asked"))
+    for line in ("annotate nan.jsonl --all --output o", "inspect nan.jsonl --review --output o"):
+        assert "nan.jsonl:1 (row 0) cannot be written as JSON" in refusal(palu, line)
+    assert "nan.jsonl:1 (row 0) cannot be" in refusal(palu, "inspect nan.jsonl --html o")
+
+
+def test_half_an_emoji_is_kept(palu):
+    (palu.folder / "cut.jsonl").write_text(
+        '{"question": "q", "answer": "Ada.", "cut": "\\ud83d"}\n'
+    )
+    for line in ("annotate cut.jsonl --all --output o.jsonl", "inspect cut.jsonl --html o.html"):
+        assert palu(line)[0] == 0
+    assert read(palu.folder / "o.jsonl")[0]["cut"] == "\ud83d"
+
+
 def test_page(palu):
     status, said, _ = palu("inspect chats.jsonl --html page.html")
     assert status == 0 and "page.html" in said and "Ada" not in said
