@@ -111,14 +111,13 @@ def merge(marks: Iterable[Mark]) -> list[Mark]:
             merged.append(mark)
             continue
         scores = [m.score for m in (last, mark) if m.score is not None]
-        merged[-1] = Mark(
-            mark.text,
-            last.start,
-            max(last.end, mark.end),
-            tuple(dict.fromkeys([*(last.by or [GIVEN]), *(mark.by or [GIVEN])])),
-            max(scores, default=None),
-            {**mark.extra, **last.extra},
-        )
+        start, end = last.start, max(last.end, mark.end)
+        extra = {**mark.extra, **last.extra}
+        # Nobody has looked at a span that has grown since.
+        if (start, end) not in [(m.start, m.end) for m in (last, mark) if m.extra.get("reviewed")]:
+            extra.pop("reviewed", None)
+        by = tuple(dict.fromkeys([*(last.by or [GIVEN]), *(mark.by or [GIVEN])]))
+        merged[-1] = Mark(mark.text, start, end, by, max(scores, default=None), extra)
     return merged
 
 
