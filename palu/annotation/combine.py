@@ -9,7 +9,7 @@ from typing import Any
 from palu.annotation.base import Annotator, Found, Text, texts_of
 from palu.annotation.terms import Terms
 from palu.data.records import Example, parse_record
-from palu.data.spans import shown
+from palu.data.spans import as_objects, shown
 
 FORMAT = "palu-annotation/1"
 GIVEN = "given"  # who found a span that was in the record before and does not say it
@@ -149,9 +149,9 @@ def _said(record: Mapping[str, Any], count: int) -> list[list[Any]]:
     another form."""
     said: list[list[Any]] = [[] for _ in range(count)]
     for number, message in enumerate(record.get("messages") or ()):
-        if isinstance(message.get("spans"), list):
-            said[number] += message["spans"]
-    spans = record.get("spans")
+        inside = as_objects("spans", message.get("spans"))
+        said[number] += inside if isinstance(inside, list) else []
+    spans = as_objects("spans", record.get("spans"))
     for span in spans if isinstance(spans, list) else ():
         text = count - 1
         if isinstance(span, Mapping):
@@ -166,7 +166,7 @@ def _given(text: int, start: int, end: int, span: Any) -> Mark:
     by, score = said.pop("annotator", None), said.pop("score", None)
     names = tuple(by.split("+")) if isinstance(by, str) and by else ()
     score = float(score) if isinstance(score, int | float) else None
-    extra = {key: said[key] for key in said if key not in _PLACE}
+    extra = {key: one for key, one in said.items() if key not in _PLACE and one is not None}
     return Mark(text, start, end, names, score, extra)
 
 

@@ -82,6 +82,38 @@ def placed(record):
     return [[text[start:end] for start, end in spans] for text, spans in example.texts]
 
 
+def test_a_span_that_grew_is_to_be_reviewed_again():
+    kept = {"start": 0, "end": 9, "reviewed": True}
+    for finder, reviewed in ((Fixed("a", "Brook"), True), (Fixed("a", "Brook lives"), None)):
+        (record,) = annotate([DOCUMENT | {"spans": [kept]}], annotators=[finder]).records
+        (span,) = record["spans"]
+        assert span["annotator"] == "given+a" and span.get("reviewed") is reviewed
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_spans_as_tables_have_them_keep_what_they_say(inside):
+    spans = {"start": [0, 19], "end": [9, 23], "annotator": ["pii", "b"], "score": [0.5, None]}
+    spans["kind"] = ["PERSON", None]
+    record = DOCUMENT | {"spans": spans}
+    if inside:
+        message = {"role": "assistant", "content": DOCUMENT["text"], "spans": spans}
+        record = {"messages": [{"role": "user", "content": "Who?"}, message]}
+    (record,) = annotate([record], annotators=[Fixed("none", "nothing")]).records
+    said = [{**span, "turn": 0} for span in record["spans"]]
+    assert said == [
+        {
+            "start": 0,
+            "end": 9,
+            "text": "Ada Brook",
+            "turn": 0,
+            "kind": "PERSON",
+            "annotator": "pii",
+            "score": 0.5,
+        },
+        {"start": 19, "end": 23, "text": "Lund", "turn": 0, "annotator": "b"},
+    ]
+
+
 def test_spans_of_conversations_and_questions():
     asked = {"question": "Is Mira Okonjo there?", "answer": "No, Mira Okonjo left."}
     chat, pair = annotate([CHAT, asked], annotators=[Terms(["Mira Okonjo"])]).records

@@ -124,9 +124,7 @@ def test_what_json_cannot_hold_is_refused_before_the_work(palu, monkeypatch):
 
 
 def test_half_an_emoji_is_kept(palu):
-    (palu.folder / "cut.jsonl").write_text(
-        '{"question": "q", "answer": "Ada.", "cut": "\\ud83d"}\n'
-    )
+    (palu.folder / "cut.jsonl").write_text('{"question": "q", "answer": "Ada.", "cut": "\\ud83d"}')
     for line in ("annotate cut.jsonl --all --output o.jsonl", "inspect cut.jsonl --html o.html"):
         assert palu(line)[0] == 0
     assert read(palu.folder / "o.jsonl")[0]["cut"] == "\ud83d"
