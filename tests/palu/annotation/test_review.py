@@ -133,6 +133,25 @@ def test_mark_what_is_selected(page):
     assert texts(written(page)[0])[0] == [RECORDS[0]["messages"][0]["content"]]
 
 
+def test_three_clicks_select_a_turn(page):
+    page.press("j")
+    page.press("j")
+    box = "document.querySelector('[data-text=\"0\"]').getBoundingClientRect()"
+    x, y = page.js(f"(() => {{ const box = {box}; return [box.x + 12, box.y + 10]; }})()")
+    for count in (1, 2, 3):
+        for kind in ("mousePressed", "mouseReleased"):
+            where = {"x": x, "y": y, "button": "left", "clickCount": count}
+            page._ask("Input.dispatchMouseEvent", type=kind, **where)
+    page.press("m")
+    assert texts(written(page)[2]) == [["Is Mira in?"], ["Mira"]]
+    page.js(
+        """(() => { const [a, b] = document.querySelectorAll('.content');
+        getSelection().setBaseAndExtent(a, 0, b, 1); })()"""
+    )
+    page.press("m")  # over two turns: nothing
+    assert texts(written(page)[2]) == [["Is Mira in?"], ["Mira"]]
+
+
 def test_search(page):
     def search(text):
         page.js(
