@@ -391,9 +391,10 @@ class _Run:
             report["inputs"][EVALUATION] = file_digest(self.folder / EVALUATION)
             write_json(self.folder / REPORT_JSON, report)
             write_card(self.folder, content=report)
-            put_in_place(self.folder.resolve(), self.claim)
             if tell is not None:
                 tell(1, 1)
+        # Last: a full disk, or a kill, after it would leave the work of a run that is done.
+        put_in_place(self.folder.resolve(), self.claim)
         if not self.request.keep_work:
             _remove(self.work)
         return report

@@ -141,8 +141,15 @@ def test_a_second_start_goes_on(work, monkeypatch, capsys):
     # what a kill left of a file that was being written, with what the models said
     for place in (left, work / "out-unfinished"):
         (place / ".evaluation.json.0123456789abcdef.partial").write_text("Paris")
+    put = module.put_in_place
+
+    def put_last(*places):  # after it there may be no room to write anything
+        assert "report" in read(left / "erase.json")["stages"]
+        put(*places)
+
     with monkeypatch.context() as patch:
         begun = stopped_after(patch, None)
+        patch.setattr(module, "put_in_place", put_last)
         assert palu(LINE + TERMS)[0] in (0, 3)
     assert begun == list(module.STAGES)
     assert (work / "out/model.safetensors").read_bytes() == weights
