@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 # Not every system has all of them.
 _FULL = {getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG")} - {0}
+# What `torch.save` says where a disk is full: its last error alone, by how much was written.
+_TORCH_SAVE = ("PytorchStreamWriter", "iostream error", "unexpected pos")
 
 
 class UserError(Exception):
@@ -46,7 +48,7 @@ def failed_to_write(error: BaseException) -> bool:
     return (
         isinstance(error, OSError)
         or (kind == "SafetensorError" and ("I/O error" in text or "os error" in text))
-        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in text)
+        or (isinstance(error, RuntimeError) and any(one in text for one in _TORCH_SAVE))
     )
 
 

@@ -486,7 +486,8 @@ class CheckpointTrainer(ShardingTrainer):
             last = last_checkpoint(self.args.output_dir)
             kept = f"{last} is kept" if last else "there is none before it"
             raise WriteError(
-                f"the checkpoint of step {self.state.global_step} ({kept}): {one_line(error, 200)}"
+                f"the checkpoint of step {self.state.global_step} could not be written ({kept}): "
+                f"{one_line(error, 200)}"
             ) from error
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from palu.errors import failed_to_write
 from palu.training import room
 from tests.support import small
 from tests.support.command import palu_in, write_data, write_model
@@ -97,8 +99,17 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(palu, work, monkeypatch
 
     monkeypatch.setattr(torch, "save", fails)
     status, _, said = palu(UNLEARN + "--save-steps 1")
-    assert status == 3 and "the checkpoint of step 1 (there is none before it)" in said
+    assert status == 3
+    assert "the checkpoint of step 1 could not be written (there is none before it)" in said
     assert "PytorchStreamWriter failed" in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("entries", [10, 100_000])
+def test_what_torch_says_of_a_full_disk(entries):
+    with pytest.raises(RuntimeError) as raised:
+        torch.save(torch.zeros(entries), "/dev/full")
+    assert failed_to_write(raised.value)
 
 
 def test_room_is_looked_for_before_the_first_step(palu, work, monkeypatch):
