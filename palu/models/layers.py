@@ -74,7 +74,7 @@ def layer_output(
     if reason is not None:
         raise _unseen(layer_id, reason)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    inputs |= text_only_inputs(model, input_ids) | model_inputs
+    inputs |= text_only_inputs(model, input_ids) | model_inputs | _no_router_loss(inner)
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = 1
     with _ending_at(layers, layer_id) as taken:
@@ -99,7 +99,15 @@ def loss_at_layer(
         def inside(hidden: Tensor, head: None) -> Result:
             return loss(taken.output(input_ids))
 
-        return in_head(inside, input_ids, attention_mask, **model_inputs)
+        inputs = model_inputs | _no_router_loss(unwrap(model))
+        return in_head(inside, input_ids, attention_mask, **inputs)
+
+
+def _no_router_loss(inner: nn.Module) -> dict[str, bool]:
+    """Return what tells a mixture of experts to compute no router loss: it fails where none of the
+    layers up to this one is a mixture, as the first ones of Jamba."""
+    takes = "output_router_logits" in inspect.signature(inner.forward).parameters
+    return {"output_router_logits": False} if takes else {}
 
 
 def _layers_seen(model: nn.Module, layer_id: int) -> nn.ModuleList:

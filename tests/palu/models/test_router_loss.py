@@ -133,6 +133,13 @@ def test_what_has_no_place_for_it_says_so(tok, tmp_path, caplog):
     assert "router" not in caplog.text
 
 
+def test_rmu_needs_no_mixture_among_its_layers(tok, tmp_path):
+    args = training.config(tmp_path, method="rmu", layer_id=0, max_steps=1)
+    made = training.trainer(tok, args, model=mixture(tok, "Jamba"))  # whose second layer is one
+    made.train()
+    assert training.logged(made)[0]["forget"] > 0
+
+
 def test_a_model_that_does_not_give_it_is_refused(tok, tmp_path):
     model = small.model(tok)
     model.config.output_router_logits = True
