@@ -268,7 +268,7 @@ class PALULoss(nn.Module):
         made = [
             n.to(like.device, work, non_blocking=True)
             if isinstance(n, Tensor)
-            else torch.full((), n, dtype=work, device=like.device)
+            else torch.ones((), dtype=work, device=like.device) * n  # compiled for any n
             for n in found
         ]
         return counts, torch.stack(made)
@@ -300,8 +300,8 @@ class PALULoss(nn.Module):
         """Weights of the losses' means in the total."""
         weights = [self.forget_weight, self.preserve_weight]
         terms = 1 if self.preserve is None else 2
-        # filled on the device: a tensor made of a list is copied there, which waits
-        return torch.stack([denominators.new_full((), weight) for weight in weights[:terms]])
+        # made on the device: a tensor made of a list is copied there, which waits
+        return torch.stack([denominators.new_ones(()) * weight for weight in weights[:terms]])
 
     def _score_source(self, ref_hidden: Tensor | None, ref_indices: Tensor | None) -> str:
         """Whose scores choose S, of what `from_hidden` is given."""

@@ -134,6 +134,21 @@ def test_denominators_that_change(monkeypatch):
         torch.testing.assert_close(found.loss, wanted.loss)
 
 
+def test_no_graph_for_every_number():
+    """Counts of a step and weights that are annealed: one graph for the first, one for others."""
+    loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
+    logits, ref = normal(2, 13, V, seed=1), normal(2, 13, V, seed=2)
+
+    def step(n):
+        return loss(logits, labels, ref, num_forget=n).loss
+
+    compiled = torch.compile(step, **TRACED)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in (4.5, 9.5, 11.25, 3.0):
+            loss.preserve_weight = number / 2
+            torch.testing.assert_close(compiled(number), step(number))
+
+
 def test_too_few_indices_are_found_out_when_it_runs():
     loss, labels = PALULoss(top_k=9, prefix_length=2), labels_of(2, 13)
     head = LMHead(normal(V, D, seed=3))
