@@ -56,16 +56,7 @@ class Collator:
             raise ValueError("a batch needs at least one example")
         wanted = ["input_ids", "labels"] + ["example_id"] * self.keep_ids
         for number, feature in enumerate(features):
-            for name in wanted:
-                if name not in feature:
-                    raise ValueError(
-                        f"example {number} of the batch has no {name!r}, only {[*feature.keys()]}"
-                    )
-            ids, labels = len(feature["input_ids"]), len(feature["labels"])
-            if ids != labels:
-                raise ValueError(
-                    f"example {number} of the batch has {ids} input_ids but {labels} labels"
-                )
+            _check(number, feature, wanted)
         lengths = [len(feature["input_ids"]) for feature in features]
         longest = -(-max(lengths) // self.multiple) * self.multiple
         shape = (len(features), longest)
@@ -91,6 +82,23 @@ class Collator:
         if self.keep_ids:
             batch["example_id"] = [feature["example_id"] for feature in features]
         return batch
+
+
+def _check(number: int, feature: Any, wanted: Sequence[str]) -> None:
+    """Raise TypeError or ValueError for an example that has not got what a batch is made of."""
+    if not isinstance(feature, Mapping):
+        raise TypeError(
+            f"example {number} of the batch is a {type(feature).__name__}; it must be a mapping "
+            "with input_ids and labels"
+        )
+    for name in wanted:
+        if name not in feature:
+            raise ValueError(
+                f"example {number} of the batch has no {name!r}, only {[*feature.keys()]}"
+            )
+    ids, labels = len(feature["input_ids"]), len(feature["labels"])
+    if ids != labels:
+        raise ValueError(f"example {number} of the batch has {ids} input_ids but {labels} labels")
 
 
 def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

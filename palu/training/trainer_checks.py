@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,9 @@ def check_arguments(args: Any, forget: Any, retain: Any, evaluation: Any, kwargs
         raise ValueError("fp16 is True and the device is a CPU, where bf16 must be taken instead")
     _check_dealing(args, forget, evaluation)
     _check_data(forget, retain)
+    several = isinstance(evaluation, Mapping)
+    for rows in evaluation.values() if several else [evaluation]:
+        _check_rows("eval_dataset", rows)
     args.check_retain(given=retain is not None)
     loss = args.make_loss()
     short = args.max_steps <= 0 and isinstance(loss, PDU)
@@ -52,11 +56,13 @@ def check_arguments(args: Any, forget: Any, retain: Any, evaluation: Any, kwargs
 def _check_data(forget: Any, retain: Any) -> None:
     if forget is None or (hasattr(forget, "__len__") and len(forget) == 0):
         raise ValueError("train_dataset (the forget set) must have at least one row")
+    _check_rows("train_dataset", forget)
     if retain is not None and not hasattr(retain, "__len__"):
         raise TypeError(
             f"retain_dataset is a {type(retain).__name__} without a length; its rows are taken by "
             "their numbers, so it must have one (a list, or a data set that is no stream)"
         )
+    _check_rows("retain_dataset", retain)
     if retain is not None and len(retain) == 0:
         raise ValueError("retain_dataset must have at least one row, or be None")
     for name, data in (("train_dataset", forget), ("retain_dataset", retain)):
@@ -65,6 +71,18 @@ def _check_data(forget: Any, retain: Any) -> None:
                 f"{name} is a {type(data).__name__} with {', '.join(map(repr, data))}; it must be "
                 "rows, such as one split of it"
             )
+
+
+def _check_rows(name: str, data: Any) -> None:
+    """Raise TypeError for what a `DataLoader` cannot draw from: it would say so in the first step,
+    or after an epoch, and not of which argument."""
+    if isinstance(data, (IterableDataset, os.PathLike, type(None))):
+        return
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"{name} is a {type(data).__name__}; it must have a length and rows by their numbers "
+            "(a list, a datasets.Dataset), or be a torch.utils.data.IterableDataset"
+        )
 
 
 def _check_dealing(args: PALUConfig, *datasets: Any) -> None:

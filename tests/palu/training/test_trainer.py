@@ -364,6 +364,16 @@ def test_bad_arguments(tok, tmp_path):
         trainer(tok, args, forget=[])
     with pytest.raises(ValueError, match="retain_dataset must have at least one row"):
         trainer(tok, args, retain=[])
+    rows = small.rows(tok)
+    with pytest.raises(TypeError, match="train_dataset is a generator; it must have a length"):
+        trainer(tok, args, forget=(row for row in rows))
+    with pytest.raises(TypeError, match="retain_dataset is a set; it must have a length and rows"):
+        trainer(tok, args, retain={1, 2})
+    for data in ((row for row in rows), {"one": rows, "other": (row for row in rows)}):
+        with pytest.raises(TypeError, match="eval_dataset is a generator; it must have a length"):
+            trainer(tok, args, eval_dataset=data)
+    with pytest.raises(TypeError, match="example 0 of the batch is a tuple; it must be a mapping"):
+        Collator(0)([(1, 2)])
     with pytest.raises(ValueError, match="retain_batch_size is 2 and there is no retain set"):
         trainer(tok, config(tmp_path, retain_batch_size=2), retain=None)
     for name, value in (("retain_weight", 0.5), ("retain_loss", "kl")):
