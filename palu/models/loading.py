@@ -72,8 +72,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 def model_folder(path: str | Path) -> Path:
     """Return `path` if it is a folder of a model or of a PEFT adapter, or the folder of a model on
-    the hub (see `palu.models.hub.located`). Raises FileNotFoundError."""
+    the hub (see `palu.models.hub.located`). Raises FileNotFoundError and NotADirectoryError."""
     folder = located(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"model {str(folder)!r} is a file; name the folder it lies in")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model folder {str(folder)!r} does not exist (nor is it the id of a model on the hub: "

@@ -57,6 +57,7 @@ def test_a_slice_of_a_file_and_no_retain(palu):
     ("words", "message"),
     [
         ("--model nowhere", "model folder 'nowhere' does not exist"),
+        ("--model model/config.json", "model 'model/config.json' is a file; name the folder"),
         ("--model .", "'.' is not a Hugging Face model folder: it has no config.json"),
         ("--forget nowhere.jsonl", "nowhere.jsonl"),
         ("--forget broken.jsonl", "broken.jsonl:2"),
