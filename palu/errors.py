@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
+# What palu imports of the extra "train" of pyproject.toml.
+TRAIN = ("accelerate", "jinja2", "matplotlib", "peft", "phonenumbers", "rich", "rouge_score")
+TRAIN += ("scipy", "typer")
 # Not every system has all of them.
 _FULL = {getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG")} - {0}
 # What `torch.save` says where a disk is full: its last error alone, by how much was written.
@@ -75,6 +79,10 @@ def exit_status(error: Exception) -> tuple[int, str]:
         return 2 if isinstance(error, UserError) else 1, str(error)
     if isinstance(error, WriteError):
         return 3, str(error)
+    if isinstance(error, ModuleNotFoundError):  # transformers' own does not say which it misses
+        missing = ", ".join(name for name in TRAIN if find_spec(name) is None)
+        if missing:
+            return 2, f"not installed: {missing}; pip install 'palu-unlearning[train]'"
     # Another OSError may be a bug of ours.
     if failed_to_write(error) and not (isinstance(error, OSError) and error.errno not in _FULL):
         return 3, f"writing failed: {one_line(error)}"

@@ -17,6 +17,7 @@ import pytest
 
 import palu
 import palu_kernels
+from palu.errors import TRAIN
 from tests.support import ROOT, small
 from tests.support.command import write_data
 from tests.support.once import once
@@ -149,6 +150,7 @@ CODES = {
     f"for command in {list(COMMANDS)}:\n"
     "    assert not app(command.split(), standalone_mode=False)\n"
     f"    print('LOADED', sorted({HEAVY} & set(sys.modules)))",
+    "no train": f"{without(' '.join(TRAIN))}from palu.cli import main\nmain()",
     "trainer": "import sys\n"
     "from transformers import Trainer\n"
     "before = {name.partition('.')[0] for name in sys.modules}\n"
@@ -169,6 +171,8 @@ for name, code in codes.items():
         try:
             exec(code, {"__name__": "__main__"})
             print("END")
+        except SystemExit as end:
+            print("status", end.code)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -204,6 +208,16 @@ def test_all_but_the_trainer_needs_no_extra(said):
 def test_a_command_starts_without_libraries_that_it_does_not_need(said):
     loaded = [line for line in said["commands"] if line.startswith("LOADED")]
     assert loaded == [f"LOADED {sorted(names)}" for names in COMMANDS.values()], said["commands"]
+
+
+def test_the_command_names_the_extra_that_is_not_installed(said):
+    error = f"error: not installed: {', '.join(TRAIN)}; pip install 'palu-unlearning[train]'"
+    assert said["no train"] == [error, "status 2"]
+
+
+def test_what_the_command_needs_is_the_extra_train():
+    extra = re.search(r"^train = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
+    assert sorted(TRAIN) == sorted(ast.literal_eval(f"[{extra.replace('-', '_')}]"))
 
 
 def test_the_trainer_loads_what_transformers_trainer_loads_and_palu(said):
