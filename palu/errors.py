@@ -92,6 +92,8 @@ def exit_status(error: Exception) -> tuple[int, str]:
             "--dtype bfloat16 or a smaller model (palu plan says what a step takes)"
         )
     if hasattr(error, "format_message"):  # typer's, of the command line
+        if not error.format_message():  # of a command without arguments: its help has been printed
+            return error.exit_code, ""
         context = getattr(error, "ctx", None)
         hint = "" if context is None else f" ({context.command_path} --help lists the options)"
         return error.exit_code, one_line(error.format_message()) + hint

@@ -89,7 +89,8 @@ def main() -> None:
             raise
         bars.quiet = False  # another process may not come to say anything
         who = f" in process {distributed.rank()}" if distributed.count() > 1 else ""
-        say(f"error{who}", "red", text)
+        if text:
+            say(f"error{who}", "red", text)
     finally:
         logging.getLogger("palu").removeHandler(lines)
     if status == INTERRUPTED:

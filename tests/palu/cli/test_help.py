@@ -51,6 +51,12 @@ def test_help_fits_80_columns(palu, command, flag):
     assert all(len(line) <= 80 for line in said.splitlines()) and "…" not in said
 
 
+@pytest.mark.parametrize("command", ["", "cache"])
+def test_no_command_is_help_alone(palu, command):
+    status, said, error = palu(command)
+    assert status == 2 and error == "" and f"Usage: palu {command}" in said
+
+
 def test_help_of_unlearn_is_grouped_and_whole(palu):
     said = palu("unlearn", "--help")[1]
     titles = [line.strip("╭─╮ ") for line in said.splitlines() if line.startswith("╭─")]
