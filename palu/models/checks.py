@@ -54,6 +54,19 @@ def refuse_encoder(model: nn.Module) -> None:
         )
 
 
+def refuse_parts(model: nn.Module) -> None:
+    """Raise ValueError for a model that is shared out among processes already: ranks of a tensor
+    parallel one must have the same rows, and the trainer gives every process its own."""
+    part = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    if part is not None:
+        raise ValueError(
+            f"the parameter {part} of model is a DTensor, of which each process has a part "
+            "(tp_plan, parallelize_module or fully_shard): give PALUTrainer a whole model, which "
+            "it shards with fsdp='full_shard'; tensor parallel models train in a loop of your own "
+            "(docs/distributed.md)"
+        )
+
+
 def is_whole(model: nn.Module) -> bool:
     """Return whether this process has all weights and may call the model by itself: not so on
     the meta device, under FSDP and where DeepSpeed (ZeRO 3) keeps a part."""

@@ -37,6 +37,7 @@ from palu.models.checks import (
     first_texts,
     is_whole,
     refuse_encoder,
+    refuse_parts,
 )
 from palu.models.lora import refuse_prompt_learning
 from palu.models.router_loss import warn_if_left_out
@@ -190,6 +191,7 @@ class PALUTrainer(CheckpointTrainer):
         processing_class = loaded.tokenizer
         refuse_prompt_learning(model)
         refuse_encoder(model)
+        refuse_parts(model)
         eos = eos_token_ids(model, processing_class)
         self.method = args.make_loss(eos)
         if args.n_gpu > 1:

@@ -5,7 +5,10 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from typer.testing import CliRunner
 
 from palu.cli.app import app
@@ -208,6 +211,19 @@ def test_a_trainer_refuses_what_is_not_causal(tok, tmp_path):
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small_t5))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         training.trainer(tok, training.config(tmp_path), model=t5)
+
+
+def test_a_trainer_refuses_parts_of_a_model(tok, tmp_path):
+    """Ranks of a tensor parallel head must have the same rows, and get rows of their own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = small.model(tok)
+        plan = {"lm_head": ColwiseParallel(use_local_output=False)}
+        parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+        with pytest.raises(ValueError, match=r"parameter lm_head\.weight of model is a DTensor"):
+            training.trainer(tok, training.config(tmp_path), model=model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_commands_refuse_it_in_one_line(tok, tmp_path):
