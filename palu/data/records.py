@@ -1,6 +1,8 @@
 """Parse one record of a data file, field by field, into an `Example`."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -389,3 +391,14 @@ def _placed(answer: str, value: Any) -> tuple[str, Any]:
         if all(_stands(answer, *ends, text) for span, ends in pairs for text in _said(span)):
             return unit, spans
     return CHARACTERS, value
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Return a hash of examples in their order: texts, spans and given paraphrases."""
+    digest = hashlib.blake2b(digest_size=16, person=b"palu.attack")
+    for example in examples:
+        texts = [[text, [list(span) for span in spans]] for text, spans in example.texts]
+        digest.update(
+            json.dumps([example.question is None, texts, example.extra], default=str).encode()
+        )
+    return digest.hexdigest()

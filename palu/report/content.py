@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palu.report.attacked import above, attacks_of
-from palu.report.examples import Secrets, masked, spans_of
+from palu.report.examples import Secrets, attacked_others, masked, spans_of
 from palu.report.inputs import (
     ANNOTATION,
     ANNOTATION_FORMAT,
@@ -50,6 +50,8 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     """
     rows = measure_rows(inputs)
     attacks = attacks_of(inputs)
+    if attacks is not None:
+        attacks["of_others"] = attacked_others(inputs, secrets)
     models = _models(inputs)
     checked = integrity_checks(inputs)
     verdict = _verdict(inputs[RECORD]["outcome"], attacks, rows)

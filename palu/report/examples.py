@@ -187,10 +187,10 @@ def example_answers(secrets: Secrets | None) -> list[dict[str, Any]]:
 def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, Any]]:
     """Return examples of attacks: `[{"attack", "prompt", "answers": {model: {"text"}}}]`.
 
-    Where `palu attack` left the secrets in them, the file that was to be forgotten must be there to
-    mask them.
+    Where `palu attack` left the secrets in them, the file that was attacked must be there to mask
+    them.
     """
-    if secrets is None:
+    if secrets is None or attacked_others(inputs, secrets):
         if inputs[ATTACK]["settings"]["show_secrets"].value is not False:
             return []
         secrets = Secrets("", [], [], [])
@@ -216,6 +216,15 @@ def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, A
             }
         )
     return shown
+
+
+def attacked_others(inputs: Inputs, secrets: Secrets | None) -> bool:
+    """Return whether `attack.json` is of other records than those of the file that was forgotten
+    (or of a part of them, or of what another way of reading makes of it)."""
+    from palu.data.records import data_digest
+
+    digest = inputs[ATTACK]["settings"]["data"]["forget"].value
+    return None not in (digest, secrets) and digest != data_digest(secrets.records)
 
 
 def masked(value: Any, secrets: Secrets | None) -> Any:

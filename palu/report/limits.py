@@ -59,10 +59,16 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
         if skipped:
             limits.append(f"These attacks were left out: {', '.join(skipped)}.")
     tried, marked = attacks and attacks["records"], request["records_with_spans"]
-    if tried is not None and marked is not None and tried < marked:
+    if attacks is not None and attacks["of_others"]:
         limits.append(
-            f"Only {tried} of the {marked} records to forget were attacked (palu attack --quick, "
-            "or a part of the file). Of the others no secret was asked for."
+            "The attacks were not of the records to forget as their file has them now: of a part "
+            "of them, of others, or of a file that has changed or was read in another way. Of the "
+            "rest no secret was asked for."
+        )
+    elif tried is not None and marked is not None and tried < marked:
+        limits.append(
+            f"Only {tried} of the {marked} records to forget were attacked (palu attack --quick). "
+            "Of the others no secret was asked for."
         )
     if attacks is not None and attacks["attacks"]:
         asked = [one["of"] for attack in attacks["attacks"] for one in attack["results"].values()]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from palu.data.records import Example
+from palu.data.records import Example, data_digest
 from palu.data.template import Template
 from palu.errors import one_line, out_of_memory
 from palu.evaluation.attacks.attack import Answered, Attack, LeakAttack
@@ -125,17 +125,6 @@ def run_attacks(
         _attack_model(name, given, chosen, results, targets, progress, dict(loading or {}))
     results.save()
     return results.content()
-
-
-def data_digest(examples: Sequence[Example]) -> str:
-    """Return a hash of examples in their order: texts, spans and given paraphrases."""
-    digest = hashlib.blake2b(digest_size=16, person=b"palu.attack")
-    for example in examples:
-        texts = [[text, [list(span) for span in spans]] for text, spans in example.texts]
-        digest.update(
-            json.dumps([example.question is None, texts, example.extra], default=str).encode()
-        )
-    return digest.hexdigest()
 
 
 def model_digest(model: str | os.PathLike[str] | nn.Module) -> str:

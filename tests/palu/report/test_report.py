@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from palu.data.files import load_examples
+from palu.data.records import data_digest
 from palu.evaluation.attacks.run import model_digest
 from palu.evaluation.leaks import leaks
 from palu.report import build_report, write_card
@@ -326,6 +328,18 @@ def test_an_attack_on_a_part_of_the_records(tmp_path):
     assert "Only 2 of the 6 records to forget were attacked" in text_of(model / "report.html")
     (whole := tmp_path / "whole").mkdir()
     assert not any("were attacked" in one for one in build_report(erasure.write(whole))["limits"])
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_an_attack_on_other_records(tmp_path, others):
+    model = erasure.write(tmp_path)
+    digest = data_digest(load_examples(tmp_path / "forget.jsonl", require_spans=False)[others:])
+    attack = erasure.attack() | {"settings": {"data": {"forget": digest}, "show_secrets": True}}
+    (model / "attack.json").write_text(json.dumps(attack))
+    limits = build_report(model)["limits"]
+    assert others == any("were not of the records to forget" in one for one in limits)
+    # Which secrets the answers to others give away is not known: they could not be masked.
+    assert others != ("a, the office." in text_of(model / "report.html"))
 
 
 def test_an_adapter(tmp_path):
