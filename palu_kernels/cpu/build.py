@@ -58,7 +58,10 @@ def library() -> tuple[ctypes.CDLL, str]:
 
 
 def _compiler() -> list[str]:
-    own = shlex.split(os.environ.get("CC", ""))
+    try:
+        own = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise BuildError(f"CC is {os.environ['CC']!r}: {error}") from error
     if own:
         return own
     for name in ("cc", "gcc", "clang"):

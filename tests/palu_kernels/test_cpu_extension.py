@@ -229,6 +229,7 @@ def test_a_broken_library_is_built_again(again, built, tmp_path):
         ({"PALU_CPU_EXTENSION": "0"}, "PALU_CPU_EXTENSION is 0"),
         ({"CC": "false"}, "failed"),
         ({"CC": "/nowhere/cc"}, "does not run"),
+        ({"CC": "/home/o'neil/cc"}, "No closing quotation"),
         ({"CC": "", "PATH": ""}, "no C compiler"),
     ],
     ids=str,
