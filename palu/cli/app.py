@@ -70,7 +70,10 @@ def main() -> None:
     # Forked workers after the tokenizer was used would make it print a warning of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A run that is told to stop leaves through its cleanup: no half-written folder stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal; Windows has none
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -207,18 +207,21 @@ def test_output_folders(tmp_path, monkeypatch):
         check_output(tmp_path, overwrite=True)
 
 
-def test_a_run_told_to_stop_leaves_no_half_written_folder(palu, work, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_told_to_stop_leaves_no_half_written_folder(palu, work, monkeypatch, number):
+    """By `kill`, or by a terminal that is closed."""
+
     def told_to_stop(*_, **__):
         assert list(work.glob(".stopped.partial-*"))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(palu_unlearn, "unlearn", told_to_stop)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(number, signal.default_int_handler)  # under nohup it is ignored
     try:
         status, _, said = palu(UNLEARN + "--output stopped")
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert status == 128 + signal.SIGTERM and "Traceback" not in said
+        signal.signal(number, before)
+    assert status == 128 + number and "Traceback" not in said
     assert not list(work.glob("*stopped*")) and not list(work.glob(".stopped*"))
 
 
