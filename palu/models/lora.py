@@ -121,7 +121,29 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings, seed: int) -> PeftM
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
-        return get_peft_model(model, config)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # PEFT's own
+        adapted = get_peft_model(model, config)
+    if settings.target == ALL_LINEAR:
+        _warn_of_experts(adapted)
+    return adapted
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warn of weights `[experts, ..., ...]` without an adapter: PEFT has one for some models' alone
+    (of those it wraps, the name has `base_layer` in it)."""
+    left = [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and name.endswith("experts")
+    ]
+    if left:
+        warnings.warn(
+            f"--lora-target {ALL_LINEAR}: {len(left)} weights of experts get no adapter, such as "
+            f"{left[0].removeprefix('base_model.model.')}: they are no linear layers, and they "
+            "stay as they are",
+            stacklevel=3,
+        )
 
 
 def _check_targets(model: nn.Module, targets: Iterable[str]) -> None:

@@ -1,11 +1,14 @@
 """A mixture's router loss in the retain term: that of the model's own loss on the retain rows."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
 
 from palu.data.collator import Collator
 from palu.methods.micro_batch import RETAIN
+from palu.models.lora import LoRASettings, add_lora
 from tests.support import small, training
 
 SMALL = {
@@ -145,3 +148,20 @@ def test_a_model_that_does_not_give_it_is_refused(tok, tmp_path):
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="LlamaForCausalLM gives no router loss"):
         training.trainer(tok, training.config(tmp_path), model=model).train()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "GptOss", "Jamba"])
+def test_it_is_said_which_experts_get_no_adapter(tok, name):
+    """PEFT adapts fused experts of some models, and of others it says nothing."""
+    pytest.importorskip("peft")
+    model = mixture(tok, name)
+    fused = [n for n, p in model.named_parameters() if p.dim() == 3 and "experts." in n]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapted = add_lora(model, LoRASettings(2, 4, 0.0, "all-linear"), seed=0)
+    told = [str(one.message) for one in said if "--lora-target" in str(one.message)]
+    trains = [n for n, p in adapted.named_parameters() if p.requires_grad and "experts" in n]
+    assert fused and bool(trains) != bool(told)
+    assert (
+        not told or f"{len(fused)} weights of experts get no adapter, such as {fused[0]}" in told[0]
+    )
