@@ -90,6 +90,10 @@ class Review:
         written: what an earlier review of them wrote; None where there is none.
         name: of the file that has it, for messages.
 
+    Attributes:
+        absent: how many spans of `records` are in no span of what was written: they were dropped
+            then, or have been found since.
+
     Raises:
         ValueError, TypeError: a record that cannot be read; `written` has other records.
     """
@@ -100,15 +104,20 @@ class Review:
         written: Sequence[tuple[Mapping[str, Any], str]] | None = None,
         name: str = "",
     ) -> None:
-        self._rows = _read(records)
+        self._rows, self.absent = _read(records), 0
         if written is not None:
-            texts = [texts_of(example) for _, example, _ in self._rows]
-            self._rows = _read(written)
-            if texts != [texts_of(example) for _, example, _ in self._rows]:
+            given, self._rows = self._rows, _read(written)
+            texts = [[texts_of(example) for _, example, _ in rows] for rows in (given, self._rows)]
+            if texts[0] != texts[1]:
                 raise ValueError(
                     f"{name}: exists and is no review of these records; name another file, or add "
                     "--overwrite to begin anew"
                 )
+            self.absent = sum(
+                not any(_holds(one, mark) for one in now)
+                for (_, _, before), (_, _, now) in zip(given, self._rows, strict=True)
+                for mark in before
+            )
         self.kept = self.dropped = 0
 
     def open(self) -> Iterator[tuple[Example, Text, Mark]]:
@@ -139,3 +148,7 @@ class Review:
     def records(self) -> list[dict[str, Any]]:
         """Return the records with the spans that were kept, and those that are open."""
         return [with_marks(record, example, marks) for record, example, marks in self._rows]
+
+
+def _holds(outer: Mark, inner: Mark) -> bool:
+    return outer.text == inner.text and outer.start <= inner.start and inner.end <= outer.end

@@ -55,6 +55,12 @@ def review(options: SimpleNamespace) -> None:
     goes_on = options.output.exists() and not options.overwrite
     written = load_records(str(options.output)) if goes_on else None
     state = Review(records, written, str(options.output))
+    if state.absent:
+        out.print(
+            f"{state.absent} spans of {options.file} are not in {options.output} and are not asked "
+            "for: they were dropped, or have been found since (--overwrite begins anew)",
+            soft_wrap=True,
+        )
     try:
         _ask(state)
     except (EOFError, KeyboardInterrupt):

@@ -177,6 +177,7 @@ def test_terminal_goes_on_where_it_stopped():
     done = review.records()
     assert [texts(r) for r in done] == [[[], ["Mira Okonjo", "07700 900181"]], [[]], [[], []]]
     again = Review(ROWS, [(record, "") for record in done], "out.jsonl")
+    assert (review.absent, again.absent) == (0, 2)
     ((_, text, mark),) = again.open()
     assert text.content[mark.start : mark.end] == "07700 900181"
     other = [(RECORDS[2], "")]
