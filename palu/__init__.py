@@ -80,5 +80,13 @@ if not TYPE_CHECKING:  # a type checker would take any attribute as there
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            home = importlib.import_module(_HOMES[name])
+        except ModuleNotFoundError as error:
+            from palu.errors import TRAIN, not_installed
+
+            if error.name in TRAIN:
+                error.msg = f"{name}: {not_installed()}"
+            raise
+        value = globals()[name] = getattr(home, name)
         return value

@@ -73,16 +73,21 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def not_installed() -> str:
+    """Return what to say of the packages of the extra "train" that are not there, if any."""
+    missing = ", ".join(name for name in TRAIN if find_spec(name) is None)
+    return missing and f"not installed: {missing}; pip install 'palu-unlearning[train]'"
+
+
 def exit_status(error: Exception) -> tuple[int, str]:
     """Return the exit status of an error that is no bug, and what to say of it; 0 for a bug."""
     if isinstance(error, UserError | FloatingPointError):
         return 2 if isinstance(error, UserError) else 1, str(error)
     if isinstance(error, WriteError):
         return 3, str(error)
-    if isinstance(error, ModuleNotFoundError):  # transformers' own does not say which it misses
-        missing = ", ".join(name for name in TRAIN if find_spec(name) is None)
-        if missing:
-            return 2, f"not installed: {missing}; pip install 'palu-unlearning[train]'"
+    # Transformers' own error does not say which it misses.
+    if isinstance(error, ModuleNotFoundError) and (missing := not_installed()):
+        return 2, missing
     # Another OSError may be a bug of ours.
     if failed_to_write(error) and not (isinstance(error, OSError) and error.errno not in _FULL):
         return 3, f"writing failed: {one_line(error)}"

@@ -151,6 +151,10 @@ CODES = {
     "    assert not app(command.split(), standalone_mode=False)\n"
     f"    print('LOADED', sorted({HEAVY} & set(sys.modules)))",
     "no train": f"{without(' '.join(TRAIN))}from palu.cli import main\nmain()",
+    "no phonenumbers": f"{without('phonenumbers')}from palu.cli import main\n"
+    "sys.argv = 'palu annotate forget.jsonl --terms Ada --output spans.jsonl'.split()\n"
+    "main()",
+    "no accelerate": f"{without('accelerate')}from palu import PALUTrainer",
     "trainer": "import sys\n"
     "from transformers import Trainer\n"
     "before = {name.partition('.')[0] for name in sys.modules}\n"
@@ -213,6 +217,13 @@ def test_a_command_starts_without_libraries_that_it_does_not_need(said):
 def test_the_command_names_the_extra_that_is_not_installed(said):
     error = f"error: not installed: {', '.join(TRAIN)}; pip install 'palu-unlearning[train]'"
     assert said["no train"] == [error, "status 2"]
+
+
+def test_what_is_imported_later_names_the_extra_too(said):
+    missing = "not installed: {}; pip install 'palu-unlearning[train]'"
+    assert said["no phonenumbers"] == [f"error: {missing.format('phonenumbers')}", "status 2"]
+    error = f"ModuleNotFoundError: PALUTrainer: {missing.format('accelerate')}"
+    assert said["no accelerate"][-1] == error
 
 
 def test_what_the_command_needs_is_the_extra_train():

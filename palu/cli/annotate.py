@@ -83,7 +83,7 @@ def annotate(context: typer.Context, options: SimpleNamespace) -> None:
     Annotators can be combined; where their spans overlap they become one. Look at the result with
     palu inspect --html. Nothing leaves this machine.
     """
-    with user_errors(ValueError, TypeError, OSError, ImportError), plain_warnings():
+    with user_errors(), plain_warnings():
         _check_places(options)
         with bars.status("Reading the records"):
             from palu.annotation import annotate as run
@@ -201,7 +201,8 @@ def _annotators(options: SimpleNamespace) -> list[Annotator]:
     if options.pii:
         from palu.annotation.pii import Pii
 
-        annotators.append(Pii(options.pii_pipeline, _names(options.pii_kinds)))
+        with user_errors(ValueError, ImportError):  # of the extra "annotate"
+            annotators.append(Pii(options.pii_pipeline, _names(options.pii_kinds)))
     if options.contrast:
         from palu.annotation.contrast import SELF, Contrast
 
