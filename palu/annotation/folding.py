@@ -5,7 +5,7 @@ import re
 import unicodedata
 from typing import Literal, NamedTuple
 
-from palu.data.annotations import is_letter
+from palu.data.annotations import is_letter, unspaced
 from palu.evaluation.leaks import bare
 
 Kind = Literal["words", "listed", "number", "email"]  # listed: last name, first name
@@ -52,6 +52,19 @@ class Pattern(NamedTuple):
     umlauts: bool = False
     score: float = 1.0
     cased: str = ""
+
+
+def plain(text: str) -> str:
+    """Return a text, as long as it was, with the digits of every script and what has full width as
+    in ASCII."""
+    return text if text.isascii() else "".join(map(_plain, text))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(character: str) -> str:
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    return chr(ord(character) - 0xFEE0) if "\uff01" <= character <= "\uff5e" else character
 
 
 def fold(text: str, *, umlauts: bool = False) -> Folded:
@@ -128,9 +141,9 @@ def _gap(known: Pattern, text: Folded, at: int, number: int) -> bool:
     found = text.text[text.ends[at + number - 1] : text.starts[at + number]]
     found = "".join(c for c in found if bare(c))  # not a soft hyphen
     if not found:
-        unspaced = not _word(text.text[text.starts[at + number]])
+        single = not _word(text.text[text.starts[at + number]])
         joined = known.kind == "number" or (not wanted.isspace() and known.kind != "email")
-        return not wanted or joined or unspaced
+        return not wanted or joined or single
     if wanted and found.strip() == wanted.strip():  # as it is: "1,500", "00:1A:2B", "A_12"
         return True
     if known.kind == "email":
@@ -139,7 +152,9 @@ def _gap(known: Pattern, text: Folded, at: int, number: int) -> bool:
         return _number_gap(known, text, at, number, found)
     if known.kind == "listed" and "," in wanted:
         return found.strip() == ","
-    return bool(wanted) and not _APART.search(found)
+    if not wanted:  # a space between two names, in a script that has none between words
+        return found.isspace() and all(map(unspaced, known.letters[number - 1 : number + 1]))
+    return not _APART.search(found)
 
 
 def _number_gap(known: Pattern, text: Folded, at: int, number: int, found: str) -> bool:

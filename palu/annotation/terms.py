@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from palu.annotation.base import Found, texts_of
-from palu.annotation.folding import Kind, Pattern, fold, pattern, place
+from palu.annotation.folding import Kind, Pattern, fold, pattern, place, plain
 from palu.annotation.phones import Phone, looks_like_phone, phone_patterns, phone_places
 from palu.annotation.term_files import Term
 from palu.data.annotations import unspaced
@@ -22,6 +22,11 @@ _NUMBER_FIELD = re.compile(
     r"(?:^|[\W_])(?:id|no|number|account|iban|card|ssn|order|ticket|code)s?$"
 )
 _PHONE_FIELD = re.compile(r"phone|mobile|cell|fax|(?:^|[\W_])tel", re.IGNORECASE)
+# Before a name of two words at least, which is also written without them.
+_TITLE = re.compile(
+    r"^(?:(?:dr|prof|mr|mrs|ms|miss|mx|sir|herr|frau|sra?|mme|se\u00f1ora?)\b\.?\s*)+(?=\S+\s+\S)",
+    re.IGNORECASE,
+)
 _STREETS = """street st, road rd, avenue ave, avenue av, lane ln, close cl, drive dr, court ct,
 square sq, boulevard blvd, place pl, terrace ter, highway hwy, apartment apt, crescent cres,
 gardens gdns, parkway pkwy, saint st, north n, south s, east e, west w, suite ste"""
@@ -100,7 +105,7 @@ class Terms:
             found = sorted(
                 (which, Found(number, start, end, score, self.terms[which].kind))
                 for number, text in enumerate(texts_of(example))
-                for which, start, end, score in self._known.places(text.content)
+                for which, start, end, score in self._known.places(plain(text.content))
             )
             for which in {which for which, _ in found}:
                 self.hits[which] += 1
@@ -183,7 +188,7 @@ def _meaning(value: str) -> bool:
 
 
 def _search(term: Term) -> _Search:
-    value, field = term.value.strip(), term.field
+    value, field = plain(term.value).strip(), term.field
     value = _MIDNIGHT.sub("", value)
     if dates := [d for d, spans in _dates(value).items() if (0, len(value)) in spans]:
         return _Search((pattern(value, "number"),), (), frozenset(dates))
@@ -220,10 +225,11 @@ def _emails(value: str) -> Iterator[Pattern]:
 
 def _words(value: str) -> Iterator[Pattern]:
     """Yield the patterns of names, addresses and other texts."""
-    words = value.split()
+    name = _TITLE.sub("", value)
+    words = name.split()
     if 2 <= len(words) <= 4 and all(map(_NAME.fullmatch, words)):
         yield from _both(f"{words[-1]}, {' '.join(words[:-1])}", "listed", _DERIVED)
-    forms = {value: 1.0}
+    forms = {name: _DERIVED} | {value: 1.0}
     if re.search(r"\d", value):
         parts = [part.strip() for part in re.split(r"[,;\n]", value)]
         streets = [part for part in parts if len(parts) > 1 and _STREET.fullmatch(part)]

@@ -10,6 +10,13 @@ import pytest
 from palu.annotation import Term, Terms, annotate, read_terms
 from palu.data.records import Example
 
+ARABIC = "".join(chr(0x660 + int(digit)) for digit in "0501234567")
+
+
+def wide(text):
+    return "".join(chr(ord(character) + 0xFEE0) for character in text)
+
+
 # A value, a text in which it stands between [ and ], however it is written there, and what else
 # the text has.
 WRITTEN = [
@@ -24,6 +31,15 @@ WRITTEN = [
     ("Smith-Jones", "[Smith Jones] [smith\u2011jones] [Smith-\u00adJones] Smith and Jones"),
     ("Ørsted", "[Oersted] [ørsted] [Orsted]"),
     ("王伟", "我叫[王伟]。"),
+    ("山田花子", "[山田 花子]様、[山田\u3000花子]、山田、花子"),
+    ("Dr. Eva Klein-Roth", "[Eva Klein-Roth], [Klein-Roth, Eva]; [Dr. Eva Klein-Roth]; Dr. Klein"),
+    ("Herr Prof. Dr. Jan Ott", "Prof. [Jan Ott]; [JAN OTT], Herr Ott"),
+    ("Mr Bean", "[Mr. Bean], not a bean"),
+    ("Drew Lee Ott", "[Drew Lee Ott], Lee Ott"),
+    ("0501234567", f"[{ARABIC}]."),
+    (ARABIC, "[0501234567]"),
+    ("03-1234-5678", f"電話は[{wide('03-1234-5678')}]です"),
+    ("mira.o@post.example", f"[{wide('mira.o@post.example')}]"),
     ("+44 7700 900181", "[07700 900 181] [+44 (0)7700-900181] [0044 7700900181] [447700900181]"),
     ("+44 7700 900181", "[(07700) 900181], +49 7700 900181, [7700.900.181], 77009001812"),
     ("07700 900 181", "[07700900181] 2 pm, [+44 7700 900 181] or ([+44 (0) 7700 900181])"),
