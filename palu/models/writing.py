@@ -219,17 +219,21 @@ def _plain_adapter_config(folder: Path, model: Any) -> None:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None) -> None:
     """Copy the tokenizer's files where it is the input's, else save it; then read it back."""
-    like_the_input = source is not None and _same_tokenizer(tokenizer, source)
-    if like_the_input:
+    same = False
+    if source is not None and _same_tokenizer(tokenizer, source):
         for path in _tokenizer_files(source, tokenizer):
             shutil.copyfile(path, folder / path.name)
         if (source / "additional_chat_templates").is_dir():
             name = "additional_chat_templates"
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-    else:
+        _name_for_old_readers(folder)
+        # Transformers 5 takes some classes from the model's config.json, which an adapter has not.
+        same = _same_tokenizer(tokenizer, folder)
+    if not same:
         tokenizer.save_pretrained(folder)
-    _name_for_old_readers(folder)
-    if not _same_tokenizer(tokenizer, folder):
+        _name_for_old_readers(folder)
+        same = _same_tokenizer(tokenizer, folder)
+    if not same:
         raise ValueError(
             f"the tokenizer written to {str(folder)!r} is read as another one than the model was "
             "given: its tokens, special tokens or chat template differ"

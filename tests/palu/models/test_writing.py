@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from palu.data.template import Template
 from palu.models import writing
@@ -204,10 +204,27 @@ def test_a_config_that_would_be_read_otherwise_is_refused(work, monkeypatch, key
     assert says in str(error.value)
 
 
+def test_an_adapter_has_the_tokenizer_that_the_base_s_config_chose(tmp_path):
+    """Transformers 5 reads a plain tokenizer beside the config of Qwen2 with rules of its own, and
+    from the folder of an adapter, without a config, as it stands."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    AutoConfig.for_model("qwen2").save_pretrained(base)
+    small.tokenizer().save_pretrained(base)
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    tok = AutoTokenizer.from_pretrained(base)
+    writing._write_tokenizer(adapter, tok, base)
+    plain, text = small.tokenizer(), "e\u0301"
+    assert plain.tokenize(text) != tok.tokenize(text)
+    assert AutoTokenizer.from_pretrained(adapter).tokenize(text) == tok.tokenize(text)
+
+
 def test_a_tokenizer_that_would_be_read_otherwise_is_refused(work, monkeypatch):
     def other_template(folder):
-        path = folder / "tokenizer_config.json"
-        path.write_text(path.read_text().replace("assistant:", "model:"))
+        for path in (folder / "tokenizer_config.json", folder / "chat_template.jinja"):
+            if path.exists():
+                path.write_text(path.read_text().replace("assistant:", "model:"))
 
     tok = AutoTokenizer.from_pretrained(work / "v4")
     shutil.copytree(work / "v4", work / "out")
