@@ -506,6 +506,8 @@ def _warn_of_terms(terms: Any) -> None:
             more = f"; and {len(places) - 5} more" if len(places) > 5 else ""
             count = f"{len(places)} of {len(terms.terms) + len(terms.skipped)} terms"
             warnings.warn(f"{count} {said}: {'; '.join(places[:5])}{more}", stacklevel=2)
+    if terms.warning:
+        warnings.warn(terms.warning, stacklevel=2)
 
 
 def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
@@ -517,7 +519,8 @@ def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
     records = load_records(request.retain, request.retain_columns)
     if terms is not None:
         done = annotate(records, annotators=[terms], replace=True).records
-        if has := [where for (_, where), one in zip(records, done, strict=True) if one["spans"]]:
+        rows = {row for row, one in enumerate(done) if one["spans"]} | {*terms.aside}
+        if has := [where for row, (_, where) in enumerate(records) if row in rows]:
             more = f" and {len(has) - 3} more" if len(has) > 3 else ""
             raise ValueError(
                 f"--retain has terms to erase, and would hold them in place: {', '.join(has[:3])}"

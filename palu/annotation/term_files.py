@@ -121,19 +121,19 @@ def _json(text: str, name: str, source: str) -> Iterator[Term]:
                     f"terms: {source}:{line_number}: malformed JSON, {found}"
                 ) from None
     for row, record in enumerate(rows, int(unit == "line")):
-        for field, value in _leaves(record, ""):
+        for field, value in leaves(record, ""):
             kind = Term(value, "", field).kind
             yield Term(value, ", ".join(filter(None, (name, f"{unit} {row}", kind))), field)
 
 
-def _leaves(value: Any, field: str) -> Iterator[tuple[str, str]]:
+def leaves(value: Any, field: str) -> Iterator[tuple[str, str]]:
     """Yield the texts and numbers of a JSON value, with the names that lead to them."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _leaves(part, f"{field}.{key}" if field else key)
+            yield from leaves(part, f"{field}.{key}" if field else key)
     elif isinstance(value, list):
         for part in value:
-            yield from _leaves(part, field)
+            yield from leaves(part, field)
     elif (
         isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip()
     ):

@@ -3,15 +3,17 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from palu.annotation.base import Found, texts_of
 from palu.annotation.folding import Kind, Pattern, fold, pattern, place, plain
 from palu.annotation.phones import Phone, looks_like_phone, phone_patterns, phone_places
-from palu.annotation.term_files import Term
+from palu.annotation.term_files import Term, leaves
 from palu.data.annotations import unspaced
 from palu.data.records import Example
 from palu.evaluation.leaks import STOP_WORDS, dates_in
+from palu.storage.json_files import NotJSON, parse
 
 _TITLES = "may mr mrs ms miss dr yes none null nan true false unknown"
 _COMMON = STOP_WORDS | frozenset(_TITLES.split())
@@ -63,6 +65,8 @@ class Terms:
         terms: the values that are looked for.
         skipped: where those stand that are too short or too common to be looked for.
         hits: in how many examples each of `terms` was found, after `find`.
+        aside: the numbers of the examples that have one where no span can be, after `find`: in
+            tool calls, or another field of a message.
     """
 
     name = "terms"
@@ -78,7 +82,7 @@ class Terms:
             )
         self._known = _Known([_search(term) for term in self.terms])
         self.hits = [0] * len(self.terms)
-        self.records = 0
+        self.records, self.aside = 0, list[int]()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -91,6 +95,18 @@ class Terms:
         return [term for term, hits in zip(self.terms, self.hits, strict=True) if not hits]
 
     @property
+    def warning(self) -> str:
+        """Return what to say of the examples with a term where no span can be; "" for none."""
+        if not self.aside:
+            return ""
+        rows = ", ".join(map(str, self.aside[:5])) + (", ..." if len(self.aside) > 5 else "")
+        return (
+            f"{len(self.aside)} of {self.records} records have a value in a tool call or another "
+            f"field of a message, where nothing is marked and nothing forgotten: take it out "
+            f"(record {rows}, from 0)"
+        )
+
+    @property
     def frequent(self) -> list[tuple[Term, int]]:
         """Return the terms that are found so often that they may be common words, and in how many
         examples."""
@@ -100,8 +116,11 @@ class Terms:
 
     def find(self, examples: Sequence[Example]) -> Iterable[list[Found]]:
         """Yield the spans of each example."""
-        self.hits, self.records = [0] * len(self.terms), len(examples)
-        for example in examples:
+        self.hits, self.records, self.aside = [0] * len(self.terms), len(examples), []
+        for row, example in enumerate(examples):
+            others = (part for turn in example.turns for part in leaves(_opened(turn.extra), ""))
+            if any(True for _, text in others for _ in self._known.places(plain(text))):
+                self.aside.append(row)
             found = sorted(
                 (which, Found(number, start, end, score, self.terms[which].kind))
                 for number, text in enumerate(texts_of(example))
@@ -110,6 +129,19 @@ class Terms:
             for which in {which for which, _ in found}:
                 self.hits[which] += 1
             yield [span for _, span in found]
+
+
+def _opened(value: Any) -> Any:
+    """Return the fields of a message with the arguments of its calls read, where they are JSON in a
+    text."""
+    if isinstance(value, dict):
+        return {key: _opened(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_opened(part) for part in value]
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with suppress(NotJSON):
+            return parse(value)
+    return value
 
 
 class _Known:

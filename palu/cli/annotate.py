@@ -224,11 +224,14 @@ def _names(text: str | None) -> list[str]:
 
 
 def _say_terms(terms: Any, show: bool) -> None:
-    """Say which values were found nowhere, and which so often that they may be common words."""
+    """Say which values were found nowhere, which where no span can be, and which so often that they
+    may be common words."""
     if terms.not_found:
         text = f"{len(terms.not_found)} of {len(terms.terms)} values are in no record: "
         hint = "" if show else " (--show-secrets names them)"
         warn(text + _listed(terms.not_found, show) + hint)
+    if terms.warning:
+        warn(terms.warning)
     for term, hits in terms.frequent:
         value = f" {term.value!r}" if show else ""
         warn(

@@ -287,3 +287,13 @@ def test_a_word_of_every_record_is_said():
     terms = Terms(["Mira", "Cork"])
     annotate(records, annotators=[terms])
     assert [(term.value, hits) for term, hits in terms.frequent] == [("Cork", 31)]
+
+
+def test_a_value_in_a_tool_call_is_told():
+    call = {"function": {"name": "lookup", "arguments": '{"name": "Jos\\u00e9 M\\u00fcller"}'}}
+    turns = [{"role": "user", "content": "Find him."}, {"role": "assistant", "content": "I look."}]
+    called = [turns[0], turns[1] | {"tool_calls": [call]}]
+    terms = Terms(["José Müller"])
+    done = annotate([{"messages": turns}, {"messages": called}], annotators=[terms])
+    assert done.summary["spans"] == 0 and terms.aside == [1]
+    assert "1 of 2 records" in terms.warning and "record 1" in terms.warning
