@@ -330,6 +330,15 @@ def test_an_attack_on_a_part_of_the_records(tmp_path):
     assert not any("were attacked" in one for one in build_report(erasure.write(whole))["limits"])
 
 
+def test_secrets_that_were_cut_off_are_said(tmp_path):
+    attack = erasure.attack()
+    attack["skipped"].append(
+        {"name": "prefix_forcing", "why": "2 secrets that max_length=512 cuts off"}
+    )
+    limits = build_report(erasure.write(tmp_path, attack=attack))["limits"]
+    assert any("There are 2 secrets that max_length=512 cuts off" in one for one in limits)
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_an_attack_on_other_records(tmp_path, others):
     model = erasure.write(tmp_path)
