@@ -292,3 +292,15 @@ def test_terms_that_say_too_little_are_told_by_their_place(recwarn):
     assert any("2 of 3 terms are in no record" in text for text in said)
     assert any("1 of 3 terms are too short" in text for text in said)
     assert not any("Xyzzy" in text for text in said)
+
+
+def test_a_term_in_a_tool_call_to_keep_is_refused(tmp_path):
+    call = {"function": {"name": "find", "arguments": {"name": "Ada Brook"}}}
+    turns = [
+        {"role": "user", "content": "Find her."},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+    ]
+    (tmp_path / "keep.jsonl").write_text(json.dumps({"messages": turns}))
+    request = Request(model="m", records="r", output="o", retain=str(tmp_path / "keep.jsonl"))
+    with pytest.raises(ValueError, match="would hold them in place"):
+        module._without_terms(request, Terms(["Ada Brook"]))
