@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,11 @@ from palu_kernels.distributed import (
 from palu_kernels.layout import gradient_rows_like
 from palu_kernels.row_loss import Operands, RowLoss
 
+Args = ParamSpec("Args")  # of a decorated function, for type checkers
+Result = TypeVar("Result")
 
-def takes_dtensors(operator: Callable[..., Any]) -> Callable[..., Any]:
+
+def takes_dtensors(operator: Callable[Args, Result]) -> Callable[Args, Result]:
     """Make a function of `logits` or `scores` take DTensors: those whose vocabulary is sharded
     reach it as they are, all others as what is here.
 
@@ -41,7 +44,7 @@ def takes_dtensors(operator: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(operator)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         if not any_dtensor([*args, *kwargs.values()]):
             return operator(*args, **kwargs)
         named = signature(operator).bind(*args, **kwargs).arguments

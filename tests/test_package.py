@@ -12,12 +12,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import ParamSpec, TypeVar, get_args, get_type_hints
 
 import pytest
 
 import palu
 import palu_kernels
 from palu.errors import TRAIN
+from palu_kernels.linear.head import together
+from palu_kernels.sharded_logits import takes_dtensors
 from tests.support import ROOT, small
 from tests.support.command import write_data
 from tests.support.once import once
@@ -75,6 +78,12 @@ def test_nobody_is_told_to_install_another_project():
         r"pip install[^\n&;#|`]*\s['\"]?palu(\[|['\"]?\s|['\"]?$)|[\"']palu\[", re.MULTILINE
     )
     assert not [f for f in tracked if wrong.search(f.read_text())]
+
+
+@pytest.mark.parametrize("decorator", [takes_dtensors, together])
+def test_a_decorated_operator_has_its_arguments_for_type_checkers(decorator):
+    given, returned = get_type_hints(decorator).values()
+    assert given == returned and all(map(isinstance, get_args(given), (ParamSpec, TypeVar)))
 
 
 def test_every_data_file_is_in_the_wheel():

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -210,12 +210,16 @@ def _capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def together(loss: Callable[..., Any]) -> Callable[..., Any]:
+Args = ParamSpec("Args")  # of a decorated function, for type checkers
+Result = TypeVar("Result")
+
+
+def together(loss: Callable[Args, Result]) -> Callable[Args, Result]:
     """Make a function of an `LMHead` take DTensors of rows, and let every rank of a sharded head
     raise what one of them finds wrong."""
 
     @wraps(loss)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         if torch.compiler.is_compiling():
             return loss(*args, **kwargs)
         vocabulary, given = None, [*args, *kwargs.values()]
