@@ -68,8 +68,8 @@ FAULTS = [
     ),
     Fault(
         "harm is not seen",
-        "return now.retain_probability / before.retain_probability",
-        "return 1.0",
+        "share = now.retain_probability / before.retain_probability",
+        "share = 1.0",
         "until_forgotten",
     ),
     # kernels and operators
