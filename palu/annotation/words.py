@@ -70,23 +70,24 @@ def cut(text: str) -> list[tuple[int, int]]:
     characters in scripts that do not separate words. Marks, such as accents that are written apart
     and vowels of Hindi, belong to the letter before them."""
     marks = [unicodedata.category(character)[0] == "M" for character in text]
-    letters = list(text)  # to `\w` a mark is no part of a word
+    letters = list(text)
     for at in range(1, len(text)):
-        letters[at] = letters[at - 1] if marks[at] else text[at]
+        if marks[at]:  # to `\w` a mark is no part of a word
+            letters[at] = letters[at - 1]
     alone = [*map(unspaced, letters)]
+    spaced = "".join(" " if one else letter for one, letter in zip(alone, letters, strict=True))
     found = []
-    for match in _WORD.finditer(
-        "".join(" " if apart else letter for apart, letter in zip(alone, letters, strict=True))
-    ):
+    for match in _WORD.finditer(spaced):
         start, end = match.span()
         if possessive := _POSSESSIVE.search(match.group()):
             end = start + possessive.start()
         found.append((start, end))
-    for start in (at for at, apart in enumerate(alone) if apart and text[at].isalnum()):
-        end = start + 1
-        while end < len(text) and marks[end]:
-            end += 1
-        found.append((start, end))
+    for start, character in enumerate(text):
+        if alone[start] and character.isalnum():
+            end = start + 1
+            while end < len(text) and marks[end]:
+                end += 1
+            found.append((start, end))
     return sorted(found)
 
 

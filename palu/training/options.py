@@ -302,7 +302,8 @@ def unread(name: str, *, method: str, objective: str | None) -> str | None:
 
 
 def check_read(options: Any, given: Collection[str] | None = None) -> None:
-    """Raise ValueError for an option of PALU's loss that the method or the objective does not read.
+    """Raise ValueError for an option of PALU's loss that the method or the objective does not read,
+    and for the weight of a preserve term that is not there.
 
     Args:
         options: has the fields of `LossOptions`, and `method`.
