@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import providers, runner
+from benchmarks import declare, providers, runner
+from benchmarks.declare import Call, Case, Provider
 from benchmarks.providers import differentiated, normal
-from benchmarks.runner import Call, Case, Provider
 from palu_kernels import (
     LMHead,
     linear_cross_entropy_loss,
@@ -192,7 +192,7 @@ def cases(given: argparse.Namespace) -> list[Case]:
     return [case for case in result if case.k is None or case.k <= case.V]
 
 
-BENCHMARK = runner.Benchmark(
+BENCHMARK = declare.Benchmark(
     name="bench_linear",
     description=__doc__,
     kernels={kernel: providers_of(kernel) for kernel in KERNELS},

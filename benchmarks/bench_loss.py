@@ -50,7 +50,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import providers, runner, tables
+from benchmarks import declare, providers, runner, tables
+from benchmarks.declare import Call, Case, Outputs, Provider
 from benchmarks.providers import (
     FORGET_ROLE,
     IGNORE,
@@ -61,7 +62,6 @@ from benchmarks.providers import (
     released_terms,
     row_losses,
 )
-from benchmarks.runner import Call, Case, Outputs, Provider
 from benchmarks.tables import Row
 from palu import PALULoss, token_roles
 from palu_kernels import (
@@ -417,7 +417,7 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-BENCHMARK = runner.Benchmark(
+BENCHMARK = declare.Benchmark(
     name="bench_loss",
     description=__doc__,
     kernels=KERNELS,

@@ -34,9 +34,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import providers, runner
+from benchmarks import declare, providers, runner
+from benchmarks.declare import Call, Case, Outputs, Provider
 from benchmarks.providers import CROSS_ENTROPY, FORGET, KL, normal, untied
-from benchmarks.runner import Call, Case, Outputs, Provider
 from palu_kernels import cross_entropy_loss, kl_loss, local_entropy_loss, reference, topk_indices
 from palu_kernels.backend import Backend
 
@@ -135,7 +135,7 @@ def truth(case: Case, given: Inputs) -> Outputs:
 def errors(case: Case, given: Inputs, outputs: Outputs, truth: Outputs) -> dict[str, float]:
     """Of `topk_indices` the share of rows that are wrong."""
     if case.kernel != TOP_K:
-        return runner.relative_errors(case, given, outputs, truth)
+        return declare.relative_errors(case, given, outputs, truth)
     ((name, indices),) = outputs.items()
     if indices.shape != truth["exact"].shape:
         return {"rows": 1.0}
@@ -151,7 +151,7 @@ def errors(case: Case, given: Inputs, outputs: Outputs, truth: Outputs) -> dict[
 
 
 def allowed(case: Case, name: str) -> float:
-    return 0.0 if case.kernel == TOP_K else runner.allowed(case, name)
+    return 0.0 if case.kernel == TOP_K else declare.allowed(case, name)
 
 
 def indices_by(order: str, find: Callable[[Tensor, int], Tensor]) -> Provider:
@@ -199,7 +199,7 @@ def cases(given: argparse.Namespace) -> list[Case]:
 
 
 LIBRARIES = providers.ON_LOGITS
-BENCHMARK = runner.Benchmark(
+BENCHMARK = declare.Benchmark(
     name="bench_ops",
     description=__doc__,
     kernels={

@@ -54,9 +54,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import providers, runner, tables
+from benchmarks import declare, machine, providers, runner, tables, timing
+from benchmarks.declare import Case, Provider, Result
 from benchmarks.providers import FORGET_ROLE, IGNORE, PREFIX, PRESERVE_ROLE
-from benchmarks.runner import Case, Provider, Result
 from benchmarks.tables import Row
 from palu import (
     Collator,
@@ -108,7 +108,7 @@ def make_batches(rows: Examples, size: int, steps: int, grouped: bool) -> list[E
     return [[rows[n] for n in part] for part in parts]
 
 
-def prepare(benchmark: runner.Benchmark, case: Case, task: dict[str, Any]) -> None:
+def prepare(benchmark: declare.Benchmark, case: Case, task: dict[str, Any]) -> None:
     """Write the batches of both kinds, and the cache where a provider reads one."""
     try:
         from palu.run_record import choose_template
@@ -170,7 +170,7 @@ class Session:
         return torch.autocast(self.device.type, self.dtype) if on else contextlib.nullcontext()
 
 
-def measure(benchmark: runner.Benchmark, case: Case, name: str, task: dict[str, Any]) -> Result:
+def measure(benchmark: declare.Benchmark, case: Case, name: str, task: dict[str, Any]) -> Result:
     """Train in this process."""
     session = Session(case, name.endswith(GROUPED), task)
     kind = name.removesuffix(GROUPED)
@@ -179,7 +179,7 @@ def measure(benchmark: runner.Benchmark, case: Case, name: str, task: dict[str, 
     pairs = list(session.pairs())
     samples["positions"] = [sum(b["input_ids"].numel() for b in pair) for pair in pairs]
     samples["real_tokens"] = [sum(int(b["attention_mask"].sum()) for b in pair) for pair in pairs]
-    return Result(samples, runner.OK, runner.environment(session.device))
+    return Result(samples, declare.OK, machine.environment(session.device))
 
 
 def by_hand(session: Session, kind: str) -> dict[str, list[float]]:
@@ -196,9 +196,9 @@ def by_hand(session: Session, kind: str) -> dict[str, list[float]]:
         return [float(number) for number in (sum(losses), *losses, norm)]
 
     steps, seconds, process = [step()], [], []
-    with runner.PeakMemory(session.device) as peak:
+    with timing.PeakMemory(session.device) as peak:
         for _ in range(options["steps"]):
-            numbers, taken = runner.timed(step, session.device)
+            numbers, taken = timing.timed(step, session.device)
             steps.append(numbers)
             seconds.append(taken.wall)
             process.append(taken.process)
@@ -209,7 +209,7 @@ def by_hand(session: Session, kind: str) -> dict[str, list[float]]:
 def _samples(
     steps: Sequence[Sequence[float]],
     seconds: list[float],
-    peak: runner.PeakMemory,
+    peak: timing.PeakMemory,
     reference_bytes: int,
 ) -> dict[str, list[float]]:
     numbers = dict(zip(NUMBERS, map(list, zip(*steps, strict=True)), strict=True))
@@ -320,7 +320,7 @@ class Clock(TrainerCallback):
 
     def __init__(self, session: Session, *sets: InOrder) -> None:
         self.session, self.sets = session, sets
-        self.peak = runner.PeakMemory(session.device)
+        self.peak = timing.PeakMemory(session.device)
         self.seconds: list[float] = []
         self.last: float | None = None
 
@@ -472,7 +472,7 @@ def cases(given: argparse.Namespace) -> list[Case]:
     return [Case(*sizes, dtype, setting) for dtype in given.dtype]
 
 
-BENCHMARK = runner.Benchmark(
+BENCHMARK = declare.Benchmark(
     name="bench_train_step",
     description=__doc__,
     kernels=dict(BY_LENGTH.values()),

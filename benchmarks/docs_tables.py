@@ -23,8 +23,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import tables
+from benchmarks.machine import RESULTS
 from benchmarks.quality import method_table
-from benchmarks.runner import RESULTS
 from palu.comparison.run_file import FELL_APART, FORGET
 from palu.comparison.tables import FRONTIER, ONLY, PAIRS, RUNS, percent, summary_frame
 

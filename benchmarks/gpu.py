@@ -48,9 +48,9 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import declare, machine, tables
+from benchmarks.declare import NO_TIME
 from benchmarks.gpu_kernels import FLOORS, OUT_OF_TIME
-from benchmarks.runner import NO_TIME
 from benchmarks.tables import Row
 from palu_kernels import tuned
 
@@ -239,7 +239,7 @@ class Run:
         self.say(tables.tables(rows, axes=()))
         for same in keys.values():
             row = same[0]
-            if row["provider"] not in OTHERS and runner.is_bad(row["status"]):
+            if row["provider"] not in OTHERS and declare.is_bad(row["status"]):
                 self.fail(f"{tables.label(row)} {row['provider']}: {row['status']}")
         if skipped or status is None:
             self.no_time(part.section)
@@ -268,7 +268,7 @@ def run_logged(
     try:
         for command, log in zip(commands, logs, strict=True):
             print("$", shlex.join(command), file=log, flush=True)
-            options = {"cwd": runner.ROOT, "stdout": log, "stderr": log}
+            options = {"cwd": machine.ROOT, "stdout": log, "stderr": log}
             try:
                 processes.append(subprocess.Popen(command, start_new_session=True, **options))
             except FileNotFoundError:
@@ -314,7 +314,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     elif given.device == "cpu" and not given.tiny:
         parser.error("--device cpu only tests the run itself: it needs --tiny")
     try:
-        runner.device_named(given.device)
+        machine.device_named(given.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     given.arch = tuned.architecture(torch.device(given.device)) or "sm_90"
@@ -327,8 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options(sys.argv[1:] if arguments is None else list(arguments))
     given.out.mkdir(parents=True, exist_ok=True)
     run = Run(given)
-    place = runner.environment(torch.device(given.device))
-    run.say(", ".join(map(str, [*place.values(), given.commit or runner.commit()])))
+    place = machine.environment(torch.device(given.device))
+    run.say(", ".join(map(str, [*place.values(), given.commit or machine.commit()])))
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -52,9 +52,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 from triton.runtime.jit import KernelInterface
 
-from benchmarks import bench_ops, runner, tables
+from benchmarks import bench_ops, declare, machine, runner, tables, timing
 from benchmarks.bench_ops import TOP_K, Inputs
-from benchmarks.runner import Case
+from benchmarks.declare import Case
 from benchmarks.tables import Row
 from palu_kernels import LMHead, linear_cross_entropy_loss, topk_indices, tuned
 from palu_kernels.tuned import Settings, Walk
@@ -193,13 +193,13 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type != "cpu":
-            size = runner.FLUSH_BYTES
+            size = timing.FLUSH_BYTES
             self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def seconds(self, call: Callable[[], Any], calls: int = CALLS) -> list[float]:
         call()
         if self.device.type == "cpu":
-            return [runner.timed(call, self.device)[1].wall]
+            return [timing.timed(call, self.device)[1].wall]
         events = []
         for _ in range(calls):
             self.flush.zero_()
@@ -225,14 +225,14 @@ class Part:
         self.clock = Clock(self.device)
         self.rows: list[Row] = []
         self.written, self.late = 0.0, False
-        self.place = runner.environment(self.device) | {"commit": given.commit}
+        self.place = machine.environment(self.device) | {"commit": given.commit}
 
     def out_of_time(self) -> bool:
         self.late = self.late or time.monotonic() > self.end
         return self.late
 
     def add(self, case: Case, provider: str, metric: str, samples: Sequence[float]) -> None:
-        row = tables.row(case._asdict(), provider, metric, [samples], runner.OK, self.place)
+        row = tables.row(case._asdict(), provider, metric, [samples], declare.OK, self.place)
         self.rows.append(row)
         if time.monotonic() > self.written + 1:  # not each time: a sweep has thousands
             self.write()
@@ -341,7 +341,7 @@ def _words(settings: Settings) -> str:
 
 def write_tuned(part: Part, entries: list[dict[str, Any]]) -> None:
     content = {"card": part.place["processor"], "versions": part.place["versions"]}
-    content |= {"commit": part.given.commit or runner.commit()}
+    content |= {"commit": part.given.commit or machine.commit()}
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)
     head = json.dumps(content)[:-1]
     part.given.tuned.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import bench_linear, bench_ops, runner, tables
-from benchmarks.runner import Benchmark
+from benchmarks import bench_linear, bench_ops, declare, machine, runner, tables
+from benchmarks.declare import Benchmark
 from benchmarks.tables import Row
 
 OURS = "palu"
@@ -167,7 +167,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--busy", type=int, default=0, help="processes beside that never rest")
     add("--device", default="auto")
     add("--seconds", type=float, default=690, help="begin no case after this time")
-    add("--csv", type=Path, default=runner.RESULTS / "ops.csv")
+    add("--csv", type=Path, default=machine.RESULTS / "ops.csv")
     cached = "an earlier run has compiled everything: do not begin with that"
     add("--cached", action="store_true", help=cached)
     add("--commit", help="what is measured, where git cannot tell")
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = measure(given)
     print(tables.tables(rows, axes=()), table(rows), sep="\n\n")
-    return int(any(runner.is_bad(row["status"]) for row in rows if row["provider"] == OURS))
+    return int(any(declare.is_bad(row["status"]) for row in rows if row["provider"] == OURS))
 
 
 if __name__ == "__main__":

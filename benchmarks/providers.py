@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.runner import NO_OPERATION, Call, Case, Outputs, Provider
+from benchmarks.declare import NO_OPERATION, Call, Case, Outputs, Provider
 from palu import token_roles
 from palu_kernels import reference
 

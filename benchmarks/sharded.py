@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import machine, runner, tables
+from benchmarks.declare import OK, Benchmark, Case, Provider, Result
 from benchmarks.memory import ranks
 from benchmarks.memory.exchange import exchanges
 from benchmarks.memory.model import sizes_of
-from benchmarks.runner import OK, Benchmark, Case, Provider, Result
 from benchmarks.tables import Row
 from palu.planning.model import KNOWN_MODELS
 from palu.planning.step import GIB, Setup, predict
@@ -132,7 +132,7 @@ def measure(benchmark: Benchmark, case: Case, provider: str, task: dict[str, Any
         calls = [sum(number for number, _ in rank.collectives.values()) for rank in found]
         samples |= {"sent_bytes": [max(sent)], "collectives": [max(calls)]}
         samples |= predictions(setup, one.config, case.k)
-    environment = runner.environment(torch.device("cpu")) | {"threads": THREADS}
+    environment = machine.environment(torch.device("cpu")) | {"threads": THREADS}
     return Result(samples, OK, environment)
 
 

@@ -38,7 +38,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import runner, tables
+from benchmarks import machine, runner, tables
 from benchmarks.bench_train_step import Released
 from benchmarks.memory.ledger import Ledger
 from palu import PALUConfig, PALUTrainer
@@ -345,11 +345,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lora-rank", type=count, default=16)
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, default=["bfloat16", "autocast"])
     parser.add_argument("--measure", nargs="*", choices=SMALL_MODELS, default=[*SMALL_MODELS])
-    default = runner.RESULTS / "memory_model.csv"
+    default = machine.RESULTS / "memory_model.csv"
     parser.add_argument("--csv", type=Path, default=default, help="raw rows")
     given = parser.parse_args(arguments)
     models, small = predictions(given), measurements(given.dtype, given.measure)
-    place = runner.environment(torch.device("cpu")) | {"commit": runner.commit()}
+    place = machine.environment(torch.device("cpu")) | {"commit": machine.commit()}
     tables.write(given.csv, [row | place for row in models + small], COLUMNS)
     print(predicted_tables(models), measured_table(small), sep="\n\n")
     wrong = [row for row in small if abs(off_by(row)) > ALLOWED]

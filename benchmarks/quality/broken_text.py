@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import machine, tables
 
 # Model -> what made it; those without were made by `palu demo`.
 MODELS = {
@@ -99,7 +99,7 @@ def measured(work: Path, model: str) -> list[dict[str, Any]]:
             ("log", "forget_quality_high"): high,
             ("log", "detectable_factor"): error["detectable_factor"],
         }
-    environment = {**runner.environment(torch.device("cpu")), "commit": runner.commit()}
+    environment = {**machine.environment(torch.device("cpu")), "commit": machine.commit()}
     made_by = {"unlearned_by": unlearn, "evaluated_by": evaluate}
     return [
         {"model": model, "set": data, "metric": name, "value": value, **made_by, **environment}

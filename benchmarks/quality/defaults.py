@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import machine, tables
 from palu.data.files import load_examples
 from palu.evaluation import evaluate_examples
 from palu.models.loading import load_model, load_tokenizer
@@ -85,8 +85,8 @@ def measure(given: argparse.Namespace, how: str, seed: int, before: float) -> di
         "steps": len(found["loss_curve"]),
         "fell_apart": means(output, given.forget, given.model, 200)["fell_apart"],
         "command": command,
-        **runner.environment(torch.device("cpu")),
-        "commit": runner.commit(),
+        **machine.environment(torch.device("cpu")),
+        "commit": machine.commit(),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import tables
-from benchmarks.runner import RESULTS
+from benchmarks.machine import RESULTS
 from palu.comparison.bootstrap import Ranking, Setting
 from palu.comparison.measures import Measures
 from palu.comparison.run_file import Attack, Run

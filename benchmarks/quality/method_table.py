@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import machine, tables
 from palu.evaluation.metrics import model_utility
 
 ENTROPY = "--objective entropy"
@@ -100,8 +100,8 @@ class Runs:
     ) -> None:
         self.world, self.seed, self.folder = world, seed, folder
         self.forget, self.retain, self.evaluate = forget, retain, evaluate
-        self.environment = runner.environment(torch.device("cpu"))
-        self.environment["commit"] = runner.commit()
+        self.environment = machine.environment(torch.device("cpu"))
+        self.environment["commit"] = machine.commit()
 
     def unlearn(self, setting: str, options: str) -> str:
         """-> the command that made the model of a setting, which is run unless its model is there.
@@ -314,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
     tofu.add_argument("--data", type=Path, required=True, help="folder with TOFU's files")
     for world, name in ((people, "people"), (tofu, "tofu")):
         world.add_argument("--work", type=Path, required=True, help="folder for models and logs")
-        default = runner.RESULTS / f"method_table_{name}.csv"
+        default = machine.RESULTS / f"method_table_{name}.csv"
         world.add_argument("--csv", type=Path, default=default, help="raw rows")
     show = worlds.add_parser("show", help="the table of a CSV")
     show.add_argument("file", type=Path)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import runner, tables
+from benchmarks import declare, runner, tables, worker
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def in_process(monkeypatch):
         def run_worker(module, task, threads, repo=None):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                runner.work(benchmark, json.loads(json.dumps(task)))
+                worker.work(benchmark, json.loads(json.dumps(task)))
             for line in printed.getvalue().splitlines():
                 number, result = json.loads(line)
-                yield number, runner.Result(*result)
+                yield number, declare.Result(*result)
 
         monkeypatch.setattr(runner, "run_worker", run_worker)
         if not pictures:

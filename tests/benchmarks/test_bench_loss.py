@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import bench_loss, providers, runner, tables
 from benchmarks.bench_loss import FORGET_LOSS, LOSS, Losses, make_batch, make_labels
+from benchmarks.declare import Case
 from benchmarks.providers import released_terms
-from benchmarks.runner import Case
 from palu import PALULoss, token_roles
 from palu_kernels import kl_loss
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import bench_linear, bench_ops, runner, tables
+from benchmarks import bench_linear, bench_ops, declare, runner, tables
+from benchmarks.declare import Call, Case, Provider
 from benchmarks.providers import differentiated, untied
-from benchmarks.runner import Call, Case, Provider
 
 OPS = ["--vocab", "1003", "--rows", "5", "--top-k", "20"]
 TOP_K = ["--vocab", "1003", "257", "--rows", "3", "--top-k", "1", "50", "257"]
@@ -51,7 +51,7 @@ def test_smoke(module, options, run, tmp_path, capsys):
     drawn = "--vocab" in options  # curves over few sizes, as every panel takes long
     options = [*options, *without_compile(module.BENCHMARK)]
     status, rows = run(module, *options, pictures=drawn)
-    assert not {row["status"] for row in rows if runner.is_bad(row["status"])} and status == 0
+    assert not {row["status"] for row in rows if declare.is_bad(row["status"])} and status == 0
     kernels = [name for name in options if name in module.BENCHMARK.kernels]
     for kernel in kernels:
         there = {row["provider"] for row in rows if row["kernel"] == kernel}
@@ -116,9 +116,9 @@ def test_three_rows_of_many_are_compared(monkeypatch):
     truth = bench_linear.BENCHMARK.truth(case, given)
     assert truth.keys() == {"gradient", "rows"} and len(truth["gradient"]) == 3
     outputs = differentiated(bench_linear.palu, case, given).run()
-    assert runner.relative_errors(case, given, outputs, truth)["gradient"] < 1e-5
+    assert declare.relative_errors(case, given, outputs, truth)["gradient"] < 1e-5
     outputs["gradient"][-1] *= 1.1
-    assert runner.relative_errors(case, given, outputs, truth)["gradient"] > 0.04
+    assert declare.relative_errors(case, given, outputs, truth)["gradient"] > 0.04
 
 
 # ---- what is wrong is found ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import bench_train_step, tables
 from benchmarks.bench_train_step import GROUPED, NUMBERS, TRAIN_STEP
-from benchmarks.runner import Case
+from benchmarks.declare import Case
 from tests.support import small
 
 QUESTIONS = [

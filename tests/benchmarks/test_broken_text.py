@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import runner
+from benchmarks import machine
 from benchmarks.quality import broken_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
-ROWS = runner.RESULTS / "broken_text.csv"
+ROWS = machine.RESULTS / "broken_text.csv"
 
 
 def test_the_docs_table_is_of_the_rows():

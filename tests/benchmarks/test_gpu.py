@@ -10,10 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_loss, bench_ops, gpu, gpu_kernels, runner, tables
-from benchmarks.runner import Case
+from benchmarks import (
+    bench_linear,
+    bench_loss,
+    bench_ops,
+    declare,
+    gpu,
+    gpu_kernels,
+    machine,
+    runner,
+    tables,
+)
+from benchmarks.declare import Case
 
-SCRIPT = runner.ROOT / "benchmarks" / "gpu.sh"
+SCRIPT = machine.ROOT / "benchmarks" / "gpu.sh"
 without_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 
 
@@ -180,7 +190,7 @@ WRONG = "wrong: loss off by 1.0e+00, more than 1.6e-02"
 @pytest.mark.parametrize(
     ("rows", "status", "failures", "late"),
     [
-        ([row(), row("kl_forward", status=runner.NO_TIME)], 0, 0, 1),
+        ([row(), row("kl_forward", status=declare.NO_TIME)], 0, 0, 1),
         ([row(provider="eager", status=WRONG)], 1, 0, 0),
         ([row(status=WRONG)], 1, 1, 0),
         ([row(provider="palu sparse", status="failed: no kernel image")], 1, 1, 0),
@@ -194,7 +204,7 @@ def test_what_is_wrong_and_what_is_late(rows, status, failures, late, tmp_path, 
     assert len(do(run, rows, status, monkeypatch)) == failures and len(run.late) == late
     if rows:
         assert len(run.rows) == len(rows)
-        skipped = sum(row["status"] == runner.NO_TIME for row in rows)
+        skipped = sum(row["status"] == declare.NO_TIME for row in rows)
         said = f"{len(rows) - skipped} of {len(rows)} measurements, {skipped} skipped"
         assert said in (tmp_path / "gpu.log").read_text()
 

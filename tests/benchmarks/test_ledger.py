@@ -6,7 +6,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory.ledger import Ledger
-from benchmarks.runner import AllocatorPeak
+from benchmarks.timing import AllocatorPeak
 from palu_kernels import LMHead, linear_cross_entropy_loss
 
 KIB = 1024

@@ -10,8 +10,8 @@ from io import StringIO
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import bench_linear, bench_ops, ops, runner, tables
-from benchmarks.runner import Case
+from benchmarks import bench_linear, bench_ops, declare, ops, runner, tables, worker
+from benchmarks.declare import Case
 from tests.support import ROOT
 
 TINY = ["--vocab", "257", "--rows", "5", "--top-k", "9", "20", "--linear-rows", "5"]
@@ -69,10 +69,10 @@ def test_a_run(tmp_path, capsys, monkeypatch):
 
     def run_worker(module, task, threads, repo=None):
         with redirect_stdout(StringIO()) as printed:
-            runner.work(benchmarks[module], json.loads(json.dumps(task)))
+            worker.work(benchmarks[module], json.loads(json.dumps(task)))
         for line in printed.getvalue().splitlines():
             number, result = json.loads(line)
-            yield number, runner.Result(*result)
+            yield number, declare.Result(*result)
 
     monkeypatch.setattr(runner, "run_worker", run_worker)
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **options: None)

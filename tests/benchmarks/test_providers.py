@@ -12,7 +12,7 @@ import torch
 from benchmarks import bench_linear as scaling
 from benchmarks import bench_ops as logits_ops
 from benchmarks import providers as peers
-from benchmarks.runner import Case
+from benchmarks.declare import Case
 
 MODULES = {peers.LIGER: "liger_kernel", peers.CCE: "cut_cross_entropy", peers.FLA: "fla"}
 CALLS = [

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import runner, tables
+from benchmarks import declare, machine, runner, tables, timing, worker
+from benchmarks.declare import NO_TIME, Call, Case, Provider, Result
 from benchmarks.providers import differentiated
-from benchmarks.runner import NO_TIME, Call, Case, Provider, Result
 
 CPU = torch.device("cpu")
 MEGABYTE = 2**20
@@ -45,7 +45,7 @@ RIGHT = {
     "floor": Provider(lambda case, given: Call(lambda: None)),
     "peer": provider(square, package="surely-not-installed"),
     "gpu": provider(square, lacks=lambda device: "needs a GPU"),
-    "none": runner.NO_OPERATION,
+    "none": declare.NO_OPERATION,
 }
 
 
@@ -64,7 +64,7 @@ def benchmark(**more):
     def add_options(parser: argparse.ArgumentParser):
         parser.add_argument("--V", nargs="+", type=int, default=[5])
 
-    return runner.Benchmark(
+    return declare.Benchmark(
         name="fake",
         description="What does a square cost?",
         kernels={"square": RIGHT | more},
@@ -157,7 +157,7 @@ def test_a_provider_that_fails_is_reported(run):
 
 def test_errors_of_what_is_missing_or_misshapen():
     def errors(outputs, truth):
-        return runner.relative_errors(None, None, outputs, truth)
+        return declare.relative_errors(None, None, outputs, truth)
 
     truth = {"loss": torch.ones(()), "gradient": torch.zeros(2)}
     right = {"loss": torch.ones(()), "gradient": torch.zeros(2)}
@@ -316,15 +316,15 @@ def run_of(tmp_path, *options):
 
 
 def test_a_process_that_dies_is_followed_by_another(tmp_path, monkeypatch):
-    worker = FakeWorker((2, 1), (3, runner.DEVICE_LOST), (0, -11), (None, None))
-    monkeypatch.setattr(runner, "run_worker", worker)
+    fake = FakeWorker((2, 1), (3, worker.DEVICE_LOST), (0, -11), (None, None))
+    monkeypatch.setattr(runner, "run_worker", fake)
     run = run_of(tmp_path)
     run.measure_all()
     statuses = [record.status for record in run.records.values()]
     died = [number for number, status in enumerate(statuses) if status != "ok"]
     assert died == [2, 6]  # not the one after the process that reported before it ended
     assert "ended with status -11" in statuses[6]
-    assert [8 - len(one) for one in worker.lists] == [0, 3, 6, 7]
+    assert [8 - len(one) for one in fake.lists] == [0, 3, 6, 7]
 
 
 def test_what_was_not_measured_in_time_is_said(tmp_path, monkeypatch):
@@ -345,19 +345,20 @@ def task(**more):
 
 def test_no_measurement_after_the_end(capsys):
     case = Case("square", 5, None, 3, None, "float32")
-    runner.work(benchmark(), task(seconds=-1, measurements=[(case, "right")]))
+    worker.work(benchmark(), task(seconds=-1, measurements=[(case, "right")]))
     assert capsys.readouterr().out == ""
 
 
 def test_a_measurement_that_never_ends_is_given_up():
     code = (
-        "import time\nfrom benchmarks import runner\nrunner.STUCK = 0.5\n"
-        "runner.work(runner.Benchmark('x', '', {}, None, None, measure=lambda *_: time.sleep(60)), "
+        "import time\nfrom benchmarks import declare, worker\nworker.STUCK = 0.5\n"
+        "fake = declare.Benchmark('x', '', {}, None, None, measure=lambda *_: time.sleep(60))\n"
+        "worker.work(fake, "
         f"{task(seconds=60, measurements=[(('a', 1, 1, 1, 1, 'b'), 'c')])})"
     )
     start = time.monotonic()
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=runner.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and time.monotonic() - start < 30
     assert done.stdout == "" and "in <lambda>" in done.stderr  # where it was
 
@@ -368,12 +369,12 @@ def test_a_lost_device_ends_the_process(monkeypatch):
 
     monkeypatch.setattr(torch.accelerator, "synchronize", lost)
     with pytest.raises(SystemExit) as stopped:
-        runner._go_on(torch.device("cuda"))
-    assert stopped.value.code == runner.DEVICE_LOST
+        worker._go_on(torch.device("cuda"))
+    assert stopped.value.code == worker.DEVICE_LOST
 
 
 def test_providers_take_turns():
-    turns = list(runner.turns(["a", "b", "c"], 4))
+    turns = list(worker.turns(["a", "b", "c"], 4))
     assert [p for r, p in turns if r == 0] == ["a", "b", "c"]
     assert [p for r, p in turns if r == 1] == ["b", "c", "a"]
     for repeat in range(4):
@@ -396,9 +397,9 @@ def test_a_worker_is_another_process_with_plain_settings(tmp_path, monkeypatch, 
     for package in ("palu", "palu_kernels", "benchmarks"):
         (other / package).mkdir(parents=True)
         (other / package / "__init__.py").touch()
-    text = (runner.ROOT / "palu" / "__init__.py").read_text()
+    text = (machine.ROOT / "palu" / "__init__.py").read_text()
     (other / "palu" / "__init__.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{runner.ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{machine.ROOT}")
     monkeypatch.setenv("PALU_BACKEND", "triton")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     ((number, result),) = runner.run_worker("echo", {"shape": [1, 2]}, 3, other)
@@ -410,7 +411,7 @@ def test_a_worker_is_another_process_with_plain_settings(tmp_path, monkeypatch, 
     ((_, result),) = runner.run_worker("echo", {}, None, other)
     assert result.environment["OMP_NUM_THREADS"] == "5"  # what is there already
     assert said["kernels"].startswith(str(other))
-    assert said["runner"].startswith(str(runner.ROOT))
+    assert said["runner"].startswith(str(machine.ROOT))
     script.write_text("raise SystemExit('no memory')\n")
     with pytest.raises(RuntimeError, match=r"ended with status 1: no memory"):
         list(runner.run_worker("echo", {}, 1))
@@ -425,7 +426,7 @@ def touched(size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("megabytes", [8, 64])
 def test_peak_is_what_was_there_at_once(megabytes):
-    with runner.PeakMemory(CPU) as peak:
+    with timing.PeakMemory(CPU) as peak:
         first = touched(megabytes * MEGABYTE)
         del first
         second = touched(megabytes * MEGABYTE)  # not beside the first
@@ -439,22 +440,22 @@ def test_memory_from_before_does_not_count():
     held = touched(64 * MEGABYTE)
     gone = [torch.ones(MEGABYTE // 64) for _ in range(1024)]  # small: the allocator keeps them
     del gone
-    with runner.PeakMemory(CPU) as peak:
+    with timing.PeakMemory(CPU) as peak:
         held += 1
     assert peak.extra < 4 * MEGABYTE
-    with runner.PeakMemory(CPU) as peak:
+    with timing.PeakMemory(CPU) as peak:
         again = [torch.ones(MEGABYTE // 64) for _ in range(1024)]
     assert peak.extra > 60 * MEGABYTE and len(again) == 1024
 
 
 def test_the_allocator_counts_tensors():
-    with runner.AllocatorPeak() as peak:
+    with timing.AllocatorPeak() as peak:
         first = torch.ones(1000, 1000)
         del first
         second = torch.ones(1000, 1000)
         third = second + 1
     assert 8e6 <= peak.extra < 8.1e6 and third.numel() == 10**6
-    with runner.AllocatorPeak() as peak:
+    with timing.AllocatorPeak() as peak:
         del second, third
     assert peak.extra == 0
 
@@ -478,17 +479,17 @@ def test_times_on_a_device(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: make(4, dtype=dtype))
     call = Call(lambda: time.sleep(0.003))
-    of_device, of_host = runner.device_times(call, torch.device("cuda"), 4)
+    of_device, of_host = timing.device_times(call, torch.device("cuda"), 4)
     assert len(of_device) == len(of_host) == 4 and len(events) == 8
     assert min(of_device) >= 0.003 and min(of_host) >= 0.003
 
 
 def test_environment_and_commit():
-    place = runner.environment(CPU)
+    place = machine.environment(CPU)
     assert {*place, "commit"} == set(tables.ENVIRONMENT)
     assert f"torch={torch.__version__}" in place["versions"] and place["processor"]
     assert place["threads"] == torch.get_num_threads()
-    assert len(runner.commit().split()[-1]) == 12
+    assert len(machine.commit().split()[-1]) == 12
 
 
 def test_a_summary_and_a_check_are_printed(run, capsys):

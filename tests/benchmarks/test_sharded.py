@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import runner, sharded, tables
+from benchmarks import declare, runner, sharded, tables
 from benchmarks.memory.exchange import exchanges
 from benchmarks.memory.model import sizes_of
 from benchmarks.memory.ranks import Found
@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch):
 
         def run_worker(module, task, threads, repo=None):
             for number, (values, provider) in enumerate(task["measurements"]):
-                case = runner.Case(*values)
+                case = declare.Case(*values)
                 yield number, sharded.measure(sharded.BENCHMARK, case, provider, task)
 
         monkeypatch.setattr(runner, "run_worker", run_worker)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import plot, runner, tables
+from benchmarks import machine, plot, tables
 
 PLACE = {"device": "cpu", "processor": "P", "threads": "2", "versions": "torch=1", "commit": "c"}
 
@@ -108,7 +108,7 @@ def test_compare():
 
 
 NAMES = ("ops*", "logits_ops", "topk", "scaling", "loss_step*", "train_step*")
-RESULTS = sorted(path for name in NAMES for path in runner.RESULTS.glob(f"{name}.csv"))
+RESULTS = sorted(path for name in NAMES for path in machine.RESULTS.glob(f"{name}.csv"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -127,7 +127,7 @@ def test_readme_s_numbers_are_in_the_rows():
         "train_step": {"released": ("6929", "4271.7"), "cached": ("3873", "2449.4")},
     }
     for name, providers in wanted.items():
-        text = tables.tables(tables.read(runner.RESULTS / f"{name}.csv")).split("bfloat16")[-1]
+        text = tables.tables(tables.read(machine.RESULTS / f"{name}.csv")).split("bfloat16")[-1]
         for provider, (mean, peak) in providers.items():
             line = line_of(text, provider)
             assert mean in line[4].split(".") and peak in line
