@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -49,8 +50,13 @@ class Pii:
             pipeline, self.language = _installed(pipeline)
             analyzer = _analyzer(pipeline, self.language)
         known = sorted(analyzer.get_supported_entities(self.language))
-        if unknown := [kind for kind in kinds or () if kind not in known]:
-            raise ValueError(f"pii: no kind {unknown[0]!r}; the kinds are: {', '.join(known)}")
+        for kind in kinds or ():
+            if kind not in known:
+                (near,) = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"pii: no kind {kind!r}, the nearest is {near!r}; the kinds are: "
+                    + ", ".join(known)
+                )
         self.kinds = [*kinds] if kinds else [kind for kind in known if kind not in LEFT_OUT]
         self._analyzer = analyzer
         self.settings: dict[str, Any] = {
@@ -114,9 +120,11 @@ def _analyzer(pipeline: str, language: str) -> Any:
 
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
     models = [{"lang_code": language, "model_name": pipeline}]
-    engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
+    provider = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
     try:
-        analyzer = AnalyzerEngine(nlp_engine=engine.create_engine(), supported_languages=[language])
+        engine = provider.create_engine()
+        _drop_unfound(engine, language)
+        analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=[language])
     except Exception as error:  # spaCy raises errors of many kinds
         raise ValueError(
             f"pii: the spaCy pipeline {pipeline!r} cannot be loaded, name another with "
@@ -138,3 +146,14 @@ def _analyzer(pipeline: str, language: str) -> Any:
     if "CREDIT_CARD" not in analyzer.get_supported_entities(language):
         analyzer.registry.add_recognizer(CreditCardRecognizer(supported_language=language))
     return analyzer
+
+
+def _drop_unfound(engine: Any, language: str) -> None:
+    """Drop the kinds that Presidio expects of any spaCy pipeline and this one has no label of, such
+    as EMAIL: they would count as known, and nothing would ever be found."""
+    pipeline, settings = engine.nlp[language], engine.ner_model_configuration
+    kinds = settings.model_to_presidio_entity_mapping
+    labels = {label for some in pipeline.pipe_labels.values() for label in some}
+    if "ner" in pipeline.pipe_names:  # another finder of names need not tell its labels
+        kept = {label: kind for label, kind in kinds.items() if label in labels}
+        settings.model_to_presidio_entity_mapping = kept or kinds

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from palu.annotation import Terms, annotate
-from palu.annotation.pii import LEFT_OUT, Pii, _installed
+from palu.annotation.pii import LEFT_OUT, Pii, _drop_unfound, _installed
 
 
 class Analyzer:
@@ -47,8 +47,21 @@ def test_kinds_that_are_named():
     pii = Pii(kinds=["PERSON"], analyzer=Analyzer(PERSON="Ada", LOCATION="Lund"))
     (record,) = annotate([RECORD], annotators=[pii]).records
     assert [span["text"] for span in record["spans"]] == ["Ada", "Ada"]
-    with pytest.raises(ValueError, match="no kind 'PLACE'; the kinds are: AGE, "):
-        Pii(kinds=["PLACE"], analyzer=Analyzer())
+    with pytest.raises(ValueError, match="no kind 'EMAIL', the nearest is 'EMAIL_ADDRESS'; .*AGE, "):
+        Pii(kinds=["EMAIL"], analyzer=Analyzer(EMAIL_ADDRESS="@"))
+
+
+def test_kinds_that_the_pipeline_has_no_label_of():
+    """Presidio expects EMAIL and AGE of every spaCy pipeline."""
+    kinds = {"PER": "PERSON", "GPE": "LOCATION", "EMAIL": "EMAIL", "AGE": "AGE"}
+    settings = SimpleNamespace(model_to_presidio_entity_mapping=kinds)
+    nlp = SimpleNamespace(pipe_names=["ner"], pipe_labels={"ner": ["PER", "GPE", "FAC"]})
+    engine = SimpleNamespace(nlp={"en": nlp}, ner_model_configuration=settings)
+    _drop_unfound(engine, "en")
+    assert settings.model_to_presidio_entity_mapping == {"PER": "PERSON", "GPE": "LOCATION"}
+    nlp.pipe_names, nlp.pipe_labels = ["names"], {"names": []}
+    _drop_unfound(engine, "en")
+    assert len(settings.model_to_presidio_entity_mapping) == 2
 
 
 def test_what_is_missing_is_said(monkeypatch):
@@ -73,6 +86,7 @@ def test_presidio_itself():
         pii = Pii()
     except ValueError as error:
         pytest.skip(str(error))
+    assert not {"EMAIL", "ID", "AGE"} & {*pii.kinds}  # spaCy's pipelines have no such label
     text = "This is Mira Okonjo. Write to mira.okonjo@postbox.example or ring +44 7911 123456."
     (record,) = annotate([{"text": text}], annotators=[pii]).records
     found = {span["text"]: span["kind"] for span in record["spans"]}
