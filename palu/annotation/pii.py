@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,7 +29,8 @@ class Pii:
         pipeline: an installed spaCy pipeline with named entities; None: the English one that is
             installed, the largest of several.
         kinds: Presidio's entities to find, such as PERSON; None: all that it knows but `LEFT_OUT`.
-        analyzer: a `presidio_analyzer.AnalyzerEngine` of one's own, instead of `pipeline`.
+        analyzer: a `presidio_analyzer.AnalyzerEngine` of one's own, instead of `pipeline`; of
+            several languages it reads each text in every one.
 
     Raises:
         ImportError: there is no Presidio.
@@ -45,19 +46,24 @@ class Pii:
         *,
         analyzer: Any = None,
     ) -> None:
-        self.language = "en"
         if analyzer is None:
-            pipeline, self.language = _installed(pipeline)
-            analyzer = _analyzer(pipeline, self.language)
-        known = sorted(analyzer.get_supported_entities(self.language))
+            pipeline, language = _installed(pipeline)
+            analyzer = _analyzer(pipeline, language)
+        languages = getattr(analyzer, "supported_languages", None) or ["en"]
+        known = {language: analyzer.get_supported_entities(language) for language in languages}
+        names = sorted({kind for some in known.values() for kind in some})
         for kind in kinds or ():
-            if kind not in known:
-                (near,) = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)
+            if kind not in names:
+                (near,) = difflib.get_close_matches(kind, names, n=1, cutoff=0.0)
                 raise ValueError(
                     f"pii: no kind {kind!r}, the nearest is {near!r}; the kinds are: "
-                    + ", ".join(known)
+                    + ", ".join(names)
                 )
-        self.kinds = [*kinds] if kinds else [kind for kind in known if kind not in LEFT_OUT]
+        self.kinds = [*kinds] if kinds else [kind for kind in names if kind not in LEFT_OUT]
+        self._asked = {
+            language: [kind for kind in self.kinds if kind in some]
+            for language, some in known.items()
+        }
         self._analyzer = analyzer
         self.settings: dict[str, Any] = {
             "pipeline": pipeline,
@@ -72,14 +78,16 @@ class Pii:
         for example in examples:
             found = []
             for number, text in enumerate(texts_of(example)):
-                for one in self._analyzer.analyze(
-                    text=text.content,
-                    language=self.language,
-                    entities=self.kinds,
-                    score_threshold=LEAST_SCORE,
-                ):
+                for one in self._analyze(text.content):
                     found.append(Found(number, one.start, one.end, one.score, one.entity_type))
             yield found
+
+    def _analyze(self, text: str) -> Iterator[Any]:
+        for language, kinds in self._asked.items():
+            if kinds:  # Presidio takes none for an error
+                yield from self._analyzer.analyze(
+                    text=text, language=language, entities=kinds, score_threshold=LEAST_SCORE
+                )
 
 
 def _version(package: str | None) -> str | None:

@@ -47,8 +47,30 @@ def test_kinds_that_are_named():
     pii = Pii(kinds=["PERSON"], analyzer=Analyzer(PERSON="Ada", LOCATION="Lund"))
     (record,) = annotate([RECORD], annotators=[pii]).records
     assert [span["text"] for span in record["spans"]] == ["Ada", "Ada"]
-    with pytest.raises(ValueError, match="no kind 'EMAIL', the nearest is 'EMAIL_ADDRESS'; .*AGE, "):
+    with pytest.raises(ValueError, match=r"'EMAIL', the nearest is 'EMAIL_ADDRESS'; .*AGE, "):
         Pii(kinds=["EMAIL"], analyzer=Analyzer(EMAIL_ADDRESS="@"))
+
+
+def test_an_analyzer_of_other_languages_is_asked_in_them():
+    class German(Analyzer):
+        supported_languages = "de", "en"
+
+        def get_supported_entities(self, language):
+            return {"de": ["PERSON", "DE_TAX_ID"], "en": ["PERSON"]}[language]
+
+        def analyze(self, *, language, entities, **asked):
+            calls.append((language, entities))
+            return super().analyze(language=language, entities=entities, **asked)
+
+    for kinds, asked in (
+        (None, [("de", ["DE_TAX_ID", "PERSON"]), ("en", ["PERSON"])]),
+        (["DE_TAX_ID"], [("de", ["DE_TAX_ID"])]),
+    ):
+        calls = []
+        pii = Pii(kinds=kinds, analyzer=German(PERSON="Ada", DE_TAX_ID="Lund"))
+        (record,) = annotate([{"text": "Ada is in Lund"}], annotators=[pii]).records
+        assert calls == asked
+        assert len(record["spans"]) == len(asked[0][1])
 
 
 def test_kinds_that_the_pipeline_has_no_label_of():
