@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -65,6 +66,8 @@ class Pii:
             for language, some in known.items()
         }
         self._analyzer = analyzer
+        pipelines = getattr(getattr(analyzer, "nlp_engine", None), "nlp", None) or {}
+        self._longest = min((one.max_length for one in pipelines.values()), default=math.inf)
         self.settings: dict[str, Any] = {
             "pipeline": pipeline,
             "pipeline_version": _version(pipeline),
@@ -74,7 +77,18 @@ class Pii:
         }
 
     def find(self, examples: Sequence[Example]) -> Iterable[list[Found]]:
-        """Yield the spans of each example."""
+        """Yield the spans of each example.
+
+        Raises:
+            ValueError: a text that is too long for the spaCy pipeline; names the example.
+        """
+        for example in examples:  # all of them before the first is read
+            longest = max(len(text.content) for text in texts_of(example))
+            if longest > self._longest:
+                raise ValueError(
+                    f"example {example.id!r}: pii: a text of {longest} characters, and the spaCy "
+                    f"pipeline takes {self._longest} at most: divide the record"
+                )
         for example in examples:
             found = []
             for number, text in enumerate(texts_of(example)):

@@ -73,6 +73,15 @@ def test_an_analyzer_of_other_languages_is_asked_in_them():
         assert len(record["spans"]) == len(asked[0][1])
 
 
+def test_a_text_too_long_for_the_pipeline_names_its_example():
+    analyzer = Analyzer(PERSON="Ada")
+    analyzer.nlp_engine = SimpleNamespace(nlp={"en": SimpleNamespace(max_length=20)})
+    records = [{"text": "Ada"}, {"id": "chat-7", "text": "Ada " * 6}]
+    with pytest.raises(ValueError, match=r"example 'chat-7': .* 24 characters, .* 20 at most"):
+        annotate(records, annotators=[Pii(analyzer=analyzer)])
+    assert analyzer.asked is None
+
+
 def test_kinds_that_the_pipeline_has_no_label_of():
     """Presidio expects EMAIL and AGE of every spaCy pipeline."""
     kinds = {"PER": "PERSON", "GPE": "LOCATION", "EMAIL": "EMAIL", "AGE": "AGE"}
