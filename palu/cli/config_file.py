@@ -75,8 +75,23 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Return the options that a file holds by their names, with `_` for `-`."""
+def changed_data(options: SimpleNamespace, digests: Mapping[str, Any]) -> list[str]:
+    """Return the data files that hold something else than in the finished run whose `palu.json` is
+    the configuration, where they are still those that it names.
+
+    Args:
+        digests: of the data as it is now, by option; see `palu.cli.data.digests_of`.
+    """
+    run = {} if options.config is None else _read(options.config)
+    before, named = run.get("digests", {}).get("data", {}), run.get("options", {})
+    return [
+        getattr(options, name)
+        for name, now in digests.items()
+        if getattr(options, name) == named.get(name) and before.get(name, now) != now
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
     kind, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path)
     try:
         content = parse(text) if kind == "JSON" else parse_yaml(text)
@@ -84,6 +99,12 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable {kind}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold names and values")
+    return content
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Return the options that a file holds by their names, with `_` for `-`."""
+    content = _read(path)
     if "made_by" in content:  # a `palu.json`
         if not isinstance(content.get("options"), dict):
             raise ValueError(

@@ -18,6 +18,7 @@ from palu.cli.config_file import (
     ConfigOptions,
     as_config,
     blamed_on,
+    changed_data,
     config_text,
     given_trainer_options,
     trainer_options,
@@ -36,7 +37,7 @@ from palu.cli.data import (
 from palu.cli.options import DataOptions, OutputOptions, TextOptions, WeightOptions, with_options
 from palu.cli.retain import FILE, NONE, SELF, RetainOptions, chosen, own_answers, warn_of_nothing
 from palu.errors import failed_to_write, user_errors
-from palu.terminal import bars, out, say
+from palu.terminal import bars, out, say, warn
 from palu.training.options import (
     LoRAOptions,
     LossOptions,
@@ -295,6 +296,8 @@ class Run:
         if not self.by_span:
             check_marks(self.rows, config.make_loss(), options.forget)
         self.digests = digests_of(options) if self.is_main else {}  # of what was read, not later
+        for path in changed_data(options, self.digests.get("data", {})):
+            warn(f"{path} holds something else than in the run of {options.config}")
         model, self.saved = load_for_training(
             options, str(config.device), self.tokenizer, self.rows, self.retain_rows or []
         )

@@ -21,16 +21,22 @@ def test_a_run_its_printed_configuration_and_its_record_are_the_same(palu, work)
     (work / "run.yaml").write_text(text)
     assert palu(line + "--output typed")[0] == 0
     assert palu("unlearn --config run.yaml")[0] == 0
-    assert palu("unlearn --config typed/palu.json --output again")[0] == 0
+    status, _, error = palu("unlearn --config typed/palu.json --output again")
+    assert status == 0 and "holds something else" not in error
     typed = record(work / "typed")
     assert typed["settings"]["weight_decay"] == 0.5
     for name in ("printed", "again"):
         other = record(work / name)
         for key in ("settings", "loss_curve", "template", "data", "options"):
             assert other[key] == typed[key], (name, key)
-    # the command line wins
-    last = "--output won --top-k 9 --set weight_decay=0.25 --seed 4"
-    assert palu(f"unlearn --config run.yaml {last}")[0] == 0
+    # the command line wins; a file of data that has changed is said, not one that was named
+    last = "--output won --top-k 9 --set weight_decay=0.25 --seed 4 --retain retain2.jsonl"
+    (work / "retain2.jsonl").write_text((work / "retain.jsonl").read_text() + "\n")
+    with open(work / "forget.jsonl", "a") as file:
+        file.write("\n")
+    status, _, error = palu(f"unlearn --config typed/palu.json {last}")
+    assert status == 0 and error.count("holds something else") == 1
+    assert "forget.jsonl holds something else than in the run of typed/palu.json" in error
     won = record(work / "won")
     assert (won["settings"]["top_k"], won["settings"]["weight_decay"], won["seed"]) == (9, 0.25, 4)
     assert won["settings"]["objective"] == "entropy"
