@@ -164,11 +164,14 @@ def config_text(options: SimpleNamespace) -> str:
     """Return the configuration file of a run.
 
     Raises:
-        ValueError: an option was given that the run does not read.
+        ValueError: an option was given that the run does not read, or one of the Trainer's that it
+            has not.
     """
     import yaml
 
     check_read(options, options.given)
+    if options.set:  # or transformers is imported for nothing
+        trainer_options(options.set)
     return yaml.safe_dump(as_config(options), sort_keys=False, allow_unicode=True, width=100)
 
 

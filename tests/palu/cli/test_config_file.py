@@ -50,6 +50,11 @@ def test_print_config_needs_no_options_and_leaves_out_what_is_not_read(palu):
     assert not {"top_k", "objective", "layer_id", "config", "print_config"} & set(options)
     message = "top_k is 50 and method 'npo' has no such option"
     assert message in refusal(palu, "unlearn --print-config --method npo --top-k 50")
+    for word, message in (
+        ("weight_deca=0.5", "unknown option 'weight_deca'; the nearest known one is "),
+        ("weight_decay=much", "--set weight_decay=much: argument --weight_decay"),
+    ):
+        assert message in refusal(palu, f"unlearn --print-config --set {word}")
 
 
 def test_names_may_be_written_as_on_the_command_line_and_of_the_trainer(palu, work):
