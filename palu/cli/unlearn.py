@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -99,6 +100,9 @@ def unlearn(context: typer.Context, options: SimpleNamespace) -> None:
         run = Run(context, options)
         run.check_places()
         run.check_settings()
+    if run.done:
+        run.report()
+        return
     with user_errors(), plain_warnings(), bars.status("Reading model and data"):
         run.load()
         run.check_room()
@@ -147,6 +151,7 @@ class Run:
         self.options, self.kept = chosen(options)  # a file, the model's own answers or nothing
         self.is_main = distributed.rank() == 0  # the others write nothing
         self.schedule: dict[str, Any] = {}  # of the learning rate, where the user left it open
+        self.done = False  # an earlier start has written the output
         self.chosen: dict[str, dict[str, Any]] = {}  # settings that the user left open
 
     def check_places(self) -> None:
@@ -158,7 +163,8 @@ class Run:
         if options.drop_overlap and options.retain is None:
             raise ValueError("--drop-overlap leaves out retain examples: it needs a --retain file")
         files = without_slices(options.forget, options.retain)
-        wanted = {"overwrite": options.overwrite, "inputs": (options.model, *files)}
+        self.done = options.resume and self._is_done()
+        wanted = {"overwrite": options.overwrite or self.done, "inputs": (options.model, *files)}
         check_output(options.output, **wanted)
         if options.rescue is not None:
             check_output(options.rescue, overwrite=False)
@@ -179,6 +185,26 @@ class Run:
         if options.keep_cache and self.reference != "cached":
             raise ValueError("--keep-cache: this run has no cache (it needs --reference cached)")
         self.cache = cache_place(self.reference, cache, options.output)
+
+    def _is_done(self) -> bool:
+        """Return whether the output is what this run has written, before it was stopped while it
+        removed what is of no more use."""
+        from palu.storage.fingerprint import model_digests
+        from palu.storage.output import read_record, versions
+        from palu.training import auto
+
+        output, options = self.options.output, self._options_to_keep()
+        record = read_record(output)
+        if record is None or not {"options", "chosen", "digests"} <= record.keys():
+            return False
+        for name, choice in record["chosen"].items():
+            if getattr(options, name) is None:
+                setattr(options, name, choice["value"])
+                options.set = (auto.SCHEDULE if name == "epochs" else {}) | options.set
+        mine = json.loads(json.dumps(as_config(options, of_one_run=False)))
+        if record["options"] != mine or record["versions"] != versions():
+            return False
+        return record["digests"] == digests_of(self.options) | {"output": model_digests(output)}
 
     def check_settings(self) -> None:
         """Refuse settings that no run can have, and make its `PALUConfig`."""
@@ -451,23 +477,19 @@ class Run:
         own = {"retain": self.asked.retain, "set": self.schedule | self.options.set}
         return SimpleNamespace(**vars(self.options) | own)
 
-    def _say_outcome(self) -> None:
+    def _say_outcome(self, known: dict[str, Any]) -> None:
         """Say what is known and kept, and what to change. Exit with 3 where it is not good."""
-        known = self.outcome.known
-        if known is None:
-            return
-        good = known.status == "forgotten"
-        for line in self._reasons():
+        for line in known["reasons"]:
             out.print(f"  {line}", soft_wrap=True, highlight=False)
-        if good:
-            measured = known.after.retain_probability is not None  # not with --retain-weight 0
+        if known["status"] == "forgotten":
+            measured = known["after"]["retain_probability"] is not None  # not --retain-weight 0
             text = "Forgotten, and kept." if self.kept == FILE and measured else "Forgotten."
             out.print(text, style="green")
             return
         names = {"known": "the secrets are still known", "harmed": "the retain set is harmed"}
-        text = " and ".join(names.get(name, name) for name in known.status.split(" and "))
+        text = " and ".join(names.get(name, name) for name in known["status"].split(" and "))
         say("not good", "bold red", text)
-        for line in known.advice(self.config):
+        for line in known["advice"]:
             say("try", "red", line)
         raise typer.Exit(3)
 
@@ -488,27 +510,32 @@ class Run:
         return known.to_dict(self.config) | {"reasons": self._reasons(), "retain": self.kept}
 
     def report(self) -> None:
-        """Remove the checkpoints, which are of no more use, and say what was done."""
+        """Remove the checkpoints, which are of no more use, and say what `palu.json` has of the
+        run."""
+        from palu.storage.output import read_record
         from palu.training import checkpoints
 
         if not self.is_main:
             return
+        record = read_record(self.options.output)
         if self.checkpoints is not None:
             checkpoints.remove_all(self.checkpoints)
-        curve = self.outcome.curve
+        curve = record["loss_curve"]
         last = {name: round(curve[-1][name], 4) for name in ("forget", "preserve", "retain")}
-        written = f"Written to {self.options.output} after {len(curve)} steps. Last terms: {last}"
+        place = f"{self.options.output}{' by an earlier start' if self.done else ''}"
+        written = f"Written to {place} after {len(curve)} steps. Last terms: {last}"
         out.print(written, soft_wrap=True)
         if self.cache is not None:
-            out.print(self._settle_cache(), soft_wrap=True)
-        self._say_outcome()
+            out.print(self._settle_cache(record["settings"]["reference_cache"]), soft_wrap=True)
+        if record["outcome"] is not None:
+            self._say_outcome(record["outcome"])
 
-    def _settle_cache(self) -> str:
+    def _settle_cache(self, used: str | None) -> str:
         """Remove a cache that this run built for itself, which holds data derived from what was
         erased, and return what became of it."""
         from palu.storage.output import remove_cache
 
-        if self.config.reference_cache is None:
+        if used is None:
             return "No reference cache: these settings ask the original model nothing"
         derived = "it holds data derived from what was erased"
         if self.had_cache and not (self.options.resume and self.options.reference_cache is None):

@@ -174,6 +174,32 @@ def test_unlearn_leaves_what_is_not_its_own(palu, tmp_path):
     assert (kept / "checkpoint-1").is_dir() and not list(tmp_path.glob(".*"))
 
 
+def test_a_run_that_was_stopped_in_its_cleaning_ends_it(palu, tmp_path, monkeypatch):
+    line = f"{UNLEARN} --output out --save-steps 1 --reference cached --retain-loss kl"
+    left = [tmp_path / "out-checkpoints", tmp_path / "out-reference-cache"]
+
+    def stop(*places):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("palu.cli.unlearn.Run.report", stop)
+        assert palu(line)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("palu.unlearn.unlearn", lambda *rows, **options: pytest.fail("trained"))
+        assert palu(line)[0] == 2
+        for more in ("--resume --seed 1", "--resume --learning-rate 0.5"):
+            status, _, said = palu(f"{line} {more}")
+            assert status == 2 and "is not empty" in said
+        assert all(place.is_dir() for place in left)
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+        status, said, error = palu(f"{line} --resume")
+        assert status == 0, error
+        assert "Written to out by an earlier start after 1 steps. Last terms" in said
+        assert "The reference cache was removed" in said
+        assert not any(place.exists() for place in left)
+        assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.parametrize("command", ["unlearn", "evaluate", "demo", "cache build"])
 def test_a_second_run_with_one_output_is_refused(palu, tmp_path, command):
     model = "" if command == "demo" else "--model model --forget forget.jsonl --device cpu"
