@@ -186,7 +186,7 @@ def _masked_places(text: str, secrets: Iterable[str]) -> list[tuple[int, int]]:
 def redact(text: str, secrets: Iterable[str]) -> str:
     """Return `text` as `mask` does, with a black box also for what looks like anybody's e-mail
     address or number: a model may recite those of people whom nobody marked."""
-    return _PRIVATE.sub(BOX, mask(text, secrets))
+    return _boxed(text, redacted_places(text, secrets))
 
 
 def redacted_places(text: str, secrets: Iterable[str]) -> list[tuple[int, int]]:

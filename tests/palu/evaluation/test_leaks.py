@@ -124,6 +124,9 @@ def test_rate_of_nothing_and_of_too_much():
 def test_what_looks_like_anybodys_data_is_redacted():
     text = "Ada: jo.doe@example.org, +44 (0) 20 7946 0999, room 12345, in 1985."
     assert redact(text, ["Ada"]) == f"{BOX}: {BOX}, {BOX}, room 12345, in 1985."
+    shares_words = "Jo: jo.doe@mail.example, +971 55 555 0777."
+    redacted = redact(shares_words, ["ada@mail.example", "+971 50 555 0142"])
+    assert redacted == f"Jo: {BOX}, {BOX}."
 
 
 def test_mask():
