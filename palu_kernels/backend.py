@@ -14,6 +14,8 @@ Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
 # Devices whose Triton driver comes with the usual wheels; anything else takes the PyTorch backend.
 _TRITON_DEVICES = ("cuda", "xpu")
+# asked once: `torch.compile` of torch 2.11 refuses to trace `find_spec`
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _sources: list[Tensor] = []  # of copies in CUDA graphs, which read them again
 
 
@@ -24,7 +26,7 @@ def triton_runs_on(device: torch.device | str) -> bool:
     interpreter) or `PALU_TRITON_CPU=1` (something stands in for the GPU and runs the compiled
     kernels on CPU tensors).
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return False
     kind = torch.device(device).type
     if kind == "cpu":

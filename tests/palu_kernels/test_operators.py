@@ -407,6 +407,11 @@ class TestBackend:
             assert triton_runs_on("cpu")
             monkeypatch.delenv(name)
 
+    def test_a_call_looks_for_no_module(self, monkeypatch):
+        """`torch.compile` of torch 2.11 cannot trace that."""
+        monkeypatch.delattr("importlib.util.find_spec")
+        assert resolve("triton", DEVICE, torch.float32) == "triton"
+
     def test_environment_sets_the_default(self, monkeypatch):
         monkeypatch.setenv("PALU_BACKEND", "torch")
         assert resolve("auto", DEVICE, torch.float32) == "torch"
