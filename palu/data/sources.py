@@ -247,14 +247,16 @@ def _of_csv(file: str, text: str, expected: str) -> Source:
         header = next(csv.reader(io.StringIO(text), delimiter=separator))
     except csv.Error as error:
         raise ValueError(f"{file}:1: {_BAD_TABLE}: {one_line(error)}") from None
-    _check_header(file, header, expected)
+    _check_header(file, [name.strip() for name in header], expected)
+    # Where every name has a blank before it, blanks belong to the separator, and not to the cells.
+    blanks = {name[:1] for name in header[1:]} == {" "}
     try:
         # Everything is text (a phone number is no number), and "NA" or "None" may be a name.
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # pandas would drop columns that the header has not
             how = {"sep": separator, "dtype": str, "keep_default_na": False, "index_col": False}
-            frame = pandas.read_csv(io.StringIO(text), **how)
-        table = datasets.Dataset.from_pandas(frame, preserve_index=False)
+            frame = pandas.read_csv(io.StringIO(text), skipinitialspace=blanks, **how)
+        table = datasets.Dataset.from_pandas(frame.rename(columns=str.strip), preserve_index=False)
     except Exception as error:  # pandas's are of several kinds
         said = one_line(error).removeprefix("Error tokenizing data. C error: ")
         if "does not match length of data" in said:

@@ -85,6 +85,22 @@ def test_files_of_every_format(tmp_path, suffix, end):
             load(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ('question, answer, spans\nWho?, "Ada, of Lund", "[[0, 3]]"\n', "Ada, of Lund"),
+        ("question ,answer,spans\nWho?, Ada ,\n", " Ada "),
+        ("question,answer ,spans, note\nWho?, Ada,,\n", " Ada"),
+    ],
+)
+def test_blanks_around_the_names_of_a_header(tmp_path, text, answer):
+    """Where all of them have one before it, the cells have too."""
+    (tmp_path / "a.csv").write_text(text)
+    (example,) = load_examples(tmp_path / "a.csv", require_spans=False)
+    assert (example.question, example.answer) == ("Who?", answer)
+    assert example.spans == (((0, 3),) if "[[" in text else ())
+
+
 def test_cells_of_a_csv_are_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question,answer\n007,1,07700\n008,2,1e3\n")
@@ -313,6 +329,7 @@ def test_one_layout_a_file(tmp_path):
         ("a.csv", b"question,answer\na\n", "row 0: field 'answer' is missing"),
         ("a.csv", b"question,answer\nx,y\n,y\n", "row 1: field 'question' is missing"),
         ("a.csv", b"question,answer,answer\na,b,c\n", "csv:1: the header names .* 'answer' twice"),
+        ("a.csv", b"question,answer, answer\na,b,c\n", "the header names .* 'answer' twice"),
         ("a.csv", b'question,answer\na,"b\n', "is not a table .*: EOF inside string"),
         ("a.csv", b"question,answer,spans\na,b,[[0\n", "row 0: field 'spans' is not JSON"),
         ("a.csv", "question,answer\na,å\n".encode("latin-1"), "csv:2: not UTF-8 text"),
