@@ -89,3 +89,13 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
             f"labels holds {worst}; a label must be {IGNORE} (no loss), {KEEP} (preserve) "
             f"or a token id in 0..{vocab_size - 1}"
         )
+
+
+def check_tokens(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError for an input that is no token id: an embedding would not say which."""
+    wrong = (ids >= vocab_size) | (ids < 0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"input_ids holds {int(ids[wrong].flatten()[0])}; a token id must be in "
+            f"0..{vocab_size - 1}, the model's vocabulary"
+        )

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from palu.data.collator import Collator
-from palu.data.roles import IGNORE, KEEP
+from palu.data.roles import IGNORE, KEEP, check_labels, check_tokens
 from palu.models.inputs import input_names, real_tokens, taken_inputs
 from palu.models.wrappers import unwrap
+from palu.reference.model import vocabulary_size
+from palu_kernels.backend import check_values
 
 _FIRST = 8  # examples that a collator is tried out with
 # What says where the examples of a packed row begin, and nothing else that the losses need.
@@ -41,7 +43,7 @@ class ExampleRows:
 
     Raises:
         ValueError, TypeError: when it is called: the collator changes labels, gives what the model
-            does not take, or no batch of tensors.
+            does not take, or no batch of tensors; a token id or a label is none of the vocabulary.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ExampleRows:
     ) -> None:
         self.collator, self.ordered, self.more = collator, ordered, more
         self.names = input_names(model)
+        self._vocab_size = vocabulary_size(unwrap(model))
         self._model_name = type(unwrap(model)).__name__
         while isinstance(collator, functools.partial):
             collator = collator.func
@@ -119,6 +122,9 @@ class ExampleRows:
             raise TypeError(
                 f"{self._name} gives attention_mask as a {type(mask).__name__}; it must be a tensor"
             )
+        if self._vocab_size is not None and check_values(batch["labels"].device):
+            check_tokens(batch["input_ids"], self._vocab_size)
+            check_labels(batch["labels"], self._vocab_size)
         return dict(batch)
 
     def _compare(self, wanted: list[Labels], batch: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 from palu.data.collator import Collator
 from palu.data.overlap import warn_of_overlap
 from palu.data.pairs import PairCollator
-from palu.data.roles import check_labels
 from palu.data.template import Template
 from palu.methods.micro_batch import (
     COUNTS,
@@ -51,7 +50,7 @@ from palu.reference.cached import (
     open_run_cache,
     remember_starting_model,
 )
-from palu.reference.model import AdapterOffReference, LiveReference, vocabulary_size
+from palu.reference.model import AdapterOffReference, LiveReference
 from palu.storage.fingerprint import adapter_settings
 from palu.training import nonfinite as not_finite
 from palu.training.batching import (
@@ -85,7 +84,6 @@ from palu.training.ranks import compare_processes
 from palu.training.step_log import TERMS, StepLog, row_means
 from palu.training.trainer_checks import check_arguments, check_kept, check_marks, refuse_cached
 from palu.training.until_forgotten import KnowledgeChecks
-from palu_kernels.backend import check_values
 from palu_kernels.backend import resolve as resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -240,7 +238,6 @@ class PALUTrainer(CheckpointTrainer):
         self._retain_lengths = None
         if self.retain_dataset is not None and groups_by_length(args):
             self._retain_lengths = [len(row["input_ids"]) for row in self.retain_dataset]
-        self._columns = vocabulary_size(unwrap(self.model))
         self.add_callback(LogAtCheckpoints())
         if isinstance(self.step_loss, PDUStepLoss):
             self.add_callback(DualAscent(self))
@@ -590,8 +587,6 @@ class PALUTrainer(CheckpointTrainer):
         if not samples:
             return samples, None
         self._position.drawn += len(samples)
-        for sample in samples:
-            self.check_labels(sample)
         completed = self._builder.step(samples, first, self.state.global_step, self._over_ranks)
         retain = [batch[RETAIN] for batch in completed if batch[RETAIN] is not None]
         self.step_log.add_step([*completed, *retain])
@@ -651,11 +646,6 @@ class PALUTrainer(CheckpointTrainer):
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return LengthGroups(step, lengths, seed)
-
-    def check_labels(self, batch: dict) -> None:
-        """Raise ValueError for a label that is no token, where values are checked."""
-        if self._columns is not None and check_values(batch["labels"].device):
-            check_labels(batch["labels"], self._columns)
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -721,7 +711,6 @@ class PALUTrainer(CheckpointTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of one evaluation batch; predictions are not kept."""
-        self.check_labels(inputs)
         batch = self._eval_builder.evaluation(inputs, self._eval_batches)
         loss = torch.zeros((), device=self.args.device)
         # One after the other as in training, so that neither has to have the other's shapes.

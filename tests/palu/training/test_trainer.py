@@ -388,11 +388,16 @@ def test_bad_arguments(tok, tmp_path):
         trainer(tok, args, ref_model=small.model(tok, vocab_size=331))
 
 
-def test_wrong_labels_are_named(tok, tmp_path):
-    bad = small.rows(tok)
-    bad[0] = {**bad[0], "labels": [-300, *bad[0]["labels"][1:]]}
-    with pytest.raises(ValueError, match="labels holds -300; a label must be -100"):
-        trainer(tok, config(tmp_path), forget=bad).train()
+def test_tokens_and_labels_that_are_none_are_named(tok, tmp_path):
+    def refused(words, which, name, value):
+        rows = small.rows(tok)
+        rows[0] = {**rows[0], name: [*rows[0][name][:-1], value]}
+        with pytest.raises(ValueError, match=words):
+            trainer(tok, config(tmp_path), **{which: rows}).train()
+
+    for which in ("forget", "retain"):
+        refused("labels holds -300; a label must be -100", which, "labels", -300)
+        refused(r"input_ids holds 330; a token id must be in 0\.\.329", which, "input_ids", 330)
 
 
 def test_a_backend_that_cannot_serve_is_refused(tok, tmp_path, monkeypatch):
