@@ -37,6 +37,7 @@ from palu.storage.output import (
     put_in_place,
     read_record,
     remove_cache,
+    versions,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +140,11 @@ def erase(
     terms = [request.terms] if isinstance(request.terms, str) else request.terms
     places = {"model": located(request.model), "output": Path(request.output)}
     request = replace(request, **places, retrained=retrained, terms=terms)
-    with claim_output(request.output, overwrite=overwrite, inputs=tuple(request.inputs)) as claim:
+    wanted = {"overwrite": overwrite or (done := _is_done(request)), "inputs": (*request.inputs,)}
+    with claim_output(request.output, **wanted) as claim:
+        if done:
+            _remove(_beside(request.output.resolve(), "work"))
+            return read_object(request.output / REPORT_JSON)
         run = _Run(request, claim, unlearn or _in_a_process, stage)
         run.annotate()
         run.unlearn()
@@ -213,8 +218,7 @@ class _Run:
         request, path = self.request, self.claim.path
         if path.parent == Path.cwd():  # named as the user would
             path = Path(path.name)
-        self.work = path.with_name(f"{path.name}-work")
-        self.folder = path.with_name(f"{path.name}-unfinished")
+        self.work, self.folder = _beside(path, "work"), _beside(path, "unfinished")
         for place in (self.work, self.folder):
             for kept in request.inputs:
                 if kept.resolve().is_relative_to(place.resolve()):
@@ -251,11 +255,7 @@ class _Run:
         from palu.data.files import load_records
 
         request = self.request
-        key = _key(
-            request.columns,
-            request.retain_columns,
-            *map(_source_digest, (request.records, request.retain, *request.terms)),
-        )
+        key = _data_key(request)
         if self.state.has("annotate", key) and self.forget.is_file():
             return
         with self.doing("annotate", key) as report:
@@ -297,15 +297,15 @@ class _Run:
         again = self.state.begun == key  # with the same settings: its checkpoints are right
         checkpoints = self.folder.with_name(f"{self.folder.name}-checkpoints")
         cache = self.folder.with_name(f"{self.folder.name}-reference-cache")
-        with self.doing("unlearn", key):
+        check_output(self.folder, overwrite=True)
+        if not again:
             # Nobody may take the model of another request for what this one makes.
-            check_output(self.folder, overwrite=True)
             shutil.rmtree(self.folder, ignore_errors=True)
-            if not again:
-                remove_all(checkpoints)
-                remove_cache(cache)
+            remove_all(checkpoints)
+            remove_cache(cache)
+        with self.doing("unlearn", key):
             words.append("--overwrite")  # checkpoints that a run that was stopped has left
-            if again and checkpoints.is_dir():
+            if again and (checkpoints.is_dir() or self.folder.is_dir()):
                 words.append("--resume")
             status = self.runs_unlearn(["unlearn", *words])
             # 3 is "done, but it is not good" where there is a model: the rest says how bad
@@ -371,7 +371,7 @@ class _Run:
         from palu.report import build_report
         from palu.report.card import write_card
 
-        with self.doing("report", "") as tell:
+        with self.doing("report", _request_key(self.request)) as tell:
             self._note_request()
             write_json(self.folder / ANNOTATION, read_object(self.work / ANNOTATION))
             evaluation = read_object(self.work / EVALUATION)
@@ -527,6 +527,34 @@ def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
                 f"{more}; move these records to --records"
             )
     return [record for record, _ in records]
+
+
+def _is_done(request: Request) -> bool:
+    """Return whether the output is what this request has made, and only its work is left."""
+    from palu.models.loading import model_folder
+
+    output = request.output.resolve()
+    record = read_record(output)
+    if request.keep_work or record is None or _beside(output, "unfinished").exists():
+        return False
+    if not _State(_beside(output, "work")).has("report", _request_key(request)):
+        return False
+    return record.get("digests", {}).get("model") == model_digests(model_folder(request.model))
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f"{output.name}-{what}")
+
+
+def _request_key(request: Request) -> str:
+    """Return what tells whether a request is another one, but for the content of its models."""
+    own = {**vars(request), "output": None, "keep_work": None}
+    return _key(_data_key(request), own, versions())
+
+
+def _data_key(request: Request) -> str:
+    sources = (request.records, request.retain, *request.terms)
+    return _key(request.columns, request.retain_columns, *map(_source_digest, sources))
 
 
 def _source_digest(source: str | None) -> Any:

@@ -140,18 +140,34 @@ def test_a_second_start_goes_on(work, monkeypatch, capsys):
     assert begun == ["annotate", "unlearn"]
     # what a kill left of a file that was being written, with what the models said
     for place in (left, work / "out-unfinished"):
+        place.mkdir(exist_ok=True)
         (place / ".evaluation.json.0123456789abcdef.partial").write_text("Paris")
     put = module.put_in_place
+
+    def stop(*places):
+        raise KeyboardInterrupt
 
     def put_last(*places):  # after it there may be no room to write anything
         assert "report" in read(left / "erase.json")["stages"]
         put(*places)
 
+    with monkeypatch.context() as patch:  # where it is written, and checkpoints are not removed yet
+        patch.setattr("palu.cli.unlearn.Run.report", stop)
+        assert "ended with exit status 130" in palu(LINE + TERMS)[2]
     with monkeypatch.context() as patch:
         begun = stopped_after(patch, None)
+        patch.setattr("palu.unlearn.unlearn", lambda *rows, **options: pytest.fail("trained"))
         patch.setattr(module, "put_in_place", put_last)
+        patch.setattr(module, "_remove", stop)
+        assert palu(LINE + TERMS)[0] == 130
+    assert begun == list(module.STAGES)[1:]
+    assert left.exists() and (work / "out").exists()
+    assert palu(LINE + "--terms Bob")[0] == 2  # another request
+    assert left.exists()
+    with monkeypatch.context() as patch:
+        begun = stopped_after(patch, None)
         assert palu(LINE + TERMS)[0] in (0, 3)
-    assert begun == list(module.STAGES)
+    assert begun == []
     assert (work / "out/model.safetensors").read_bytes() == weights
     assert not list((work / "out").glob(".*"))
     assert not left.exists() and not (work / "out-unfinished").exists()
