@@ -52,6 +52,7 @@ class PDUStepLoss(AnswerStepLoss):
 
     def restore(self, state: Mapping[str, float]) -> None:
         """See `StepLoss.restore`."""
+        super().restore(state)
         self.retain_weight = state.get("dual", self._first)
         self._retain = None
 

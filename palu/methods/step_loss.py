@@ -91,7 +91,9 @@ class StepLoss:
         return {}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Put back what `state` gave; an empty one stands for the beginning."""
+        """Put back what `state` gave; an empty one stands for the beginning. A step that was begun
+        and a window of the log are given up."""
+        self.router = RouterLoss()
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], denominators: Tensor) -> Terms:
         """Return the weighted total, and each term's sum divided by its denominator (detached

@@ -163,6 +163,7 @@ class PALUTrainer(CheckpointTrainer):
     # the same.
     loss_is_scaled_for_ga = True
     texts_compared = False  # whether the caller has looked for forget rows among the retain rows
+    _begins_with: Mapping[str, float] = {}  # of the step loss, at every attempt at training
     _masters: MasterWeights | None = None
     _started: StartingWeights | None = None  # the weights before the first step
 
@@ -384,7 +385,7 @@ class PALUTrainer(CheckpointTrainer):
             sets = self.eval_dataset
             try_out(self.data_collator, sets.values() if isinstance(sets, dict) else [sets])
         checkpoint = self.begin_run(resume_from_checkpoint)
-        self.step_loss.restore(read_state(checkpoint))
+        self._begins_with = read_state(checkpoint)
         self.check_model(resumed=checkpoint is not None)
         self.open_cache(checkpoint, **(cache_options or {}))
         if self._started is None:
@@ -597,6 +598,7 @@ class PALUTrainer(CheckpointTrainer):
         """Hugging Face's, and with it how its rows make up the steps."""
         # An attempt at training begins: one that `auto_find_batch_size` gave up does not count.
         self.step_log.reset()
+        self.step_loss.restore(self._begins_with)
         loader = super().get_train_dataloader()
         args = self.args
         self._position = EpochPosition(
