@@ -21,7 +21,9 @@ class RouterLoss:
     """Compute the router loss of the retain rows from the model's outputs.
 
     The model's own function and coefficient are used, over the real tokens of the retain rows of a
-    micro-batch. Micro-batches count by their answer tokens.
+    micro-batch. Micro-batches count by their answer tokens. The function multiplies means over
+    tokens: unlike the other terms it depends on how a step is split into micro-batches and
+    processes, as in the model's own training.
     """
 
     def __init__(self) -> None:

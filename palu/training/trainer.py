@@ -108,12 +108,13 @@ class PALUTrainer(CheckpointTrainer):
 
     A step's loss is `forget_weight * forget + preserve_weight * preserve + retain_weight * retain`,
     each term a mean over all its tokens in the step: splitting the step into micro-batches
-    (`gradient_accumulation_steps`) or processes changes nothing. A forget and a retain micro-batch
-    have a forward and a backward each, of the wrapper the Trainer holds, and losses are computed
-    from hidden states, or from the logits of tokens that carry a loss. The logs carry each term
-    unweighted (`forget`, `preserve`, `retain`: means over the tokens since the last log), the
-    tokens per step (`num_forget`, ...), and what they cost: `loss_token_fraction`,
-    `tokens_per_second` and `peak_memory_mib` (see `palu.training.step_log.StepLog.collect`).
+    (`gradient_accumulation_steps`) or processes changes nothing but a mixture's router loss. A
+    forget and a retain micro-batch have a forward and a backward each, of the wrapper the Trainer
+    holds, and losses are computed from hidden states, or from the logits of tokens that carry a
+    loss. The logs carry each term unweighted (`forget`, `preserve`, `retain`: means over the tokens
+    since the last log), the tokens per step (`num_forget`, ...), and what they cost:
+    `loss_token_fraction`, `tokens_per_second` and `peak_memory_mib` (see
+    `palu.training.step_log.StepLog.collect`).
 
     The retain examples of a step depend on the seed and the step alone: a resumed run sees the
     same ones. A checkpoint is whole or absent (`palu.training.checkpoints`). To resume, build the
