@@ -124,8 +124,7 @@ class PALUTrainer(CheckpointTrainer):
 
     Started by `torchrun` or `accelerate launch` it trains in all processes, to the numbers of one
     process with the same rows a step. Rows that are repeated to make the last step of an epoch even
-    do not count, in evaluations neither; of a stream (`IterableDataset`) they do, unless
-    `dataloader_drop_last` leaves its last step out.
+    do not count, in evaluations neither; of a stream (`IterableDataset`) they do.
 
     Args:
         model: the model to change, or its folder or its id on the hub (`org/name`), which is then
