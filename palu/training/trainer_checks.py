@@ -44,6 +44,11 @@ def check_arguments(args: Any, forget: Any, retain: Any, evaluation: Any, kwargs
         _check_rows("eval_dataset", rows)
     args.check_retain(given=retain is not None)
     loss = args.make_loss()
+    if args.remove_unused_columns and loss.needs_alternates:
+        raise ValueError(
+            "remove_unused_columns is True; it must be False with method "
+            f"{args.method!r}: the model's forward does not name the second answers"
+        )
     short = args.max_steps <= 0 and isinstance(loss, PDU)
     if short and args.num_train_epochs <= loss.dual_warmup_epochs:
         warnings.warn(

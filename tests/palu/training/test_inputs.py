@@ -77,6 +77,9 @@ def test_second_answers_of_records(tok, tmp_path):
         trainer = made(small.model(tok), args, records, processing_class=tok)
         assert all("alternate_input_ids" in row for row in trainer.train_dataset)
         assert "alternate_input_ids" not in trainer.retain_dataset[0]
+        args = config(tmp_path, method=method, remove_unused_columns=True)
+        with pytest.raises(ValueError, match=r"^remove_unused_columns is True; it must be False"):
+            made(small.model(tok), args, records, processing_class=tok)
     with pytest.raises(ValueError, match=r"^train_dataset: .*'alternate_answer' is None"):
         made(small.model(tok), config(tmp_path, method="dpo"), RECORDS, processing_class=tok)
 
