@@ -24,7 +24,7 @@ from palu.cli.merge import merge
 from palu.cli.plan import plan
 from palu.cli.report import report
 from palu.cli.unlearn import unlearn
-from palu.errors import exit_status
+from palu.errors import UserError, exit_status
 from palu.terminal import WarningLines, bars, out, say, warn
 
 # Read when torch loads its OpenMP runtime, which none of the imports above does. Threads that spin
@@ -32,6 +32,8 @@ from palu.terminal import WarningLines, bars, out, say, warn
 # busy process: over 10 minutes instead of one).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# What several processes would each do as a whole, and write to one place.
+_ALONE = ("demo", "erase", "annotate", "attack", "merge", "cache")
 INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
@@ -54,6 +56,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -62,6 +65,12 @@ def options(
     ] = False,
 ) -> None:
     """Make a language model forget chosen spans and keep the rest."""
+    name, count = context.invoked_subcommand, distributed.count()
+    if count > 1 and name in _ALONE:
+        raise UserError(
+            f"palu {name} runs in one process, and this is one of {count} (WORLD_SIZE): start it "
+            "without torchrun or accelerate launch"
+        )
 
 
 def main() -> None:

@@ -205,14 +205,20 @@ def test_an_error_names_its_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli.bars, "_width", 240)
-    words = ["palu", "unlearn", "--model", str(tmp_path / "none"), "--forget", "x.jsonl"]
-    monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / "out")])
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        cli.out.quiet = cli.bars.quiet = False
-    assert end.value.code == 2
-    assert "error in process 1:" in capsys.readouterr().err
+    said = {}
+    for name in ("unlearn", "attack", "cache build"):
+        words = ["palu", *name.split(), "--model", str(tmp_path / "none"), "--forget", "x.jsonl"]
+        monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / "out")])
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            cli.out.quiet = cli.bars.quiet = False
+        assert end.value.code == 2
+        said[name] = capsys.readouterr().err
+    assert "error in process 1:" in said["unlearn"]
+    for name in ("attack", "cache"):
+        alone = f"palu {name} runs in one process, and this is one of 2"
+        assert sum(alone in text for text in said.values()) == 1
     with pytest.raises(ValueError, match="this run has 2 processes with a device each"):
         processes.own_device(torch.device("cuda:1"))
