@@ -399,7 +399,9 @@ class Plan:
         # k of n random segments hold 1.0 k entries that reach the bound where k is small, 1.7 k
         # where it is three quarters of n; a cluster of large entries holds more
         room = min(MOST, max(2048, triton.next_power_of_2(2 * k)))
-        if n_cols > SHORT and 4 * k <= 3 * maxima and 3 * k <= 2 * room:
+        # lanes are listed by whole segments, so one must fit in a chunk
+        fits = segment <= CHUNK and 4 * k <= 3 * maxima and 3 * k <= 2 * room
+        if n_cols > SHORT and fits:
             return cls(segment, maxima, k + k // 64 + 16, room)
         return cls(segment, 0, 0, lanes if lanes <= MOST else 0)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from palu_kernels import reference, topk_indices
-from palu_kernels.triton.radix_select import MOST, SHORT, Plan
+from palu_kernels.layout import LANES
+from palu_kernels.triton.radix_select import CHUNK, MOST, SHORT, Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASKED, NAN = float("-inf"), float("nan")
@@ -74,3 +75,6 @@ def test_plans():
                 assert k < plan.enough and 3 * k <= 2 * plan.room and plan.room <= MOST
                 assert plan.maxima_held <= MOST and plan.maxima * plan.segment >= columns + 7
     assert Plan.of(128256, 10_000).maxima
+    longest = MOST * CHUNK - LANES + 1  # of whose segments one fits in what is listed together
+    assert Plan.of(longest, 50).segment == CHUNK and Plan.of(longest, 50).maxima
+    assert not Plan.of(longest + 1, 50).maxima
