@@ -22,7 +22,7 @@ class Judged:
     """A record, and what models answer to it.
 
     Attributes:
-        number: which of the file, from 1 on.
+        number: which of the file's records, from 1 on; `example` is one of its answers.
         texts: model -> answer.
         says: model -> how many secrets the answer says, and of how many.
     """
@@ -40,7 +40,8 @@ class Secrets:
     Attributes:
         path: the file they were read from.
         records: in the file's order.
-        examples: an example for each answer of theirs (`split_answers`), which is what is measured.
+        examples: by id, an example for each answer of theirs (`split_answers`), which is what is
+            measured, with the record's number from 1 on.
         texts: the distinct texts of their spans.
         shown: whether secrets are shown.
         answers: what was answered, in the order of `evaluation.json`.
@@ -48,7 +49,7 @@ class Secrets:
 
     path: str
     records: list[Example]
-    examples: list[Example]
+    examples: dict[str, tuple[int, Example]]
     texts: list[str]
     shown: bool = False
     answers: list[Judged] = field(default_factory=list)
@@ -68,7 +69,8 @@ def read_secrets(path: str, *, shown: bool, columns: str | None = None) -> Secre
     from palu.evaluation.leaks import secrets_of
 
     records = load_examples(path, require_spans=False, columns=columns)
-    examples = [part for record in records for part in split_answers(record)]
+    numbered = enumerate(records, 1)
+    examples = {p.id: (number, p) for number, one in numbered for p in split_answers(one)}
     texts = dict.fromkeys(text for record in records for text in secrets_of(record))
     return Secrets(str(path), records, examples, list(texts), shown)
 
@@ -135,17 +137,16 @@ def read_answers(inputs: Inputs, secrets: Secrets) -> list[Judged]:
     Raises:
         ValueError: the file has other records than those that were measured.
     """
-    known = {example.id: (number, example) for number, example in enumerate(secrets.examples, 1)}
     found: dict[str, Judged] = {}
     models = evaluated(inputs)
     for model in ordered(models):
         for row in models[model]["forget"]["examples"].each():
             name = str(row["id"].value)
-            if name not in known:
+            if name not in secrets.examples:
                 raise row["id"].fail(f"the id of a record of {secrets.path}, which has no such one")
             if not row["generated"]:
                 continue
-            one = found.setdefault(name, Judged(*known[name]))
+            one = found.setdefault(name, Judged(*secrets.examples[name]))
             one.texts[model] = row["generated"].text()
             one.says[model] = row["leaked"].count(), row["asked"].count()
     return list(found.values())
@@ -193,7 +194,7 @@ def attack_examples(inputs: Inputs, secrets: Secrets | None) -> list[dict[str, A
     if secrets is None or attacked_others(inputs, secrets):
         if inputs[ATTACK]["settings"]["show_secrets"].value is not False:
             return []
-        secrets = Secrets("", [], [], [])
+        secrets = Secrets("", [], {}, [])
     titles = {
         one["name"].value: one["title"].text(one["name"].text())
         for one in inputs[ATTACK]["attacks"].each()

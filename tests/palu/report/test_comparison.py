@@ -147,7 +147,7 @@ def test_secrets_are_masked(tmp_path):
 
 def test_tokens_that_are_masked():
     """Marked ones, and those with a part of what would be masked in the whole text."""
-    secrets = Secrets("", [], [], ["Ann Bell", "31 May"])
+    secrets = Secrets("", [], {}, ["Ann Bell", "31 May"])
     texts = ["It", " is", " An", "n", " Be", "ll", " on", " 31", " May", ", or 0", "1234 567", " x"]
     tokens = [{"text": text, "sensitive": text == " x"} for text in texts]
     hide(tokens, secrets)

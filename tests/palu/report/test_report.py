@@ -270,6 +270,26 @@ def test_answers_that_leak_come_first(tmp_path):
     assert "says 1 of 2 secrets That is" in said
 
 
+def test_an_answer_has_the_number_of_its_record(tmp_path):
+    evaluation = erasure.evaluation()
+    for one in evaluation["models"].values():
+        for row, name in zip(one["forget"]["examples"], ("0#1", "0#2"), strict=False):
+            row["id"] = name
+        one["forget"]["examples"][2]["id"] = "1"
+        del one["forget"]["examples"][3:]
+    model = erasure.write(tmp_path, evaluation=evaluation)
+    turns = [
+        {"role": role, "content": one[key]}
+        for one in erasure.forget_records()
+        for role, key in (("user", "question"), ("assistant", "answer"))
+    ]
+    lines = [{"messages": turns[:4]}, {"messages": turns[4:6]}]
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    build_report(model, forget=tmp_path / "forget.jsonl")
+    shown = re.findall(r"Record (\d+) Question (.*?\?)", text_of(model / "report.html"))
+    assert [number for number, _ in shown] == ["1", "1", "2"]
+
+
 def test_documents_are_not_asked(tmp_path):
     """What the answers of the other records say counts all the same."""
     evaluation = erasure.evaluation()
