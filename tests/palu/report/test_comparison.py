@@ -143,6 +143,8 @@ def test_secrets_are_masked(tmp_path):
     said = text_of(page)
     assert "This page shows the secrets." in said and "Eve" in said and "0171 555 01234" in said
     assert all(word in said for word in SAID[0].split())
+    # "says" before it would give every answer its direction.
+    assert re.search(r"<p [^>]*><small>says</small> <bdi>It is ", page.read_text())
 
 
 def test_tokens_that_are_masked():
