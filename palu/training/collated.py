@@ -57,6 +57,9 @@ class ExampleRows:
         self.collator, self.ordered, self.more = collator, ordered, more
         self.names = input_names(model)
         self._vocab_size = vocabulary_size(unwrap(model))
+        # Some models know more tokens than they can say, such as that of an image.
+        embeddings = getattr(unwrap(model), "get_input_embeddings", lambda: None)()
+        self._token_count = getattr(embeddings, "num_embeddings", self._vocab_size)
         self._model_name = type(unwrap(model)).__name__
         while isinstance(collator, functools.partial):
             collator = collator.func
@@ -123,7 +126,7 @@ class ExampleRows:
                 f"{self._name} gives attention_mask as a {type(mask).__name__}; it must be a tensor"
             )
         if self._vocab_size is not None and check_values(batch["labels"].device):
-            check_tokens(batch["input_ids"], self._vocab_size)
+            check_tokens(batch["input_ids"], self._token_count)
             check_labels(batch["labels"], self._vocab_size)
         return dict(batch)
 
