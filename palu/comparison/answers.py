@@ -28,7 +28,7 @@ def token_answers(
     template: Template | None = None,
     max_length: int = 512,
     batch_size: int = 16,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 200,
 ) -> list[Answer]:
     """Return the greedy answers of two models, and the probability of each token of the true answer
     under both, given the true tokens before it. Neither model is changed.

@@ -26,7 +26,7 @@ from palu.storage.files import write_json
 
 EVALUATION, ATTACK = "evaluation.json", "attack.json"
 EVALUATION_FORMAT = "palu-evaluation/1"
-NEW_TOKENS = 128
+NEW_TOKENS = 128  # not the 200 of `palu evaluate`: runs of a folder that was begun have it
 SHOWN = 3
 """Examples of each set whose answers are shown, the same in every run."""
 

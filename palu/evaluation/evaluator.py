@@ -54,7 +54,7 @@ def evaluate_examples(
     template: Template | None = None,
     max_length: int = 512,
     batch_size: int = 16,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 200,
     original: nn.Module | None = None,
     samples: int = 0,
     temperature: float = 1.0,

@@ -1,17 +1,22 @@
 """`evaluate_examples` and greedy answers against plain loops; measuring changes nothing."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
+from palu.cli.attack import AttackOptions
+from palu.cli.evaluate import EvaluateOptions
+from palu.comparison.answers import token_answers
 from palu.data.labels import label_example
 from palu.data.records import Example
 from palu.distributed import Processes
 from palu.evaluation import METRICS, evaluate_examples, metrics_table
+from palu.evaluation.attacks.settings import AttackSettings
 from palu.evaluation.inference import continuations
 from palu.evaluation.metrics import extraction_strength, rouge
 from tests.support import planted, small
@@ -74,6 +79,13 @@ def test_secrets_that_answers_say_are_counted():
         assert [row["leaked"] for row in rows] == leaked
     rows = evaluate_examples(model, tok, examples, max_new_tokens=0)["examples"]
     assert [row["leaked"] for row in rows] == [None] * 3
+
+
+def test_answers_have_one_limit():
+    limits = [signature(f).parameters["max_new_tokens"] for f in (evaluate_examples, token_answers)]
+    for options in (EvaluateOptions, AttackOptions, AttackSettings):
+        limits += [one for one in fields(options) if one.name == "max_new_tokens"]
+    assert [limit.default for limit in limits] == [200] * 5  # open-unlearning's
 
 
 def greedy_by_hand(model, tok, prompt, limit):
