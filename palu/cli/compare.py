@@ -170,22 +170,27 @@ def configuration(path: str) -> Comparison:
     comparison = read_config(path)
     known = _known()
     try:
-        comparison = check_names(comparison, known, choices(RunOptions, "method"))
+        comparison = check_names(comparison, [*known], choices(RunOptions, "method"))
         for where, given in comparison_options(comparison):
             try:
                 check_trainer_names([name for name in given if name not in known], known)
             except ValueError as error:
                 raise ConfigError(f"{where}: {error}") from None
+            for name, value in given.items():
+                values = value if isinstance(value, list) else [value]
+                if None in values and known.get(name) is not None:
+                    must = "it must have a value, or be left out"
+                    raise ConfigError(f"{where}.{name} is null; {must}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return comparison
 
 
-def _known() -> list[str]:
-    """Return the names of the options of `palu unlearn`."""
+def _known() -> dict[str, Any]:
+    """Return the options of `palu unlearn` with their defaults."""
     from palu.cli.unlearn import command_of
 
-    return [one.name for one in command_of().params]
+    return {one.name: one.default for one in command_of().params}
 
 
 def words_of(comparison: Comparison, task: Task, model: Path) -> list[str]:

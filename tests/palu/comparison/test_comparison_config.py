@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from palu.cli.compare import configuration
 from palu.comparison.config import ConfigError, check_names, from_dict, read_config
 
 ROOT = Path(__file__).parents[3]
@@ -114,6 +116,24 @@ def test_mistakes_name_key_and_value(parts, said):
 def test_options_that_the_comparison_decides_are_refused(methods, said):
     with pytest.raises(ConfigError, match=said):
         check_names(from_dict(content(methods=methods)), [], METHODS)
+
+
+def test_null_is_the_default_of_options_that_may_be_left_open_alone(tmp_path):
+    def read(**method):
+        options = {"options": {"method": "palu"}} | method
+        path.write_text(json.dumps(content(methods={"PALU": options})))
+        configuration(path)
+
+    path = tmp_path / "c.json"
+    read(options={"method": "palu", "forget_weight": None})
+    range_ = {"trials": 2, "space": {"top_k": [10, None]}}
+    for where, method in (
+        ("options", {"options": {"method": "palu", "top_k": None}}),
+        ("settings", {"grid": {"top_k": [10, None]}}),
+        ("search.space", {"search": range_}),
+    ):
+        with pytest.raises(ConfigError, match=rf"PALU\.{where}\.top_k is null; it must have a val"):
+            read(**method)
 
 
 def test_a_file_with_a_key_twice_is_refused(tmp_path):
