@@ -13,13 +13,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -575,8 +575,13 @@ def _said(data: Mapping[str, Any] | None) -> str:
 
 def _frozen(model: nn.Module) -> str:
     """Of the parameters that do not train."""
+    named = sorted(model.named_parameters())
+    return fingerprint_of((name, one) for name, one in named if not one.requires_grad)
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash tensors with their names, in their order."""
     digest = hashlib.blake2b(digest_size=32, person=b"palu.frozen")
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(f"{name} {tensor_fingerprint(parameter)}\n".encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor_fingerprint(tensor)}\n".encode())
     return digest.hexdigest()

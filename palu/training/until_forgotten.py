@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from palu.errors import failed_to_write, one_line
 from palu.models.checks import is_whole
-from palu.training.checkpoints import BEST, CheckpointError
+from palu.training.checkpoints import BEST, CheckpointError, fingerprint_of
 from palu.training.knowledge import Knowledge, KnowledgeMeter
 from palu.training.outcome import Limits, RunOutcome, kept
 from palu.training.sharding import gather, reshard, spread
@@ -195,6 +195,7 @@ class KnowledgeChecks(TrainerCallback):
     def _write(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         """Write the weights aside, and rename the file."""
         file = self._file()
+        about["digest"] = fingerprint_of(sorted(tensors.items()))
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".partial")
         try:
@@ -213,6 +214,9 @@ class KnowledgeChecks(TrainerCallback):
         try:
             with safe_open(self._file(), "pt") as file:
                 known = file.metadata() or {}
+                found = fingerprint_of((n, file.get_tensor(n)) for n in sorted(file.keys()))
+            if known.get("digest", found) != found:  # older ones have none
+                raise SafetensorError("its content is not what was written")
         except SafetensorError as error:
             raise CheckpointError(
                 f"the best weights so far, {str(self._file())!r}, are damaged "
