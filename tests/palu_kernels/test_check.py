@@ -44,7 +44,7 @@ def by_both_backends():
         yield pytest.param(case, "torch", marks=pytest.mark.slow if case in LONG else ())
 
 
-@pytest.mark.parametrize(("case", "backend"), by_both_backends(), ids=str)
+@pytest.mark.parametrize(("case", "backend"), [*by_both_backends()], ids=str)
 def test_operator(case, backend):
     for result in compare(case, DEVICE, backend):
         assert result.passed, result
