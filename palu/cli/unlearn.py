@@ -303,7 +303,7 @@ class Run:
         from palu.models.loading import freeze_other_towers, load_tokenizer
         from palu.models.lora import add_lora
         from palu.training.inputs import second_answers
-        from palu.training.trainer_checks import check_marks, marks_something
+        from palu.training.trainer_checks import check_marks
 
         options, config = self.options, self.config
         self.tokenizer = load_tokenizer(options.model)
@@ -315,12 +315,7 @@ class Run:
             require_spans=self.by_span,
             second_answers=second_answers(config),
         )
-        if self.by_span and not marks_something(self.rows, self.tokenizer.eos_token_id):
-            raise ValueError(
-                f"{options.forget} marks nothing to forget: no span is left in any example"
-            )
-        if not self.by_span:
-            check_marks(self.rows, config.make_loss(), options.forget)
+        check_marks(self.rows, config.make_loss(self.tokenizer.eos_token_id), options.forget)
         self.digests = digests_of(options) if self.is_main else {}  # of what was read, not later
         for path in changed_data(options, self.digests.get("data", {})):
             warn(f"{path} holds something else than in the run of {options.config}")

@@ -155,7 +155,7 @@ def check_marks(dataset: Sequence[Mapping[str, Any]], method: Method, name: str)
     own = ", ".join(f"{option}={getattr(method, option)}" for option in method.option_names())
     why = f"method {method.name!r}{own and f' ({own})'} acts on no token of any answer"
     if method.by_span:
-        why = "no label is a token id other than EOS after the first place of a row"
+        why = "no span is left (no label is a token id other than EOS after a row's first place)"
     raise ValueError(f"{name} has no token to forget: {why}")
 
 

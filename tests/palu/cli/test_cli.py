@@ -62,7 +62,7 @@ def test_a_slice_of_a_file_and_no_retain(palu):
         ("--forget nowhere.jsonl", "nowhere.jsonl"),
         ("--forget broken.jsonl", "broken.jsonl:2"),
         ("--forget retain.jsonl", "spans"),
-        ("--forget nothing.jsonl", "nothing.jsonl marks nothing to forget"),
+        ("--forget nothing.jsonl", "nothing.jsonl has no token to forget: no span is left"),
         ("--top-k 0", "top_k"),
         ("--center middle", "center must be global_mean, local_mean or a number, not 'middle'"),
         ("--center 2", "center is '2' and objective 'entropy' has no such option; it must be left"),
