@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class PALULoss(nn.Module):
         eos_token_id: id or ids that end a run and are never sensitive.
         backend: `auto`, `triton` or `torch`, for every operator.
     """
+
+    if TYPE_CHECKING:  # what a Module gives when it is called is any type
+        __call__: Callable[..., PALUOutput]
 
     def __init__(
         self,
