@@ -6,11 +6,13 @@ else, where the system has that: a run costs no import, and nothing of one is le
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ class Worker:
     ) -> None:
         context = _context()
         self._answer, sends = context.Pipe(duplex=False)
-        where = {"folder": os.getcwd(), "log": log, "environment": environment or {}}
+        variables = {**os.environ, **(environment or {})}
+        where = {"folder": os.getcwd(), "log": log, "environment": variables}
         self._process = context.Process(
             target=_work, args=(sends, where, function, arguments), daemon=True
         )
@@ -98,13 +101,37 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         raise
 
 
+@functools.cache
 def _context() -> Any:
     methods = multiprocessing.get_all_start_methods()
     if "forkserver" not in methods:
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # which Windows has not
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    with _own_paths():
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _own_paths() -> Iterator[None]:
+    """Let a process that is started in the block import what this one does: `python -c`, which the
+    server is, looks in the current folder first, where another `palu` or a `torch.py` may lie."""
+    folder, before = os.getcwd(), dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or folder for path in sys.path)
+    os.chdir(os.path.dirname(os.__file__))
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        _set_environment(before)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def _work(
@@ -115,7 +142,7 @@ def _work(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(where["environment"])
+    _set_environment(where["environment"])
     os.chdir(where["folder"])
     if where["log"] is not None:
         with open(where["log"], "a", encoding="utf-8", buffering=1) as log:
