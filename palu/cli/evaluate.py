@@ -89,7 +89,7 @@ class EvaluateOptions:
         shown="with --tofu MODEL/evals_SPLIT, with --benchmark MODEL/evals_muse; else none",
     )
     overwrite: bool = _output(False, "Measure anew what --output holds.")
-    json: Path | None = _output(None, "Write every number to this file.")
+    json: Path | None = _output(None, "Write every number and answer to this file.")
     plots: Path | None = _output(
         None,
         "Folder for the numbers as logs.csv and as a picture, logs.png; `palu compare --logs` puts "
