@@ -77,6 +77,8 @@ _FREE = {
 _FREE_PREFIXES = ("batch_eval_", "ddp_", "eval_", "hub_", "log_", "logging_", "push_to_", "save_")
 _FREE_PREFIXES += ("trackio_", "dataloader_")
 _DATA_ORDER = {"dataloader_drop_last"}
+# Names that newer transformers have for `gradient_checkpointing` and its kwargs, which they set too.
+_ALIASES = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 # How the rows of a step are dealt out: to processes, and to micro-batches one after the other.
 _SPLIT = {"processes", "per_device_train_batch_size", "gradient_accumulation_steps"}
 _SPLIT |= {"retain_batch_size"}
@@ -328,7 +330,7 @@ def check_same_run(checkpoint: str | os.PathLike[str], identity: Mapping[str, An
     same = _SPLIT if _rows_of_a_step(there) == _rows_of_a_step(here) is not None else set()
     found = [
         f"{name} is {there.get(name)!r} in the checkpoint and {here.get(name)!r} here"
-        for name in sorted({*there, *here} - same)
+        for name in sorted({*there, *here} - _ALIASES - same)
         if there.get(name) != here.get(name)
     ]
     for name, rows in identity["data"].items():

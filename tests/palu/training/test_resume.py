@@ -14,7 +14,14 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCall
 
 from palu.data.collator import Collator
 from palu.training.batching import LengthGroups
-from palu.training.checkpoints import ASIDE, RECORD, CheckpointError, last_checkpoint, read_record
+from palu.training.checkpoints import (
+    ASIDE,
+    RECORD,
+    CheckpointError,
+    check_same_run,
+    last_checkpoint,
+    read_record,
+)
 from tests.support import WORKERS, ranks, small
 from tests.support.training import config, trainer, weights
 
@@ -225,6 +232,20 @@ def test_another_run_is_refused(tok, tmp_path):
     # what does not touch the numbers may change
     more = {"save_steps": 3, "logging_steps": 2, "output_dir": str(tmp_path / "elsewhere")}
     make(tok, tmp_path, **more).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_setting_that_transformers_gave_a_second_name():
+    """In transformers 5.20 `activation_checkpointing` does not stand beside the older name."""
+    place = Path(__file__).parents[2] / "data" / "before_redesign" / "out-checkpoints"
+    checkpoint = next(place.glob("checkpoint-*"))
+    run = read_record(checkpoint)["run"]
+    names = [name for name in run["settings"] if name.startswith("activation_checkpointing")]
+    older = {name: value for name, value in run["settings"].items() if name not in names}
+    assert names
+    check_same_run(checkpoint, run | {"settings": older})
+    other = run | {"settings": older | {"gradient_checkpointing": True}}
+    with pytest.raises(CheckpointError, match="run: gradient_checkpointing is False in the check"):
+        check_same_run(checkpoint, other)
 
 
 def test_a_checkpoint_that_a_callback_asks_for(tok, tmp_path):
