@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from palu.data.conversations import label_record
 from palu.data.labels import LabeledExample
 from palu.data.records import Example
+from palu.data.spans import shown
 from palu.data.template import Template
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def tokenize_examples(
     """
     if not examples:
         raise ValueError("examples must not be empty")
+    for example in examples:
+        if not isinstance(example, Example):
+            raise TypeError(
+                "examples must be a list of palu.Example, as load_examples gives them, got "
+                f"{shown(example)} in it"
+            )
     template = template or Template()
     labeled = [_label(example, tokenizer, max_length, template) for example in examples]
     pairs = list(zip(examples, labeled, strict=True))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from palu.data import labels
+from palu.data.examples import tokenize_examples
 from palu.data.labels import LabeledExample, label_example, label_without_warning
 from palu.data.roles import IGNORE, KEEP, token_roles
 from palu.data.template import Template
@@ -400,3 +401,9 @@ def test_a_span_without_tokens_is_an_error(all_tokenizers):
         label_example(all_tokenizers["wordpiece"], QUESTION, "a \x07 b", [(2, 3)], max_length=99)
     with pytest.raises(ValueError, match="makes no token of the answer"):
         label_example(all_tokenizers["wordpiece"], QUESTION, "\x07", [], max_length=99)
+
+
+@pytest.mark.parametrize("examples", ["forget.jsonl", [{"question": "Who?", "answer": "Ada"}]])
+def test_only_examples_are_tokenised(examples, all_tokenizers):
+    with pytest.raises(TypeError, match=r"list of palu\.Example, .* got ('f'|\{'answer')"):
+        tokenize_examples(examples, all_tokenizers["wordpiece"], max_length=99)
