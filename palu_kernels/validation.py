@@ -136,11 +136,11 @@ def indices(
     """S as integers `[..., min(top_k, columns)]` beside rows `[..., anything]`."""
     dense(name, value)
     if value.dim() == rows.dim():
-        given = value.shape[-1]
-        if given != min(top_k, columns):
+        given, expected = value.shape[-1], min(top_k, columns)
+        if given != expected:
             raise ValueError(
-                f"top_k is {top_k} and {name} holds {given} a row; top_k must be their number "
-                f"(or exceed V = {columns} when they are all of it)"
+                f"top_k is {top_k} and {name} holds {given} a row; of V = {columns} it must hold "
+                f"{expected}"
             )
     shape = [*rows.shape[:-1], min(top_k, columns)]
     integers(name, value, shape, rows, rows_name)

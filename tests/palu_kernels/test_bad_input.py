@@ -48,7 +48,12 @@ CASES = [
     (
         lambda: local_entropy_loss(Z, top_k=4, indices=INDICES),
         ValueError,
-        "top_k is 4 and indices holds 3 a row",
+        "top_k is 4 and indices holds 3 a row; of V = 10 it must hold 4",
+    ),
+    (
+        lambda: local_entropy_loss(Z, top_k=50, indices=INDICES.repeat(1, 20)[:, :50]),
+        ValueError,
+        "top_k is 50 and indices holds 50 a row; of V = 10 it must hold 10",
     ),
     (
         lambda: local_entropy_loss(Z, top_k=3, indices=INDICES[:2]),
