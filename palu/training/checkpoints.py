@@ -77,7 +77,7 @@ _FREE = {
 _FREE_PREFIXES = ("batch_eval_", "ddp_", "eval_", "hub_", "log_", "logging_", "push_to_", "save_")
 _FREE_PREFIXES += ("trackio_", "dataloader_")
 _DATA_ORDER = {"dataloader_drop_last"}
-# Names that newer transformers have for `gradient_checkpointing` and its kwargs, which they set too.
+# Newer names of `gradient_checkpointing` and its kwargs; transformers sets both.
 _ALIASES = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 # How the rows of a step are dealt out: to processes, and to micro-batches one after the other.
 _SPLIT = {"processes", "per_device_train_batch_size", "gradient_accumulation_steps"}
