@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -364,9 +365,20 @@ def encode(losses: Sequence[RowLoss]) -> str:
     objects."""
     lines = []
     for loss in losses:
-        fields = [repr(getattr(loss, name)) for name in type(loss).__match_args__]
-        lines.append(",".join([type(loss).__name__, *fields]))
+        fields = [getattr(loss, name) for name in type(loss).__match_args__]
+        if torch.compiler.is_compiling():
+            fields = [_constant(value) for value in fields]
+        lines.append(",".join([type(loss).__name__, *map(repr, fields)]))
     return "\n".join(lines)
+
+
+def _constant(value: object) -> object:
+    """A number that `torch.compile` has made a symbol, since it took another value in an earlier
+    call, is a constant of this graph: text holds no symbols."""
+    if isinstance(value, float):
+        above, below = value.as_integer_ratio()  # exact; `float` would leave a symbol
+        return above / below
+    return operator.index(value) if type(value) is int else value
 
 
 @lru_cache

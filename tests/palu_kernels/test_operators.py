@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from palu_kernels import (
+    LMHead,
     cross_entropy_loss,
     kl_loss,
+    linear_local_entropy_loss,
     local_entropy_loss,
     logits_op,
     topk_indices,
@@ -249,6 +251,23 @@ def test_one_node_under_compile(name, backend):
     torch.compile(lambda t: f(t, backend), fullgraph=True, backend="aot_eager")(x).backward()
     f(y, backend).backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_a_number_that_changes_is_compiled_again():
+    """A second value makes `torch.compile` take the number for a symbol."""
+    z, ref, labels, _ = inputs(2, columns=40)
+    head = LMHead(normal(40, 40, seed=3))
+    calls = {
+        lambda k: local_entropy_loss(z, ref, top_k=k): (3, 4, 5),
+        lambda c: local_entropy_loss(z, ref, top_k=5, center=c): (0.5, 0.1, -1.5),
+        lambda y: cross_entropy_loss(z, labels.clamp(min=0), ignore_index=y): (-100, 0, -1),
+        lambda k: linear_local_entropy_loss(z, head, ref, head, top_k=k): (3, 4, 5),
+    }
+    for call, values in calls.items():
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        for value in values:
+            torch.testing.assert_close(compiled(value), call(value), rtol=0, atol=0)
 
 
 def test_deterministic_mode():
