@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,9 @@ def _as_head_takes(hidden: Tensor) -> Tensor:
 
 
 def _topk(head: palu_kernels.LMHead, hidden: Tensor, loss: PALULoss) -> Tensor:
-    """int32 `[rows, min(k, V)]` on the CPU; the logits live a chunk of rows at a time."""
+    """int32 `[rows, min(k, V)]` on the CPU; the logits live a chunk of rows at a time. They are
+    ranked before the softcap, as a live reference's are: in half precision it makes ties."""
+    head = replace(head, softcap=None)
     step = max(LOGITS_BYTES // (head.vocab_size * hidden.element_size()), 1)
     chunks = [
         topk_indices(head.logits(chunk), loss.top_k, backend=loss.backend).cpu()

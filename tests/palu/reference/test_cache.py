@@ -137,6 +137,21 @@ def test_heads_with_bias_scale_and_cap(build, tok, rows, make):
     ReferenceCache.open(all_of_it.path, loss=loss_of(tok, top_k=500))  # k >= V is all of V
 
 
+def test_logits_that_a_softcap_makes_ties_are_ranked_before_it(build, tok, rows):
+    torch.manual_seed(0)
+    sizes = SIZES | {"head_dim": 8, "initializer_range": 4.0}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0)).bfloat16().eval()
+    loss = loss_of(tok)
+    cache = build(model, batch_size=1)
+    for row in rows[:4]:
+        batch = padded([row], len(row["labels"]))
+        at = shift_to_logits(loss.roles(batch["labels"]) == FORGET)
+        with torch.no_grad():
+            hidden = model_hidden_states(model, batch["input_ids"], batch["attention_mask"])[at]
+            logits = hidden @ model.lm_head.weight.T
+        assert torch.equal(cache.forget_indices(example_ids(batch)), topk_indices(logits, 7))
+
+
 def test_what_is_not_needed_is_not_stored(build, tok, rows):
     model, ids = small.model(tok), [example_id(row) for row in rows[:4]]
     current = build(model, "current", loss_of(tok, select_from="current"))
