@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, token_roles
+from palu.data.roles import FORGET, NONE, PRESERVE, check_labels, check_roles, token_roles
 from palu_kernels import LMHead
 from palu_kernels import validation as arguments
 from palu_kernels.backend import BACKENDS, Backend, check_values
@@ -179,6 +179,12 @@ class PALULoss(nn.Module):
                 f"logits has shape {list(logits.shape)} and row_roles {list(row_roles.shape)}; "
                 "they must be [R, V] and [R]"
             )
+        if row_roles.is_floating_point() or row_roles.dtype == torch.bool:
+            raise TypeError(
+                f"row_roles has dtype {row_roles.dtype}; it must be int8, as of roles()"
+            )
+        if check_values(row_roles.device):
+            check_roles(row_roles)
         self._check_reference(logits, ref_logits)
         return self._terms(logits, row_roles, ref_logits, num_forget, num_preserve)
 

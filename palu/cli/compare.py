@@ -170,7 +170,7 @@ def configuration(path: str) -> Comparison:
     comparison = read_config(path)
     known = _known()
     try:
-        comparison = check_names(comparison, [*known], choices(RunOptions, "method"))
+        comparison = check_names(comparison, choices(RunOptions, "method"))
         for where, given in comparison_options(comparison):
             try:
                 check_trainer_names([name for name in given if name not in known], known)

@@ -156,11 +156,10 @@ def from_dict(content: Any) -> Comparison:
     return Comparison(**values)
 
 
-def check_names(comparison: Comparison, known: Sequence[str], methods: Sequence[str]) -> Comparison:
+def check_names(comparison: Comparison, methods: Sequence[str]) -> Comparison:
     """Check the names of all options, and fill in `method` where a method's name says it.
 
     Args:
-        known: the options of `palu unlearn`; others are the Trainer's, checked elsewhere.
         methods: that `palu unlearn` has.
 
     Raises:

@@ -152,7 +152,7 @@ def rank(
             for number, one in enumerate(whole)
         ],
         "not_ranked": parts,
-        "runs": _runs(found, measures, ranking, places, methods),
+        "runs": _runs(found, ranking, places, methods),
     }
 
 
@@ -218,11 +218,7 @@ def _drawn(measures: Measures) -> dict[str, int]:
 
 
 def _runs(
-    found: Folder,
-    measures: Measures,
-    ranking: Ranking,
-    places: Mapping[str, int],
-    methods: Sequence[str],
+    found: Folder, ranking: Ranking, places: Mapping[str, int], methods: Sequence[str]
 ) -> list[Row]:
     """Return a row for every model and run, also for those that are not done."""
     ordered = sorted(

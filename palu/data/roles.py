@@ -91,6 +91,16 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
         )
 
 
+def check_roles(roles: torch.Tensor) -> None:
+    """Raise ValueError for a role that is none: labels may have been given for them."""
+    wrong = (roles < NONE) | (roles > PRESERVE)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"row_roles holds {int(roles[wrong].flatten()[0])}; a role must be {NONE} (nothing), "
+            f"{FORGET} (forget) or {PRESERVE} (preserve): roles(labels) makes them of labels"
+        )
+
+
 def check_tokens(ids: torch.Tensor, vocab_size: int) -> None:
     """Raise ValueError for an input that is no token id: an embedding would not say which."""
     wrong = (ids >= vocab_size) | (ids < 0)

@@ -16,7 +16,8 @@ from palu.data.collator import Collator
 from palu.data.roles import FORGET
 from palu.loss import PALULoss
 from palu.models.forward import logits_at, shift_to_logits
-from palu.models.wrappers import eval_mode
+from palu.models.wrappers import eval_mode, unwrap
+from palu.reference.model import vocabulary_size
 from palu_kernels import local_entropy_loss
 
 # Adam moves every weight by about the learning rate, and a layer adds up as many of those moves as
@@ -71,8 +72,8 @@ def forget_weight(
         loss: with the objective, k and center of the run.
     """
     if loss.objective == "entropy":
-        weight = 1 / math.log(max(loss.top_k, 3))
-        return Choice(float(f"{weight:.2g}"), f"1 / log(k = {loss.top_k})")
+        k = min(loss.top_k, vocabulary_size(unwrap(model)) or loss.top_k)
+        return Choice(float(f"{1 / math.log(max(k, 3)):.2g}"), f"1 / log(k = {k})")
     collate, device = Collator(tokenizer), next(model.parameters()).device
     squares = count = 0.0
     places = torch.linspace(0, len(rows) - 1, min(len(rows), BATCHES * batch_size)).long().tolist()

@@ -30,7 +30,7 @@ from palu_kernels.triton.row_io import (
 
 GLOBAL_MEAN, LOCAL_MEAN, NUMBER, ENTROPY = (tl.constexpr(i) for i in range(4))
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}
-NEAR_LANES = 128  # of a split, among which a number near its mean is looked for
+NEAR_LANES = tl.constexpr(128)  # of a split, among which a number near its mean is looked for
 CHUNK = 1024  # entries of S that are gathered together
 # what a split of a row leaves, float32: live entries (NaN if one is NaN), the sum of their
 # distances to a number near their mean, that number
@@ -40,7 +40,7 @@ PARTIAL_SIZE = tl.constexpr(4)
 @triton.jit
 def near_mean(z_row, begin, first, end, cap):
     """A number near the mean of the first lanes of a split; 0 without any."""
-    offsets = begin + tl.arange(0, 128)
+    offsets = begin + tl.arange(0, NEAR_LANES)
     mask = (offsets >= first) & (offsets < end)
     z = tl.load(z_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
     z, _slope = apply_softcap(z, mask, cap)

@@ -30,7 +30,7 @@ def test_methods_settings_and_seeds_are_multiplied_seed_by_seed():
         "GradDiff": {"settings": [{"learning_rate": 1e-3}]},
     }
     comparison = from_dict(content(methods=methods, seeds=[3, 5], common={"batch_size": 4}))
-    tasks = check_names(comparison, [], METHODS).tasks()
+    tasks = check_names(comparison, METHODS).tasks()
     assert [(t.seed, t.method, t.setting) for t in tasks] == [
         (seed, *rest)
         for seed in (3, 5)
@@ -115,7 +115,7 @@ def test_mistakes_name_key_and_value(parts, said):
 )
 def test_options_that_the_comparison_decides_are_refused(methods, said):
     with pytest.raises(ConfigError, match=said):
-        check_names(from_dict(content(methods=methods)), [], METHODS)
+        check_names(from_dict(content(methods=methods)), METHODS)
 
 
 def test_null_is_the_default_of_options_that_may_be_left_open_alone(tmp_path):
@@ -147,6 +147,6 @@ def test_the_example_of_the_docs(tmp_path):
     text = (ROOT / "docs" / "comparison.md").read_text()
     path = tmp_path / "c.yaml"
     path.write_text(text.split("```yaml\n")[1].split("```")[0])
-    tasks = check_names(read_config(path), [], METHODS).tasks()
+    tasks = check_names(read_config(path), METHODS).tasks()
     assert len(tasks) == 3 * (2 * 2 + 2)
     assert {task.options["method"] for task in tasks} == {"npo", "palu"}

@@ -387,6 +387,9 @@ def test_the_weight_gives_the_first_gradient_its_norm():
     assert found == pytest.approx(auto.LOGIT_GRADIENT / math.sqrt(squares / count), rel=0.3)
     entropy = PALULoss(objective="entropy", top_k=50)
     assert auto.forget_weight(model, tok, data, entropy, 2).value == 0.26
+    entropy = PALULoss(objective="entropy", top_k=10**6)  # no more than the vocabulary
+    size = model.config.vocab_size
+    assert auto.forget_weight(model, tok, data, entropy, 2).why == f"1 / log(k = {size})"
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
