@@ -15,8 +15,8 @@ def attacks_of(inputs: Inputs) -> dict[str, Any] | None:
     """Return the attacks of `attack.json`; None where there is none.
 
     Returns:
-        `{"models", "records", "secrets", "not_judged", "seed", "attacks", "membership", "worst",
-        "skipped"}`:
+        `{"models", "records", "secrets", "not_judged", "cut_off", "seed", "attacks", "membership",
+        "worst", "skipped"}`:
         `attacks` are those that ask for secrets, the worst for the unlearned model first, with
         `results`: model -> `{"leaked", "of", "rate", "low", "high"}`; `membership` those that give
         an AUC.
@@ -38,6 +38,7 @@ def attacks_of(inputs: Inputs) -> dict[str, Any] | None:
         "records": content["records"].count() if content["records"] else None,
         "secrets": content["secrets"].count() if content["secrets"] else None,
         "not_judged": untold,
+        "cut_off": _cut_off(content),
         "seed": content["seed"].count() if content["seed"] else None,
         "attacks": asking,
         "membership": [one for one in found if _gives_auc(one)],
@@ -47,6 +48,16 @@ def attacks_of(inputs: Inputs) -> dict[str, Any] | None:
             for one in content["skipped"].each()
         ],
     }
+
+
+def _cut_off(content: Node) -> str:
+    """Return in words which secrets stand behind the largest length of a record, "" for none."""
+    if content["cut_off"]:
+        count, length = content["cut_off"].count(), content["settings"]["max_length"].count()
+        return f"{count} secrets that max_length={length} cuts off" if count else ""
+    # Older files say it of an attack alone.
+    whys = (one["why"].text("") for one in content["skipped"].each())
+    return next((why for why in whys if "secrets that max_length=" in why), "")
 
 
 def above(attack: Attack, limit: float) -> bool:

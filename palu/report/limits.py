@@ -59,12 +59,11 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
         if skipped:
             limits.append(f"These attacks were left out: {', '.join(skipped)}.")
         # What attacks of this length could not ask for, a run of this length could not train.
-        limits += [
-            f"There are {one['why']}: what stands behind that length of a record was neither "
-            "forgotten nor measured. Cut the record, or give a larger --max-length."
-            for one in attacks["skipped"]
-            if one["name"] == "prefix_forcing" and "max_length=" in one["why"]
-        ]
+        if attacks["cut_off"]:
+            limits.append(
+                f"There are {attacks['cut_off']}: what stands behind that length of a record was "
+                "neither forgotten nor measured. Cut the record, or give a larger --max-length."
+            )
     tried, marked = attacks and attacks["records"], request["records_with_spans"]
     if attacks is not None and attacks["of_others"]:
         limits.append(

@@ -123,7 +123,7 @@ class Plan:
         )
 
     def _prefix_forcing(self) -> Iterator[LeakAttack]:
-        if cut := sum(row.lost_spans for row in self.targets.rows):
+        if cut := self.targets.cut_off:
             length = self.targets.max_length
             self._skip("prefix_forcing", f"{cut} secrets that max_length={length} cuts off")
         for given in self.settings.forced:

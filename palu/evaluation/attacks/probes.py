@@ -130,6 +130,11 @@ class Targets:
         return len({(record, secret) for record, some in sets for secret in some} - self.pairs)
 
     @property
+    def cut_off(self) -> int:
+        """Return how many secrets stand behind the tokens of their examples."""
+        return sum(row.lost_spans for row in self.rows)
+
+    @property
     def longest(self) -> int:
         """Return how many tokens an answer may have."""
         return SLACK + max(len(row["input_ids"]) - row.answer_start for row in self.rows)

@@ -115,6 +115,7 @@ def run_attacks(
         "records": len(set(targets.records)),
         "secrets": len(targets.pairs),
         "not_judged": {"in_the_prompt": targets.told, "stop_words_only": targets.empty},
+        "cut_off": targets.cut_off,
     }
     hidden = (text for one in (*examples, *retain, *holdout) for text in secrets_of(one))
     hidden = None if show_secrets else list(dict.fromkeys(hidden))

@@ -86,6 +86,12 @@ def test_the_worst_leak_is_named():
     assert [e["leaks"]["unlearned"] for e in greedy] == [True, False, False, False]
 
 
+def test_secrets_that_are_cut_off_are_counted_whatever_the_attack():
+    short = dataclasses.replace(QUICK, max_length=24)
+    content = attacked({"unlearned": planted.never_saw()}, ["greedy"], short)
+    assert content["cut_off"] == 2 and content["skipped"] == []
+
+
 def test_prompts_of_prefix_forcing():
     """By the tokenizer's offsets, and a plain greedy loop."""
     tok, model = planted.tokenizer(), planted.knows_all()

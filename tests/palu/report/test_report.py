@@ -356,7 +356,12 @@ def test_secrets_that_were_cut_off_are_said(tmp_path):
         {"name": "prefix_forcing", "why": "2 secrets that max_length=512 cuts off"}
     )
     limits = build_report(erasure.write(tmp_path, attack=attack))["limits"]
-    assert any("There are 2 secrets that max_length=512 cuts off" in one for one in limits)
+    old = [one for one in limits if "There are 2 secrets that max_length=512 cuts off" in one]
+    assert len(old) == 1
+    # A field of its own since: an attack need not have been skipped for it.
+    attack |= {"skipped": [], "cut_off": 2, "settings": {"max_length": 512}}
+    (new := tmp_path / "new").mkdir()
+    assert old[0] in build_report(erasure.write(new, attack=attack))["limits"]
 
 
 @pytest.mark.parametrize("others", [False, True])
