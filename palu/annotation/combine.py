@@ -77,6 +77,7 @@ def annotate(
     terms = [annotator for annotator in annotators if isinstance(annotator, Terms)]
     counts["terms"] = sum(len(one.terms) for one in terms)
     counts["terms_not_found"] = sum(len(one.not_found) for one in terms)
+    counts["records_aside"] = sum(len(one.aside) for one in terms)
     settings = {name: annotator.settings for name, annotator in zip(names, annotators, strict=True)}
     return Annotated(
         done, {"format": FORMAT, **counts, "settings": {**settings, "replace": replace}}

@@ -54,13 +54,15 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
         attacks["of_others"] = attacked_others(inputs, secrets)
     models = _models(inputs)
     checked = integrity_checks(inputs)
-    verdict = _verdict(inputs[RECORD]["outcome"], attacks, rows)
+    request = _request(inputs, secrets)
+    aside = bool(request["records_aside"])
+    verdict = _verdict(inputs[RECORD]["outcome"], attacks, rows, aside=aside)
     if not all(one["holds"] for one in checked):
         verdict |= {"level": "bad", "headline": "These numbers are not of the model in this folder"}
     content = {
         "verdict": verdict,
         "integrity": checked,
-        "request": _request(inputs, secrets),
+        "request": request,
         "models": models,
         "run": _run(inputs[RECORD]),
         "columns": ordered([*(name for row in rows for name in row["values"]), *models]),
@@ -79,8 +81,14 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     return content
 
 
-def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> dict[str, Any]:
-    """Return whether the erasure held: a status, `good`, `caution` or `bad`, and sentences."""
+def _verdict(
+    outcome: Node, attacks: dict[str, Any] | None, rows: list[Row], *, aside: bool
+) -> dict[str, Any]:
+    """Return whether the erasure held: a status, `good`, `caution` or `bad`, and sentences.
+
+    Args:
+        aside: whether values to erase stand where nothing can be marked.
+    """
     status = outcome["status"].text() if outcome else None
     if status is not None and status not in STATUS:
         raise outcome["status"].fail(f"one of {', '.join(STATUS)}")
@@ -107,6 +115,8 @@ def _verdict(outcome: Node, attacks: dict[str, Any] | None, rows: list[Row]) -> 
         level, headline = "caution", "Erased, but its answers to what was erased fell apart"
     elif worst is None:
         level, headline = "caution", "Forgotten when asked plainly, but nobody attacked it"
+    elif aside or attacks["cut_off"]:
+        level, headline = "caution", "Erased where it was looked for, but some of it is elsewhere"
     return {
         "status": status,
         "level": level,
@@ -174,7 +184,7 @@ def _request(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
         }
         for name, node in found["by_annotator"].named()
     ]
-    for name in ("terms", "terms_not_found"):
+    for name in ("terms", "terms_not_found", "records_aside"):
         request[name] = found[name].count() if found[name] else None
     return request
 

@@ -42,6 +42,11 @@ def limits_of(content: Mapping[str, Any]) -> list[str]:
             f"{lost} of {request['terms']} values to erase were found in no record. They may be "
             "written in a way that was not recognised; the model may still know them."
         )
+    if aside := request["records_aside"]:
+        limits.append(
+            f"{aside} records have a value to erase in a tool call or another field of a message, "
+            "where nothing can be marked: it was neither forgotten nor measured there. Take it out."
+        )
     if content["run"]["adapter"]:
         limits.append(ADAPTER)
     if "retrained" not in content["columns"]:

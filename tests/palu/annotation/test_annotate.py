@@ -40,6 +40,7 @@ def test_whole_answers():
         "by_annotator": {"all": 2},
         "terms": 0,
         "terms_not_found": 0,
+        "records_aside": 0,
         "settings": {"all": {}, "replace": False},
     }
 

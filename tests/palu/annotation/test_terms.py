@@ -296,4 +296,5 @@ def test_a_value_in_a_tool_call_is_told():
     terms = Terms(["José Müller"])
     done = annotate([{"messages": turns}, {"messages": called}], annotators=[terms])
     assert done.summary["spans"] == 0 and terms.aside == [1]
+    assert done.summary["records_aside"] == 1
     assert "1 of 2 records" in terms.warning and "record 1" in terms.warning

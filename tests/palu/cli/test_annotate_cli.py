@@ -38,6 +38,7 @@ def test_annotate(palu):
     summary = json.loads((palu.folder / "a.json").read_text())
     counts = {"records": 2, "records_with_spans": 1, "spans": 3, "spans_in_answers": 2}
     counts |= {"by_annotator": {"terms": 3}, "terms": 3, "terms_not_found": 1}
+    counts["records_aside"] = 0
     settings = {"terms": {"terms": 3, "skipped": 2}, "replace": False}
     assert summary == {"format": "palu-annotation/1", **counts, "settings": settings}
     assert "2 of 5 values are not looked for" in error and "ada.csv, row 1, sex" in error

@@ -364,6 +364,23 @@ def test_secrets_that_were_cut_off_are_said(tmp_path):
     assert old[0] in build_report(erasure.write(new, attack=attack))["limits"]
 
 
+@pytest.mark.parametrize(
+    ("aside", "cut_off", "level", "words"),
+    [
+        (0, 0, "good", None),
+        (3, 0, "caution", "3 records have a value to erase in a tool call"),
+        (0, 2, "caution", "There are 2 secrets that max_length=96 cuts off"),
+    ],
+)
+def test_nothing_is_well_where_secrets_stand_elsewhere(tmp_path, aside, cut_off, level, words):
+    attack = leaking(0) | {"cut_off": cut_off, "settings": {"max_length": 96}}
+    annotation = erasure.annotation() | {"records_aside": aside}
+    report = build_report(erasure.write(tmp_path, attack=attack, annotation=annotation))
+    assert report["verdict"]["level"] == level
+    assert ("some of it is elsewhere" in report["verdict"]["headline"]) == (words is not None)
+    assert words is None or any(words in one for one in report["limits"])
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_an_attack_on_other_records(tmp_path, others):
     model = erasure.write(tmp_path)
