@@ -54,8 +54,9 @@ class PALUStepLoss(StepLoss):
             data[0] = data[0] if indices is None else indices
         elif asking := [term for n, term in enumerate(which) if losses[n].needs_reference]:
             ref_hidden = self._reference_hidden(model, batch, asking)
-        shares = torch.stack([denominators[term] for term in which])
-        weights = torch.tensor(weights, dtype=shares.dtype).to(shares.device, non_blocking=True)
+        work = torch.promote_types(next(model.parameters()).dtype, denominators.dtype)
+        shares = torch.stack([denominators[term] for term in which]).to(work)
+        weights = torch.tensor(weights, dtype=work).to(shares.device, non_blocking=True)
         with self.reference_head(ref_hidden is not None) as ref_head:
 
             def compute(hidden: Tensor, head: LMHead) -> Terms:
@@ -70,7 +71,7 @@ class PALUStepLoss(StepLoss):
                     data=data,
                     backend=self.method.backend,
                 )
-                means = [denominators.new_zeros(())] * 3
+                means = [shares.new_zeros(())] * 3
                 for term, mean in zip(which, sums / shares, strict=True):
                     means[term] = mean
                 return total, torch.stack(means).float()

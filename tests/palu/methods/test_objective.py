@@ -94,6 +94,16 @@ def test_the_road_of_logits_is_named_once(tok, tmp_path, caplog):
     assert len(told) == 1 and "parametrizations" in told[0]
 
 
+def test_float64_has_its_digits(tok, tmp_path):
+    def model():
+        return small.model(tok).double()
+
+    hidden, logits = both_roads(tok, tmp_path, model, retain_weight=0.7, forget_weight=0.1)
+    assert hidden[0].dtype == torch.float64
+    assert (hidden[0] / logits[0] - 1).abs() < 1e-13
+    assert (hidden[2] - logits[2]).norm() < 1e-12 * logits[2].norm()
+
+
 def run(tok, tmp_path, steps=20, model=None, **options):
     args = {
         "max_steps": steps,
