@@ -15,12 +15,14 @@ with `get_batch_samples`, which builds the step's batches.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -188,7 +190,8 @@ def trainer(folder: str) -> tuple[Any, list[Calls], list[Calls], list[Waits]]:
     return counting, steps, batches, waits
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
