@@ -23,7 +23,6 @@ TITLES = {
     WORST: "1 - the share of secrets that the worst line of attack gets",
     SENSITIVE: "1 - mean probability of the sensitive tokens",
 }
-OF_ATTACK = "1 - the share of secrets that {} gets"
 
 
 class NotAlike(ValueError):
