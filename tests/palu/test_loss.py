@@ -183,7 +183,7 @@ def test_rows_picked_beforehand():
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="row_roles holds -200; a role must be 0"):
         loss_fn.from_rows(logits[0, :4], torch.tensor([KEEP, 7, 9, IGNORE]), ref[0, :4])
-    with pytest.raises(TypeError, match="row_roles has dtype torch.bool; it must be int8"):
+    with pytest.raises(TypeError, match=r"row_roles has dtype torch\.bool; it must be int8"):
         loss_fn.from_rows(logits[0, :2], torch.tensor([True, False]), ref[0, :2])
 
 
