@@ -166,7 +166,9 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -
     log_b = log_softmax(b).masked_fill(~in_a | lacking, 0)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1)
     infinite = lacking.any(-1)
-    return torch.where(infinite, kl.abs() + 1, kl) * torch.where(infinite, torch.inf, 1.0).to(
+    # The sigmoid's gradient, infinity times 0, reaches a row that is masked as a whole too.
+    above_zero = kl.abs() + 1 + z.sigmoid().sum(-1)
+    return torch.where(infinite, above_zero, kl) * torch.where(infinite, torch.inf, 1.0).to(
         kl.dtype
     )
 
