@@ -291,7 +291,8 @@ class _Run:
             words += ["--reference-cache", self.folder.with_name(cache)]
         words = [str(word) for word in (*words, *request.options)]
         data = [data_digests(path) for path in (self.forget, self.retain)]
-        key = _key(words, data, model_digests(self.models["original"]))
+        more = [_source_digest(word) for word in request.options]  # one is a --config file
+        key = _key(words, data, more, model_digests(self.models["original"]))
         if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
             return
         again = self.state.begun == key  # with the same settings: its checkpoints are right
@@ -549,7 +550,8 @@ def _beside(output: Path, what: str) -> Path:
 def _request_key(request: Request) -> str:
     """Return what tells whether a request is another one, but for the content of its models."""
     own = {**vars(request), "output": None, "keep_work": None}
-    return _key(_data_key(request), own, versions())
+    more = [_source_digest(word) for word in request.options]
+    return _key(_data_key(request), own, more, versions())
 
 
 def _data_key(request: Request) -> str:

@@ -190,6 +190,10 @@ def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, mo
 
     assert not start() and start()
     assert not start(seed=3) and start(seed=3) and not start()
+    with_config = {"options": ["--config", "c.json"]}
+    assert not start(**with_config) and start(**with_config)
+    (work / "c.json").write_text('{"learning_rate": 0.5}')
+    assert not start(**with_config)
     start(options=["--keep-cache"])
     assert lines[-1][lines[-1].index("--reference-cache") + 1] == "out-reference-cache"
     assert lines[0][1:7:2] == ["--model", "--forget", "--output"]
