@@ -107,9 +107,10 @@ class AnnotatedQA(Dataset):
         starts, ends, kept = _place(tokenizer, rendered, ids)
 
         labels = np.where(item["labels"].numpy() == IGNORE, IGNORE, KEEP)
-        # The checkout tokenises the prompt by itself and counts its tokens. Where the prompt's last
-        # token and the answer's first are one in the whole text, it takes that one for the prompt.
+        # The checkout tokenises the prompt by itself and counts its tokens. In the whole text its
+        # end may be one token with the answer's beginning, or be more tokens than by itself.
         in_answer = (starts < rendered.end) & (ends > rendered.start)
+        labels[: min(kept, int(in_answer.argmax()))] = IGNORE
         labels[:kept][in_answer[:kept]] = KEEP
         placed = shift_spans(rendered, example.spans)
         sensitive, lost = place_spans(rendered.text, starts, ends, placed, kept)
