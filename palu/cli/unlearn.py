@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
@@ -123,7 +124,10 @@ def command_of(body: Callable[..., None] = unlearn) -> Any:
 def run_unlearn(words: Sequence[str]) -> int:
     """Run `palu unlearn` in this process as the command line does: `words` without `palu`. Return
     its exit status."""
-    return command_of()(list(words[1:]), standalone_mode=False, prog_name="palu unlearn") or 0
+    status = command_of()(list(words[1:]), standalone_mode=False, prog_name="palu unlearn") or 0
+    if status == 128 + signal.SIGINT:  # typer's, of Ctrl-C, which stops the caller too
+        raise KeyboardInterrupt
+    return status
 
 
 def check_unlearn(words: Sequence[str]) -> Run:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from palu import erase as module
 from palu.annotation import Terms
 from palu.cli import erase as command
+from palu.cli.unlearn import Run
 from palu.erase import Request, erase
 from palu.errors import UserError
 from palu.evaluation.attacks import run as attacks
@@ -249,6 +250,15 @@ def test_what_an_earlier_request_left_is_not_taken_for_the_result(work, monkeypa
     assert not list((work / "out-work").glob(".*"))
     with pytest.raises(UserError, match="palu unlearn ended with exit status 3"):
         erase(Request(**request, terms=["Lisbon"]), unlearn=lambda words: 3)
+
+
+def test_ctrl_c_while_it_unlearns(work, monkeypatch, capsys):
+    def stopped(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "load", stopped)
+    status, _, error = palu_in(work, monkeypatch, capsys)(LINE + TERMS)
+    assert status == 130 and "stopped by Ctrl-C" in error and "error:" not in error
 
 
 def test_what_is_wrong_is_one_line(work, monkeypatch, capsys):
