@@ -71,13 +71,17 @@ def gradients(model):
 @pytest.mark.parametrize("hidden", [True, False], ids=["hidden", "logits"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_it_is_the_models_own(tok, tmp_path, name, hidden):
-    if name == "GraniteMoe" and transformers.__version__ < "5.1":
-        pytest.skip("its own loss fails there")
     model = mixture(tok, name).eval()
     rows = small.rows(tok)
     made = trainer(tok, tmp_path, model, hidden=hidden)
     batch = {**Collator(tok)(rows[:2]), RETAIN: Collator(tok)(rows[2:])}
-    own = own_loss(model, batch[RETAIN])
+    try:
+        own = own_loss(model, batch[RETAIN])
+    except AttributeError:  # transformers 5.0 and 5.17, which record no router logits of it
+        assert name == "GraniteMoe"
+        with pytest.raises(ValueError, match="GraniteMoeForCausalLM gives no router loss"):
+            made._terms(model, batch)
+        return
     own.backward()
     wanted = gradients(model)
     # rows of both kinds in one call, and the retain rows in a call of their own
