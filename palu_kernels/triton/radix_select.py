@@ -378,18 +378,7 @@ def _search_kernel(
         low, high, above = bisect_row(start, low, high, n_cols, k, first, end, INFINITY, BLOCK)
         out_ptr += row.to(tl.int64) * k
         write_members(
-            start,
-            bits_ptr,
-            out_ptr,
-            0,
-            end,
-            low,
-            high,
-            k - above,
-            first,
-            INFINITY,
-            False,
-            BLOCK // 2,  # with a whole block some variants spill
+            start, bits_ptr, out_ptr, 0, end, low, high, k - above, first, INFINITY, False, BLOCK
         )
 
 
