@@ -158,7 +158,7 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -
     +inf where the second distribution lacks an entry that the first one has (the gradient is then
     not finite either).
     """
-    z, r = (t.to(accum_dtype(logits.dtype)) for t in (logits, ref_logits))
+    z, r = both_rows(logits, ref_logits)
     a, b = (z, r) if direction == "reverse" else (r, z)
     in_a = a != NEG_INF
     lacking = in_a & (b == NEG_INF)
@@ -173,6 +173,15 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -
     )
 
 
+def both_rows(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a KL in the dtype they are worked in. Where either holds a NaN or +inf, of which
+    there is no softmax, both become NaN as a whole."""
+    z, r = (t.to(accum_dtype(logits.dtype)) for t in (logits, ref_logits))
+    has_softmax = torch.maximum(z, r).amax(-1, keepdim=True) < torch.inf
+    factor = torch.where(has_softmax, 1.0, torch.nan).to(z.dtype)
+    return z * factor, r * factor
+
+
 def log_softmax(x: Tensor) -> Tensor:
     """Over the last dimension; a row with nothing but masked entries gives no NaN."""
     return torch.where((x == NEG_INF).all(-1, keepdim=True), 0, x).log_softmax(-1)
@@ -183,7 +192,7 @@ def kl_gradient(logits: Tensor, ref_logits: Tensor, weights: Tensor, *, directio
 
     Reverse: p_j (log p_j - log q_j - KL); forward: p_j - q_j (0 without a q).
     """
-    z, r = (t.to(accum_dtype(logits.dtype)) for t in (logits, ref_logits))
+    z, r = both_rows(logits, ref_logits)
     log_p, log_q = log_softmax(z), log_softmax(r)
     kl = kl_loss(z, r, direction=direction)[:, None]
     if direction == "reverse":

@@ -19,10 +19,10 @@ def differences(loops: Callable) -> list[str]:
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 logits and reference `[10, COLUMNS]`, and labels."""
+    """Return float32 logits and reference `[12, COLUMNS]`, and labels."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(10, COLUMNS, generator=generator) * 2
-    r = z + torch.randn(10, COLUMNS, generator=generator)
+    z = torch.randn(12, COLUMNS, generator=generator) * 2
+    r = z + torch.randn(12, COLUMNS, generator=generator)
     z[1], r[1] = z[1].round(), r[1].round()  # ties
     z[2, ::3] = r[2, ::3] = -torch.inf
     z[3, 700] = torch.nan
@@ -32,7 +32,9 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
     r[7, 5] = torch.nan
     z[8, 1100] = torch.inf
     z[9, :1100], r[9, :1100] = -60000, -30000  # masks that are finite, longer than a block
-    labels = torch.arange(10) * 130
+    z[10], r[10, 5] = -torch.inf, torch.nan
+    z[11, 5], r[11] = torch.nan, -torch.inf
+    labels = torch.arange(12) * 100
     labels[1] = -100
     return z, r, labels
 

@@ -28,13 +28,16 @@ FORGET = [
 
 def rows():
     """Current and reference, float64: 0 masked in the reference, 1 in the current, 2 in both, 3 S
-    in the current, 4 half in both, 5 NaN in the reference, 6 plain."""
+    in the current, 4 half in both, 5 NaN in the reference, 6 plain; one masked and the other with a
+    NaN (7, 8) or +inf (9)."""
     generator = torch.Generator().manual_seed(0)
-    z, r = (torch.randn(7, V, generator=generator).double() for _ in range(2))
+    z, r = (torch.randn(10, V, generator=generator).double() for _ in range(2))
     r[0], z[1], z[2], r[2] = MASKED, MASKED, MASKED, MASKED
     z[3, reference.topk_indices(r[3:4], K).long()[0]] = MASKED
     z[4, ::2] = r[4, ::2] = MASKED
     r[5, 7] = NAN
+    z[7], r[7, 3], z[8, 3], r[8] = MASKED, NAN, NAN, MASKED
+    z[9], r[9, 3] = MASKED, -MASKED
     return z, r
 
 
@@ -72,6 +75,8 @@ def test_on_logits(backend, dtype):
             assert not grad[~own].isfinite().all(-1).any()
         none = [0, 2] if direction == "forward" else [1, 2]
         assert found[0][none].eq(0).all() and found[1][none].eq(0).all()
+        for losses, grad in (right, found):
+            assert losses[[5, 7, 8, 9]].isnan().all() and grad[[5, 7, 8, 9]].isnan().all()
     for forget in FORGET:
         for chooser in ((r,), ()):
             right = pair(
@@ -87,7 +92,7 @@ def test_on_logits(backend, dtype):
             )
             agree(found[0], right[0])
             agree(found[1], right[1])
-    labels = torch.arange(7)
+    labels = torch.arange(len(z))
     labels[2] = -100
     right = pair(lambda z, _: reference.cross_entropy_loss(z, labels), z, r)
     right[1][2] = 0  # ignored: autograd makes NaN of 0 times the masked row's softmax
@@ -123,7 +128,7 @@ def test_one_batch(backend, preserve):
         if preserve == "reverse_kl" and row == 0:
             continue  # +inf, as the definition says
         found, grad = pair(lambda z, r: loss.from_rows(z, roles[:2], r).loss, z[kept], r[kept])
-        alone, right = pair(lambda z, r: loss.from_rows(z, roles[:1], r).loss, z[6:], r[6:])
+        alone, right = pair(lambda z, r: loss.from_rows(z, roles[:1], r).loss, z[6:7], r[6:7])
         torch.testing.assert_close(found, (alone + expected) / 2, equal_nan=True)
         torch.testing.assert_close(grad[1], right[0] / 2)
         assert grad[0].eq(0).all() if expected == 0 else grad[0].isnan().all()
