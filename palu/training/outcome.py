@@ -9,6 +9,12 @@ from typing import Any
 from palu.training.knowledge import Knowledge
 
 
+NEVER_KNOWN = (
+    "the original did not know the secrets either: another model, or another chat template, than "
+    "the one that was trained on them?"
+)
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a run is good.
@@ -31,6 +37,14 @@ class Limits:
             recited,
             (1 - kept(now, before)) / (1 - self.retain_kept),
         )
+
+
+def is_known(now: Knowledge, leaked: tuple[int, int] | None, limits: Limits) -> bool:
+    """Return whether a model knows the secrets; `leaked` as in `RunOutcome`."""
+    said, asked = leaked or (now.recited, now.spans)
+    # not `>`: what cannot be measured (NaN) is not forgotten
+    unlikely = now.sensitive_probability <= limits.sensitive_probability
+    return not unlikely or said > limits.leak_rate * asked
 
 
 def kept(now: Knowledge, before: Knowledge) -> float:
@@ -63,10 +77,7 @@ class RunOutcome:
     @property
     def known(self) -> bool:
         """Return whether the secrets are still known."""
-        said, asked = self.leaked or (self.after.recited, self.after.spans)
-        # not `>`: what cannot be measured (NaN) is not forgotten
-        unlikely = self.after.sensitive_probability <= self.limits.sensitive_probability
-        return not unlikely or said > self.limits.leak_rate * asked
+        return is_known(self.after, self.leaked, self.limits)
 
     @property
     def harmed(self) -> bool:
@@ -94,6 +105,8 @@ class RunOutcome:
             f"probability of sensitive tokens {self.before.sensitive_probability:.3f} -> "
             f"{after.sensitive_probability:.3f} (at most {limits.sensitive_probability})",
         ]
+        if not is_known(self.before, self.leaked_before, limits):
+            lines.append(NEVER_KNOWN)
         if after.past_prefix_probability is not None:
             lines.append(
                 f"past the prefix, which is not trained, {after.past_prefix_probability:.3f}: that "

@@ -17,7 +17,7 @@ from palu.errors import failed_to_write, one_line
 from palu.models.checks import is_whole
 from palu.training.checkpoints import BEST, CheckpointError, fingerprint_of
 from palu.training.knowledge import Knowledge, KnowledgeMeter
-from palu.training.outcome import Limits, RunOutcome, kept
+from palu.training.outcome import NEVER_KNOWN, Limits, RunOutcome, is_known, kept
 from palu.training.sharding import gather, reshard, spread
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class KnowledgeChecks(TrainerCallback):
                 )
             self._measure(greedy=True)
         self.before = _knowledge(self.checks[0])
+        known = is_known(self.before, _leaked(self.checks[0]), self.limits)
+        if self.before.spans and not known and state.is_world_process_zero:
+            logger.warning("%s", NEVER_KNOWN)
         self.best = self._kept_before(state.global_step)
         if self.checks[-1].get("stopped"):  # and the checkpoint has the weights of that check
             self.best = 0.0, state.global_step

@@ -152,6 +152,13 @@ def test_where_nothing_can_be_asked_for_nothing_is_called_forgotten(tmp_path):
     assert "no secret could be asked for" in made.outcome.reasons()[0] and made.outcome.advice(None)
 
 
+def test_a_model_that_never_knew_is_told_of_at_the_start(tmp_path, caplog):
+    planted_trainer(tmp_path, checks="ends", max_steps=1).train()
+    assert "did not know" not in caplog.text
+    planted_trainer(tmp_path, model=planted.never_saw(), checks="ends", max_steps=1).train()
+    assert "the original did not know the secrets either" in caplog.text
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_checked(tmp_path, method):
     options = {"method": method, "num_train_epochs": 1, "learning_rate": 1e-6}
@@ -360,6 +367,9 @@ def test_the_outcome_says_what_is_wrong(tmp_path):
     deep = outcome(good._replace(past_prefix_probability=0.8))
     assert any("0.800" in line for line in deep.reasons())
     assert json.loads(json.dumps(both.to_dict(args)))["after"]["leaked"] == 9
+    assert not any("did not know" in line for line in outcome(good).reasons())
+    ignorant = RunOutcome(good, good, (1, 50), (0, 50), [], 3.0)
+    assert any("the original did not know" in line for line in ignorant.reasons())
 
 
 # ---- choices -------------------------------------------------------------------------------------
