@@ -141,22 +141,19 @@ def local_entropy(
         # of S alone; of the rest, whether it is finite, and a mean in float64: entries far from 0
         # lie nearer to it than float32 can tell
         total = z.sum(-1, keepdim=True, dtype=torch.float64 if is_global else work)
-        if indices is not None:
-            s = indices[tile].long()
-        else:
-            scores = x if ref_logits is None else ref_logits[tile]
-            s = topk_indices(scores, top_k).long()
-            has_nan = scores.gather(-1, s).isnan().any(-1, keepdim=True)
-            total = total.masked_fill(has_nan, torch.nan)
-            if kept is not None:
-                kept[tile] = s
+        scores = x if indices is not None or ref_logits is None else ref_logits[tile]
+        s = (topk_indices(scores, top_k) if indices is None else indices[tile]).long()
+        has_nan = scores.gather(-1, s).isnan().any(-1)  # those that choose rank it first
+        if indices is None and kept is not None:
+            kept[tile] = s
         z_s = z.gather(-1, s).to(work)
         rows, on_s, off_s = _on_s(z_s, total, z.shape[1], objective, center)
-        spoiled = (~(rows + total[:, 0]).isfinite()).nonzero()[:, 0]
+        spoiled = (has_nan | ~(rows + total[:, 0]).isfinite()).nonzero()[:, 0]
         fixed = None
         if len(spoiled):  # before the logits are overwritten
             options = {"top_k": top_k, "objective": objective, "center": center}
-            by = (x[spoiled], total[spoiled], s[spoiled], None if w is None else w[spoiled])
+            again = x[spoiled].masked_fill_(has_nan[spoiled, None], torch.nan)
+            by = (again, s[spoiled], None if w is None else w[spoiled])
             rows[spoiled], fixed = _by_definition(*by, softcap, grad is not None, options)
         if grad is not None and slope is None:
             on_s += off_s
@@ -176,17 +173,14 @@ def local_entropy(
 
 def _by_definition(
     logits: Tensor,
-    total: Tensor,
     s: Tensor,
     weights: Tensor | None,
     softcap: float | None,
     gradient: bool,
     options: dict,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of rows that are not finite or hold masked entries; `total [n, 1]` is NaN where the
-    reference's row is."""
+    """Of rows that are not finite, hold masked entries, or are NaN for a NaN of the reference's."""
     z, slope = capped(logits, softcap)
-    z = torch.where(total.isnan(), torch.nan, z)
     rows = reference.local_entropy_loss(z, None, indices=s, **options)
     if not gradient:
         return rows, None

@@ -195,3 +195,25 @@ def test_an_ignored_row_of_nan_under_a_cap(backend):
     loss = linear_cross_entropy_loss(hidden, LMHead(weight, softcap=3.0), labels, backend=backend)
     (grad,) = torch.autograd.grad(loss, hidden)
     assert grad[1].eq(0).all() and grad[[0, 2]].isfinite().all() and grad[0].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_infinity_beside_a_masked_entry_off_s(backend):
+    """Their sum is NaN, but no entry is: only a mean of the row meets them."""
+    z = torch.randn(2, V, generator=torch.Generator().manual_seed(4))
+    z[0, :2] = torch.tensor([-MASKED, MASKED])
+    options = {"top_k": K, "indices": torch.arange(5, 5 + K).expand(2, K)}
+    for forget in FORGET[1:]:
+        right = pair(
+            lambda z, _, f=forget: reference.local_entropy_loss(z, **options, **f), z.double(), z
+        )
+        found = pair(
+            lambda z, _, f=forget: local_entropy_loss(
+                z, **options, **f, reduction="none", backend=backend
+            ),
+            z,
+            z,
+        )
+        assert right[0].isfinite().all()
+        agree(found[0], right[0])
+        agree(found[1], right[1])
