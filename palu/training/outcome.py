@@ -8,7 +8,6 @@ from typing import Any
 
 from palu.training.knowledge import Knowledge
 
-
 NEVER_KNOWN = (
     "the original did not know the secrets either: another model, or another chat template, than "
     "the one that was trained on them?"
