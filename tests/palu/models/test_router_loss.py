@@ -9,6 +9,7 @@ import transformers
 from palu.data.collator import Collator
 from palu.methods.micro_batch import RETAIN
 from palu.models.lora import LoRASettings, add_lora
+from palu.models.router_loss import RouterLoss
 from tests.support import small, training
 
 SMALL = {
@@ -109,16 +110,17 @@ def test_methods_have_it_too(tok, tmp_path, method):
     torch.testing.assert_close(found, own_loss(model, batch[RETAIN]).detach())
 
 
-def test_micro_batches_count_by_their_rows_and_the_log_shows_it(tok, tmp_path):
+def test_micro_batches_count_by_their_rows_and_the_log_shows_it(tok, tmp_path, monkeypatch):
     settings = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 1}
     made = trainer(tok, tmp_path, mixture(tok), gradient_accumulation_steps=2, **settings)
     seen = []
-    of = made.step_loss.router.of
-    made.step_loss.router.of = lambda *given: seen.append((of(*given), given[2])) or seen[-1][0]
-    made.train()
+    of = RouterLoss.of
+    with monkeypatch.context() as patch:
+        patch.setattr(RouterLoss, "of", lambda *given: seen.append(of(*given)) or seen[-1])
+        made.train()
     (entry,) = training.logged(made)
     assert len(seen) == 2
-    losses = torch.stack([loss.detach() for loss, _ in seen])
+    losses = torch.stack(seen).detach()
     assert entry["router_loss"] == pytest.approx(losses.mean().item() / 0.5)
     plain = mixture(tok, output_router_logits=False)
     without = trainer(tok, tmp_path, plain, gradient_accumulation_steps=2, **settings)
