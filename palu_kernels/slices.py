@@ -159,6 +159,7 @@ def cross_entropy_forward(x: Operands, ignore_index: int) -> tuple[Tensor, tuple
     found = ~targets.isnan()
     target = torch.where(found.any(0), torch.where(found, targets, 0).sum(0), torch.nan)
     losses = torch.where(x.data != ignore_index, stats - target, 0)
+    stats = torch.where(target.isnan(), torch.nan, stats)  # also of a label that is no class
     return losses.to(accum_dtype(x.logits.dtype)), (stats,)
 
 
@@ -273,10 +274,10 @@ def given(indices: Tensor, vocabulary: Vocabulary) -> Chosen:
     """S as it was given, `[N, k]` in the whole vocabulary."""
     local = indices.long() - vocabulary.start
     mine = (local >= 0) & (local < vocabulary.rows)
-    has_nan = torch.zeros(len(local), dtype=torch.bool, device=local.device)
+    beside = ((indices < 0) | (indices >= vocabulary.size)).any(-1)  # as if it were a NaN
     if vocabulary.rows == 0:
         local, mine = local[:, :0], mine[:, :0]
-    return Chosen(torch.where(mine, local, 0), mine, has_nan)
+    return Chosen(torch.where(mine, local, 0), mine, beside)
 
 
 # ---- PALU's forget loss ----

@@ -74,7 +74,8 @@ def _ce_combine_kernel(
     n_cols,
     cap,
 ):
-    """Splits of a row -> logsumexp(z) - z[label], and (max, log sum) for the gradient."""
+    """Splits of a row -> logsumexp(z) - z[label], and (max, log sum) for the gradient. A label that
+    is no class leaves NaN for both."""
     row = tl.program_id(0)
     z_row, _ = row_start(z_ptr, row, rows_per_batch, stride_batch, stride_row, False)
     label = tl.load(labels_ptr + row)
@@ -99,7 +100,7 @@ def _ce_combine_kernel(
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     state = state_ptr + row.to(tl.int64) * 4
     tl.store(state, top)
-    tl.store(state + 1, log_total)
+    tl.store(state + 1, tl.where(counted & ~inside, float("nan"), log_total))
     tl.store(state + 2, 0.0)
     tl.store(state + 3, 0.0)
 

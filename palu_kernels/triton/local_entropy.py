@@ -129,7 +129,8 @@ def _loss_kernel(
     """Splits of a row and its entries of S -> its loss; state: the gradient off S, NaN or 0, and
     whether the row has masked entries; kept: S, and the gradient on S in float32.
 
-    A NaN of the reference's row ranks first, so it is found in S."""
+    A NaN of the reference's row ranks first, so it is found in S. An index beside the row counts as
+    a NaN."""
     row = tl.program_id(0)
     z_row, _ = row_start(z_ptr, row, rows_per_batch, z_stride_batch, z_stride_row, False)
     ref_row = z_row
@@ -157,11 +158,12 @@ def _loss_kernel(
     for begin in range(0, k, BLOCK):
         _i, z, _s, member, _p = entries_of_s(z_row, indices_ptr, begin, k, n_cols, cap, BLOCK)
         tops = tl.maximum(tops, tl.where(member, z, float("-inf")))
-        counts += tl.where(member, 1.0, 0.0)
+        counts += tl.where(member, tl.where(z != z, z, 1.0), 0.0)
         if ref_ptr is not None:
             _i, r, _s, _m, place = entries_of_s(ref_row, indices_ptr, begin, k, n_cols, None, BLOCK)
             spoiled += tl.sum(tl.where((place < k) & (r != r), r, 0.0), 0)
     count = tl.sum(counts, 0)
+    spoiled += count * 0.0
     n = tl.maximum(count, 1.0)
     top = tl.max(tops, 0)
     # distances are taken to `base`, of which deviations lie about `center`

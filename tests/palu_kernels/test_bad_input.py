@@ -14,6 +14,7 @@ from palu_kernels import (
     local_entropy_loss,
     topk_indices,
 )
+from palu_kernels.row_loss import CrossEntropy, LocalEntropy, Operands
 
 Z = torch.randn(4, 10)
 INDICES = torch.arange(3).expand(4, 3)
@@ -254,3 +255,18 @@ def test_meta_tensors_give_shapes(reduction, monkeypatch):
         grads = torch.autograd.grad(loss.sum(), (hidden, weight), allow_unused=True)
         assert grads[0].shape == hidden.shape and grads[0].is_meta
     assert topk_indices(hidden, 3).shape == (4, 3)
+
+
+def test_integers_that_nobody_checked_spoil_their_row_alone():
+    """As on an accelerator, where values are not looked at: the gradient is NaN where the loss is."""
+    forget = [("flatten", "global_mean"), ("flatten", "local_mean"), ("flatten", "number")]
+    labels, indices = torch.tensor([-200, 1, 10, -100]), INDICES.clone()
+    indices[0, 1], indices[2, 0] = -1, 99
+    cases = [(CrossEntropy(-100), labels)]
+    for objective, center in [*forget, ("entropy", "global_mean")]:
+        cases.append((LocalEntropy(3, objective, center, 0.5, "indices"), indices))
+    for loss, data in cases:
+        grad = Z.clone()
+        losses = loss.fused(Operands(grad, None, data, "triton"), True)
+        assert losses.isnan().tolist() == [True, False, True, False], loss
+        assert grad[[0, 2]].isnan().all() and grad[[1, 3]].isfinite().all(), loss

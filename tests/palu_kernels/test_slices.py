@@ -175,6 +175,16 @@ def test_slices_by_kernels_on_all_rows(exchange, counts, dtype, cap):
     check(exchange, sum(counts), counts, dtype, "triton", cap, (1, 70))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_integers_that_nobody_checked_spoil_their_row_alone(exchange, backend):
+    z, weights = torch.randn(3, 9), torch.ones(3)
+    labels, indices = torch.tensor([-200, 1, 9]), torch.tensor([[1, -1], [2, 7], [99, 0]])
+    losses = LocalEntropy(2, "flatten", "number", 0.5, "indices"), CrossEntropy(-100)
+    for loss, data in zip(losses, (indices, labels), strict=True):
+        for found in by_slices(exchange, loss, (4, 5), z, None, data, backend, None, weights):
+            assert found[[0, 2]].isnan().all() and found[1].isfinite().all(), loss
+
+
 def test_no_rows(exchange):
     z = torch.zeros(0, 9)
     for loss, has_reference, _ in cases(9, (3,)):
