@@ -326,7 +326,7 @@ def forget(
         c = totals.sum(0) / lives.sum(0).clamp(min=1)
     else:
         c = center if fixed else (live * means).sum(0) / k
-    distance = means - c
+    distance = torch.where(live == 0, 0, means - c)  # c may be infinite, where entries are
     losses = (squares + live * distance.square()).sum(0) / k
     off_s = zeros
     if center == "global_mean":

@@ -297,6 +297,12 @@ FAULTS = [
         "operators linear check",
     ),
     Fault(
+        "a slice's logarithms are told in one number",
+        "torch.where(high.isfinite(), x - high.to(x.dtype), 0).to(dtype)",
+        "torch.zeros_like(high)",
+        "slices",
+    ),
+    Fault(
         "the gradient on S goes to the neighbours",
         "lane = index + first\n",
         "lane = index + first + 1\n",
