@@ -10,7 +10,7 @@ import torch
 from palu_kernels import cpu, kl_loss, local_entropy_loss, reference, topk_indices, torch_backend
 from palu_kernels.check.__main__ import KINDS, cases, compare
 from palu_kernels.cpu import build, extension, verify
-from tests.palu_kernels import test_eager, test_masked_rows, test_operators
+from tests.palu_kernels import test_eager, test_masked_rows, test_offset, test_operators
 
 CPU = torch.device("cpu")
 CASES = list(cases(quick=True))
@@ -113,6 +113,12 @@ def test_what_operators_owe(loops, name):
 @needs_compiler
 def test_masked_rows_and_nan(loops):
     test_masked_rows.test_on_logits("torch", torch.float32)
+
+
+@needs_compiler
+def test_rows_far_from_0(loops):
+    """Backward reads a mean in two numbers."""
+    test_offset.test_an_offset_changes_nothing("global_mean", "torch")
 
 
 @needs_compiler
