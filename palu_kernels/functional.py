@@ -122,7 +122,8 @@ def kl_loss(
     Returns:
         float32 (float64 for float64 logits): 0-dim, or `[N]` / `[B, T]` with `none`. A row
         is +inf where the second distribution lacks an entry (-inf) that the first one has; its
-        gradient is then not finite.
+        gradient is then not finite. A finite mask near the dtype's minimum, in the second row
+        alone, saturates: such a row is +inf or a number near 1e38, as the backend computes it.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
