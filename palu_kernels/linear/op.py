@@ -442,7 +442,7 @@ def _(
     scales: list[float],
     compute: torch.dtype,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     work, weighted = accum_dtype(compute), weights is not None
     picked = rows.shape[0] if rows is not None and counts else hidden.shape[0]
     columns, width = weight.shape
