@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,8 @@ class PALULoss(nn.Module):
         arguments.choice("preserve", preserve, PRESERVES)
         arguments.choice("select_from", select_from, SELECTIONS)
         arguments.choice("backend", backend, BACKENDS)
-        _weight("forget_weight", forget_weight)
-        _weight("preserve_weight", preserve_weight)
+        arguments.number("forget_weight", forget_weight, above_zero=False)
+        arguments.number("preserve_weight", preserve_weight, above_zero=False)
         self.top_k = top_k
         self.prefix_length = prefix_length
         self.objective = objective
@@ -360,13 +360,6 @@ class PALULoss(nn.Module):
                 "frozen reference model's logits (select_from='current' with preserve=None needs "
                 "none)"
             )
-
-
-def _weight(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
 
 
 def _denominator(name: str, given: float | Tensor | None, rows: Tensor) -> Tensor | float:

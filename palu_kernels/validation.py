@@ -164,6 +164,18 @@ def center(value: object) -> tuple[str, float]:
     return "number", float(value)
 
 
+def number(name: str, value: object, *, above_zero: bool | None = None) -> None:
+    """A finite number; with `above_zero` above 0, or if it is False of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    must, inside = "finite", True
+    if above_zero is not None:
+        must = f"a finite number {'above 0' if above_zero else 'of at least 0'}"
+        inside = value > 0 if above_zero else value >= 0
+    if not (math.isfinite(value) and inside):
+        raise ValueError(f"{name} is {value}; it must be {must}")
+
+
 def an_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be an int")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -150,11 +149,7 @@ class Method:
 
 def check_number(name: str, value: Any, *, above_zero: bool = True) -> None:
     """Raise TypeError or ValueError unless it is a finite number above 0 (of at least 0)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-        least = "above 0" if above_zero else "of at least 0"
-        raise ValueError(f"{name} is {value}; it must be a finite number {least}")
+    arguments.number(name, value, above_zero=above_zero)
 
 
 def _check_regex(regex: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -123,11 +122,11 @@ class LMHead:
                     f"bias is {self.bias.dtype} on {self.bias.device}; it must be as weight, "
                     f"{self.weight.dtype} on {self.weight.device}"
                 )
-        _number("logit_scale", self.logit_scale)
+        validation.number("logit_scale", self.logit_scale)
         if self.logit_scale == 0:
             raise ValueError("logit_scale is 0; it must not be (every logit would be 0)")
         if self.softcap is not None:
-            _number("softcap", self.softcap)
+            validation.number("softcap", self.softcap)
             if self.softcap <= 0:
                 raise ValueError(f"softcap is {self.softcap}; it must be above 0, or None")
 
@@ -354,10 +353,3 @@ def _autocasts(hidden: Tensor) -> bool:
     if hidden.is_meta or hidden.dtype == torch.float64:  # autocast knows no meta device
         return False
     return torch.is_autocast_enabled(hidden.device.type)
-
-
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it must be finite")
