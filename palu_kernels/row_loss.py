@@ -216,12 +216,12 @@ class LocalEntropy(RowLoss):
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.top_k, self.objective, self.center_kind, self.center_value, x.softcap)
-        return _kernels("local_entropy").forward(x.logits, x.ref_logits, x.data, *options)
+        return kernels("local_entropy").forward(x.logits, x.ref_logits, x.data, *options)
 
     def triton_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
-        _kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
+        kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
 
     def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _slices().local_entropy_forward(x, self)
@@ -259,14 +259,14 @@ class KL(RowLoss):
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.direction, x.softcap, x.ref_softcap)
-        losses, state = _kernels("kl_div").forward(x.logits, x.ref_logits, *options)
+        losses, state = kernels("kl_div").forward(x.logits, x.ref_logits, *options)
         return losses, state, state.new_empty(self.kept_shape(x), dtype=torch.int32)
 
     def triton_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
         options = (state, self.direction, grad, x.softcap, x.ref_softcap)
-        _kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
+        kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
 
     def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _slices().kl_forward(x, self.direction)
@@ -305,14 +305,14 @@ class CrossEntropy(RowLoss):
 
     def triton_forward(self, x: Operands) -> tuple[Tensor, Tensor, Tensor]:
         options = (self.ignore_index, x.softcap)
-        losses, state = _kernels("cross_entropy").forward(x.logits, x.data, *options)
+        losses, state = kernels("cross_entropy").forward(x.logits, x.data, *options)
         return losses, state, state.new_empty(self.kept_shape(x), dtype=torch.int32)
 
     def triton_backward(
         self, weights: Tensor, x: Operands, state: Tensor, kept: Tensor, grad: Tensor
     ) -> None:
         options = (state, self.ignore_index, grad, x.softcap)
-        _kernels("cross_entropy").backward(weights, x.logits, x.data, *options)
+        kernels("cross_entropy").backward(weights, x.logits, x.data, *options)
 
     def slice_forward(self, x: Operands) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _slices().cross_entropy_forward(x, self.ignore_index)
@@ -345,7 +345,7 @@ class ReferenceArgmaxNLL(RowLoss):
 
 def topk_indices(scores: Tensor, k: int, backend: str) -> Tensor:
     """Return int32 `[N, min(k, V)]` on the backend that was resolved."""
-    return (torch_backend if backend == "torch" else _kernels("radix_select")).topk_indices(
+    return (torch_backend if backend == "torch" else kernels("radix_select")).topk_indices(
         scores, k
     )
 
@@ -355,7 +355,7 @@ def _slices() -> ModuleType:
     return importlib.import_module("palu_kernels.slices")
 
 
-def _kernels(name: str) -> ModuleType:
+def kernels(name: str) -> ModuleType:
     """Triton is imported when a kernel is called for: it may not be installed."""
     return importlib.import_module(f"palu_kernels.triton.{name}")
 

@@ -13,8 +13,6 @@ slice where Triton serves, else plain PyTorch does, tile by tile. A rank may hav
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ from palu_kernels import reference
 from palu_kernels.backend import accum_dtype
 from palu_kernels.distributed import Vocabulary
 from palu_kernels.reference import NEG_INF
-from palu_kernels.row_loss import LocalEntropy, Operands, topk_indices
+from palu_kernels.row_loss import LocalEntropy, Operands, kernels, topk_indices
 from palu_kernels.torch_backend import capped, store, tiles
 
 GATHERED_K = 64  # up to so many keys a row and rank are gathered; beyond, the k-th is searched for
@@ -84,7 +82,7 @@ def kl_forward(x: Operands, direction: str) -> tuple[Tensor, tuple[Tensor]]:
     elif x.backend == "triton":
         pair = (x.logits, x.softcap), (x.ref_logits, x.ref_softcap)
         a, b = pair if direction == "reverse" else pair[::-1]
-        partial = _kernels("kl_div").statistics(a[0], b[0], a[1], b[1]).to(wide)
+        partial = kernels("kl_div").statistics(a[0], b[0], a[1], b[1]).to(wide)
         top_a, sum_a, top_b, sum_b, dot, lacking = partial[..., :6].unbind(-1)
         kl = dot / sum_a - sum_a.log() + sum_b.log()
         kl = torch.where(sum_a == 0, 0, torch.where(lacking > 0, torch.inf, kl))
@@ -120,7 +118,7 @@ def kl_backward(
             columns = high_b, torch.where(nothing, 1e30, low_b) + spoiled, high_a, low_a
         state = torch.stack(columns, 1).contiguous()
         options = (state, direction, grad, x.softcap, x.ref_softcap)
-        _kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
+        kernels("kl_div").backward(weights, x.logits, x.ref_logits, *options)
         return
     for tile in tiles(x.logits):
         z, slope = capped(x.logits[tile], x.softcap)
@@ -149,7 +147,7 @@ def cross_entropy_forward(x: Operands, ignore_index: int) -> tuple[Tensor, tuple
         picked = x.logits.gather(-1, torch.where(mine, local, 0)[:, None])[:, 0]
         own[1] = torch.where(mine, capped(picked, x.softcap)[0].to(wide), torch.nan)
         if x.backend == "triton":
-            top, total = _kernels("cross_entropy").statistics(x.logits, x.softcap).unbind(-1)
+            top, total = kernels("cross_entropy").statistics(x.logits, x.softcap).unbind(-1)
             own[0] = log_sum(top.to(wide) + total.to(wide).log(), wide)
         else:
             for tile in tiles(x.logits):
@@ -177,7 +175,7 @@ def cross_entropy_backward(
         # a label beside the slice meets no entry of it
         local = torch.where(mine, local, torch.where(counted, vocabulary.rows, -100))
         options = (local, state, -100, grad, x.softcap)
-        _kernels("cross_entropy").backward(weights, x.logits, *options)
+        kernels("cross_entropy").backward(weights, x.logits, *options)
         return
     for tile in tiles(x.logits):
         z, slope = capped(x.logits[tile], x.softcap)
@@ -380,7 +378,7 @@ def _row_sums(x: Operands, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     live = x.logits.new_zeros(len(x.logits), dtype=wide)
     total = torch.zeros_like(live)
     if x.logits.shape[-1] and x.backend == "triton":
-        partial = _kernels("local_entropy").row_sums(x.logits, x.softcap).to(wide)
+        partial = kernels("local_entropy").row_sums(x.logits, x.softcap).to(wide)
         splits, sums, near = partial[..., :3].unbind(-1)
         return splits.sum(-1), (sums + splits * near).sum(-1)
     for tile in tiles(x.logits) if x.logits.shape[-1] else ():
@@ -404,7 +402,7 @@ def local_entropy_backward(
         masked = (live != x.logits.shape[-1]).to(live.dtype)
         columns = [off_s, spoiled, masked, torch.zeros_like(off_s)]
         state = torch.stack(columns, 1).float()
-        _kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
+        kernels("local_entropy").backward(weights, x.logits, state, kept, grad, x.softcap)
         return
     for tile in tiles(x.logits):
         z, slope = capped(x.logits[tile], x.softcap)
@@ -434,7 +432,3 @@ def most_likely(x: Operands) -> tuple[Tensor, Tensor]:
     has_nan = largest.isnan()
     first = torch.where((values == largest) | has_nan, indices, torch.inf).amin(0)
     return torch.where(largest == NEG_INF, -100, first).long(), has_nan
-
-
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"palu_kernels.triton.{name}")
