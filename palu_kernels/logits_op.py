@@ -91,8 +91,7 @@ def logits_loss_backward(
 ) -> Tensor:
     (decoded,), rows = row_loss.decode(loss), len(state)
     if reduction == "mean":
-        count = decoded.count(rows, data)
-        grad = grad / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+        grad = reference.reduce_rows(grad, reduction, decoded.count(rows, data))
     weights = grad.reshape(-1) if reduction == "none" else grad.expand(rows)
     with on_device_of(logits):
         operands = Operands(logits, ref_logits, data, backend)

@@ -222,7 +222,8 @@ def cross_entropy_gradient(
 
 
 def reduce_rows(rows: Tensor, reduction: str, count: Tensor | int) -> Tensor:
-    """`mean` divides by `count` (the rows that carry a loss) and is 0 without any."""
+    """`mean` divides by `count` (the rows that carry a loss) and is 0 without any; so it does of
+    its gradient, one number."""
     if reduction == "none":
         return rows
     total = rows.sum()

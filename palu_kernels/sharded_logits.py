@@ -145,8 +145,7 @@ class SlicedLoss(torch.autograd.Function):
         rows, ref, data, *made = ctx.saved_tensors
         loss, reduction, backend, vocabulary, shape = ctx.plain
         if reduction == "mean":
-            count = loss.count(len(rows), data)
-            grad = grad / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+            grad = reference.reduce_rows(grad, reduction, loss.count(len(rows), data))
         weights = grad.reshape(-1) if reduction == "none" else grad.expand(len(rows))
         operands = Operands(rows, ref, data, backend, vocabulary=vocabulary)
         out = gradient_rows_like(rows)
