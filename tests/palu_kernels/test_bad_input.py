@@ -258,7 +258,7 @@ def test_meta_tensors_give_shapes(reduction, monkeypatch):
 
 
 def test_integers_that_nobody_checked_spoil_their_row_alone():
-    """As on an accelerator, where values are not looked at: the gradient is NaN where the loss is."""
+    """As on an accelerator, where values are not checked: the gradient is NaN where the loss is."""
     forget = [("flatten", "global_mean"), ("flatten", "local_mean"), ("flatten", "number")]
     labels, indices = torch.tensor([-200, 1, 10, -100]), INDICES.clone()
     indices[0, 1], indices[2, 0] = -1, 99
