@@ -140,7 +140,8 @@ def erase(
     terms = [request.terms] if isinstance(request.terms, str) else request.terms
     places = {"model": located(request.model), "output": Path(request.output)}
     request = replace(request, **places, retrained=retrained, terms=terms)
-    wanted = {"overwrite": overwrite or (done := _is_done(request)), "inputs": (*request.inputs,)}
+    done = not overwrite and _is_done(request)
+    wanted = {"overwrite": overwrite or done, "inputs": tuple(request.inputs)}
     with claim_output(request.output, **wanted) as claim:
         if done:
             _remove(_beside(request.output.resolve(), "work"))

@@ -166,11 +166,9 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse") -
     log_b = log_softmax(b).masked_fill(~in_a | lacking, 0)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1)
     infinite = lacking.any(-1)
-    # The sigmoid's gradient, infinity times 0, reaches a row that is masked as a whole too.
-    above_zero = kl.abs() + 1 + z.sigmoid().sum(-1)
-    return torch.where(infinite, above_zero, kl) * torch.where(infinite, torch.inf, 1.0).to(
-        kl.dtype
-    )
+    # Of a number above 0 that every logit has a part in: none has a finite gradient.
+    kl = torch.where(infinite, 1 + z.sigmoid().sum(-1), kl)
+    return kl * torch.where(infinite, torch.inf, 1.0).to(kl.dtype)
 
 
 def both_rows(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,18 +141,24 @@ def local_entropy(
         # of S alone; of the rest, whether it is finite, and a mean in float64: entries far from 0
         # lie nearer to it than float32 can tell
         total = z.sum(-1, keepdim=True, dtype=torch.float64 if is_global else work)
-        scores = x if indices is not None or ref_logits is None else ref_logits[tile]
+        by_reference = indices is None and ref_logits is not None
+        scores = ref_logits[tile] if by_reference else x
         s = (topk_indices(scores, top_k) if indices is None else indices[tile]).long()
-        has_nan = scores.gather(-1, s).isnan().any(-1)  # those that choose rank it first
         if indices is None and kept is not None:
             kept[tile] = s
         z_s = z.gather(-1, s).to(work)
         rows, on_s, off_s = _on_s(z_s, total, z.shape[1], objective, center)
-        spoiled = (has_nan | ~(rows + total[:, 0]).isfinite()).nonzero()[:, 0]
+        wrong = ~(rows + total[:, 0]).isfinite()
+        if by_reference:  # whose NaN ranks first
+            has_nan = scores.gather(-1, s).isnan().any(-1)
+            wrong |= has_nan
+        spoiled = wrong.nonzero()[:, 0]
         fixed = None
         if len(spoiled):  # before the logits are overwritten
             options = {"top_k": top_k, "objective": objective, "center": center}
-            again = x[spoiled].masked_fill_(has_nan[spoiled, None], torch.nan)
+            again = x[spoiled]
+            if by_reference:
+                again.masked_fill_(has_nan[spoiled, None], torch.nan)
             by = (again, s[spoiled], None if w is None else w[spoiled])
             rows[spoiled], fixed = _by_definition(*by, softcap, grad is not None, options)
         if grad is not None and slope is None:

@@ -172,6 +172,10 @@ def test_a_second_start_goes_on(work, monkeypatch, capsys):
     assert (work / "out/model.safetensors").read_bytes() == weights
     assert not list((work / "out").glob(".*"))
     assert not left.exists() and not (work / "out-unfinished").exists()
+    with monkeypatch.context() as patch:  # over what is there
+        begun = stopped_after(patch, "annotate")
+        assert palu(LINE + TERMS + " --overwrite")[0] == 130
+    assert begun == ["annotate"]
 
 
 def test_unlearning_goes_on_from_checkpoints_of_the_same_settings_alone(work, monkeypatch):
