@@ -84,17 +84,23 @@ def erase(context: typer.Context, options: SimpleNamespace) -> None:
     """
     find_models(options, "model", "retrained")
     with user_errors(), bars.status("Loading PyTorch and transformers"):
-        from palu.erase import STATE
         from palu.erase import erase as run
+        from palu.erase.state import STATE
 
         quiet()
         request = _request(options)
+    begun = []  # the stages; a run that is refused before the first has no work to go on with
+
+    def stage(number: int, title: str) -> Any:
+        begun.append(title)
+        return _stage(number, title)
+
     try:
         with user_errors(*_MISTAKES), plain_warnings():
-            report = run(request, overwrite=options.overwrite, unlearn=run_unlearn, stage=_stage)
+            report = run(request, overwrite=options.overwrite, unlearn=run_unlearn, stage=stage)
     except BaseException:
         work = Path(f"{request.output}-work")
-        if (work / STATE).is_file():
+        if begun and (work / STATE).is_file():
             say("stopped", "red", f"the same command goes on; until then {work} has data")
         raise
     print_verdict(report["verdict"])

@@ -1,28 +1,27 @@
-"""From a request to erase to a model that one can hand over: find what to forget, unlearn it,
-measure, attack, report; in one run that is gone on with where it was stopped.
-
-Beside the output lie, until it is whole, `OUTPUT-unfinished` (the model, and what was measured) and
-`OUTPUT-work` (the records with their spans, which is the data that is to be erased: only its owner
-may read it, and it is removed at the end).
-"""
+"""The stages of an erasure, one after the other."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from palu.erase.records import (
+    annotated,
+    private,
+    warn_of_terms,
+    without_terms,
+    write_private,
+)
+from palu.erase.request import Request, data_key, key_of, request_key, source_digest
+from palu.erase.state import STAGES, STATE, State
 from palu.errors import UserError
 from palu.storage.files import write_json
 from palu.storage.fingerprint import data_digests, file_digest, model_digests
@@ -37,73 +36,18 @@ from palu.storage.output import (
     put_in_place,
     read_record,
     remove_cache,
-    versions,
 )
 
 if TYPE_CHECKING:
     from palu.data.records import Example
     from palu.evaluation.attacks.settings import AttackSettings
 
-STATE, STATE_FORMAT = "erase.json", "palu-erase/1"
 FORGET, RETAIN = "forget.jsonl", "retain.jsonl"
 ANNOTATION, EVALUATION, ATTACK = "annotation.json", "evaluation.json", "attack.json"
 REPORT, REPORT_JSON = "report.html", "report.json"
-STAGES = {
-    "annotate": "Finding what to forget",
-    "unlearn": "Unlearning",
-    "evaluate": "Evaluating",
-    "attack": "Attacking",
-    "report": "Writing the report",
-}
 KEPT = 200  # retain records that are measured and attacked at most, drawn by the seed
 
 Report = Callable[..., None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is erased, out of what, and how.
-
-    Attributes:
-        model: folder of the model, or its id on the hub.
-        records: the data that the model was tuned on, or as much of it as there is: a file, folder
-            or id on the hub that `palu.load_examples` reads. The records in which a term is found
-            are forgotten.
-        output: folder for the result.
-        terms: files of values to erase, or values; none: the spans that the records have already.
-        columns, retain_columns: of `records` and `retain`, see `palu.load_examples`.
-        retain: what to keep; None: the other records of `records`.
-        retrained: folder of a model that never saw what is erased, for comparison.
-        options: more words of `palu unlearn`'s command line: `("--lora-rank", "16")`.
-        quick: a first look with few attacks.
-        seed: of training, attacks, and the choice of what is measured.
-        dtype, device: of the weights.
-        keep_work: leave `OUTPUT-work` where it is.
-    """
-
-    model: str | Path
-    records: str
-    output: str | Path
-    terms: str | Sequence[str] = ()
-    columns: str | None = None
-    retain: str | None = None
-    retain_columns: str | None = None
-    retrained: str | Path | None = None
-    options: Sequence[str] = ()
-    quick: bool = False
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    keep_work: bool = False
-
-    @property
-    def inputs(self) -> list[Path]:
-        """Return the files and folders that are read."""
-        from palu.data.files import local_path
-
-        named = [self.records, self.retain, *(term for term in self.terms if os.path.exists(term))]
-        places = [local_path(one) for one in named if one is not None]
-        return [Path(one) for one in (*places, self.model, self.retrained) if one is not None]
 
 
 def erase(
@@ -158,50 +102,6 @@ def _in_a_process(words: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "palu", *words], check=False).returncode
 
 
-class _State:
-    """What was done in a work folder, and of what inputs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / STATE
-        # A run that was killed with its first file has left a part of that alone.
-        begun = f".{STATE}.*.partial"
-        there = folder.is_dir() and not all(path.match(begun) for path in folder.iterdir())
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{str(folder)!r} is in the way of the work of this run; move it away")
-        content = read_object(self.path) if self.path.is_file() else {}
-        if there and content.get("format") != STATE_FORMAT:
-            raise ValueError(
-                f"{str(folder)!r} is in the way of the work of this run, and palu erase did not "
-                "write it; move it away"
-            )
-        self.stages: dict[str, str] = dict(content.get("stages", {}))
-        self.begun: str | None = content.get("begun")  # the key of a stage that was not ended
-
-    def has(self, stage: str, key: str) -> bool:
-        """Return whether a stage was done with these inputs."""
-        return self.stages.get(stage) == key
-
-    def begin(self, stage: str, key: str) -> None:
-        """Note that a stage is begun, and that what comes after it is not done."""
-        names = list(STAGES)
-        done = {
-            name: self.stages[name] for name in names[: names.index(stage)] if name in self.stages
-        }
-        self.stages, self.begun = done, key
-        if self.path.parent.is_dir():
-            self.write()
-
-    def add(self, stage: str, key: str) -> None:
-        """Note that a stage is done."""
-        self.stages[stage], self.begun = key, None
-        self.write()
-
-    def write(self) -> None:
-        """Write the state, into a folder that only its owner may read."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(self.path, {"format": STATE_FORMAT, "stages": self.stages, "begun": self.begun})
-
-
 @dataclass
 class _Run:
     """One run, whose stages are called in the order in which they stand here."""
@@ -224,7 +124,7 @@ class _Run:
             for kept in request.inputs:
                 if kept.resolve().is_relative_to(place.resolve()):
                     raise ValueError(f"{str(kept)!r} lies in {str(place)!r}, which this run writes")
-        self.state = _State(self.work)
+        self.state = State(self.work)
         for place in (self.work, self.folder):
             for path in place.glob(".*.partial"):  # a run that was killed was just writing it
                 path.unlink()
@@ -256,23 +156,23 @@ class _Run:
         from palu.data.files import load_records
 
         request = self.request
-        key = _data_key(request)
+        key = data_key(request)
         if self.state.has("annotate", key) and self.forget.is_file():
             return
         with self.doing("annotate", key) as report:
             records = load_records(request.records, request.columns)
-            done, terms = _annotated(records, request.terms, report)
+            done, terms = annotated(records, request.terms, report)
             marked = [record for record in done.records if record["spans"]]
             if not marked:
                 what = "has no spans" if terms is None else "has none of the terms"
                 raise ValueError(f"{request.records} {what}: there is nothing to forget")
-            _warn_of_terms(terms)
+            warn_of_terms(terms)
             rest = [record for record in done.records if not record["spans"]]
             if request.retain is not None:
-                rest = _without_terms(request, terms)
+                rest = without_terms(request, terms)
             self.state.write()
-            _write_private(self.forget, marked)
-            _write_private(self.retain, rest)
+            write_private(self.forget, marked)
+            write_private(self.retain, rest)
             write_json(self.work / ANNOTATION, done.summary)
             if report is not None:
                 kept = "others" if request.retain is None else "records of --retain"
@@ -292,8 +192,8 @@ class _Run:
             words += ["--reference-cache", self.folder.with_name(cache)]
         words = [str(word) for word in (*words, *request.options)]
         data = [data_digests(path) for path in (self.forget, self.retain)]
-        more = [_source_digest(word) for word in request.options]  # one is a --config file
-        key = _key(words, data, more, model_digests(self.models["original"]))
+        more = [source_digest(word) for word in request.options]  # one is a --config file
+        key = key_of(words, data, more, model_digests(self.models["original"]))
         if self.state.has("unlearn", key) and (self.folder / RECORD).is_file():
             return
         again = self.state.begun == key  # with the same settings: its checkpoints are right
@@ -319,7 +219,7 @@ class _Run:
         """Measure every model on what was forgotten and on what was to be kept."""
         # The key of unlearning has the digests of the original and the data.
         made = [model_digests(self.models[name]) for name in self.models if name != "original"]
-        key = _key(self.state.stages["unlearn"], made)
+        key = key_of(self.state.stages["unlearn"], made)
         path = self.work / EVALUATION
         if self.state.has("evaluate", key) and path.is_file():
             return
@@ -331,7 +231,7 @@ class _Run:
                 if name in known:
                     continue
                 known[name] = self._measured(name, folder, sets, _part(report, number, self.models))
-                with _private(path):
+                with private(path):
                     write_json(path, {"format": "palu-evaluation/1", "key": key, "models": known})
 
     def attack(self) -> None:
@@ -341,7 +241,7 @@ class _Run:
         from palu.models.loading import load_tokenizer
 
         settings = self._attack_settings()
-        key = _key(self.state.stages["evaluate"], settings.to_dict())  # of the same models
+        key = key_of(self.state.stages["evaluate"], settings.to_dict())  # of the same models
         path = self.folder / ATTACK
         if self.state.has("attack", key) and path.is_file():
             return
@@ -373,13 +273,13 @@ class _Run:
         from palu.report import build_report
         from palu.report.card import write_card
 
-        with self.doing("report", _request_key(self.request)) as tell:
+        with self.doing("report", request_key(self.request)) as tell:
             self._note_request()
             write_json(self.folder / ANNOTATION, read_object(self.work / ANNOTATION))
             evaluation = read_object(self.work / EVALUATION)
             evaluation.pop("key")
             # The page needs the answers, to judge and to mask them; the folder may not keep them.
-            with _private(self.folder / EVALUATION):
+            with private(self.folder / EVALUATION):
                 write_json(self.folder / EVALUATION, evaluation)
             try:
                 report = build_report(
@@ -482,55 +382,6 @@ class _Run:
         list_files(self.folder, REPORT_FILES)  # now, since the report names the digest of the list
 
 
-# ---- records -------------------------------------------------------------------------------------
-
-
-def _annotated(records: Any, terms: Sequence[str], report: Report | None) -> tuple[Any, Any]:
-    """Return the records with spans, and the annotator of the terms, None without terms."""
-    from palu.annotation import Terms, annotate, read_terms
-
-    found = Terms(read_terms(list(terms))) if terms else None
-    given = SimpleNamespace(name="given", settings={}, find=lambda examples: [()] * len(examples))
-    return annotate(records, annotators=[found or given], report=report), found
-
-
-def _warn_of_terms(terms: Any) -> None:
-    """Warn, by where they stand, of terms that were not found, not looked for, or everywhere."""
-    if terms is None:
-        return
-    kinds = {
-        "are in no record": [term.where for term in terms.not_found],
-        "are too short or too common to be looked for": [term.where for term in terms.skipped],
-        "are in most records, and may be common words": [term.where for term, _ in terms.frequent],
-    }
-    for said, places in kinds.items():
-        if places:
-            more = f"; and {len(places) - 5} more" if len(places) > 5 else ""
-            count = f"{len(places)} of {len(terms.terms) + len(terms.skipped)} terms"
-            warnings.warn(f"{count} {said}: {'; '.join(places[:5])}{more}", stacklevel=2)
-    if terms.warning:
-        warnings.warn(terms.warning, stacklevel=2)
-
-
-def _without_terms(request: Request, terms: Any) -> list[dict[str, Any]]:
-    """Return the records of `--retain`. Raises ValueError where one has a term: it would hold in
-    place what is to be erased."""
-    from palu.annotation import annotate
-    from palu.data.files import load_records
-
-    records = load_records(request.retain, request.retain_columns)
-    if terms is not None:
-        done = annotate(records, annotators=[terms], replace=True).records
-        rows = {row for row, one in enumerate(done) if one["spans"]} | {*terms.aside}
-        if has := [where for row, (_, where) in enumerate(records) if row in rows]:
-            more = f" and {len(has) - 3} more" if len(has) > 3 else ""
-            raise ValueError(
-                f"--retain has terms to erase, and would hold them in place: {', '.join(has[:3])}"
-                f"{more}; move these records to --records"
-            )
-    return [record for record, _ in records]
-
-
 def _is_done(request: Request) -> bool:
     """Return whether the output is what this request has made, and only its work is left."""
     from palu.models.loading import model_folder
@@ -539,60 +390,13 @@ def _is_done(request: Request) -> bool:
     record = read_record(output)
     if request.keep_work or record is None or _beside(output, "unfinished").exists():
         return False
-    if not _State(_beside(output, "work")).has("report", _request_key(request)):
+    if not State(_beside(output, "work")).has("report", request_key(request)):
         return False
     return record.get("digests", {}).get("model") == model_digests(model_folder(request.model))
 
 
 def _beside(output: Path, what: str) -> Path:
     return output.with_name(f"{output.name}-{what}")
-
-
-def _request_key(request: Request) -> str:
-    """Return what tells whether a request is another one, but for the content of its models."""
-    own = {**vars(request), "output": None, "keep_work": None}
-    more = [_source_digest(word) for word in request.options]
-    return _key(_data_key(request), own, more, versions())
-
-
-def _data_key(request: Request) -> str:
-    sources = (request.records, request.retain, *request.terms)
-    return _key(request.columns, request.retain_columns, *map(_source_digest, sources))
-
-
-def _source_digest(source: str | None) -> Any:
-    """Return what tells whether a file, or what is none, is another one."""
-    from palu.data.files import local_path
-
-    place = None
-    with suppress(ValueError):  # a term may be no file at all
-        place = local_path(source)
-    return source, None if place is None else data_digests(place)
-
-
-def _key(*parts: Any) -> str:
-    text = json.dumps([str(part) for part in parts])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def _write_private(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    from palu.annotation.output import write_records
-
-    with _private(path):
-        write_records(path, records)
-
-
-@contextmanager
-def _private(path: Path) -> Iterator[None]:
-    """Let nobody but its owner read what is written in the block."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def _without_answers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -611,9 +415,6 @@ def _remove(work: Path) -> None:
         (work / name).unlink(missing_ok=True)
     with suppress(OSError):  # something else lies in it
         work.rmdir()
-
-
-# ---- progress ------------------------------------------------------------------------------------
 
 
 def _part(report: Report | None, number: int, of: Any, note: str = "") -> Report | None:
