@@ -14,10 +14,10 @@ and the gradient is that of the logits. The providers:
 * `liger`, `fla`: operators on logits of liger-kernel and flash-linear-attention.
 
 `topk_indices`, forward only and measured when `--kernels` names it, finds the k largest entries of
-every row, `palu` on a GPU by a radix select, on the CPU by `reference.py`: exact, ascending, ties
-to the lowest index. `topk`, `topk unsorted`: `torch.topk`, which says nothing about ties. `sort`:
-`torch.sort`, descending, of which k are kept. Every row must have k different indices whose values
-are those of the k largest entries; for `palu` it must be the same indices.
+every row, `palu` on a GPU by a search of keys, on the CPU by C loops or PyTorch: exact, ascending,
+ties to the lowest index. `topk`, `topk unsorted`: `torch.topk`, which says nothing about ties.
+`sort`: `torch.sort`, descending, of which k are kept. Every row must have k different indices whose
+values are those of the k largest entries; for `palu` it must be the same indices.
 
 cut-cross-entropy and `torch.nn.functional.linear_cross_entropy` take hidden rows: see
 `bench_linear.py`.

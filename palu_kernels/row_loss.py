@@ -345,9 +345,7 @@ class ReferenceArgmaxNLL(RowLoss):
 
 def topk_indices(scores: Tensor, k: int, backend: str) -> Tensor:
     """Return int32 `[N, min(k, V)]` on the backend that was resolved."""
-    return (torch_backend if backend == "torch" else kernels("radix_select")).topk_indices(
-        scores, k
-    )
+    return (torch_backend if backend == "torch" else kernels("topk")).topk_indices(scores, k)
 
 
 def _slices() -> ModuleType:

@@ -288,7 +288,7 @@ FAULTS = [
         "ties at the k-th largest forget what is larger",
         "low, high, _reach, above = bisect(keys",
         "above, (low, high, _r, _a) = 0, bisect(keys",
-        "select operators check",
+        "topk operators check",
     ),
     Fault(
         "an ignored label has a loss",

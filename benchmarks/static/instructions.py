@@ -46,9 +46,9 @@ BOUNDS = {
     "kl_div._kl_grad_kernel": (26, 62, 0),
     "local_entropy._row_sums_kernel": (15, 40, 0),
     "local_entropy._local_entropy_grad_kernel": (25, 45, 6),
-    "radix_select._segment_maxima_kernel": (14, 0, 3),
-    "radix_select._search_kernel": (110, 0, 14),
-    "radix_select._pick_kernel": (62, 0, 12),  # of few maxima: a warp or two
+    "topk._segment_maxima_kernel": (14, 0, 3),
+    "topk._search_kernel": (110, 0, 14),
+    "topk._pick_kernel": (62, 0, 12),  # of few maxima: a warp or two
     "gathered_matmul._gathered_matmul_kernel": (15, 15, 0),
 }
 FEW_ENTRIES = 8

@@ -1,4 +1,4 @@
-"""Flatten and entropy over S, which is given as indices or found by `radix_select`.
+"""Flatten and entropy over S, which is given as indices or found by `topk`.
 
 One read of z leaves the sums of its row; all else is of the k entries of S: a program a row gathers
 them, and leaves the loss and the gradient on S. Off S the gradient is a constant of the row (0 but
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palu_kernels.triton.radix_select import topk_indices
 from palu_kernels.triton.row_io import (
     RowLaunch,
     apply_softcap,
@@ -27,6 +26,7 @@ from palu_kernels.triton.row_io import (
     row_start,
     store_row_block,
 )
+from palu_kernels.triton.topk import topk_indices
 
 GLOBAL_MEAN, LOCAL_MEAN, NUMBER, ENTROPY = (tl.constexpr(i) for i in range(4))
 CENTERS = {"global_mean": 0, "local_mean": 1, "number": 2}

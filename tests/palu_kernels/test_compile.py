@@ -19,7 +19,7 @@ from tests.support.once import once
 ROOT = Path(__file__).parents[2]
 MAKERS = (("sm_80", "sm_90", "sm_100"), ("gfx942",))
 ROWS_READ = {
-    "radix_select._segment_maxima_kernel": 1,
+    "topk._segment_maxima_kernel": 1,
     "local_entropy._row_sums_kernel": 1,
     "local_entropy._local_entropy_grad_kernel": 1,
     "kl_div._kl_stats_kernel": 2,
@@ -172,7 +172,7 @@ def test_rows_of_one_block_and_of_several_are_walked(streaming):
         own = [row for row in streaming if row["kernel"] == kernel]
         lengths = {(row["walk"], max(row["columns"]) > 1000) for row in own}
         walks = ("aligned", "shifted", "unproven")
-        several = {True} if kernel.startswith("radix_select.") else {True, False}
+        several = {True} if kernel.startswith("topk.") else {True, False}
         assert lengths >= {(walk, long) for walk in walks for long in several}, kernel
         caps = {name: [row["signature"][name] for row in own] for name in own[0]["signature"]}
         for name, kinds in caps.items():

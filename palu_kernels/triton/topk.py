@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from palu_kernels.layout import LANES
-from palu_kernels.triton.radix_keys import LOWEST, infinity, order_keys
+from palu_kernels.triton.order_keys import LOWEST, infinity, order_keys
 from palu_kernels.triton.row_io import RowLaunch, as_integers, load_row_block, row_start
 
 SHORT = 4096  # rows of so many entries are searched as a whole, in registers

@@ -5,7 +5,7 @@ import torch
 
 from palu_kernels import reference, topk_indices
 from palu_kernels.layout import LANES
-from palu_kernels.triton.radix_select import CHUNK, MOST, SHORT, Plan
+from palu_kernels.triton.topk import CHUNK, MOST, SHORT, Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASKED, NAN = float("-inf"), float("nan")
