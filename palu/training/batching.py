@@ -327,6 +327,7 @@ class EpochPosition:
         self._dataloader, self._accumulation, self._skip = dataloader, accumulation, skip
         self._iterator: Any = None
         self.drawn = 0  # micro-batches
+        self.begun: int | None = None  # optimizer steps done before the first of this data loader
 
     def follow(self, iterator: Any, step: int) -> int:
         """Which micro-batch of its pass the next one of `iterator` is; call it before it is drawn.
@@ -336,10 +337,11 @@ class EpochPosition:
             step: optimizer steps done so far.
         """
         if iterator is not self._iterator:
-            first = self._iterator is None
             self._iterator, self.drawn = iterator, 0
-            if first and step:
-                self._resume(step)
+            if self.begun is None:
+                self.begun = step
+                if step:
+                    self._resume(step)
         return self.drawn
 
     def _resume(self, step: int) -> None:

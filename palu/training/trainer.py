@@ -166,6 +166,7 @@ class PALUTrainer(CheckpointTrainer):
     texts_compared = False  # whether the caller has looked for forget rows among the retain rows
     _begins_with: Mapping[str, float] = {}  # of the step loss, at every attempt at training
     _masters: MasterWeights | None = None
+    _position: EpochPosition | None = None  # of an attempt at training
     _started: StartingWeights | None = None  # the weights before the first step
 
     def __init__(
@@ -368,6 +369,7 @@ class PALUTrainer(CheckpointTrainer):
             CheckpointError: the checkpoint to resume from is not there, not whole, or belongs to a
                 run with other settings, data or another model; names what differs.
             ProcessesDiffer: the processes have other settings, data, models or versions.
+            RuntimeError: with `auto_find_batch_size`, memory ran out after a step was taken.
             ValueError: no row of `train_dataset` has a token that the method forgets, or no row of
                 `retain_dataset` one to keep.
 
@@ -391,6 +393,7 @@ class PALUTrainer(CheckpointTrainer):
         self.open_cache(checkpoint, **(cache_options or {}))
         if self._started is None:
             self._started = StartingWeights(self.model)
+        self._position = None
         if self.is_fsdp_enabled:  # an evaluation before has seen the whole model
             self.step_loss.choose_path_again()
         result = super().train(checkpoint, *args, **kwargs)
@@ -598,6 +601,13 @@ class PALUTrainer(CheckpointTrainer):
     def get_train_dataloader(self) -> Any:
         """Hugging Face's, and with it how its rows make up the steps."""
         # An attempt at training begins: one that `auto_find_batch_size` gave up does not count.
+        begun = None if self._position is None else self._position.begun
+        if begun is not None and self.state.global_step > begun:
+            raise RuntimeError(
+                f"auto_find_batch_size: out of memory after step {self.state.global_step}, and "
+                "what was trained stays in weights and optimizer; begin again with the model as it "
+                f"was and per_device_train_batch_size={self._train_batch_size}"
+            )
         self.step_log.reset()
         self.step_loss.restore(self._begins_with)
         loader = super().get_train_dataloader()

@@ -55,26 +55,6 @@ def test_it_is_never_below_zero(tok, tmp_path):
     assert steps(run)[1]["loss"] == pytest.approx(steps(run)[1]["forget"], rel=1e-4)
 
 
-def test_a_batch_that_did_not_fit_moves_nothing(tok, tmp_path, monkeypatch):
-    """`auto_find_batch_size` begins again, here after a step and half of another one."""
-    settings = {"dual_warmup_epochs": 0, "learning_rate": 0.0, "num_train_epochs": 1}
-    right = made_by(tok, tmp_path, **settings, per_device_train_batch_size=1)
-    right.train()
-    run = made_by(tok, tmp_path, **settings, auto_find_batch_size=True)
-    step, calls = run.training_step, []
-
-    def small_device(model, inputs, *rest):
-        calls.append(step(model, inputs, *rest))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return calls[-1]
-
-    monkeypatch.setattr(run, "training_step", small_device)
-    run.train()
-    assert [entry["dual"] for entry in steps(run)] == [entry["dual"] for entry in steps(right)]
-    assert len(steps(run)) == 3
-
-
 def test_micro_batches_are_one_step(tok, tmp_path):
     """Retain rows of all of them count, each once, in float64."""
     found = []

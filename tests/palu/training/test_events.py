@@ -185,6 +185,23 @@ def test_a_batch_that_did_not_fit_is_in_no_log(tok, tmp_path, monkeypatch):
     assert len(logs[0]) == 3 and logs[0] == logs[1]
 
 
+def test_what_did_not_fit_after_a_step_is_not_begun_again(tok, tmp_path, monkeypatch):
+    """The Trainer keeps the weights and the optimizer of what it gives up."""
+    args = config(tmp_path, per_device_train_batch_size=2, auto_find_batch_size=True)
+    made = trainer(tok, args, retain=None)
+    step, calls = made.training_step, []
+
+    def small_device(*inputs):
+        calls.append(step(*inputs))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return calls[-1]
+
+    monkeypatch.setattr(made, "training_step", small_device)
+    with pytest.raises(RuntimeError, match=r"after step 1, .*per_device_train_batch_size=1"):
+        made.train()
+
+
 def test_processes_are_summed_and_the_largest_memory_counts(clock):
     parts = []
     for terms, ids in (([4.0, 0.0, 1.0], (2, 5)), ([2.0, 3.0, 1.0], (3, 4))):
