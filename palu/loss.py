@@ -48,7 +48,7 @@ class PALULoss(nn.Module):
         top_k: k, how many of the largest logits of a forget row are levelled; more than V means V.
         prefix_length: how many tokens of each sensitive run are forgotten; 0 or less takes all.
         objective: `flatten`, mean over S of `(z_i - c)^2` (the released code), or `entropy`,
-            `log k - H(softmax(z_S))`.
+            `log k - H(softmax(z_S))`, which reads no `center`.
         center: c of flatten: `global_mean` (the released code), `local_mean` or a number.
         preserve: `reverse_kl` KL(p_current || p_reference) (the released code), `forward_kl`
             (the paper's text), `nll` of the reference's most likely token, or None.
