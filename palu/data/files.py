@@ -63,6 +63,8 @@ def load_examples(
             one of the wrong type, a span outside the answer or that is not the word it says, an id
             that two rows have. Names file, row and field.
     """
+    if not isinstance(require_spans, bool):
+        raise TypeError(f"require_spans must be True or False, not {require_spans!r}")
     if repair not in ("none", "snap"):
         raise ValueError(f"repair must be 'none' or 'snap', got {repair!r}")
     if (tokenizer is None) != (max_length is None):

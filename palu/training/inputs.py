@@ -52,8 +52,12 @@ def load_named(
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or it is an adapter.
+        TypeError: `model` is neither a module nor a name.
     """
-    if not isinstance(model, str | os.PathLike):
+    if not isinstance(model, nn.Module | str | os.PathLike):
+        kind = type(model).__name__
+        raise TypeError(f"model must be a module, or a folder or id on the hub, not {kind}")
+    if isinstance(model, nn.Module):
         return Loaded(model, tokenizer, Template() if template is None else template)
     folder = model_folder(Path(model))
     if is_adapter(folder):
@@ -74,14 +78,17 @@ def with_adapter(model: nn.Module, config: PeftConfig | None, args: PALUConfig) 
     """Return the model with a fresh adapter on it, of `args.seed`; as it is where `config` is None.
 
     Raises:
+        TypeError: `config` is no `peft.PeftConfig`.
         ValueError: it has an adapter already.
     """
     if config is None:
         return model
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, not {type(config).__name__}")
     if hasattr(model, "peft_config"):
         raise ValueError("peft_config is given and the model has an adapter already: leave one out")
-    from peft import get_peft_model
-
     set_seed(args.seed)
     return get_peft_model(model, config)
 

@@ -115,6 +115,8 @@ def test_collator_refuses(byte_tokenizer):
     ]:
         with pytest.raises(ValueError, match=words):
             collator(features)
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer or the id to pad with, not"):
+        Collator("left")
     with pytest.raises(ValueError, match="padding id must be 0 or more, got -1"):
         Collator(-1)
     with pytest.raises(ValueError, match="pad_to_multiple_of must be 1 or more, got 0"):

@@ -104,12 +104,15 @@ def test_evaluation_sets_of_records(tok, tmp_path):
         ),
         ({"forget": {"train": RECORDS}}, "^train_dataset is a dict with 'train'; it must be rows"),
         ({"retain": KEPT[0]}, "^retain_dataset is a dict with 'question', 'answer'; it must be"),
+        ({"peft_config": "lora"}, "^peft_config must be a peft.PeftConfig, not str"),
     ],
 )
 def test_records_that_cannot_be_used(tok, tmp_path, options, said):
     given = {"forget": RECORDS[:3], "processing_class": tok} | options
     with pytest.raises((TypeError, ValueError), match=said):
         made(small.model(tok), config(tmp_path), **given)
+    with pytest.raises(TypeError, match="model must be a module, or a folder or id on the hub"):
+        made(None, config(tmp_path), RECORDS[:3], processing_class=tok)
 
 
 def test_a_collator_of_ones_own_gets_the_records(tok, tmp_path):
