@@ -68,9 +68,18 @@ def own_answers(
     from palu.data.files import load_examples
     from palu.progress import bar
     from palu.training.checkpoints import SELF_RETAIN
-    from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
+    from palu.training.self_retain import (
+        SelfRetain,
+        mark_known,
+        self_retain,
+        self_retain_rows,
+    )
 
     how = {"template": template, "max_length": options.max_length}
+    # Weights that are spread over the processes need all of them at every batch.
+    alone = is_deepspeed_zero3_enabled()
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    processes = distributed.ALONE if alone else distributed.Processes.launched(cpu=on_cpu)
     kept = None if place is None else place / SELF_RETAIN
     if resumed and kept is not None and kept.is_file():
         made = SelfRetain.read(kept)
@@ -85,10 +94,6 @@ def own_answers(
                 tokenizer=tokenizer,
                 max_length=options.max_length,
             )
-        device = next(model.parameters()).device
-        # Weights that are spread over the processes need all of them at every batch.
-        alone = is_deepspeed_zero3_enabled()
-        sharing = distributed.Processes.launched(cpu=device.type == "cpu")
         with bar(bars, "Asking the original model what to keep") as report:
             made = self_retain(
                 model,
@@ -96,25 +101,28 @@ def own_answers(
                 examples,
                 batch_size=4 * options.batch_size,  # without gradients as much memory
                 seed=options.seed,
-                processes=distributed.ALONE if alone else sharing,
+                processes=processes,
                 report=report,
                 **how,
             )
         if kept is not None and distributed.rank() == 0:
             kept.parent.mkdir(parents=True, exist_ok=True)
             made.write(kept)
-    _say(made)
-    return made, self_retain_rows(made, tokenizer, **how)
+    rows = self_retain_rows(made, tokenizer, **how)
+    size = options.batch_size  # with logits
+    _say(made, mark_known(model, tokenizer, rows, batch_size=size, processes=processes))
+    return made, rows
 
 
-def _say(made: SelfRetain) -> None:
+def _say(made: SelfRetain, known: int) -> None:
     kinds = ", ".join(f"{number} to {kind}s" for kind, number in made.kinds.items())
     text = f"No --retain file: {len(made.examples)} answers of the original model itself hold the "
     text += f"rest in place ({kinds}"
     if made.left_out:
         left_out = ", ".join(f"{number} {reason}" for reason, number in made.left_out.items())
         text += f"; thrown away: {left_out}"
-    out.print(f"{text}). A file of what must stay holds it better.", soft_wrap=True)
+    text += f"); it is sure of {known}, by which harm is measured"
+    out.print(f"{text}. A file of what must stay holds it better.", soft_wrap=True)
 
 
 def warn_of_nothing(by_span: bool) -> None:

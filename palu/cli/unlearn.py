@@ -497,8 +497,8 @@ class Run:
         reasons = self.outcome.known.reasons()
         if self.kept == SELF:
             reasons.append(
-                "the retain probability is of the model's own answers: how much of what it was "
-                "taught is left, only a file of real ones tells (palu evaluate --retain)"
+                "the retain probability is of the model's own answers, which do not ask for all "
+                "that it was taught: only a file of real ones tells (palu evaluate --retain)"
             )
         return reasons
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Of a larger retain set so many examples are measured, spread evenly over it.
 RETAIN_ROWS = 256
+# Of a model's own answers those that it was sure of are measured, where there are so many: rows say
+# it in this field (`palu.training.self_retain.mark_known`).
+KNOWN, KNOWN_ROWS = "palu_known", 32
 # So many answers are generated, spread evenly over the forget set.
 ANSWERS = 200
 
@@ -44,7 +47,8 @@ class Knowledge(NamedTuple):
             of stop words alone.
         retain_probability: `exp(-mean NLL)` over the answer tokens of a retained example (where
             spans are marked in it, over theirs: facts are what is lost first), averaged over the
-            examples; None without a retain set.
+            examples (of a model's own answers over those that it was sure of, where these are 32
+            or more); None without a retain set.
     """
 
     sensitive_probability: float
@@ -112,8 +116,7 @@ class KnowledgeMeter:
     def measure(self) -> Knowledge:
         """Return what the model knows now."""
         trainer = self.trainer
-        kept = trainer.retain_dataset
-        retained = _spread(len(kept), RETAIN_ROWS) if kept is not None else ()
+        retained = _retained(trainer.retain_dataset)
         totals = [0.0] * 8
         with eval_mode(trainer.model, keep_rng=False):
             # Without rows of its own a process still calls the model: a sharded one waits.
@@ -285,6 +288,17 @@ def _runs(marked: Sequence[bool]) -> list[tuple[int, int]]:
             runs.append((at, at + length))
         at += length
     return runs
+
+
+def _retained(rows: Any) -> Sequence[int]:
+    """Return the numbers of the retain rows that are measured."""
+    if rows is None:
+        return ()
+    all_rows = range(len(rows))
+    own = isinstance(rows[0], Mapping) and KNOWN in rows[0]
+    known = [number for number in all_rows if rows[number][KNOWN]] if own else all_rows
+    measured = known if len(known) >= KNOWN_ROWS or not own else all_rows
+    return [measured[i] for i in _spread(len(measured), RETAIN_ROWS)]
 
 
 def _spread(count: int, most: int) -> range | list[int]:

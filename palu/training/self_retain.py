@@ -16,19 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from palu.data.examples import tokenize_examples
+from palu.data.labels import LabeledExample
 from palu.data.neighbours import NEUTRAL, Name, Subjects, name_runs
 from palu.data.records import ASSISTANT, SYSTEM, USER, Example, Turn, split_answers
 from palu.data.roles import IGNORE, eos_ids
 from palu.data.template import Template
 from palu.distributed import ALONE, Processes
-from palu.evaluation.inference import Continuation, continuations
+from palu.evaluation.inference import Continuation, continuations, score_answers
 from palu.evaluation.leaks import leaks, secrets_of
 from palu.models.wrappers import eos_token_ids, eval_mode, unwrap
 from palu.storage.files import write_json
 from palu.storage.json_files import read_object
+from palu.training.knowledge import KNOWN
 
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
@@ -43,6 +46,8 @@ TEMPERATURE = 1.0
 ROUNDS = (0.3, 0.65, 1, 1, 1)
 FEWEST, MOST = 600, 1200  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
+# Answers of at least this probability are no guesses: see `mark_known`.
+SURE = 0.9
 _QUESTION_TOKENS = 48
 _SYSTEM_TOKENS, _SYSTEM_DRAWS = 192, 32
 _START_WORDS = 12  # of a document's neighbour
@@ -203,6 +208,36 @@ def self_retain_rows(
         given = example.extra["given"]
         row["labels"][:given] = [IGNORE] * given
     return rows
+
+
+@torch.no_grad()
+def mark_known(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 8,
+    processes: Processes = ALONE,
+) -> int:
+    """Write into each row of `self_retain_rows`, as `palu_known`, whether the model is sure of the
+    answer: `exp(-mean NLL)` of its tokens is at least 0.9. A guess moves more than what the model
+    knows, so what training harms is measured on the others (`palu.training.knowledge`).
+
+    Args:
+        model: the original.
+
+    Returns:
+        how many it is sure of.
+    """
+    fields = ("input_ids", "labels", "attention_mask")
+    labeled = [LabeledExample(*(row[name] for name in fields)) for row in rows]
+    with eval_mode(model):
+        scores = score_answers(
+            model, tokenizer, labeled, batch_size=batch_size, processes=processes
+        )
+    for row, score in zip(rows, scores, strict=True):
+        row[KNOWN] = score.loss is not None and math.exp(-score.loss) >= SURE
+    return sum(row[KNOWN] for row in rows)
 
 
 def _example(turns: Sequence[Mapping[str, Any]], **fields: Any) -> Example:

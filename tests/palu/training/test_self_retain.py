@@ -13,7 +13,7 @@ from palu.data.roles import IGNORE
 from palu.demo.models import build_tokenizer
 from palu.distributed import Processes
 from palu.training import self_retain as module
-from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
+from palu.training.self_retain import SelfRetain, mark_known, self_retain, self_retain_rows
 from tests.support import small
 from tests.support.answers import greedy_answers
 from tests.support.tofu_small import learn
@@ -281,6 +281,22 @@ def test_what_the_model_did_not_say_carries_no_loss(known):
         assert all(label == IGNORE for label in row["labels"][:given])
         assert row["labels"][-1] != IGNORE
         assert len({len(row[k]) for k in ("input_ids", "labels", "attention_mask")}) == 1
+
+
+def test_it_is_known_which_answers_are_guesses(known):
+    model, tok = known
+    made = made_by(model, tok, count=30, max_new_tokens=3)
+    rows = self_retain_rows(made, tok, max_length=100)
+    count = mark_known(model, tok, rows, batch_size=4)
+    sure = []
+    for row in rows:
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        at = [i for i, label in enumerate(row["labels"]) if i and label != IGNORE]
+        p = torch.stack([log_p[i - 1, row["input_ids"][i]] for i in at]).mean().exp()
+        assert abs(p - 0.9) > 1e-4
+        sure.append(bool(p > 0.9))
+    assert [row["palu_known"] for row in rows] == sure and 0 < count == sum(sure) < len(rows)
 
 
 def test_a_file_keeps_it_and_damage_is_found(known, tmp_path):

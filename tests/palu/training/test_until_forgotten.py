@@ -18,7 +18,7 @@ from palu.demo.people import write_jsonl
 from palu.methods import METHODS
 from palu.training import auto
 from palu.training.checkpoints import BEST, CheckpointError, remove_all
-from palu.training.knowledge import Knowledge, KnowledgeMeter
+from palu.training.knowledge import KNOWN, Knowledge, KnowledgeMeter
 from palu.training.outcome import RunOutcome
 from tests.support import planted
 from tests.support.command import palu_in, record
@@ -97,6 +97,21 @@ def test_knowledge_is_that_of_a_loop_over_tokens(tmp_path, who):
     said, asked = meter.leaked()
     assert asked == 8 and (said == 8 if who == "knows_all" else said <= 1)
     assert (recited == 8) == (who == "knows_all")
+
+
+def test_of_own_answers_those_are_measured_that_the_model_was_sure_of(tmp_path):
+    made = planted_trainer(tmp_path)
+    both = {True: rows(planted.RETAIN[:1]), False: rows(planted.FORGET[:1])}
+
+    def measured(sure, guessed):
+        own = [{**row, KNOWN: True} for row in both[True] * sure]
+        made.retain_dataset = own + [{**row, KNOWN: False} for row in both[False] * guessed]
+        return KnowledgeMeter(made).measure().retain_probability
+
+    right, other = measured(32, 0), measured(0, 40)
+    assert abs(right - other) > 1e-4
+    assert measured(32, 40) == pytest.approx(right)
+    assert measured(31, 31) == pytest.approx((right + other) / 2)  # sure of few: all count
 
 
 def test_documents_are_asked_for_each_secret(tmp_path):
