@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from palu.data.examples import tokenize_examples
@@ -210,33 +209,39 @@ def self_retain_rows(
     return rows
 
 
-@torch.no_grad()
-def mark_known(
+def answer_probabilities(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     *,
     batch_size: int = 8,
     processes: Processes = ALONE,
+) -> list[float]:
+    """Return `exp(-mean NLL)` over the tokens of each row's answer; 0 of a row without one."""
+    fields = ("input_ids", "labels", "attention_mask")
+    labeled = [LabeledExample(*(row[name] for name in fields)) for row in rows]
+    how = {"batch_size": batch_size, "processes": processes}
+    with eval_mode(model):
+        scores = score_answers(model, tokenizer, labeled, **how)
+    return [0.0 if score.loss is None else math.exp(-score.loss) for score in scores]
+
+
+def mark_known(
+    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], **sharing: Any
 ) -> int:
     """Write into each row of `self_retain_rows`, as `palu_known`, whether the model is sure of the
-    answer: `exp(-mean NLL)` of its tokens is at least 0.9. A guess moves more than what the model
-    knows, so what training harms is measured on the others (`palu.training.knowledge`).
+    answer: its probability is at least 0.9. A guess moves more than what the model knows, so what
+    training harms is measured on the others (`palu.training.knowledge`).
 
     Args:
         model: the original.
+        **sharing: `batch_size` and `processes` of `answer_probabilities`.
 
     Returns:
         how many it is sure of.
     """
-    fields = ("input_ids", "labels", "attention_mask")
-    labeled = [LabeledExample(*(row[name] for name in fields)) for row in rows]
-    with eval_mode(model):
-        scores = score_answers(
-            model, tokenizer, labeled, batch_size=batch_size, processes=processes
-        )
-    for row, score in zip(rows, scores, strict=True):
-        row[KNOWN] = score.loss is not None and math.exp(-score.loss) >= SURE
+    for row, p in zip(rows, answer_probabilities(model, tokenizer, rows, **sharing), strict=True):
+        row[KNOWN] = p >= SURE
     return sum(row[KNOWN] for row in rows)
 
 

@@ -1,0 +1,92 @@
+"""Do a model's own answers tell what a run without a retain file has harmed?
+
+    python -m benchmarks.quality.own_answers --name people-0 --original palu-demo/original \\
+        --unlearned runs/people-0-nothing-0 --forget palu-demo/forget.jsonl \\
+        --retain palu-demo/retain.jsonl --seed 0 --output rows.csv
+
+The original answers anew as it did before training (`--retain self`; the seed is the run's). Of the
+answers that it gave at least so much probability, `least`, `own_kept` is the share of their
+probability that is left. `retain_kept` is that of the retain file, which the run never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, tables
+from palu.data.examples import tokenize_examples
+from palu.data.files import load_examples
+from palu.models.loading import load_model, load_tokenizer
+from palu.run_record import choose_template
+from palu.training.self_retain import answer_probabilities, self_retain, self_retain_rows
+
+LEAST = (0.0, 0.5, 0.7, 0.8, 0.9, 0.97)
+COLUMNS = ("testbed", "model", "seed", "least", "answers", "own_before", "own_kept", "retain_kept")
+COLUMNS += tables.ENVIRONMENT
+
+
+def kept(before: Sequence[float], after: Sequence[float]) -> float:
+    """Return the share of the mean probability that is left."""
+    return sum(after) / sum(before)
+
+
+def rows_of(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row of each unlearned model and least probability."""
+    tokenizer, template = load_tokenizer(given.original), choose_template(given.original)
+    how = {"template": template, "max_length": 512}
+    model = load_model(given.original, device="cpu")
+    forget = load_examples(given.forget, require_spans=False)
+    # As `palu unlearn` asks with its default batch size.
+    made = self_retain(model, tokenizer, forget, batch_size=32, seed=given.seed, **how)
+    own = self_retain_rows(made, tokenizer, **how)
+    real = tokenize_examples(load_examples(given.retain, require_spans=False), tokenizer, **how)
+
+    def probabilities(model: Any) -> list[list[float]]:
+        return [answer_probabilities(model, tokenizer, rows) for rows in (own, real)]
+
+    where = machine.environment(torch.device("cpu")) | {"commit": machine.commit()}
+    before, found = probabilities(model), []
+    for folder in given.unlearned:
+        after = probabilities(load_model(folder, device="cpu"))
+        for least in LEAST:
+            sure = [pair for pair in zip(before[0], after[0], strict=True) if pair[0] >= least]
+            row = {"testbed": given.name, "model": folder.name, "seed": given.seed, "least": least}
+            row |= {"answers": len(sure), "own_before": sum(b for b, _ in sure) / len(sure)}
+            row |= {"own_kept": kept(*zip(*sure, strict=True))}
+            found.append(row | {"retain_kept": kept(before[1], after[1])} | where)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", required=True, help="of the testbed, in the rows")
+    parser.add_argument("--original", type=Path, required=True)
+    parser.add_argument("--unlearned", type=Path, required=True, nargs="+")
+    parser.add_argument("--forget", required=True)
+    parser.add_argument("--retain", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="CSV, rows are added")
+    given = parser.parse_args(arguments)
+    rows = rows_of(given)
+    new = not given.output.exists()
+    with given.output.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(*(row[name] for name in COLUMNS[:8]), sep="  ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
