@@ -114,14 +114,14 @@ def own_answers(
     return made, rows
 
 
-def _say(made: SelfRetain, known: int) -> None:
+def _say(made: SelfRetain, measured: str) -> None:
     kinds = ", ".join(f"{number} to {kind}s" for kind, number in made.kinds.items())
     text = f"No --retain file: {len(made.examples)} answers of the original model itself hold the "
     text += f"rest in place ({kinds}"
     if made.left_out:
         left_out = ", ".join(f"{number} {reason}" for reason, number in made.left_out.items())
         text += f"; thrown away: {left_out}"
-    text += f"); it is sure of {known}, by which harm is measured"
+    text += f"); harm is measured by {measured}"
     out.print(f"{text}. A file of what must stay holds it better.", soft_wrap=True)
 
 

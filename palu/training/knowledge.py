@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 # Of a larger retain set so many examples are measured, spread evenly over it.
 RETAIN_ROWS = 256
-# Of a model's own answers those that it was sure of are measured, where there are so many: rows say
-# it in this field (`palu.training.self_retain.mark_known`).
-KNOWN, KNOWN_ROWS = "palu_known", 32
+# A model's own answers have in this field the labels of what it was sure of, by which they are
+# measured (`palu.training.self_retain.mark_known`).
+KNOWN = "palu_known"
 # So many answers are generated, spread evenly over the forget set.
 ANSWERS = 200
 
@@ -47,8 +47,7 @@ class Knowledge(NamedTuple):
             of stop words alone.
         retain_probability: `exp(-mean NLL)` over the answer tokens of a retained example (where
             spans are marked in it, over theirs: facts are what is lost first), averaged over the
-            examples (of a model's own answers over those that it was sure of, where these are 32
-            or more); None without a retain set.
+            examples (of a model's own answers by what it was sure of); None without a retain set.
     """
 
     sensitive_probability: float
@@ -244,7 +243,7 @@ class KnowledgeMeter:
 
     def _retain(self, rows: Sequence[int]) -> list[float]:
         trainer = self.trainer
-        batch = trainer.data_collator([trainer.retain_dataset[i] for i in rows])
+        batch = trainer.data_collator([_measured(trainer.retain_dataset[i]) for i in rows])
         labels = batch["labels"]
         marked = token_roles(labels, 0, self.eos) == FORGET
         answer = torch.where(marked.any(1, keepdim=True), marked, labels != IGNORE)
@@ -294,11 +293,19 @@ def _retained(rows: Any) -> Sequence[int]:
     """Return the numbers of the retain rows that are measured."""
     if rows is None:
         return ()
-    all_rows = range(len(rows))
-    own = isinstance(rows[0], Mapping) and KNOWN in rows[0]
-    known = [number for number in all_rows if rows[number][KNOWN]] if own else all_rows
-    measured = known if len(known) >= KNOWN_ROWS or not own else all_rows
-    return [measured[i] for i in _spread(len(measured), RETAIN_ROWS)]
+    numbers: Sequence[int] = range(len(rows))
+    if _is_own(rows[0]):
+        numbers = [i for i in numbers if any(label != IGNORE for label in rows[i][KNOWN])]
+    return [numbers[i] for i in _spread(len(numbers), RETAIN_ROWS)]
+
+
+def _is_own(row: Any) -> bool:
+    return isinstance(row, Mapping) and KNOWN in row
+
+
+def _measured(row: Any) -> Any:
+    """Return a retain row with the labels by which it is measured."""
+    return {**row, "labels": row[KNOWN]} if _is_own(row) else row
 
 
 def _spread(count: int, most: int) -> range | list[int]:

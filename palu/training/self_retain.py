@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from palu.data.examples import tokenize_examples
@@ -45,8 +46,8 @@ TEMPERATURE = 1.0
 ROUNDS = (0.3, 0.65, 1, 1, 1)
 FEWEST, MOST = 600, 1200  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
-# Answers of at least this probability are no guesses: see `mark_known`.
-SURE = 0.9
+# Answers, or tokens, of at least this probability are no guesses; of so many rows: `mark_known`.
+SURE, ENOUGH = 0.9, 32
 _QUESTION_TOKENS = 48
 _SYSTEM_TOKENS, _SYSTEM_DRAWS = 192, 32
 _START_WORDS = 12  # of a document's neighbour
@@ -209,40 +210,54 @@ def self_retain_rows(
     return rows
 
 
-def answer_probabilities(
+def token_losses(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     *,
     batch_size: int = 8,
     processes: Processes = ALONE,
-) -> list[float]:
-    """Return `exp(-mean NLL)` over the tokens of each row's answer; 0 of a row without one."""
+) -> list[np.ndarray]:
+    """Return the negative log-likelihood of every token that is learned, float64 `[n]` a row."""
     fields = ("input_ids", "labels", "attention_mask")
     labeled = [LabeledExample(*(row[name] for name in fields)) for row in rows]
     how = {"batch_size": batch_size, "processes": processes}
     with eval_mode(model):
-        scores = score_answers(model, tokenizer, labeled, **how)
-    return [0.0 if score.loss is None else math.exp(-score.loss) for score in scores]
+        return [score.nll for score in score_answers(model, tokenizer, labeled, **how)]
 
 
 def mark_known(
     model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], **sharing: Any
-) -> int:
-    """Write into each row of `self_retain_rows`, as `palu_known`, whether the model is sure of the
-    answer: its probability is at least 0.9. A guess moves more than what the model knows, so what
-    training harms is measured on the others (`palu.training.knowledge`).
+) -> str:
+    """Write into each row of `self_retain_rows`, as `palu_known`, the labels by which harm is
+    measured (`palu.training.knowledge`), -100 elsewhere: a guess moves more than what a model
+    knows. They are the answers that the model is sure of: `exp(-mean NLL)` is at least 0.9. Where
+    fewer than 32 are, they are the tokens of at least this probability, and where fewer than 32
+    rows have one, all.
 
     Args:
         model: the original.
-        **sharing: `batch_size` and `processes` of `answer_probabilities`.
+        **sharing: `batch_size` and `processes` of `token_losses`.
 
     Returns:
-        how many it is sure of.
+        what they are, in words.
     """
-    for row, p in zip(rows, answer_probabilities(model, tokenizer, rows, **sharing), strict=True):
-        row[KNOWN] = p >= SURE
-    return sum(row[KNOWN] for row in rows)
+    losses, most = token_losses(model, tokenizer, rows, **sharing), -math.log(SURE)
+    tokens = [loss <= most for loss in losses]
+    answers = [np.full(loss.shape, loss.size and loss.mean() <= most) for loss in losses]
+    known = [("the {} that it is sure of", answers), ("the tokens that it is sure of", tokens)]
+    known.append(("all of them", [np.full(loss.shape, True) for loss in losses]))
+    for text, sure in known:
+        count = sum(bool(one.any()) for one in sure)
+        said = text.format(count)
+        if count >= ENOUGH:
+            break
+    for row, one in zip(rows, sure, strict=True):
+        # The first token is never predicted.
+        at = [i for i, label in enumerate(row["labels"]) if i and label != IGNORE]
+        kept = {i for i, is_sure in zip(at, one, strict=True) if is_sure}
+        row[KNOWN] = [la if i in kept else IGNORE for i, la in enumerate(row["labels"])]
+    return said
 
 
 def _example(turns: Sequence[Mapping[str, Any]], **fields: Any) -> Example:

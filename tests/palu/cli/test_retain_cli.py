@@ -41,6 +41,7 @@ def test_the_models_own_answers_are_held_by_default(palu):
     assert status == 0, error
     (line,) = [one for one in said.splitlines() if one.startswith("No --retain file: ")]
     assert "answers of the original model itself hold the rest in place" in line
+    assert "; harm is measured by " in line
     assert "to neighbours" in line and "with a secret of the forget set" in line
     known = record(palu.folder / "new")
     assert known["data"]["retain"] == "self" and known["options"]["retain"] is None

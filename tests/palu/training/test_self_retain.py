@@ -283,20 +283,31 @@ def test_what_the_model_did_not_say_carries_no_loss(known):
         assert len({len(row[k]) for k in ("input_ids", "labels", "attention_mask")}) == 1
 
 
-def test_it_is_known_which_answers_are_guesses(known):
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["answers", "tokens", "all"])
+def test_what_the_model_is_sure_of(known, monkeypatch, of):
     model, tok = known
     made = made_by(model, tok, count=30, max_new_tokens=3)
     rows = self_retain_rows(made, tok, max_length=100)
-    count = mark_known(model, tok, rows, batch_size=4)
-    sure = []
+    expected = []
     for row in rows:
-        with torch.no_grad():
-            log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
         at = [i for i, label in enumerate(row["labels"]) if i and label != IGNORE]
-        p = torch.stack([log_p[i - 1, row["input_ids"][i]] for i in at]).mean().exp()
-        assert abs(p - 0.9) > 1e-4
-        sure.append(bool(p > 0.9))
-    assert [row["palu_known"] for row in rows] == sure and 0 < count == sum(sure) < len(rows)
+        p = torch.stack([log_p[i - 1, row["input_ids"][i]] for i in at]).exp()
+        answer = p.log().mean().exp()
+        assert min(abs(p - 0.9).min(), abs(answer - 0.9)) > 1e-4
+        sure = {"answers": answer > 0.9, "tokens": p > 0.9, "all": p > 0}[of].expand(len(at))
+        kept = [i for i, is_sure in zip(at, sure.tolist(), strict=True) if is_sure]
+        expected.append([la if i in kept else IGNORE for i, la in enumerate(row["labels"])])
+    count = sum(any(la != IGNORE for la in labels) for labels in expected)
+    enough = {"answers": count, "tokens": count, "all": len(rows) + 1}[of]
+    monkeypatch.setattr(module, "ENOUGH", enough)
+    said = mark_known(model, tok, rows, batch_size=4)
+    assert [row["palu_known"] for row in rows] == expected and count > 0
+    answers = f"the {count} that it is sure of"
+    assert said == {"answers": answers, "tokens": "the tokens that it is sure of"}.get(
+        of, "all of them"
+    )
 
 
 def test_a_file_keeps_it_and_damage_is_found(known, tmp_path):

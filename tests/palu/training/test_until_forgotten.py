@@ -99,19 +99,14 @@ def test_knowledge_is_that_of_a_loop_over_tokens(tmp_path, who):
     assert (recited == 8) == (who == "knows_all")
 
 
-def test_of_own_answers_those_are_measured_that_the_model_was_sure_of(tmp_path):
+def test_own_answers_are_measured_by_what_the_model_was_sure_of(tmp_path):
     made = planted_trainer(tmp_path)
-    both = {True: rows(planted.RETAIN[:1]), False: rows(planted.FORGET[:1])}
-
-    def measured(sure, guessed):
-        own = [{**row, KNOWN: True} for row in both[True] * sure]
-        made.retain_dataset = own + [{**row, KNOWN: False} for row in both[False] * guessed]
-        return KnowledgeMeter(made).measure().retain_probability
-
-    right, other = measured(32, 0), measured(0, 40)
-    assert abs(right - other) > 1e-4
-    assert measured(32, 40) == pytest.approx(right)
-    assert measured(31, 31) == pytest.approx((right + other) / 2)  # sure of few: all count
+    first, second = rows([dataclasses.replace(one, spans=()) for one in planted.RETAIN[:2]])
+    labels = first["labels"]
+    part = [label if i == len(labels) - 2 else IGNORE for i, label in enumerate(labels)]
+    made.retain_dataset = [first | {KNOWN: part}, second | {KNOWN: [IGNORE] * len(second)}]
+    p, _ = token_probabilities(made.model, first)
+    assert KnowledgeMeter(made).measure().retain_probability == pytest.approx(p[-2], rel=1e-4)
 
 
 def test_documents_are_asked_for_each_secret(tmp_path):
