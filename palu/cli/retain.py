@@ -55,8 +55,9 @@ def own_answers(
     place: Path | None,
     *,
     resumed: bool,
-) -> tuple[SelfRetain, list[dict]]:
-    """Return the model's own answers, and the same tokenised; say what they are.
+) -> tuple[dict[str, Any], list[dict]]:
+    """Return what `palu.json` tells of the model's own answers, and these, tokenised; say what they
+    are.
 
     Args:
         place: the folder of the run's checkpoints, where they are kept.
@@ -110,8 +111,9 @@ def own_answers(
             made.write(kept)
     rows = self_retain_rows(made, tokenizer, **how)
     size = options.batch_size  # with logits
-    _say(made, mark_known(model, tokenizer, rows, batch_size=size, processes=processes))
-    return made, rows
+    measured = mark_known(model, tokenizer, rows, batch_size=size, processes=processes)
+    _say(made, measured)
+    return made.record() | {"measured": measured}, rows
 
 
 def _say(made: SelfRetain, measured: str) -> None:

@@ -372,7 +372,7 @@ class Run:
         """Let the original model answer what it is to go on answering, where there is no file."""
         self.data = data_notes(self.options)
         if self.kept == SELF:
-            made, self.retain_rows = own_answers(
+            about, self.retain_rows = own_answers(
                 self.options,
                 self.model,
                 self.tokenizer,
@@ -380,7 +380,7 @@ class Run:
                 self.checkpoints,
                 resumed=self.resume_from is not None,
             )
-            self.data |= {"retain": SELF, "self_retain": made.record()}
+            self.data |= {"retain": SELF, "self_retain": about}
 
     def train_and_write(self) -> None:
         """Train, and write the model; keep it somewhere else where it cannot be written."""

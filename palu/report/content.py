@@ -67,7 +67,7 @@ def content_of(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
         "run": _run(inputs[RECORD]),
         "columns": ordered([*(name for row in rows for name in row["values"]), *models]),
         "measures": rows,
-        "kept": kept_share(rows),
+        "kept": kept_share(rows, own_answers=request["own_answers"] is not None),
         "checks": _checks(inputs[RECORD]["outcome"]),
         "attacks": attacks,
         "missing": _missing(inputs),
@@ -159,6 +159,8 @@ def _request(inputs: Inputs, secrets: Secrets | None) -> dict[str, Any]:
     request: dict[str, Any] = {
         "forget": data["forget"].value and str(data["forget"].value),
         "retain": data["retain"].value and str(data["retain"].value),
+        # How many answers the original itself gave, where there was no file of what to keep.
+        "own_answers": data["self_retain"]["examples"].count() if data["self_retain"] else None,
         "files": _digests(inputs[RECORD]["digests"]["data"]),
         "records": None,
         "records_with_spans": None,

@@ -126,11 +126,13 @@ def fallen_apart(rows: Iterable[Row]) -> dict[str, str]:
     return said
 
 
-def kept_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
+def kept_share(rows: Iterable[Mapping[str, Any]], *, own_answers: bool) -> float | None:
     """Return what is left of the probability of the answers to keep, by what the run measured,
-    else by `evaluation.json`; None where neither has it of both models."""
+    else by `evaluation.json` (the other way round where the run had the model's own answers alone);
+    None where neither has it of both models."""
     known = {row["name"]: row["values"] for row in rows if row["set"] == "retain"}
-    for name in ("retain_probability", "answer_probability"):
+    names = ["retain_probability", "answer_probability"]
+    for name in reversed(names) if own_answers else names:
         before, after = (known.get(name, {}).get(model) for model in MODELS[:2])
         if before and after is not None:
             return after / before

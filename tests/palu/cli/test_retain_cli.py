@@ -41,13 +41,13 @@ def test_the_models_own_answers_are_held_by_default(palu):
     assert status == 0, error
     (line,) = [one for one in said.splitlines() if one.startswith("No --retain file: ")]
     assert "answers of the original model itself hold the rest in place" in line
-    assert "; harm is measured by " in line
     assert "to neighbours" in line and "with a secret of the forget set" in line
     known = record(palu.folder / "new")
     assert known["data"]["retain"] == "self" and known["options"]["retain"] is None
     about = known["data"]["self_retain"]
     assert about["examples"] == sum(about["kinds"].values()) >= 8
     assert str(about["examples"]) in line
+    assert f"; harm is measured by {about['measured']}." in line
     assert all(entry["num_retain"] > 0 for entry in known["loss_curve"])
     texts = "".join(p.read_text() for p in (palu.folder / "new").glob("*.json"))
     # Its vocabulary has the words.

@@ -201,6 +201,17 @@ def test_what_to_change_is_said(tmp_path):
     assert reasons[0] in said and f"What to change {advice[0]}" in said
 
 
+def test_own_answers_are_no_file_of_what_to_keep(tmp_path):
+    """A file that was evaluated afterwards tells more of what was kept."""
+    record = erasure.record()
+    record["data"] |= {"retain": "self", "self_retain": {"examples": 575}}
+    model = erasure.write(tmp_path, palu=record)
+    report = build_report(model)
+    said = text_of(model / "report.html")
+    assert "To keep 575 answers that the original model itself gave; no file was given" in said
+    assert report["kept"] == 1.0  # of evaluation.json, which has the same numbers for both
+
+
 def test_no_secret_is_in_it(tmp_path):
     """Neither in page, numbers nor card, not even where a file or a setting is named after one."""
     record = erasure.record()
