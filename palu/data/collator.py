@@ -44,9 +44,8 @@ class Collator:
         pad_to_multiple_of: int | None = None,
     ):
         if not isinstance(tokenizer, int) and not hasattr(tokenizer, "pad_token_id"):
-            raise TypeError(
-                f"tokenizer must be a tokenizer or the id to pad with, not {tokenizer!r}"
-            )
+            kind = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be a tokenizer or the id to pad with, not {kind}")
         self.pad_id = tokenizer if isinstance(tokenizer, int) else _pad_id(tokenizer)
         if self.pad_id < 0:
             raise ValueError(f"the padding id must be 0 or more, got {self.pad_id}")

@@ -124,7 +124,7 @@ class KnowledgeMeter:
                 if rows:
                     totals[:6] = [a + b for a, b in zip(totals[:6], sums, strict=True)]
             for rows in self._shares(retained):
-                scores = self._retain(rows or [0])
+                scores = self._retain(rows or retained[:1])
                 totals[6] += math.fsum(scores) if rows else 0.0
                 totals[7] += len(scores) if rows else 0
         own = torch.tensor([totals], dtype=torch.float64).to(trainer.args.device)

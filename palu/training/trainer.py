@@ -397,6 +397,7 @@ class PALUTrainer(CheckpointTrainer):
         if self.is_fsdp_enabled:  # an evaluation before has seen the whole model
             self.step_loss.choose_path_again()
         result = super().train(checkpoint, *args, **kwargs)
+        self._position = None
         if half := trains_in_half(self.model):
             warn_rounded_back(self.rounded_back(), self.model.get_parameter(half[0]).dtype)
         return result
@@ -602,7 +603,8 @@ class PALUTrainer(CheckpointTrainer):
         """Hugging Face's, and with it how its rows make up the steps."""
         # An attempt at training begins: one that `auto_find_batch_size` gave up does not count.
         begun = None if self._position is None else self._position.begun
-        if begun is not None and self.state.global_step > begun:
+        again = self.args.auto_find_batch_size and begun is not None
+        if again and self.state.global_step > begun:
             raise RuntimeError(
                 f"auto_find_batch_size: out of memory after step {self.state.global_step}, and "
                 "what was trained stays in weights and optimizer; begin again with the model as it "

@@ -200,6 +200,9 @@ def test_what_did_not_fit_after_a_step_is_not_begun_again(tok, tmp_path, monkeyp
     monkeypatch.setattr(made, "training_step", small_device)
     with pytest.raises(RuntimeError, match=r"after step 1, .*per_device_train_batch_size=1"):
         made.train()
+    monkeypatch.setattr(made, "training_step", step)
+    made.train()
+    assert len(made.get_train_dataloader()) > 0  # which is no attempt
 
 
 def test_processes_are_summed_and_the_largest_memory_counts(clock):
