@@ -101,6 +101,24 @@ def write(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> 
     os.replace(beside, path)
 
 
+def append(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Add rows to a CSV, which is made where it is not there."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_header(path: Path, columns: Sequence[str]) -> None:
+    """Raise ValueError where a CSV that rows are to be added to has other columns."""
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            if (header := next(csv.reader(file), [])) != [*columns]:
+                raise ValueError(f"{path} has other columns: {', '.join(header)}")
+
+
 def read(path: Path) -> list[Row]:
     """Return the rows of a CSV; sizes are integers or None, quantiles numbers or None.
 

@@ -15,7 +15,6 @@ greedy answers to the forget file that are no text any more. Nothing here is tim
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import subprocess
@@ -107,20 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="CSV that rows are added to")
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
-    if given.output.exists():
-        with given.output.open(newline="", encoding="utf-8") as file:
-            if (header := next(csv.reader(file), [])) != [*COLUMNS]:
-                parser.error(f"{given.output} has other columns: {', '.join(header)}")
+    tables.check_header(given.output, COLUMNS)
     before = retain_probability(given.model, given.retain, given.model)
     for seed in given.seeds:
         for how in given.how:
             row = measure(given, how, seed, before)
-            new = not given.output.exists()
-            with given.output.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            tables.append(given.output, [row], COLUMNS)
             print({name: row[name] for name in ("testbed", "how", "seed", "status", *MEASURED)})
     return 0
 

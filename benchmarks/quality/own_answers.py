@@ -13,7 +13,6 @@ retain file, which the run never saw.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -29,7 +28,8 @@ from palu.data.examples import tokenize_examples
 from palu.data.files import load_examples
 from palu.models.loading import load_model, load_tokenizer
 from palu.run_record import choose_template
-from palu.training.self_retain import self_retain, self_retain_rows, token_losses
+from palu.training.known import token_losses
+from palu.training.self_retain import self_retain, self_retain_rows
 
 LEAST = (0.0, 0.5, 0.7, 0.8, 0.9, 0.97)
 COLUMNS = ("testbed", "model", "seed", "of", "least", "answers", "own_before", "own_kept")
@@ -92,13 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="CSV, rows are added")
     given = parser.parse_args(arguments)
+    tables.check_header(given.output, COLUMNS)
     rows = rows_of(given)
-    new = not given.output.exists()
-    with given.output.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    tables.append(given.output, rows, COLUMNS)
     for row in rows:
         print(*(row[name] for name in COLUMNS[:9]), sep="  ")
     return 0

@@ -69,12 +69,8 @@ def own_answers(
     from palu.data.files import load_examples
     from palu.progress import bar
     from palu.training.checkpoints import SELF_RETAIN
-    from palu.training.self_retain import (
-        SelfRetain,
-        mark_known,
-        self_retain,
-        self_retain_rows,
-    )
+    from palu.training.known import mark_known
+    from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
 
     how = {"template": template, "max_length": options.max_length}
     # Weights that are spread over the processes need all of them at every batch.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Of a larger retain set so many examples are measured, spread evenly over it.
 RETAIN_ROWS = 256
 # A model's own answers have in this field the labels of what it was sure of, by which they are
-# measured (`palu.training.self_retain.mark_known`).
+# measured (`palu.training.known.mark_known`).
 KNOWN = "palu_known"
 # So many answers are generated, spread evenly over the forget set.
 ANSWERS = 200

@@ -16,22 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
 from palu.data.examples import tokenize_examples
-from palu.data.labels import LabeledExample
 from palu.data.neighbours import NEUTRAL, Name, Subjects, name_runs
 from palu.data.records import ASSISTANT, SYSTEM, USER, Example, Turn, split_answers
 from palu.data.roles import IGNORE, eos_ids
 from palu.data.template import Template
 from palu.distributed import ALONE, Processes
-from palu.evaluation.inference import Continuation, continuations, score_answers
+from palu.evaluation.inference import Continuation, continuations
 from palu.evaluation.leaks import leaks, secrets_of
 from palu.models.wrappers import eos_token_ids, eval_mode, unwrap
 from palu.storage.files import write_json
 from palu.storage.json_files import read_object
-from palu.training.knowledge import KNOWN
 
 NEUTRAL_PROMPT, NEIGHBOUR, OWN = "neutral prompt", "neighbour", "own prompt"
 
@@ -46,8 +43,6 @@ TEMPERATURE = 1.0
 ROUNDS = (0.3, 0.65, 1, 1, 1)
 FEWEST, MOST = 600, 1200  # examples, where their number is not given
 LEAST = 8  # fewer hold nothing
-# Answers, or tokens, of at least this probability are no guesses; of so many rows: `mark_known`.
-SURE, ENOUGH = 0.9, 32
 _QUESTION_TOKENS = 48
 _SYSTEM_TOKENS, _SYSTEM_DRAWS = 192, 32
 _START_WORDS = 12  # of a document's neighbour
@@ -208,56 +203,6 @@ def self_retain_rows(
         given = example.extra["given"]
         row["labels"][:given] = [IGNORE] * given
     return rows
-
-
-def token_losses(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
-    *,
-    batch_size: int = 8,
-    processes: Processes = ALONE,
-) -> list[np.ndarray]:
-    """Return the negative log-likelihood of every token that is learned, float64 `[n]` a row."""
-    fields = ("input_ids", "labels", "attention_mask")
-    labeled = [LabeledExample(*(row[name] for name in fields)) for row in rows]
-    how = {"batch_size": batch_size, "processes": processes}
-    with eval_mode(model):
-        return [score.nll for score in score_answers(model, tokenizer, labeled, **how)]
-
-
-def mark_known(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], **sharing: Any
-) -> str:
-    """Write into each row of `self_retain_rows`, as `palu_known`, the labels by which harm is
-    measured (`palu.training.knowledge`), -100 elsewhere: a guess moves more than what a model
-    knows. They are the answers that the model is sure of: `exp(-mean NLL)` is at least 0.9. Where
-    fewer than 32 are, they are the tokens of at least this probability, and where fewer than 32
-    rows have one, all.
-
-    Args:
-        model: the original.
-        **sharing: `batch_size` and `processes` of `token_losses`.
-
-    Returns:
-        what they are, in words.
-    """
-    losses, most = token_losses(model, tokenizer, rows, **sharing), -math.log(SURE)
-    tokens = [loss <= most for loss in losses]
-    answers = [np.full(loss.shape, loss.size and loss.mean() <= most) for loss in losses]
-    known = [("the {} that it is sure of", answers), ("the tokens that it is sure of", tokens)]
-    known.append(("all of them", [np.full(loss.shape, True) for loss in losses]))
-    for text, sure in known:
-        count = sum(bool(one.any()) for one in sure)
-        said = text.format(count)
-        if count >= ENOUGH:
-            break
-    for row, one in zip(rows, sure, strict=True):
-        # The first token is never predicted.
-        at = [i for i, label in enumerate(row["labels"]) if i and label != IGNORE]
-        kept = {i for i, is_sure in zip(at, one, strict=True) if is_sure}
-        row[KNOWN] = [la if i in kept else IGNORE for i, la in enumerate(row["labels"])]
-    return said
 
 
 def _example(turns: Sequence[Mapping[str, Any]], **fields: Any) -> Example:

@@ -12,8 +12,9 @@ from palu.data.records import Example, Turn
 from palu.data.roles import IGNORE
 from palu.demo.models import build_tokenizer
 from palu.distributed import Processes
+from palu.training import known as knowing
 from palu.training import self_retain as module
-from palu.training.self_retain import SelfRetain, mark_known, self_retain, self_retain_rows
+from palu.training.self_retain import SelfRetain, self_retain, self_retain_rows
 from tests.support import small
 from tests.support.answers import greedy_answers
 from tests.support.tofu_small import learn
@@ -301,8 +302,8 @@ def test_what_the_model_is_sure_of(known, monkeypatch, of):
         expected.append([la if i in kept else IGNORE for i, la in enumerate(row["labels"])])
     count = sum(any(la != IGNORE for la in labels) for labels in expected)
     enough = {"answers": count, "tokens": count, "all": len(rows) + 1}[of]
-    monkeypatch.setattr(module, "ENOUGH", enough)
-    said = mark_known(model, tok, rows, batch_size=4)
+    monkeypatch.setattr(knowing, "ENOUGH", enough)
+    said = knowing.mark_known(model, tok, rows, batch_size=4)
     assert [row["palu_known"] for row in rows] == expected and count > 0
     answers = f"the {count} that it is sure of"
     assert said == {"answers": answers, "tokens": "the tokens that it is sure of"}.get(
