@@ -61,6 +61,9 @@ class CompareOptions:
         "short probe of a method.",
     )
     retry: bool = _output(False, "Do runs again that failed.")
+    show_secrets: bool = _output(
+        False, "Show sensitive words in report.html instead of black boxes."
+    )
     jobs: int | None = _machine(
         None, "Runs at a time on this machine.", least=1, shown="of the configuration, or 1"
     )
@@ -112,7 +115,13 @@ def compare(context: typer.Context, options: SimpleNamespace) -> None:
     with user_errors(ValueError, FileExistsError), bars.status("Ranking"):
         content = write_tables(output)
         columns = comparison.common.get("columns")
-        write_page(output, content, forget=comparison.forget, columns=columns)
+        write_page(
+            output,
+            content,
+            forget=comparison.forget,
+            columns=columns,
+            show_secrets=options.show_secrets,
+        )
     out.print(ranking_table(content))
     for line in (*main_settings(content), *notes(content)):
         out.print(line, soft_wrap=True)
@@ -131,8 +140,9 @@ def _compare_logs(options: SimpleNamespace) -> None:
     from palu.comparison.logs import compare_logs
 
     with user_errors(), plain_warnings():
-        if given := {"plan", "retry", "jobs"} & options.given:
-            raise ValueError(f"--{min(given)} is for runs, and --logs makes none; leave it out")
+        if given := {"plan", "retry", "show_secrets", "jobs"} & options.given:
+            name = min(given).replace("_", "-")
+            raise ValueError(f"--{name} is for runs, and --logs makes none; leave it out")
         out.print(compare_logs(options.config, options.output, retain_log=options.retain_log))
     if options.output is not None:
         out.print(f"Written to {options.output}", soft_wrap=True)

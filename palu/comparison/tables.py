@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,14 @@ LINES = 8
 """How many settings that are not ranked the terminal shows."""
 ONLY = "as given"
 """What a setting is called of a method that has one: empty cells of a CSV are those of none."""
+
+_INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
+_NARROW = r"""\vspace{4pt}
+\centering
+\footnotesize
+\setlength{\tabcolsep}{4pt}
+\renewcommand{\arraystretch}{1.5}
+"""
 
 Content = Mapping[str, Any]
 
@@ -240,16 +249,19 @@ def caption(content: Content) -> str:
 
 
 def latex(content: Content) -> str:
-    """Return the table in LaTeX, for the package booktabs."""
+    """Return the table in LaTeX, for the package booktabs. An interval's ends stand above and
+    below, since a line of them is wider than an article's text."""
     frame = summary_frame(content)
     text = frame.to_latex(
         index=False,
         escape=True,
-        caption=_escaped(caption(content)),
+        caption=_escaped(f"{caption(content)} An interval's ends are above and below."),
         label="tab:palu-comparison",
         column_format="l" + "r" * (len(frame.columns) - 1),
         position="t",
     )
+    text = _INTERVAL.sub(r"$\1_{\2}^{\3}$", text)
+    text = text.replace("\\begin{tabular}", _NARROW + "\\begin{tabular}")
     return "% \\usepackage{booktabs}\n" + text
 
 

@@ -113,7 +113,7 @@ def _secrets(
                 return secrets, None
             why = f"{forget} has other records than those that were measured"
     if shown:
-        raise ValueError(f"show_secrets: {why}")
+        raise ValueError(f"--show-secrets: {why}")
     return None, why if forget is None else f"{forget} is not the file that was measured"
 
 

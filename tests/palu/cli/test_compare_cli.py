@@ -85,6 +85,7 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     status, _, said = palu("compare c.yaml")
     assert status == 0 and "diverged: PALU-learning_rate=1e+30-s0" in said, said
     assert "utility.others: 2 of its 2 examples are in the retain file too" in said
+    assert "<bdi> Pa</bdi>" not in (world / "c" / "report.html").read_text()  # of Paris
     runs = runs_in(world)
     (gone,) = (name for name, run in runs.items() if run.status == "done")
     shutil.rmtree(world / "c" / "runs" / gone)
@@ -93,10 +94,11 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     (world / "c" / "claims" / f"{gone}.0").write_text(json.dumps(claim))
     kept = {path: path.stat().st_mtime_ns for path in world.glob("c/**/run.json")}
     write(world)
-    status, out, _ = palu("compare c.yaml --jobs 2")
+    status, out, _ = palu("compare c.yaml --jobs 2 --show-secrets")
     assert status == 0 and "2 runs done, 2 runs diverged" in out
     for name in ("comparison.json", "comparison.csv", "comparison.tex", "report.html"):
         assert (world / "c" / name).stat().st_size
+    assert "<bdi> Pa</bdi>" in (world / "c" / "report.html").read_text()
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items()) and len(kept) == 1
     status, out, error = palu("compare c.yaml --plan --jobs 2")
     assert status == 0 and "4 runs (2 seeds), 4 there. The others take about 0:00:00" in out, error
@@ -263,6 +265,7 @@ def test_logs_that_were_made_elsewhere_are_compared(tmp_path, monkeypatch, capsy
         ("compare --logs npo none", "none: no such file"),
         ("compare npo palu", "give one configuration, not 2"),
         ("compare --logs npo palu --plan", "--plan is for runs"),
+        ("compare --logs npo palu --show-secrets", "--show-secrets is for runs"),
         ("compare npo --retain-log palu", "--retain-log is for --logs"),
     ):
         status, _, errors = palu(line)

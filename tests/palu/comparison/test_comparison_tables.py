@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -184,6 +185,15 @@ def test_latex_is_escaped(folder):
     text = (write_tables(folder), (folder / "comparison.tex").read_text())[1]
     assert r"A \& b" in text and r"within 2\%" in text and r"at most so much, with 95\% i" in text
     assert "\\toprule" in text and "\\bottomrule" in text
+
+
+def test_intervals_in_latex_stand_above_and_below(folder):
+    """Beside each other they run off the page of an article."""
+    frame = summary_frame(write_tables(folder)).set_index("")
+    value, low, high = re.findall(r"\d\.\d{3}", frame.loc["A & b", "area to 10%"])
+    text = (folder / "comparison.tex").read_text()
+    assert f"A \\& b & ${value}_{{{low}}}^{{{high}}}$ & " in text
+    assert "[0." not in text and "\\footnotesize\n\\setlength{\\tabcolsep}" in text
 
 
 def test_the_table_fits_a_terminal(folder):

@@ -172,9 +172,9 @@ def test_without_the_forget_file_no_answer_is_shown(tmp_path):
     path = write_page(folder, content, forget=other)
     assert "is not the file that was measured" in text_of(path)
     assert "belongs to" not in text_of(path)
-    with pytest.raises(ValueError, match=r"show_secrets: .*other records"):
+    with pytest.raises(ValueError, match=r"--show-secrets: .*other records"):
         write_page(folder, content, forget=other, show_secrets=True)
-    with pytest.raises(ValueError, match=r"show_secrets: .*not named"):
+    with pytest.raises(ValueError, match=r"--show-secrets: .*not named"):
         write_page(folder, content, show_secrets=True)
 
 
