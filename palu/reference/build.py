@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palu.data.roles import check_labels
+from palu.data.roles import check_labels, check_tokens
 from palu.loss import PALULoss
 from palu.reference.rows import reference_head, reference_rows
 from palu.reference.store import CacheError, PartialCache
@@ -20,14 +20,17 @@ AUTOCAST = (None, torch.bfloat16, torch.float16)
 class Source:
     """One data set of a cache: its distinct examples and their ids.
 
+    Args:
+        token_count: of the model that is going to read it; None: of no model.
+
     Attributes:
         name: `forget` or `retain`.
         dataset: mappings with `input_ids` and `labels`.
         ids: the id of each row.
     """
 
-    def __init__(self, name: str, dataset: Any) -> None:
-        self.name, self.dataset = name, dataset
+    def __init__(self, name: str, dataset: Any, token_count: int | None = None) -> None:
+        self.name, self.dataset, self._token_count = name, dataset, token_count
         self.ids: list[int] = []
         self._lengths: list[int] = []
         first: dict[int, int] = {}
@@ -40,6 +43,7 @@ class Source:
             raise CacheError(f"the {name} set must have at least one row")
         for number in range(len(dataset)):
             row = self._row(number)
+            self._check_tokens(number, row["input_ids"])
             its_id = example_id(row)
             self.ids.append(its_id)
             self._lengths.append(len(row["input_ids"]))
@@ -62,6 +66,17 @@ class Source:
                 f"row {number} of the {self.name} set has {ids} input_ids but {labels} labels"
             )
         return row
+
+    def _check_tokens(self, number: int, ids: Any) -> None:
+        where = f"row {number} of the {self.name} set"
+        ids = torch.as_tensor(ids)
+        if ids.is_floating_point() and len(ids):  # an empty list is of no kind
+            raise CacheError(f"{where} has input_ids of {ids.dtype}; they must be integers")
+        try:
+            if self._token_count is not None:
+                check_tokens(ids, self._token_count)
+        except ValueError as error:
+            raise CacheError(f"{where}: {error}") from None
 
     @property
     def unique(self) -> int:

@@ -21,7 +21,7 @@ import palu_kernels
 from palu.data.collator import Collator
 from palu.loss import PALULoss
 from palu.models.checks import check_causal, first_texts
-from palu.models.wrappers import eval_mode
+from palu.models.wrappers import eval_mode, unwrap
 from palu.reference.build import ReferencePass, Source, check_options
 from palu.reference.manifest import (
     data_differences,
@@ -30,6 +30,7 @@ from palu.reference.manifest import (
     model_differences,
     unlike,
 )
+from palu.reference.model import token_count
 from palu.reference.rows import head_may_train
 from palu.reference.store import (
     MANIFEST,
@@ -143,8 +144,9 @@ class ReferenceCache:
             report: called with (examples done, examples).
 
         Raises:
-            CacheError: the data holds two examples with one id, a label that is no token, no row;
-                the model's head is none that can be cached; another process builds here.
+            CacheError: the data holds two examples with one id, an input or a label that is no
+                token, no row; the model's head is none that can be cached; another process builds
+                here.
             FileExistsError: the folder is not empty.
             CacheWriteError: a fault of the file system; what was finished is kept for the next
                 build.
@@ -154,8 +156,9 @@ class ReferenceCache:
         path = Path(path)
         check_options(loss, retain_dataset, autocast_dtype, batch_size, shard_bytes)
         check_output(path, overwrite=overwrite)
-        sources = [Source("forget", dataset)]
-        sources += [] if retain_dataset is None else [Source("retain", retain_dataset)]
+        count = token_count(unwrap(model))
+        sources = [Source("forget", dataset, count)]
+        sources += [] if retain_dataset is None else [Source("retain", retain_dataset, count)]
         if collator is None:
             collator = Collator(tokenizer if tokenizer is not None else 0)
         with eval_mode(model, autocast=autocast_dtype or False):

@@ -130,3 +130,10 @@ def vocabulary_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
+
+
+def token_count(model: nn.Module) -> int | None:
+    """Return how many tokens the model can be given, None where nothing tells. Some know more than
+    they can say, such as that of an image."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", vocabulary_size(model))

@@ -16,7 +16,7 @@ from palu.data.collator import Collator
 from palu.data.roles import IGNORE, KEEP, check_labels, check_tokens
 from palu.models.inputs import input_names, real_tokens, taken_inputs
 from palu.models.wrappers import unwrap
-from palu.reference.model import vocabulary_size
+from palu.reference.model import token_count, vocabulary_size
 from palu_kernels.backend import check_values
 
 _FIRST = 8  # examples that a collator is tried out with
@@ -57,9 +57,7 @@ class ExampleRows:
         self.collator, self.ordered, self.more = collator, ordered, more
         self.names = input_names(model)
         self._vocab_size = vocabulary_size(unwrap(model))
-        # Some models know more tokens than they can say, such as that of an image.
-        embeddings = getattr(unwrap(model), "get_input_embeddings", lambda: None)()
-        self._token_count = getattr(embeddings, "num_embeddings", self._vocab_size)
+        self._token_count = token_count(unwrap(model))
         self._model_name = type(unwrap(model)).__name__
         while isinstance(collator, functools.partial):
             collator = collator.func

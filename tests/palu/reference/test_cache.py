@@ -489,6 +489,10 @@ def test_bad_arguments(build, tok, rows, tmp_path):
     wrong = dict(rows[0], labels=[*rows[0]["labels"][:-1], 330])
     with pytest.raises(CacheError, match="forget set: labels holds 330"):
         build(model, data=[wrong])
+    for odd, words in ((330, "input_ids holds 330"), (-1, "input_ids holds -1"), (2.0, "float32")):
+        wrong = dict(rows[1], input_ids=[*rows[1]["input_ids"][:-1], odd])
+        with pytest.raises(CacheError, match=f"row 1 of the forget set.*{words}"):
+            build(model, data=[rows[0], wrong])
     assert not (tmp_path / "cache").exists()
 
 
