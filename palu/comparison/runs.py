@@ -109,6 +109,7 @@ class Runs:
         for task in tasks:  # what a process has left that was stopped when it was just done
             self.claims.clear(task.id)
             self._clean(task)
+        self._sweep()
         tell(self.total, self.total, "")
 
     def _original(self) -> Sequence[Mapping[str, Any]] | None:
@@ -141,6 +142,14 @@ class Runs:
         """Remove what processes that are gone have left of a run."""
         for left in (self.folder / "work").glob(f"{task.id}@*"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what gone processes have left of runs that are asked for no more: it may hold
+        weights."""
+        for left in (self.folder / "work").glob("*@*"):
+            if claim := self.claims.take(left.name.rpartition("@")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+                self.claims.release(claim)
 
     def _ready(self) -> list[Active]:
         """Wait a little. Return the runs that have ended."""

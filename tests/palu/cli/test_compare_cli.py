@@ -89,9 +89,12 @@ def test_what_is_there_is_kept_and_the_rest_done(world, monkeypatch, capsys):
     runs = runs_in(world)
     (gone,) = (name for name, run in runs.items() if run.status == "done")
     shutil.rmtree(world / "c" / "runs" / gone)
+    # of a setting that was taken out of the configuration, too
+    (world / "c" / "work" / "PALU-top_k=3-s0@0001").mkdir()
     (world / "c" / "work" / f"{gone}@0000").mkdir()
     claim = {"token": "0000", "machine": claims.machine(), "process": [2**22 + 7, 1]}
-    (world / "c" / "claims" / f"{gone}.0").write_text(json.dumps(claim))
+    for name in (gone, "PALU-top_k=3-s0"):
+        (world / "c" / "claims" / f"{name}.0").write_text(json.dumps(claim))
     kept = {path: path.stat().st_mtime_ns for path in world.glob("c/**/run.json")}
     write(world)
     status, out, _ = palu("compare c.yaml --jobs 2 --show-secrets")
