@@ -108,7 +108,6 @@ class Runs:
                 self._drop(one)
         for task in tasks:  # what a process has left that was stopped when it was just done
             self.claims.clear(task.id)
-            self._clean(task)
         self._sweep()
         tell(self.total, self.total, "")
 
@@ -144,8 +143,8 @@ class Runs:
             shutil.rmtree(left, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what gone processes have left of runs that are asked for no more: it may hold
-        weights."""
+        """Remove what gone processes have left, also of runs that are asked for no more: it may
+        hold weights."""
         for left in (self.folder / "work").glob("*@*"):
             if claim := self.claims.take(left.name.rpartition("@")[0]):
                 shutil.rmtree(left, ignore_errors=True)
